@@ -1,0 +1,153 @@
+//! A batch as the whole of tidemill sees it.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::{BatchId, BatchStatus, Endpoint, FileId, Revision, Timestamp, TokenUsage, lifecycle::Ending};
+
+/// The least and the most that a completion window may be.
+pub const WINDOW_RANGE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(14 * 24 * 3_600));
+/// The completion window where none is given.
+pub const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 3_600);
+
+/// Whether a batch goes before others: higher first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Priority(i8);
+
+impl Priority {
+    /// -1, 0 or 1.
+    #[must_use]
+    pub fn new(value: i32) -> Option<Self> {
+        i8::try_from(value).ok().filter(|value| (-1..=1).contains(value)).map(Self)
+    }
+
+    /// As given.
+    #[must_use]
+    pub fn value(self) -> i32 {
+        self.0.into()
+    }
+}
+
+/// How many requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// In the input.
+    pub total: i64,
+    /// In the output file.
+    pub completed: i64,
+    /// In the error file.
+    pub failed: i64,
+}
+
+/// Why a batch failed.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct BatchError {
+    /// A stable word.
+    pub code: String,
+    /// For people.
+    pub message: String,
+    /// The input line, from 1; 0 for none in particular.
+    pub line: i64,
+    /// The field concerned.
+    pub param: String,
+}
+
+/// When a batch entered each state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateTimes {
+    /// `IN_PROGRESS`
+    pub in_progress: Option<Timestamp>,
+    /// `FINALIZING`
+    pub finalizing: Option<Timestamp>,
+    /// `COMPLETED`
+    pub completed: Option<Timestamp>,
+    /// `FAILED`
+    pub failed: Option<Timestamp>,
+    /// `EXPIRED`
+    pub expired: Option<Timestamp>,
+    /// `CANCELLING`
+    pub cancelling: Option<Timestamp>,
+    /// `CANCELLED`
+    pub cancelled: Option<Timestamp>,
+}
+
+impl StateTimes {
+    /// Notes that `status` was entered at `at`.
+    pub fn enter(&mut self, status: BatchStatus, at: Timestamp) {
+        match status {
+            BatchStatus::Validating => {}
+            BatchStatus::InProgress => self.in_progress = Some(at),
+            BatchStatus::Finalizing => self.finalizing = Some(at),
+            BatchStatus::Completed => self.completed = Some(at),
+            BatchStatus::Failed => self.failed = Some(at),
+            BatchStatus::Expired => self.expired = Some(at),
+            BatchStatus::Cancelling => self.cancelling = Some(at),
+            BatchStatus::Cancelled => self.cancelled = Some(at),
+        }
+    }
+}
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewBatch {
+    /// Whose it is: the name of the access token; empty without tokens.
+    pub owner: String,
+    /// The input.
+    pub input_file_id: FileId,
+    /// The url of its requests.
+    pub endpoint: Endpoint,
+    /// How long it may take.
+    pub completion_window: Duration,
+    /// Whether it goes before others.
+    pub priority: Priority,
+    /// The client's own.
+    pub metadata: BTreeMap<String, String>,
+    /// The client's idempotency key.
+    pub request_id: Option<String>,
+}
+
+/// A batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Its id.
+    pub id: BatchId,
+    /// Whose it is.
+    pub owner: String,
+    /// Its state.
+    pub status: BatchStatus,
+    /// How it is to end, once its lines are no longer to be run.
+    pub ending: Option<Ending>,
+    /// The url of its requests.
+    pub endpoint: Endpoint,
+    /// The models that its requests name, in the input file's order.
+    pub models: Vec<String>,
+    /// The input.
+    pub input_file_id: FileId,
+    /// The successful lines, at the end.
+    pub output_file_id: Option<FileId>,
+    /// The other lines, at the end.
+    pub error_file_id: Option<FileId>,
+    /// How many requests.
+    pub counts: Counts,
+    /// How many tokens.
+    pub usage: TokenUsage,
+    /// Why it failed.
+    pub errors: Vec<BatchError>,
+    /// The client's own.
+    pub metadata: BTreeMap<String, String>,
+    /// Whether it goes before others.
+    pub priority: Priority,
+    /// How long it may take.
+    pub completion_window: Duration,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When its window closes.
+    pub expires_at: Timestamp,
+    /// When it entered each state.
+    pub times: StateTimes,
+    /// Segments in all.
+    pub segments: i32,
+    /// Segments whose results are final.
+    pub segments_done: i32,
+    /// Grows with every durable change.
+    pub revision: Revision,
+}

@@ -1,0 +1,116 @@
+//! Ids and counters that must not be mixed up.
+
+use std::fmt;
+
+use uuid::Uuid;
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(String);
+
+        impl $name {
+            /// A new id. Ids made later sort after those made earlier (UUID version 7, RFC 9562).
+            #[must_use]
+            pub fn generate() -> Self {
+                Self(format!(concat!($prefix, "{}"), Uuid::now_v7().simple()))
+            }
+
+            /// An id that came from outside. Any text is taken: one that names nothing is simply not found.
+            pub fn from_text(text: impl Into<String>) -> Self {
+                Self(text.into())
+            }
+
+            /// As on the wire.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+
+            /// As on the wire, owned.
+            #[must_use]
+            pub fn into_string(self) -> String {
+                self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+text_id!(
+    /// A batch: `batch_…`.
+    BatchId,
+    "batch_"
+);
+text_id!(
+    /// A file: `file-…`.
+    FileId,
+    "file-"
+);
+text_id!(
+    /// A worker: `worker_…`.
+    WorkerId,
+    "worker_"
+);
+text_id!(
+    /// One run of one tidemill process: `node_…`. A restarted process is a new node, so it can't be taken for its
+    /// former self.
+    NodeId,
+    "node_"
+);
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident, $inner:ty) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number!(
+    /// How many times a segment has been claimed: the fencing token of everything its owner writes.
+    Epoch,
+    i64
+);
+number!(
+    /// Grows with every durable change of one batch.
+    Revision,
+    i64
+);
+number!(
+    /// Grows with every state change of any batch.
+    Sequence,
+    i64
+);
+number!(
+    /// A segment's place in its file, from 0.
+    SegmentIndex,
+    i32
+);
+
+/// One segment of one batch.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SegmentRef {
+    /// The batch.
+    pub batch: BatchId,
+    /// Which of its segments.
+    pub index: SegmentIndex,
+}
+
+impl fmt::Display for SegmentRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.batch, self.index)
+    }
+}

@@ -1,0 +1,257 @@
+//! The batch's life as one pure function: `(state, input) -> (state, ...)`, or a refusal.
+
+/// The states of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BatchStatus {
+    /// Its input is being checked.
+    Validating,
+    /// Its requests wait or run.
+    InProgress,
+    /// No request will be sent any more; results are being made final.
+    Finalizing,
+    /// Ended: every request has its line.
+    Completed,
+    /// Ended: it could not be run at all.
+    Failed,
+    /// Ended: its window closed first.
+    Expired,
+    /// Being cancelled.
+    Cancelling,
+    /// Ended: cancelled.
+    Cancelled,
+}
+
+impl BatchStatus {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Validating,
+        Self::InProgress,
+        Self::Finalizing,
+        Self::Completed,
+        Self::Failed,
+        Self::Expired,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    /// OpenAI's word for it, as stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Validating => "validating",
+            Self::InProgress => "in_progress",
+            Self::Finalizing => "finalizing",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Expired => "expired",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// The state of that name.
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == text)
+    }
+
+    /// Whether nothing will ever change again.
+    #[must_use]
+    pub fn is_terminal(self) -> bool {
+        match self {
+            Self::Completed | Self::Failed | Self::Expired | Self::Cancelled => true,
+            Self::Validating | Self::InProgress | Self::Finalizing | Self::Cancelling => false,
+        }
+    }
+}
+
+/// How a batch ends when its lines are no longer to be run: what is left of them is written as errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ending {
+    /// The client cancelled it.
+    Cancelled,
+    /// Its window closed.
+    Expired,
+}
+
+impl Ending {
+    /// The `error.code` of the lines that were not run.
+    #[must_use]
+    pub fn error_code(self) -> &'static str {
+        match self {
+            Self::Cancelled => "batch_cancelled",
+            Self::Expired => "batch_expired",
+        }
+    }
+
+    /// The `error.message` of the lines that were not run.
+    #[must_use]
+    pub fn error_message(self) -> &'static str {
+        match self {
+            Self::Cancelled => "The batch was cancelled before this request was answered.",
+            Self::Expired => "The batch's completion window closed before this request was answered.",
+        }
+    }
+
+    /// The ending of that name.
+    #[must_use]
+    pub fn from_error_code(text: &str) -> Option<Self> {
+        [Self::Cancelled, Self::Expired].into_iter().find(|ending| ending.error_code() == text)
+    }
+}
+
+/// What can happen to a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// Its input is in order.
+    Validated,
+    /// Its input can't be run at all.
+    InputUnusable,
+    /// The client wants it cancelled.
+    CancelRequested,
+    /// Its window has closed.
+    WindowClosed,
+    /// Every line of every segment has its result.
+    AllLinesDone,
+}
+
+/// Where an input leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transition {
+    /// The states entered, in order: none if the input changes nothing, and each is an event of its own.
+    pub entered: &'static [BatchStatus],
+    /// How the batch is to end, if this input decided it.
+    pub ending: Option<Ending>,
+}
+
+/// An input that the state does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a batch that is {} can't take the input {input:?}", from.as_str())]
+pub struct Refused {
+    /// The state.
+    pub from: BatchStatus,
+    /// The input.
+    pub input: Input,
+}
+
+/// The batch's state machine. `ending` is how the batch was already decided to end.
+///
+/// # Errors
+/// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
+pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<Transition, Refused> {
+    use BatchStatus::{Cancelled, Cancelling, Completed, Expired, Failed, Finalizing, InProgress, Validating};
+    const UNCHANGED: Transition = Transition { entered: &[], ending: None };
+    let enter = |entered: &'static [BatchStatus]| Ok(Transition { entered, ending: None });
+    let refused = Err(Refused { from, input });
+    match (from, input) {
+        (Validating, Input::Validated) => enter(&[InProgress]),
+        (InProgress | Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::Validated) => refused,
+
+        (Validating | InProgress, Input::InputUnusable) => enter(&[Failed]),
+        // Without its input the unrun lines can't even be written as cancelled: what is known is kept, and it has failed.
+        (Finalizing | Cancelling, Input::InputUnusable) => enter(&[Failed]),
+        (Completed | Failed | Expired | Cancelled, Input::InputUnusable) => refused,
+
+        (Validating | InProgress, Input::CancelRequested) => {
+            Ok(Transition { entered: &[Cancelling], ending: Some(Ending::Cancelled) })
+        }
+        (Cancelling | Cancelled, Input::CancelRequested) => Ok(UNCHANGED),
+        (Finalizing | Completed | Failed | Expired, Input::CancelRequested) => refused,
+
+        (Validating | InProgress, Input::WindowClosed) => {
+            Ok(Transition { entered: &[Finalizing], ending: Some(Ending::Expired) })
+        }
+        // Already on its way to an end: closing the window adds nothing.
+        (Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::WindowClosed) => Ok(UNCHANGED),
+
+        (InProgress, Input::AllLinesDone) => enter(&[Finalizing, Completed]),
+        (Cancelling, Input::AllLinesDone) => enter(&[Cancelled]),
+        (Finalizing, Input::AllLinesDone) => match ending {
+            Some(Ending::Expired) => enter(&[Expired]),
+            Some(Ending::Cancelled) => enter(&[Cancelled]),
+            None => enter(&[Completed]),
+        },
+        (Validating | Completed | Failed | Expired | Cancelled, Input::AllLinesDone) => refused,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const INPUTS: [Input; 5] =
+        [Input::Validated, Input::InputUnusable, Input::CancelRequested, Input::WindowClosed, Input::AllLinesDone];
+
+    fn run(inputs: &[Input]) -> (Vec<BatchStatus>, Option<Ending>) {
+        let (mut path, mut ending) = (vec![BatchStatus::Validating], None);
+        for input in inputs {
+            if let Ok(step) = apply(path[path.len() - 1], ending, *input) {
+                path.extend(step.entered);
+                ending = ending.or(step.ending);
+            }
+        }
+        (path, ending)
+    }
+
+    #[test]
+    fn the_good_way() {
+        let (path, ending) = run(&[Input::Validated, Input::AllLinesDone]);
+        assert_eq!(
+            path,
+            [BatchStatus::Validating, BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Completed]
+        );
+        assert_eq!(ending, None);
+    }
+
+    #[test]
+    fn a_closed_window_ends_as_expired_through_finalizing() {
+        let (path, ending) = run(&[Input::Validated, Input::WindowClosed, Input::AllLinesDone]);
+        assert_eq!(path[1..], [BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Expired]);
+        assert_eq!(ending, Some(Ending::Expired));
+    }
+
+    #[test]
+    fn cancelling_twice_is_cancelling_once() {
+        let once = run(&[Input::Validated, Input::CancelRequested, Input::AllLinesDone]);
+        let twice = run(&[
+            Input::Validated,
+            Input::CancelRequested,
+            Input::CancelRequested,
+            Input::AllLinesDone,
+            Input::CancelRequested,
+        ]);
+        assert_eq!(once, twice);
+        assert_eq!(once.0.last(), Some(&BatchStatus::Cancelled));
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for status in BatchStatus::ALL {
+            assert_eq!(BatchStatus::from_text(status.as_str()), Some(status));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_never_leaves_its_edges(picks in proptest::collection::vec(0usize..5, 0..12)) {
+            let inputs: Vec<_> = picks.into_iter().map(|pick| INPUTS[pick]).collect();
+            let (path, ending) = run(&inputs);
+            use BatchStatus::{Cancelled, Cancelling, Completed, Expired, Failed, Finalizing, InProgress, Validating};
+            for step in path.windows(2) {
+                let allowed: &[BatchStatus] = match step[0] {
+                    Validating => &[InProgress, Failed, Cancelling, Finalizing],
+                    InProgress => &[Finalizing, Cancelling, Failed],
+                    Finalizing => &[Completed, Expired, Failed],
+                    Cancelling => &[Cancelled, Failed],
+                    Completed | Failed | Expired | Cancelled => &[],
+                };
+                prop_assert!(allowed.contains(&step[1]), "{:?}", step);
+            }
+            // A decided ending is kept.
+            if path.last() == Some(&Expired) { prop_assert_eq!(ending, Some(Ending::Expired)); }
+            if path.last() == Some(&Cancelled) { prop_assert_eq!(ending, Some(Ending::Cancelled)); }
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! What tidemill is about, without IO: ids, the batch and its lifecycle, request lines, counts, time.
+
+pub mod batch;
+pub mod endpoint;
+pub mod file;
+pub mod ids;
+pub mod lifecycle;
+pub mod line_set;
+pub mod request_line;
+pub mod segment;
+pub mod time;
+pub mod usage;
+
+pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
+pub use endpoint::Endpoint;
+pub use file::{File, FileKind};
+pub use ids::{BatchId, Epoch, FileId, NodeId, Revision, SegmentIndex, SegmentRef, Sequence, WorkerId};
+pub use lifecycle::BatchStatus;
+pub use line_set::LineSet;
+pub use segment::SegmentSpan;
+pub use time::Timestamp;
+pub use usage::TokenUsage;

@@ -1,0 +1,43 @@
+//! tidemill: self-hosted batch inference. A file of LLM requests (OpenAI Batch JSONL) goes in, every vLLM worker is kept
+//! full, and exactly one answer per request comes out, whatever crashes on the way.
+//!
+//! The modules, in the order in which data flows; each knows only those above it in [`domain`]'s direction:
+//!
+//! - [`domain`]: ids, the batch lifecycle, request lines, counts. No IO, no async.
+//! - [`config`]: the one typed configuration: file, environment, flags.
+//! - [`telemetry`]: logs and metrics.
+//! - [`blobs`]: input, part and result objects, on a directory or an object store.
+//! - [`store`]: the database: every query and every transaction.
+//! - [`ingest`]: validates an upload while it streams in and cuts it into segments.
+//! - [`results`]: parts, their merge in input order, manifests, reading back.
+//! - [`fleet`]: the workers: which there are, how they are, and one HTTP request to one of them.
+//! - [`scheduler`]: which segment to claim, which line goes to which worker, and the run of one segment.
+//! - [`progress`]: durable changes in, event streams out.
+//! - [`api`]: gRPC and HTTP: request to domain call to response.
+//! - [`app`]: wires all of it and stops it in order.
+//! - [`sim`]: a simulated vLLM worker for the demo, tests and benchmarks.
+//! - [`cli`]: the command line, a client of the same gRPC API.
+
+pub mod api;
+pub mod app;
+pub mod blobs;
+pub mod cli;
+pub mod config;
+pub mod domain;
+pub mod fleet;
+pub mod ingest;
+pub mod progress;
+pub mod results;
+pub mod scheduler;
+pub mod sim;
+pub mod store;
+pub mod telemetry;
+
+/// The wire contract, generated from `proto/tidemill/v1`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
+pub mod pb {
+    tonic::include_proto!("tidemill.v1");
+
+    /// The compiled protos, for server reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}
