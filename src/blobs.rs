@@ -1,1 +1,229 @@
-//! blobs
+//! Objects: uploaded inputs, parts, results. A local directory by default, S3, GCS or Azure by URL.
+//!
+//! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
+//! name. Names are never reused, so an object never changes once it can be read.
+
+use std::{ops::Range, path::Path as FsPath, sync::Arc};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, local::LocalFileSystem, path::Path};
+use url::Url;
+
+/// Parts of a multipart write: S3's least is 5 MiB.
+const WRITE_CHUNK: usize = 5 * 1024 * 1024;
+/// How many parts of one write may be under way.
+const WRITE_CONCURRENCY: usize = 2;
+
+/// Why an object could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// The store's URL or directory is unusable.
+    #[error("blob store {0}")]
+    Open(String),
+    /// There is no such object.
+    #[error("object {0} is missing")]
+    Missing(String),
+    /// The store failed; trying again may help.
+    #[error("blob store failed: {0}")]
+    Failed(#[source] object_store::Error),
+}
+
+impl From<object_store::Error> for BlobError {
+    fn from(error: object_store::Error) -> Self {
+        match error {
+            object_store::Error::NotFound { path, .. } => Self::Missing(path),
+            other => Self::Failed(other),
+        }
+    }
+}
+
+/// The blob store.
+#[derive(Clone)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+}
+
+impl Blobs {
+    /// A directory, made if it is not there. Half-written files that a killed process left are removed: only one process
+    /// may have the directory.
+    ///
+    /// # Errors
+    /// [`BlobError::Open`] if it can't be made or read.
+    pub fn directory(path: &FsPath) -> Result<Self, BlobError> {
+        let open = |error: std::io::Error| BlobError::Open(format!("{}: {error}", path.display()));
+        std::fs::create_dir_all(path).map_err(open)?;
+        remove_staged(path).map_err(open)?;
+        let store = LocalFileSystem::new_with_prefix(path)
+            .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
+            .with_fsync(true);
+        Ok(Self { store: Arc::new(store) })
+    }
+
+    /// An object store: `s3://bucket/prefix`, `gs://…`, `az://…`, with credentials from the environment as the cloud's
+    /// own tools read them (`AWS_*`, `GOOGLE_*`, `AZURE_*`); or `file:///path`.
+    ///
+    /// # Errors
+    /// [`BlobError::Open`] if the URL is not understood.
+    pub fn url(text: &str) -> Result<Self, BlobError> {
+        let url = Url::parse(text).map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
+        if url.scheme() == "file" {
+            let path = url.to_file_path().map_err(|()| BlobError::Open(format!("{text}: not a local path")))?;
+            return Self::directory(&path);
+        }
+        let options = std::env::vars().filter(|(name, _)| {
+            ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix))
+        });
+        let (store, prefix) = object_store::parse_url_opts(&url, options.map(|(name, value)| (name.to_lowercase(), value)))
+            .map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
+        Ok(Self { store: Arc::new(object_store::prefix::PrefixStore::new(store, prefix)) })
+    }
+
+    /// Writes a whole object. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`]; then there is no such object.
+    pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), BlobError> {
+        self.store.put(&Path::from(key), PutPayload::from_bytes(bytes)).await?;
+        Ok(())
+    }
+
+    /// Begins an object of unknown size.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn writer(&self, key: &str) -> Result<ObjectWriter, BlobError> {
+        let upload = self.store.put_multipart(&Path::from(key)).await?;
+        Ok(ObjectWriter { upload: WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK) })
+    }
+
+    /// Reads a whole object.
+    ///
+    /// # Errors
+    /// [`BlobError::Missing`] or [`BlobError::Failed`].
+    pub async fn get(&self, key: &str) -> Result<Bytes, BlobError> {
+        Ok(self.store.get(&Path::from(key)).await?.bytes().await?)
+    }
+
+    /// Reads some bytes of an object.
+    ///
+    /// # Errors
+    /// [`BlobError::Missing`] or [`BlobError::Failed`].
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, BlobError> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        Ok(self.store.get_range(&Path::from(key), range).await?)
+    }
+
+    /// Reads some bytes of an object, piece by piece of at most 1 MiB.
+    pub fn stream(&self, key: String, range: Range<u64>) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static {
+        const PIECE: u64 = 1024 * 1024;
+        let blobs = self.clone();
+        futures::stream::iter((range.start..range.end).step_by(1024 * 1024)).then(move |start| {
+            let (blobs, key, end) = (blobs.clone(), key.clone(), (start + PIECE).min(range.end));
+            async move { blobs.get_range(&key, start..end).await }
+        })
+    }
+
+    /// Deletes an object. One that is not there is fine.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn delete(&self, key: &str) -> Result<(), BlobError> {
+        match self.store.delete(&Path::from(key)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The keys below a prefix.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn list(&self, prefix: &str) -> Result<Vec<String>, BlobError> {
+        let keys = self.store.list(Some(&Path::from(prefix))).map_ok(|meta| meta.location.to_string()).try_collect().await?;
+        Ok(keys)
+    }
+}
+
+/// An object being written. Dropped before [`ObjectWriter::finish`], it never exists.
+pub struct ObjectWriter {
+    upload: WriteMultipart,
+}
+
+impl ObjectWriter {
+    /// Adds bytes; waits while too many are still on their way.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
+        self.upload.wait_for_capacity(WRITE_CONCURRENCY).await?;
+        self.upload.write(bytes);
+        Ok(())
+    }
+
+    /// Makes the object durable and visible.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`]; then there is no such object.
+    pub async fn finish(self) -> Result<(), BlobError> {
+        self.upload.finish().await?;
+        Ok(())
+    }
+
+    /// Gives up: nothing is left behind.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn abort(self) -> Result<(), BlobError> {
+        Ok(self.upload.abort().await?)
+    }
+}
+
+/// The local store writes `name#N` and renames it when it is whole.
+fn remove_staged(folder: &FsPath) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_staged(&entry.path())?;
+        } else if entry.file_name().to_string_lossy().contains('#') {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unfinished_object_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        let mut writer = blobs.writer("a/b").await.unwrap();
+        writer.write(&vec![7; 6 * 1024 * 1024]).await.unwrap();
+        writer.abort().await.unwrap();
+        assert!(matches!(blobs.get("a/b").await, Err(BlobError::Missing(_))));
+        std::fs::write(folder.path().join("a/c#1"), "half").unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        assert!(blobs.list("a").await.unwrap().is_empty());
+        assert!(!folder.path().join("a/c#1").exists());
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_read_back_in_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        let bytes: Vec<u8> = (0..12_000_000u32).map(|i| (i % 251) as u8).collect();
+        let mut writer = blobs.writer("x").await.unwrap();
+        for chunk in bytes.chunks(700_001) {
+            writer.write(chunk).await.unwrap();
+        }
+        writer.finish().await.unwrap();
+        let read: Vec<Bytes> = blobs.stream("x".into(), 5..11_999_990).try_collect().await.unwrap();
+        assert_eq!(read.concat(), bytes[5..11_999_990]);
+        assert!(blobs.get_range("x", 3..3).await.unwrap().is_empty());
+    }
+}

@@ -1,1 +1,17 @@
+//! tidemill's database schema, for SQLite and PostgreSQL. Migrations run at server start and by `tidemill migrate`.
+
 pub use sea_orm_migration::prelude::*;
+
+mod m20261124_000001_foundation;
+mod m20261124_000002_webhooks;
+mod columns;
+
+/// All migrations, oldest first.
+pub struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(m20261124_000001_foundation::Migration), Box::new(m20261124_000002_webhooks::Migration)]
+    }
+}

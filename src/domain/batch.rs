@@ -71,17 +71,20 @@ pub struct StateTimes {
 }
 
 impl StateTimes {
-    /// Notes that `status` was entered at `at`.
-    pub fn enter(&mut self, status: BatchStatus, at: Timestamp) {
-        match status {
-            BatchStatus::Validating => {}
-            BatchStatus::InProgress => self.in_progress = Some(at),
-            BatchStatus::Finalizing => self.finalizing = Some(at),
-            BatchStatus::Completed => self.completed = Some(at),
-            BatchStatus::Failed => self.failed = Some(at),
-            BatchStatus::Expired => self.expired = Some(at),
-            BatchStatus::Cancelling => self.cancelling = Some(at),
-            BatchStatus::Cancelled => self.cancelled = Some(at),
+    /// As they were when `status` had been entered at `at`: what came later is not known yet.
+    #[must_use]
+    pub fn until(self, at: Timestamp, status: BatchStatus) -> Self {
+        let known = |time: Option<Timestamp>| time.filter(|time| *time <= at);
+        let ended = status.is_terminal();
+        Self {
+            in_progress: known(self.in_progress),
+            finalizing: known(self.finalizing),
+            // Entered in the same instant as FINALIZING, but after it.
+            completed: known(self.completed).filter(|_| ended),
+            failed: known(self.failed).filter(|_| ended),
+            expired: known(self.expired).filter(|_| ended),
+            cancelling: known(self.cancelling),
+            cancelled: known(self.cancelled).filter(|_| ended),
         }
     }
 }

@@ -1,1 +1,175 @@
-//! store
+//! The database: SQLite by default, PostgreSQL for many nodes. Every query and every transaction of tidemill is below
+//! this module; what callers see are domain types.
+//!
+//! SQLite has one writer at a time: write transactions take turns on one connection and begin IMMEDIATE (a deferred one
+//! that reads and then writes fails with SQLITE_BUSY whatever the busy timeout); readers have connections of their own
+//! and, thanks to WAL, never wait for the writer.
+
+mod batches;
+mod claims;
+mod convert;
+mod entity;
+mod events;
+mod files;
+mod garbage;
+mod nodes;
+mod parts;
+mod workers;
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, DatabaseTransaction, DbErr,
+    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
+};
+use tidemill_migrations::{Migrator, MigratorTrait};
+use tokio::sync::broadcast;
+
+pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
+pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
+pub use events::StateEvent;
+pub use files::{DeletedFile, FileFilter, InsertedFile};
+pub use parts::{Commit, FinalObject, NewPart, Part};
+pub use workers::{RemovedWorker, WorkerRecord};
+
+use crate::domain::{BatchId, Timestamp};
+
+/// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
+const SQLITE_BUSY: Duration = Duration::from_secs(30);
+/// Changes that a slow listener may lag behind before it is told to look at everything again.
+const CHANGES: usize = 4_096;
+
+/// Why the database did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// It is away, busy or refused the statement; trying again may help.
+    #[error("database: {0}")]
+    Unavailable(#[from] DbErr),
+    /// It holds something that this version can't have written.
+    #[error("database holds {0}")]
+    Corrupt(String),
+    /// The data directory is in use or can't be made.
+    #[error("{0}")]
+    Open(String),
+}
+
+/// The database. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    read: DatabaseConnection,
+    write: DatabaseConnection,
+    /// Batches that a commit of this node changed.
+    changes: broadcast::Sender<BatchId>,
+}
+
+impl Store {
+    /// Opens the SQLite file, makes it if it is not there, and migrates it.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be opened or migrated.
+    pub async fn sqlite(file: &Path) -> Result<Self, StoreError> {
+        let url = format!("sqlite://{}?mode=rwc", file.display());
+        let connect = |connections: u32| {
+            let mut options = ConnectOptions::new(url.clone());
+            options.max_connections(connections).min_connections(1).sqlx_logging(false).map_sqlx_sqlite_opts(|sqlite| {
+                sqlite
+                    .pragma("journal_mode", "WAL")
+                    .pragma("synchronous", "NORMAL")
+                    .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())
+                    .pragma("temp_store", "MEMORY")
+            });
+            Database::connect(options)
+        };
+        let write = connect(1).await?;
+        let read = connect(4).await?;
+        Self::start(read, write).await
+    }
+
+    /// Connects to PostgreSQL (`postgres://…`) and migrates it.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be reached or migrated.
+    pub async fn postgres(url: &str, connections: u32) -> Result<Self, StoreError> {
+        let mut options = ConnectOptions::new(url.to_owned());
+        options.max_connections(connections).sqlx_logging(false).acquire_timeout(Duration::from_secs(10));
+        let pool = Database::connect(options).await?;
+        Self::start(pool.clone(), pool).await
+    }
+
+    async fn start(read: DatabaseConnection, write: DatabaseConnection) -> Result<Self, StoreError> {
+        Migrator::up(&write, None).await?;
+        Ok(Self { inner: Arc::new(Inner { read, write, changes: broadcast::Sender::new(CHANGES) }) })
+    }
+
+    /// The migrations and whether each is applied.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn migrations(&self) -> Result<Vec<(String, bool)>, StoreError> {
+        let mut all: Vec<_> =
+            Migrator::get_applied_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), true)).collect();
+        all.extend(Migrator::get_pending_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), false)));
+        Ok(all)
+    }
+
+    /// Batches that commits of this node change, as they do. A listener that lags must look at everything again.
+    #[must_use]
+    pub fn changes(&self) -> broadcast::Receiver<BatchId> {
+        self.inner.changes.subscribe()
+    }
+
+    /// Whether the database answers.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        self.inner.read.ping().await?;
+        Ok(())
+    }
+
+    /// Closes the connections.
+    pub async fn close(&self) {
+        // Nothing is lost if closing fails: every answered write is committed.
+        let _ = self.inner.write.close_by_ref().await;
+        let _ = self.inner.read.close_by_ref().await;
+    }
+
+    fn read(&self) -> &DatabaseConnection {
+        &self.inner.read
+    }
+
+    fn is_sqlite(&self) -> bool {
+        self.inner.write.get_database_backend() == DatabaseBackend::Sqlite
+    }
+
+    async fn begin(&self) -> Result<DatabaseTransaction, StoreError> {
+        let options = TransactionOptions {
+            sqlite_transaction_mode: self.is_sqlite().then_some(SqliteTransactionMode::Immediate),
+            ..TransactionOptions::default()
+        };
+        Ok(self.inner.write.begin_with_options(options).await?)
+    }
+
+    /// Tells the listeners of [`Store::changes`].
+    fn changed(&self, batch: &BatchId) {
+        // No listener is fine.
+        let _ = self.inner.changes.send(batch.clone());
+    }
+}
+
+/// The database's clock: the only one by which leases and windows are judged, so that a node whose own is off harms nothing.
+async fn now<C: ConnectionTrait>(connection: &C) -> Result<Timestamp, StoreError> {
+    if connection.get_database_backend() == DatabaseBackend::Postgres {
+        let sql = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint AS now";
+        let row = connection
+            .query_one_raw(Statement::from_string(DatabaseBackend::Postgres, sql))
+            .await?
+            .ok_or_else(|| StoreError::Corrupt("no clock".into()))?;
+        return Ok(Timestamp(row.try_get("", "now")?));
+    }
+    Ok(Timestamp::now())
+}

@@ -1,0 +1,396 @@
+//! Batches: create, read, list, cancel, expire, fail.
+
+use std::collections::BTreeMap;
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, Set, Statement,
+    sea_query::{Expr, ExprTrait, OnConflict, Query},
+};
+
+use super::{
+    Store, StoreError,
+    convert::to_json,
+    entity::{batch, batch_metadata, batch_model, file},
+    events::{append, lock_batch, transition},
+    now,
+};
+use crate::domain::{
+    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp, lifecycle::Input,
+};
+
+/// Which batches to list.
+#[derive(Clone, Debug, Default)]
+pub struct BatchFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only in one of these states; empty: in any.
+    pub statuses: Vec<BatchStatus>,
+    /// Only those that use this model.
+    pub model: Option<String>,
+    /// Only those whose metadata has all of these pairs.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// What became of a new batch.
+#[derive(Debug)]
+pub enum CreatedBatch {
+    /// It is there now.
+    New(Box<Batch>),
+    /// The owner's request id had made this one before.
+    Existing(Box<Batch>),
+    /// There is no such input file.
+    FileNotFound,
+    /// The file is not an input.
+    WrongPurpose,
+}
+
+/// What became of a cancellation.
+#[derive(Debug)]
+pub enum CancelledBatch {
+    /// It is cancelling, or cancelled already.
+    Batch(Box<Batch>),
+    /// There is none.
+    NotFound,
+    /// It has ended, or is ending, in another way.
+    Ended(Box<Batch>),
+}
+
+impl Store {
+    /// Creates a batch with its segments and its first events.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn create_batch(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
+        let tx = self.begin().await?;
+        // The lock keeps the file from being deleted before its batch is there.
+        let Some(input) = file::Entity::find_by_id(new.input_file_id.as_str()).lock_exclusive().one(&tx).await? else {
+            return match find_existing(&tx, &new).await? {
+                Some(existing) => Ok(CreatedBatch::Existing(Box::new(existing))),
+                None => Ok(CreatedBatch::FileNotFound),
+            };
+        };
+        let input = File::try_from(input)?;
+        let (FileKind::Input, Some(object_key)) = (&input.kind, &input.object_key) else {
+            return Ok(CreatedBatch::WrongPurpose);
+        };
+        let at = now(&tx).await?;
+        let id = BatchId::generate();
+        let mut row = new_row(&id, &new, &input, object_key, at)?;
+        let inserted = batch::Entity::insert(row.clone().into_active_model())
+            .on_conflict(OnConflict::columns([batch::Column::Owner, batch::Column::RequestId]).do_nothing().to_owned())
+            .exec_without_returning(&tx)
+            .await?;
+        if inserted == 0 {
+            let existing =
+                find_existing(&tx, &new).await?.ok_or_else(|| StoreError::Corrupt("a batch id twice".into()))?;
+            return Ok(CreatedBatch::Existing(Box::new(existing)));
+        }
+        insert_filter_rows(&tx, &id, &new, &input).await?;
+        let copied = tx
+            .execute_raw(Statement::from_sql_and_values(
+                tx.get_database_backend(),
+                "INSERT INTO segments (batch_id, idx, first_line, line_span, requests, byte_offset, byte_length, models, \
+                 state, epoch) SELECT $1, idx, first_line, line_span, requests, byte_offset, byte_length, models, \
+                 'queued', 0 FROM file_segments WHERE file_id = $2",
+                [id.as_str().into(), new.input_file_id.as_str().into()],
+            ))
+            .await?
+            .rows_affected();
+        row.segments = i32::try_from(copied).map_err(|_| StoreError::Corrupt("too many segments".into()))?;
+        append(&tx, &row, at).await?;
+        // The file was validated when it was uploaded.
+        let moved = transition(&tx, &mut row, Input::Validated, at).await?;
+        debug_assert_eq!(moved, Ok(true));
+        tx.commit().await?;
+        self.changed(&id);
+        Ok(CreatedBatch::New(Box::new(row.try_into()?)))
+    }
+
+    /// One batch.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batch(&self, id: &BatchId) -> Result<Option<Batch>, StoreError> {
+        batch::Entity::find_by_id(id.as_str()).one(self.read()).await?.map(Batch::try_from).transpose()
+    }
+
+    /// The batch that an owner's request id made.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batch_by_request_id(&self, owner: &str, request_id: &str) -> Result<Option<Batch>, StoreError> {
+        find_by_request_id(self.read(), owner, request_id).await
+    }
+
+    /// Batches, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batches(
+        &self,
+        filter: &BatchFilter,
+        after: Option<&BatchId>,
+        limit: u64,
+    ) -> Result<Vec<Batch>, StoreError> {
+        let mut find = batch::Entity::find().order_by_desc(batch::Column::Id).limit(limit);
+        if let Some(owner) = &filter.owner {
+            find = find.filter(batch::Column::Owner.eq(owner));
+        }
+        if !filter.statuses.is_empty() {
+            find = find.filter(batch::Column::Status.is_in(filter.statuses.iter().map(|status| status.as_str())));
+        }
+        if let Some(model) = &filter.model {
+            let with = Query::select()
+                .column(batch_model::Column::BatchId)
+                .from(batch_model::Entity)
+                .and_where(batch_model::Column::Model.eq(model))
+                .to_owned();
+            find = find.filter(batch::Column::Id.in_subquery(with));
+        }
+        for (name, value) in &filter.metadata {
+            let with = Query::select()
+                .column(batch_metadata::Column::BatchId)
+                .from(batch_metadata::Entity)
+                .and_where(batch_metadata::Column::Name.eq(name))
+                .and_where(batch_metadata::Column::Value.eq(value))
+                .to_owned();
+            find = find.filter(batch::Column::Id.in_subquery(with));
+        }
+        if let Some(after) = after {
+            find = find.filter(batch::Column::Id.lt(after.as_str()));
+        }
+        find.all(self.read()).await?.into_iter().map(Batch::try_from).collect()
+    }
+
+    /// Begins to cancel a batch.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn cancel_batch(&self, id: &BatchId) -> Result<CancelledBatch, StoreError> {
+        let tx = self.begin().await?;
+        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(CancelledBatch::NotFound) };
+        let at = now(&tx).await?;
+        match transition(&tx, &mut row, Input::CancelRequested, at).await? {
+            Ok(changed) => {
+                tx.commit().await?;
+                if changed {
+                    self.changed(id);
+                }
+                Ok(CancelledBatch::Batch(Box::new(row.try_into()?)))
+            }
+            Err(_) => Ok(CancelledBatch::Ended(Box::new(row.try_into()?))),
+        }
+    }
+
+    /// Fails a batch whose input can't be run. Does nothing to one that has ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn fail_batch(&self, id: &BatchId, error: BatchError) -> Result<(), StoreError> {
+        let tx = self.begin().await?;
+        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(()) };
+        row.errors = to_json(&vec![error])?;
+        let at = now(&tx).await?;
+        if let Ok(true) = transition(&tx, &mut row, Input::InputUnusable, at).await? {
+            tx.commit().await?;
+            self.changed(id);
+        }
+        Ok(())
+    }
+
+    /// Closes the window of batches whose time is up, at most `limit` of them. Returns which.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn close_windows(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+        let at = now(self.read()).await?;
+        let due = batch::Entity::find()
+            .select_only()
+            .column(batch::Column::Id)
+            .filter(
+                batch::Column::Status
+                    .is_in([BatchStatus::Validating.as_str(), BatchStatus::InProgress.as_str()]),
+            )
+            .filter(batch::Column::ExpiresAt.lte(at.0))
+            .limit(limit)
+            .into_tuple::<String>()
+            .all(self.read())
+            .await?;
+        let mut closed = Vec::new();
+        for id in due.into_iter().map(BatchId::from_text) {
+            let tx = self.begin().await?;
+            let Some(mut row) = lock_batch(&tx, &id).await? else { continue };
+            let at = now(&tx).await?;
+            if row.expires_at <= at.0
+                && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
+            {
+                tx.commit().await?;
+                self.changed(&id);
+                closed.push(id);
+            }
+        }
+        Ok(closed)
+    }
+
+    /// How many unfinished batches go before this one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn queue_position(&self, of: &Batch) -> Result<i64, StoreError> {
+        let before = Expr::col(batch::Column::Priority).gt(of.priority.value()).or(Expr::col(batch::Column::Priority)
+            .eq(of.priority.value())
+            .and(Expr::col(batch::Column::ExpiresAt).lt(of.expires_at.0)));
+        let count = batch::Entity::find()
+            .filter(batch::Column::Status.eq(BatchStatus::InProgress.as_str()))
+            .filter(batch::Column::Id.ne(of.id.as_str()))
+            .filter(before)
+            .count(self.read())
+            .await?;
+        Ok(i64::try_from(count).unwrap_or(i64::MAX))
+    }
+
+    /// Of these batches, each one's revision.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn revisions(&self, ids: &[BatchId]) -> Result<Vec<(BatchId, i64)>, StoreError> {
+        let mut found = Vec::with_capacity(ids.len());
+        for some in ids.chunks(1_000) {
+            let rows: Vec<(String, i64)> = batch::Entity::find()
+                .select_only()
+                .columns([batch::Column::Id, batch::Column::Revision])
+                .filter(batch::Column::Id.is_in(some.iter().map(BatchId::as_str)))
+                .into_tuple()
+                .all(self.read())
+                .await?;
+            found.extend(rows.into_iter().map(|(id, revision)| (BatchId::from_text(id), revision)));
+        }
+        Ok(found)
+    }
+
+    /// Unfinished batches, oldest first, at most `limit`; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unfinished(&self, owner: Option<&str>, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+        let statuses = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+        let mut find = batch::Entity::find()
+            .select_only()
+            .column(batch::Column::Id)
+            .filter(batch::Column::Status.is_in(statuses))
+            .order_by_asc(batch::Column::Id)
+            .limit(limit);
+        if let Some(owner) = owner {
+            find = find.filter(batch::Column::Owner.eq(owner));
+        }
+        let ids: Vec<String> = find.into_tuple().all(self.read()).await?;
+        Ok(ids.into_iter().map(BatchId::from_text).collect())
+    }
+
+    /// Moves a batch's window, so that tests of expiry need not wait an hour.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    #[doc(hidden)]
+    pub async fn set_expiry(&self, id: &BatchId, at: Timestamp) -> Result<(), StoreError> {
+        let change = batch::ActiveModel {
+            id: Set(id.as_str().to_owned()),
+            expires_at: Set(at.0),
+            ..Default::default()
+        };
+        change.update(&self.inner.write).await?;
+        Ok(())
+    }
+}
+
+fn new_row(
+    id: &BatchId,
+    new: &NewBatch,
+    input: &File,
+    object_key: &str,
+    at: Timestamp,
+) -> Result<batch::Model, StoreError> {
+    Ok(batch::Model {
+        id: id.as_str().to_owned(),
+        owner: new.owner.clone(),
+        status: BatchStatus::Validating.as_str().to_owned(),
+        ending: None,
+        endpoint: new.endpoint.path().to_owned(),
+        models: to_json(&input.models)?,
+        input_file_id: new.input_file_id.as_str().to_owned(),
+        input_object_key: object_key.to_owned(),
+        output_file_id: None,
+        error_file_id: None,
+        total: input.line_count,
+        completed: 0,
+        failed: 0,
+        input_tokens: 0,
+        cached_input_tokens: 0,
+        output_tokens: 0,
+        reasoning_tokens: 0,
+        total_tokens: 0,
+        errors: "[]".to_owned(),
+        metadata: to_json(&new.metadata)?,
+        priority: Priority::value(new.priority),
+        completion_window: i64::try_from(new.completion_window.as_micros()).unwrap_or(i64::MAX),
+        request_id: new.request_id.clone(),
+        webhook: None,
+        webhook_endpoint_id: None,
+        created_at: at.0,
+        expires_at: at.plus(new.completion_window).0,
+        in_progress_at: None,
+        finalizing_at: None,
+        completed_at: None,
+        failed_at: None,
+        expired_at: None,
+        cancelling_at: None,
+        cancelled_at: None,
+        segments: 0,
+        segments_done: 0,
+        revision: 1,
+    })
+}
+
+async fn insert_filter_rows<C: ConnectionTrait>(
+    tx: &C,
+    id: &BatchId,
+    new: &NewBatch,
+    input: &File,
+) -> Result<(), StoreError> {
+    let models = input.models.iter().map(|model| batch_model::ActiveModel {
+        batch_id: Set(id.as_str().to_owned()),
+        model: Set(model.clone()),
+    });
+    batch_model::Entity::insert_many(models).exec_without_returning(tx).await?;
+    if !new.metadata.is_empty() {
+        let pairs = new.metadata.iter().map(|(name, value)| batch_metadata::ActiveModel {
+            batch_id: Set(id.as_str().to_owned()),
+            name: Set(name.clone()),
+            value: Set(value.clone()),
+        });
+        batch_metadata::Entity::insert_many(pairs).exec_without_returning(tx).await?;
+    }
+    Ok(())
+}
+
+async fn find_existing<C: ConnectionTrait>(tx: &C, new: &NewBatch) -> Result<Option<Batch>, StoreError> {
+    match &new.request_id {
+        Some(request_id) => find_by_request_id(tx, &new.owner, request_id).await,
+        None => Ok(None),
+    }
+}
+
+async fn find_by_request_id<C: ConnectionTrait>(
+    connection: &C,
+    owner: &str,
+    request_id: &str,
+) -> Result<Option<Batch>, StoreError> {
+    batch::Entity::find()
+        .filter(batch::Column::Owner.eq(owner))
+        .filter(batch::Column::RequestId.eq(request_id))
+        .one(connection)
+        .await?
+        .map(Batch::try_from)
+        .transpose()
+}

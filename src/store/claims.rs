@@ -1,0 +1,330 @@
+//! Leases on segments. A claim adds one to the segment's epoch; whatever its owner writes names that epoch, so an owner
+//! that lost its lease can write nothing any more.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
+    sea_query::{Expr, ExprTrait, LockBehavior, LockType, Query},
+};
+
+use super::{
+    Store, StoreError, convert,
+    entity::{batch, batch_model, segment},
+    now,
+};
+use crate::domain::{
+    BatchId, BatchStatus, Endpoint, Epoch, NodeId, Priority, SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
+    lifecycle::Ending,
+};
+
+/// A segment's states, as stored.
+pub(super) const QUEUED: &str = "queued";
+pub(super) const LEASED: &str = "leased";
+pub(super) const DONE: &str = "done";
+
+/// A batch with segments to claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The batch.
+    pub id: BatchId,
+    /// Whether it goes before others.
+    pub priority: Priority,
+    /// When its window closes.
+    pub expires_at: Timestamp,
+    /// Its models: bit `i` of a segment's mask is model `i`.
+    pub models: Vec<String>,
+    /// How its unrun lines are to end, if they are not to be run.
+    pub ending: Option<Ending>,
+}
+
+/// A segment that this node has the lease of.
+#[derive(Clone, Debug)]
+pub struct ClaimedSegment {
+    /// Which.
+    pub segment: SegmentRef,
+    /// The fencing token of everything written for it.
+    pub epoch: Epoch,
+    /// Where its lines are.
+    pub span: SegmentSpan,
+    /// The object that holds them.
+    pub object_key: String,
+    /// The batch's.
+    pub endpoint: Endpoint,
+    /// The batch's.
+    pub models: Vec<String>,
+    /// The batch's.
+    pub priority: Priority,
+    /// The batch's.
+    pub expires_at: Timestamp,
+    /// How its unrun lines are to end, if they are not to be run.
+    pub ending: Option<Ending>,
+}
+
+/// A segment that this node had when it renewed its leases.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldSegment {
+    /// Which.
+    pub segment: SegmentRef,
+    /// Under which epoch.
+    pub epoch: Epoch,
+    /// How its unrun lines are to end, if they are not to be run.
+    pub ending: Option<Ending>,
+    /// The batch has ended: there is nothing more to write.
+    pub batch_ended: bool,
+}
+
+/// What a renewal found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Renewed {
+    /// The segments that this node still has.
+    pub held: Vec<HeldSegment>,
+}
+
+/// A segment as its results are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SegmentRecord {
+    /// Where its lines are in the input.
+    pub span: SegmentSpan,
+    /// Its final object: the output lines, then the error lines.
+    pub object_key: Option<String>,
+    /// Bytes of output lines.
+    pub output_bytes: u64,
+    /// Bytes of error lines.
+    pub error_bytes: u64,
+}
+
+impl Store {
+    /// Unfinished batches with segments to claim, in the order in which to serve them, at most `limit`. Those of which no
+    /// line could run because no model of theirs is in `served` are left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn candidates(&self, served: &[String], limit: u64) -> Result<Vec<Candidate>, StoreError> {
+        let at = now(self.read()).await?;
+        let claimable = Query::select()
+            .expr(Expr::val(1))
+            .from(segment::Entity)
+            .and_where(Expr::col((segment::Entity, segment::Column::BatchId)).equals((batch::Entity, batch::Column::Id)))
+            .cond_where(claimable(at))
+            .to_owned();
+        let served = Query::select()
+            .expr(Expr::val(1))
+            .from(batch_model::Entity)
+            .and_where(
+                Expr::col((batch_model::Entity, batch_model::Column::BatchId)).equals((batch::Entity, batch::Column::Id)),
+            )
+            .and_where(batch_model::Column::Model.is_in(served))
+            .to_owned();
+        let rows = batch::Entity::find()
+            .filter(batch::Column::Status.is_in([
+                BatchStatus::InProgress.as_str(),
+                BatchStatus::Finalizing.as_str(),
+                BatchStatus::Cancelling.as_str(),
+            ]))
+            .filter(Condition::any().add(batch::Column::Ending.is_not_null()).add(Expr::exists(served)))
+            .filter(Expr::exists(claimable))
+            .order_by_desc(batch::Column::Priority)
+            .order_by_asc(batch::Column::ExpiresAt)
+            .order_by_asc(batch::Column::Id)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        rows.into_iter()
+            .map(|row| {
+                Ok(Candidate {
+                    id: BatchId::from_text(row.id),
+                    priority: Priority::new(row.priority).unwrap_or_default(),
+                    expires_at: Timestamp(row.expires_at),
+                    models: convert::json("model list", &row.models)?,
+                    ending: convert::ending(row.ending.as_deref())?,
+                })
+            })
+            .collect()
+    }
+
+    /// Leases the first claimable segment of a batch that has a line for a model of `mask`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn claim_segment(
+        &self,
+        node: &NodeId,
+        id: &BatchId,
+        mask: i64,
+        lease: Duration,
+    ) -> Result<Option<ClaimedSegment>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let found = segment::Entity::find()
+            .filter(segment::Column::BatchId.eq(id.as_str()))
+            .filter(claimable(at))
+            .filter(Expr::col(segment::Column::Models).bit_and(mask).ne(0))
+            .order_by_asc(segment::Column::Idx)
+            .limit(1)
+            .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
+            .one(&tx)
+            .await?;
+        let Some(row) = found else { return Ok(None) };
+        let Some(owner) = batch::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
+        if convert::status(&owner.status)?.is_terminal() {
+            return Ok(None);
+        }
+        segment::Entity::update_many()
+            .col_expr(segment::Column::State, Expr::val(LEASED))
+            .col_expr(segment::Column::LeaseOwner, Expr::val(node.as_str()))
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
+            .col_expr(segment::Column::Epoch, Expr::col(segment::Column::Epoch).add(1))
+            .filter(segment::Column::BatchId.eq(id.as_str()))
+            .filter(segment::Column::Idx.eq(row.idx))
+            .exec(&tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Some(ClaimedSegment {
+            segment: SegmentRef { batch: id.clone(), index: SegmentIndex(row.idx) },
+            epoch: Epoch(row.epoch + 1),
+            span: span(&row),
+            object_key: owner.input_object_key,
+            endpoint: owner.endpoint.parse().map_err(|_| StoreError::Corrupt("an unknown endpoint".into()))?,
+            models: convert::json("model list", &owner.models)?,
+            priority: Priority::new(owner.priority).unwrap_or_default(),
+            expires_at: Timestamp(owner.expires_at),
+            ending: convert::ending(owner.ending.as_deref())?,
+        }))
+    }
+
+    /// Renews all of a node's leases at once and says which segments it still has, and what has become of their batches.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn renew_leases(&self, node: &NodeId, lease: Duration) -> Result<Renewed, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        segment::Entity::update_many()
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
+            .filter(segment::Column::LeaseOwner.eq(node.as_str()))
+            .filter(segment::Column::State.eq(LEASED))
+            .exec(&tx)
+            .await?;
+        tx.commit().await?;
+        let rows = segment::Entity::find()
+            .filter(segment::Column::LeaseOwner.eq(node.as_str()))
+            .filter(segment::Column::State.eq(LEASED))
+            .all(self.read())
+            .await?;
+        let ids: Vec<String> = rows.iter().map(|row| row.batch_id.clone()).collect();
+        let batches: std::collections::HashMap<String, (String, Option<String>)> = batch::Entity::find()
+            .select_only()
+            .columns([batch::Column::Id, batch::Column::Status, batch::Column::Ending])
+            .filter(batch::Column::Id.is_in(ids))
+            .into_tuple::<(String, String, Option<String>)>()
+            .all(self.read())
+            .await?
+            .into_iter()
+            .map(|(id, status, ending)| (id, (status, ending)))
+            .collect();
+        let mut held = Vec::with_capacity(rows.len());
+        for row in rows {
+            let (status, ending) = batches.get(&row.batch_id).cloned().unwrap_or_default();
+            held.push(HeldSegment {
+                segment: SegmentRef { batch: BatchId::from_text(row.batch_id), index: SegmentIndex(row.idx) },
+                epoch: Epoch(row.epoch),
+                ending: convert::ending(ending.as_deref())?,
+                batch_ended: BatchStatus::from_text(&status).is_none_or(BatchStatus::is_terminal),
+            });
+        }
+        Ok(Renewed { held })
+    }
+
+    /// Gives a segment back, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn release_segment(&self, of: &SegmentRef, epoch: Epoch, mask: i64) -> Result<(), StoreError> {
+        segment::Entity::update_many()
+            .col_expr(segment::Column::State, Expr::val(QUEUED))
+            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+            .col_expr(segment::Column::Models, Expr::val(mask))
+            .filter(fenced(of, epoch))
+            .exec(&self.inner.write)
+            .await?;
+        Ok(())
+    }
+
+    /// Ends every lease there is. Only for a database that no other node has: then they are its dead predecessor's.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn release_all(&self) -> Result<u64, StoreError> {
+        let released = segment::Entity::update_many()
+            .col_expr(segment::Column::State, Expr::val(QUEUED))
+            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+            .filter(segment::Column::State.eq(LEASED))
+            .exec(&self.inner.write)
+            .await?;
+        Ok(released.rows_affected)
+    }
+
+    /// A batch's segments from `from` on, in order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn segments(&self, id: &BatchId, from: SegmentIndex, limit: u64) -> Result<Vec<SegmentRecord>, StoreError> {
+        let rows = segment::Entity::find()
+            .filter(segment::Column::BatchId.eq(id.as_str()))
+            .filter(segment::Column::Idx.gte(from.0))
+            .order_by_asc(segment::Column::Idx)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        Ok(rows.iter().map(record).collect())
+    }
+
+    /// One segment.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn segment(&self, of: &SegmentRef) -> Result<Option<SegmentRecord>, StoreError> {
+        let row = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0)).one(self.read()).await?;
+        Ok(row.as_ref().map(record))
+    }
+}
+
+/// Nobody has it.
+fn claimable(at: Timestamp) -> Condition {
+    let expired =
+        segment::Column::State.eq(LEASED).and(Expr::col((segment::Entity, segment::Column::LeaseExpiresAt)).lt(at.0));
+    Condition::any().add(segment::Column::State.eq(QUEUED)).add(expired)
+}
+
+/// The segment, if it is still leased under this epoch.
+pub(super) fn fenced(of: &SegmentRef, epoch: Epoch) -> Condition {
+    Condition::all()
+        .add(segment::Column::BatchId.eq(of.batch.as_str()))
+        .add(segment::Column::Idx.eq(of.index.0))
+        .add(segment::Column::Epoch.eq(epoch.0))
+        .add(segment::Column::State.eq(LEASED))
+}
+
+fn span(row: &segment::Model) -> SegmentSpan {
+    SegmentSpan {
+        index: SegmentIndex(row.idx),
+        first_line: row.first_line,
+        line_span: row.line_span,
+        requests: row.requests,
+        offset: row.byte_offset,
+        length: row.byte_length,
+        models: row.models,
+    }
+}
+
+fn record(row: &segment::Model) -> SegmentRecord {
+    SegmentRecord {
+        span: span(row),
+        object_key: row.object_key.clone(),
+        output_bytes: u64::try_from(row.output_bytes).unwrap_or(0),
+        error_bytes: u64::try_from(row.error_bytes).unwrap_or(0),
+    }
+}

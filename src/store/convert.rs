@@ -1,0 +1,102 @@
+//! Rows to domain types. What does not convert was not written by us: [`StoreError::Corrupt`].
+
+use std::time::Duration;
+
+use super::{StoreError, entity};
+use crate::domain::{
+    Batch, BatchId, BatchStatus, Counts, File, FileId, FileKind, Priority, Revision, Timestamp, TokenUsage,
+    batch::StateTimes, lifecycle::Ending,
+};
+
+fn corrupt(what: &str, value: &str) -> StoreError {
+    StoreError::Corrupt(format!("an unknown {what} {value:?}"))
+}
+
+pub(super) fn json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|_| corrupt(what, text))
+}
+
+pub(super) fn to_json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|error| StoreError::Corrupt(error.to_string()))
+}
+
+pub(super) fn status(text: &str) -> Result<BatchStatus, StoreError> {
+    BatchStatus::from_text(text).ok_or_else(|| corrupt("batch status", text))
+}
+
+pub(super) fn ending(text: Option<&str>) -> Result<Option<Ending>, StoreError> {
+    text.map(|text| Ending::from_error_code(text).ok_or_else(|| corrupt("ending", text))).transpose()
+}
+
+impl TryFrom<entity::file::Model> for File {
+    type Error = StoreError;
+
+    fn try_from(row: entity::file::Model) -> Result<Self, StoreError> {
+        let kind = match (row.kind.as_str(), row.batch_id) {
+            ("input", _) => FileKind::Input,
+            ("output", Some(batch)) => FileKind::Output(BatchId::from_text(batch)),
+            ("error", Some(batch)) => FileKind::Error(BatchId::from_text(batch)),
+            (other, _) => return Err(corrupt("file kind", other)),
+        };
+        let endpoint = row.endpoint.map(|path| path.parse().map_err(|_| corrupt("endpoint", &path))).transpose()?;
+        Ok(Self {
+            id: FileId::from_text(row.id),
+            owner: row.owner,
+            kind,
+            filename: row.filename,
+            bytes: row.bytes,
+            line_count: row.line_count,
+            models: json("model list", &row.models)?,
+            endpoint,
+            created_at: Timestamp(row.created_at),
+            expires_at: row.expires_at.map(Timestamp),
+            object_key: row.object_key,
+        })
+    }
+}
+
+impl TryFrom<entity::batch::Model> for Batch {
+    type Error = StoreError;
+
+    fn try_from(row: entity::batch::Model) -> Result<Self, StoreError> {
+        let usage = TokenUsage {
+            input: row.input_tokens,
+            cached_input: row.cached_input_tokens,
+            output: row.output_tokens,
+            reasoning: row.reasoning_tokens,
+            total: row.total_tokens,
+        };
+        let times = StateTimes {
+            in_progress: row.in_progress_at.map(Timestamp),
+            finalizing: row.finalizing_at.map(Timestamp),
+            completed: row.completed_at.map(Timestamp),
+            failed: row.failed_at.map(Timestamp),
+            expired: row.expired_at.map(Timestamp),
+            cancelling: row.cancelling_at.map(Timestamp),
+            cancelled: row.cancelled_at.map(Timestamp),
+        };
+        Ok(Self {
+            id: BatchId::from_text(row.id),
+            owner: row.owner,
+            status: status(&row.status)?,
+            ending: ending(row.ending.as_deref())?,
+            endpoint: row.endpoint.parse().map_err(|_| corrupt("endpoint", &row.endpoint))?,
+            models: json("model list", &row.models)?,
+            input_file_id: FileId::from_text(row.input_file_id),
+            output_file_id: row.output_file_id.map(FileId::from_text),
+            error_file_id: row.error_file_id.map(FileId::from_text),
+            counts: Counts { total: row.total, completed: row.completed, failed: row.failed },
+            usage,
+            errors: json("error list", &row.errors)?,
+            metadata: json("metadata", &row.metadata)?,
+            priority: Priority::new(row.priority).ok_or_else(|| corrupt("priority", &row.priority.to_string()))?,
+            completion_window: Duration::from_micros(u64::try_from(row.completion_window).unwrap_or(0)),
+            created_at: Timestamp(row.created_at),
+            expires_at: Timestamp(row.expires_at),
+            times,
+            segments: row.segments,
+            segments_done: row.segments_done,
+            revision: Revision(row.revision),
+        })
+    }
+}

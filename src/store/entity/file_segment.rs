@@ -1,0 +1,23 @@
+//! A segment of an input file. Table `file_segments`; the columns are explained in the migration and in `domain`.
+
+use sea_orm::entity::prelude::*;
+
+#[derive(Clone, Debug, PartialEq, DeriveEntityModel)]
+#[sea_orm(table_name = "file_segments")]
+pub struct Model {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub file_id: String,
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub idx: i32,
+    pub first_line: i64,
+    pub line_span: i32,
+    pub requests: i32,
+    pub byte_offset: i64,
+    pub byte_length: i64,
+    pub models: i64,
+}
+
+#[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+pub enum Relation {}
+
+impl ActiveModelBehavior for ActiveModel {}

@@ -1,0 +1,251 @@
+//! State changes: the one place where a batch enters a state, together with the event that tells of it.
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
+    QueryOrder, QuerySelect, Set, sea_query::{Expr, ExprTrait},
+};
+
+use super::{
+    Store, StoreError,
+    convert::{self, to_json},
+    entity::{batch, batch_event, counter, file, segment},
+};
+use crate::domain::{
+    Batch, BatchId, BatchStatus, FileId, Revision, Sequence, Timestamp, TokenUsage,
+    lifecycle::{self, Input},
+};
+
+/// The counter behind [`Sequence`].
+const SEQUENCE: &str = "batch_events";
+
+/// A state that a batch entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateEvent {
+    /// Its place among all state changes of all batches.
+    pub sequence: Sequence,
+    /// When it happened.
+    pub at: Timestamp,
+    /// The batch as it was then.
+    pub batch: Batch,
+}
+
+/// What an event keeps of the numbers that change between states.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Snapshot {
+    completed: i64,
+    failed: i64,
+    usage: [i64; 5],
+    output_file_id: Option<String>,
+    error_file_id: Option<String>,
+}
+
+/// Lets `input` happen to the batch in `row`, which the transaction has locked: writes the new states, one event each, and
+/// at the end the result files. `row` is the row as it is then. Returns whether anything changed.
+pub(super) async fn transition(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    input: Input,
+    at: Timestamp,
+) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
+    let step = match lifecycle::apply(convert::status(&row.status)?, convert::ending(row.ending.as_deref())?, input) {
+        Ok(step) => step,
+        Err(refused) => return Ok(Err(refused)),
+    };
+    if let Some(ending) = step.ending {
+        row.ending = Some(ending.error_code().to_owned());
+    }
+    for status in step.entered {
+        enter(tx, row, *status, at).await?;
+    }
+    if !step.entered.is_empty() || step.ending.is_some() {
+        row.clone().into_active_model().reset_all().update(tx).await?;
+    }
+    Ok(Ok(!step.entered.is_empty()))
+}
+
+async fn enter(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    status: BatchStatus,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    row.status = status.as_str().to_owned();
+    row.revision += 1;
+    let now = Some(at.0);
+    match status {
+        BatchStatus::Validating => {}
+        BatchStatus::InProgress => row.in_progress_at = now,
+        BatchStatus::Finalizing => row.finalizing_at = now,
+        BatchStatus::Completed => row.completed_at = now,
+        BatchStatus::Failed => row.failed_at = now,
+        BatchStatus::Expired => row.expired_at = now,
+        BatchStatus::Cancelling => row.cancelling_at = now,
+        BatchStatus::Cancelled => row.cancelled_at = now,
+    }
+    if status.is_terminal() && status != BatchStatus::Failed {
+        write_result_files(tx, row, at).await?;
+    }
+    append(tx, row, at).await
+}
+
+/// Appends the event of the state that `row` has just entered.
+pub(super) async fn append(tx: &DatabaseTransaction, row: &batch::Model, at: Timestamp) -> Result<(), StoreError> {
+    // The row lock on the counter makes sequences grow in commit order, so a reader that has seen n has seen all below n.
+    counter::Entity::update_many()
+        .col_expr(counter::Column::Value, Expr::col(counter::Column::Value).add(1))
+        .filter(counter::Column::Name.eq(SEQUENCE))
+        .exec(tx)
+        .await?;
+    let sequence = counter::Entity::find_by_id(SEQUENCE)
+        .one(tx)
+        .await?
+        .ok_or_else(|| StoreError::Corrupt("no event counter".into()))?
+        .value;
+    let snapshot = Snapshot {
+        completed: row.completed,
+        failed: row.failed,
+        usage: [row.input_tokens, row.cached_input_tokens, row.output_tokens, row.reasoning_tokens, row.total_tokens],
+        output_file_id: row.output_file_id.clone(),
+        error_file_id: row.error_file_id.clone(),
+    };
+    let event = batch_event::ActiveModel {
+        sequence: Set(sequence),
+        batch_id: Set(row.id.clone()),
+        revision: Set(row.revision),
+        status: Set(row.status.clone()),
+        snapshot: Set(to_json(&snapshot)?),
+        created_at: Set(at.0),
+    };
+    batch_event::Entity::insert(event).exec(tx).await?;
+    Ok(())
+}
+
+/// The output and error files: rows that stand for the batch's segments in order. Nothing is copied.
+async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at: Timestamp) -> Result<(), StoreError> {
+    let sum = |column: segment::Column| Expr::col(column).sum().cast_as("bigint");
+    let sums: Option<(Option<i64>, Option<i64>, Option<i64>, Option<i64>)> = segment::Entity::find()
+        .select_only()
+        .expr_as(sum(segment::Column::OutputBytes), "output_bytes")
+        .expr_as(sum(segment::Column::OutputLines), "output_lines")
+        .expr_as(sum(segment::Column::ErrorBytes), "error_bytes")
+        .expr_as(sum(segment::Column::ErrorLines), "error_lines")
+        .filter(segment::Column::BatchId.eq(&row.id))
+        .into_tuple()
+        .one(tx)
+        .await?;
+    let (output_bytes, output_lines, error_bytes, error_lines) = sums.unwrap_or_default();
+    let mut insert = async |kind: &str, bytes: Option<i64>, lines: Option<i64>| -> Result<Option<String>, StoreError> {
+        let (Some(bytes), Some(lines @ 1..)) = (bytes, lines) else { return Ok(None) };
+        let id = FileId::generate().into_string();
+        let new = file::ActiveModel {
+            id: Set(id.clone()),
+            owner: Set(row.owner.clone()),
+            kind: Set(kind.to_owned()),
+            batch_id: Set(Some(row.id.clone())),
+            filename: Set(format!("{}_{kind}.jsonl", row.id)),
+            bytes: Set(bytes),
+            line_count: Set(lines),
+            models: Set("[]".to_owned()),
+            endpoint: Set(None),
+            object_key: Set(None),
+            crc32c: Set(None),
+            request_id: Set(None),
+            created_at: Set(at.0),
+            expires_at: Set(None),
+        };
+        file::Entity::insert(new).exec(tx).await?;
+        Ok(Some(id))
+    };
+    let output = insert("output", output_bytes, output_lines).await?;
+    let error = insert("error", error_bytes, error_lines).await?;
+    row.output_file_id = output;
+    row.error_file_id = error;
+    Ok(())
+}
+
+impl Store {
+    /// A batch and all its state changes, oldest first, read at one moment.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn history(&self, id: &BatchId) -> Result<Option<(Batch, Vec<StateEvent>)>, StoreError> {
+        // The events are read second: if the batch changes in between there are only more of them, and the newest of
+        // them is then ahead of the batch, never behind.
+        let Some(row) = batch::Entity::find_by_id(id.as_str()).one(self.read()).await? else { return Ok(None) };
+        let events = batch_event::Entity::find()
+            .filter(batch_event::Column::BatchId.eq(id.as_str()))
+            .order_by_asc(batch_event::Column::Revision)
+            .all(self.read())
+            .await?;
+        let batch = Batch::try_from(row)?;
+        let events = events.into_iter().map(|event| state_event(&batch, event)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Some((batch, events)))
+    }
+
+    /// State changes of all batches after `after`, oldest first, at most `limit`; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn events_after(
+        &self,
+        owner: Option<&str>,
+        after: Sequence,
+        limit: u64,
+    ) -> Result<(Vec<StateEvent>, Sequence), StoreError> {
+        let rows = batch_event::Entity::find()
+            .filter(batch_event::Column::Sequence.gt(after.0))
+            .order_by_asc(batch_event::Column::Sequence)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        let reached = rows.last().map_or(after, |event| Sequence(event.sequence));
+        let ids: Vec<_> = rows.iter().map(|event| event.batch_id.clone()).collect();
+        let mut find = batch::Entity::find().filter(batch::Column::Id.is_in(ids));
+        if let Some(owner) = owner {
+            find = find.filter(batch::Column::Owner.eq(owner));
+        }
+        let batches = find
+            .all(self.read())
+            .await?
+            .into_iter()
+            .map(|row| Ok((row.id.clone(), Batch::try_from(row)?)))
+            .collect::<Result<std::collections::HashMap<_, _>, StoreError>>()?;
+        let events = rows
+            .into_iter()
+            .filter_map(|event| batches.get(&event.batch_id).map(|batch| state_event(batch, event)))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok((events, reached))
+    }
+
+    /// The newest state change there is.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_sequence(&self) -> Result<Sequence, StoreError> {
+        let row = counter::Entity::find_by_id(SEQUENCE).one(self.read()).await?;
+        Ok(Sequence(row.map_or(0, |row| row.value)))
+    }
+}
+
+/// The batch as it was at an event, from the batch as it is.
+fn state_event(now: &Batch, event: batch_event::Model) -> Result<StateEvent, StoreError> {
+    let snapshot: Snapshot = convert::json("event snapshot", &event.snapshot)?;
+    let at = Timestamp(event.created_at);
+    let status = convert::status(&event.status)?;
+    let [input, cached_input, output, reasoning, total] = snapshot.usage;
+    let mut batch = now.clone();
+    batch.status = status;
+    batch.revision = Revision(event.revision);
+    batch.counts.completed = snapshot.completed;
+    batch.counts.failed = snapshot.failed;
+    batch.usage = TokenUsage { input, cached_input, output, reasoning, total };
+    batch.output_file_id = snapshot.output_file_id.map(FileId::from_text);
+    batch.error_file_id = snapshot.error_file_id.map(FileId::from_text);
+    batch.times = batch.times.until(at, status);
+    Ok(StateEvent { sequence: Sequence(event.sequence), at, batch })
+}
+
+/// Locks a batch's row for the transaction and reads it.
+pub(super) async fn lock_batch<C: ConnectionTrait>(tx: &C, id: &BatchId) -> Result<Option<batch::Model>, StoreError> {
+    Ok(batch::Entity::find_by_id(id.as_str()).lock_exclusive().one(tx).await?)
+}

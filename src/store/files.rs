@@ -1,0 +1,215 @@
+//! Files and their segment index.
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set, sea_query::OnConflict,
+};
+
+use super::{
+    Store, StoreError,
+    convert::to_json,
+    entity::{batch, file, file_segment, garbage},
+    now,
+};
+use crate::domain::{BatchId, BatchStatus, File, FileId, FileKind, SegmentSpan};
+
+/// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
+const ROWS_PER_INSERT: usize = 2_000;
+
+/// Which files to list.
+#[derive(Clone, Debug, Default)]
+pub struct FileFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only of this purpose.
+    pub purpose: Option<String>,
+}
+
+/// What became of a new file.
+#[derive(Debug)]
+pub enum InsertedFile {
+    /// It is there now.
+    New,
+    /// The owner's request id had made this one before.
+    Existing(Box<File>),
+}
+
+/// What became of a deletion.
+#[derive(Debug, PartialEq, Eq)]
+pub enum DeletedFile {
+    /// It is gone.
+    Deleted,
+    /// There was none.
+    NotFound,
+    /// This unfinished batch reads it.
+    InUse(BatchId),
+}
+
+impl Store {
+    /// One file.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn file(&self, id: &FileId) -> Result<Option<File>, StoreError> {
+        file::Entity::find_by_id(id.as_str()).one(self.read()).await?.map(File::try_from).transpose()
+    }
+
+    /// Files, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn files(&self, filter: &FileFilter, after: Option<&FileId>, limit: u64) -> Result<Vec<File>, StoreError> {
+        let mut find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
+        if let Some(owner) = &filter.owner {
+            find = find.filter(file::Column::Owner.eq(owner));
+        }
+        if let Some(purpose) = &filter.purpose {
+            let input = FileKind::Input.purpose() == purpose;
+            let kinds: &[&str] = if input { &["input"] } else { &["output", "error"] };
+            find = find.filter(file::Column::Kind.is_in(kinds.iter().copied()));
+        }
+        if let Some(after) = after {
+            find = find.filter(file::Column::Id.lt(after.as_str()));
+        }
+        find.all(self.read()).await?.into_iter().map(File::try_from).collect()
+    }
+
+    /// The file that an owner's request id made.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn file_by_request_id(&self, owner: &str, request_id: &str) -> Result<Option<File>, StoreError> {
+        find_by_request_id(self.read(), owner, request_id).await
+    }
+
+    /// Adds an uploaded file with its segment index. Its object stops being garbage in the same transaction.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn insert_file(
+        &self,
+        new: &File,
+        request_id: Option<&str>,
+        segments: &[SegmentSpan],
+    ) -> Result<InsertedFile, StoreError> {
+        let tx = self.begin().await?;
+        let row = file::ActiveModel {
+            id: Set(new.id.as_str().to_owned()),
+            owner: Set(new.owner.clone()),
+            kind: Set("input".to_owned()),
+            batch_id: Set(None),
+            filename: Set(new.filename.clone()),
+            bytes: Set(new.bytes),
+            line_count: Set(new.line_count),
+            models: Set(to_json(&new.models)?),
+            endpoint: Set(new.endpoint.map(|endpoint| endpoint.path().to_owned())),
+            object_key: Set(new.object_key.clone()),
+            crc32c: Set(None),
+            request_id: Set(request_id.map(str::to_owned)),
+            created_at: Set(new.created_at.0),
+            expires_at: Set(new.expires_at.map(|at| at.0)),
+        };
+        let inserted = file::Entity::insert(row)
+            .on_conflict(OnConflict::columns([file::Column::Owner, file::Column::RequestId]).do_nothing().to_owned())
+            .exec_without_returning(&tx)
+            .await?;
+        if inserted == 0 {
+            let existing = match request_id {
+                Some(request_id) => find_by_request_id(&tx, &new.owner, request_id).await?,
+                None => None,
+            };
+            let existing = existing.ok_or_else(|| StoreError::Corrupt("a file id twice".into()))?;
+            return Ok(InsertedFile::Existing(Box::new(existing)));
+        }
+        for some in segments.chunks(ROWS_PER_INSERT) {
+            let rows = some.iter().map(|segment| file_segment::ActiveModel {
+                file_id: Set(new.id.as_str().to_owned()),
+                idx: Set(segment.index.0),
+                first_line: Set(segment.first_line),
+                line_span: Set(segment.line_span),
+                requests: Set(segment.requests),
+                byte_offset: Set(segment.offset),
+                byte_length: Set(segment.length),
+                models: Set(segment.models),
+            });
+            file_segment::Entity::insert_many(rows).exec_without_returning(&tx).await?;
+        }
+        if let Some(key) = &new.object_key {
+            garbage::Entity::delete_by_id(key.clone()).exec(&tx).await?;
+        }
+        tx.commit().await?;
+        Ok(InsertedFile::New)
+    }
+
+    /// Deletes a file that no unfinished batch reads. Its object becomes garbage.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delete_file(&self, id: &FileId) -> Result<DeletedFile, StoreError> {
+        let tx = self.begin().await?;
+        let Some(row) = file::Entity::find_by_id(id.as_str()).lock_exclusive().one(&tx).await? else {
+            return Ok(DeletedFile::NotFound);
+        };
+        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+        let user = batch::Entity::find()
+            .filter(batch::Column::InputFileId.eq(id.as_str()))
+            .filter(batch::Column::Status.is_in(unfinished))
+            .one(&tx)
+            .await?;
+        if let Some(user) = user {
+            return Ok(DeletedFile::InUse(BatchId::from_text(user.id)));
+        }
+        if let Some(key) = row.object_key {
+            super::garbage::add(&tx, [key], now(&tx).await?).await?;
+        }
+        file_segment::Entity::delete_many().filter(file_segment::Column::FileId.eq(id.as_str())).exec(&tx).await?;
+        file::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+        tx.commit().await?;
+        Ok(DeletedFile::Deleted)
+    }
+
+    /// The segment index of an input file, in order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn file_segments(&self, id: &FileId) -> Result<Vec<SegmentSpan>, StoreError> {
+        let rows = file_segment::Entity::find()
+            .filter(file_segment::Column::FileId.eq(id.as_str()))
+            .order_by_asc(file_segment::Column::Idx)
+            .all(self.read())
+            .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| SegmentSpan {
+                index: crate::domain::SegmentIndex(row.idx),
+                first_line: row.first_line,
+                line_span: row.line_span,
+                requests: row.requests,
+                offset: row.byte_offset,
+                length: row.byte_length,
+                models: row.models,
+            })
+            .collect())
+    }
+
+    /// How many files there are.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn count_files(&self) -> Result<u64, StoreError> {
+        Ok(file::Entity::find().count(self.read()).await?)
+    }
+}
+
+async fn find_by_request_id<C: ConnectionTrait>(
+    connection: &C,
+    owner: &str,
+    request_id: &str,
+) -> Result<Option<File>, StoreError> {
+    file::Entity::find()
+        .filter(file::Column::Owner.eq(owner))
+        .filter(file::Column::RequestId.eq(request_id))
+        .one(connection)
+        .await?
+        .map(File::try_from)
+        .transpose()
+}

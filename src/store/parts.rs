@@ -1,0 +1,272 @@
+//! Parts: the checkpoint of a segment. One transaction a part, none a request.
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
+    Set, sea_query::{Expr, ExprTrait},
+};
+
+use super::{
+    Store, StoreError,
+    claims::{DONE, fenced},
+    convert,
+    entity::{batch, part, segment},
+    events::{lock_batch, transition},
+    garbage, now,
+};
+use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::Input};
+
+/// Results that have just been made durable as an object.
+#[derive(Clone, Debug)]
+pub struct NewPart {
+    /// The object: the output lines in input order, then the error lines in input order.
+    pub object_key: String,
+    /// Bytes of output lines.
+    pub output_bytes: u64,
+    /// Bytes of error lines.
+    pub error_bytes: u64,
+    /// Of the whole object.
+    pub crc32c: u32,
+    /// Which lines of the segment are its output lines.
+    pub completed: LineSet,
+    /// Which lines of the segment are its error lines.
+    pub failed: LineSet,
+    /// Of its output lines together.
+    pub usage: TokenUsage,
+}
+
+/// A part as stored.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Its place among the batch's parts, in commit order.
+    pub seq: i64,
+    /// Its segment.
+    pub segment: SegmentIndex,
+    /// What it holds.
+    pub content: NewPart,
+}
+
+/// A segment's results, merged in input order.
+#[derive(Clone, Debug)]
+pub struct FinalObject {
+    /// The object: output lines, then error lines, each in input order.
+    pub object_key: String,
+    /// Bytes of output lines.
+    pub output_bytes: u64,
+    /// Bytes of error lines.
+    pub error_bytes: u64,
+    /// Output lines.
+    pub output_lines: u64,
+    /// Error lines.
+    pub error_lines: u64,
+    /// Of the whole object.
+    pub crc32c: u32,
+}
+
+/// What became of a write that names an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commit {
+    /// It is durable.
+    Done,
+    /// The segment is somebody else's now, or its batch has ended: nothing was written.
+    Fenced,
+}
+
+impl Store {
+    /// Adds a part to a segment and its counts to the batch, if the segment is still leased under `epoch`.
+    ///
+    /// # Errors
+    /// [`StoreError`]: then it may or may not have been written; the next owner finds out by reading the parts.
+    pub async fn commit_part(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
+        let tx = self.begin().await?;
+        if !hold(&tx, of, epoch).await? {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        if convert::status(&row.status)?.is_terminal() {
+            return Ok(Commit::Fenced);
+        }
+        let at = now(&tx).await?;
+        insert(&tx, &mut row, of, epoch, new, at).await?;
+        row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        self.changed(&of.batch);
+        Ok(Commit::Done)
+    }
+
+    /// Ends a segment: its last part, if there is one more, and its final object, in one transaction; with the last segment
+    /// the batch ends too. The objects in `superseded` become garbage.
+    ///
+    /// # Errors
+    /// [`StoreError`], as in [`Store::commit_part`].
+    pub async fn finish_segment(
+        &self,
+        of: &SegmentRef,
+        epoch: Epoch,
+        last: Option<&NewPart>,
+        object: &FinalObject,
+        superseded: &[String],
+    ) -> Result<Commit, StoreError> {
+        let tx = self.begin().await?;
+        let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let finished = segment::Entity::update_many()
+            .col_expr(segment::Column::State, Expr::val(DONE))
+            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+            .col_expr(segment::Column::Models, Expr::val(0))
+            .col_expr(segment::Column::ObjectKey, Expr::val(object.object_key.clone()))
+            .col_expr(segment::Column::OutputBytes, Expr::val(size(object.output_bytes)))
+            .col_expr(segment::Column::ErrorBytes, Expr::val(size(object.error_bytes)))
+            .col_expr(segment::Column::OutputLines, Expr::val(size(object.output_lines)))
+            .col_expr(segment::Column::ErrorLines, Expr::val(size(object.error_lines)))
+            .col_expr(segment::Column::Crc32c, Expr::val(i64::from(object.crc32c)))
+            .filter(fenced(of, epoch))
+            .exec(&tx)
+            .await?;
+        if finished.rows_affected == 0 {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        if convert::status(&row.status)?.is_terminal() {
+            return Ok(Commit::Fenced);
+        }
+        let at = now(&tx).await?;
+        if let Some(last) = last {
+            insert(&tx, &mut row, of, epoch, last, at).await?;
+        }
+        garbage::add(&tx, superseded.iter().cloned(), at).await?;
+        row.segments_done += 1;
+        let ended = row.segments_done >= row.segments
+            && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
+        if !ended {
+            row.revision += 1;
+            row.into_active_model().reset_all().update(&tx).await?;
+        }
+        tx.commit().await?;
+        self.changed(&of.batch);
+        Ok(Commit::Done)
+    }
+
+    /// A segment's parts, in commit order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn parts_of(&self, of: &SegmentRef) -> Result<Vec<Part>, StoreError> {
+        let rows = part::Entity::find()
+            .filter(part::Column::BatchId.eq(of.batch.as_str()))
+            .filter(part::Column::SegmentIdx.eq(of.index.0))
+            .order_by_asc(part::Column::Seq)
+            .all(self.read())
+            .await?;
+        Ok(rows.into_iter().map(from_row).collect())
+    }
+
+    /// A batch's parts from `from` on, in commit order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn parts_from(&self, id: &BatchId, from: i64, limit: u64) -> Result<Vec<Part>, StoreError> {
+        let rows = part::Entity::find()
+            .filter(part::Column::BatchId.eq(id.as_str()))
+            .filter(part::Column::Seq.gte(from))
+            .order_by_asc(part::Column::Seq)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        Ok(rows.into_iter().map(from_row).collect())
+    }
+
+    /// Takes back parts whose objects are torn or gone, with their counts: their lines are run again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn drop_parts(&self, of: &SegmentRef, epoch: Epoch, torn: &[Part]) -> Result<Commit, StoreError> {
+        let tx = self.begin().await?;
+        if !hold(&tx, of, epoch).await? {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        for one in torn {
+            part::Entity::delete_by_id((of.batch.as_str().to_owned(), one.seq)).exec(&tx).await?;
+            count(&mut row, &one.content, -1);
+        }
+        row.revision += 1;
+        row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        self.changed(&of.batch);
+        Ok(Commit::Done)
+    }
+}
+
+/// Locks the segment if it is still leased under this epoch: until the transaction ends nobody can claim it.
+async fn hold(tx: &DatabaseTransaction, of: &SegmentRef, epoch: Epoch) -> Result<bool, StoreError> {
+    let held = segment::Entity::find().filter(fenced(of, epoch)).lock_exclusive().one(tx).await?;
+    Ok(held.is_some())
+}
+
+async fn insert(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    of: &SegmentRef,
+    epoch: Epoch,
+    new: &NewPart,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    row.revision += 1;
+    count(row, new, 1);
+    let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let model = part::ActiveModel {
+        batch_id: Set(of.batch.as_str().to_owned()),
+        seq: Set(row.revision),
+        segment_idx: Set(of.index.0),
+        epoch: Set(epoch.0),
+        object_key: Set(new.object_key.clone()),
+        output_bytes: Set(size(new.output_bytes)),
+        error_bytes: Set(size(new.error_bytes)),
+        crc32c: Set(i64::from(new.crc32c)),
+        completed_lines: Set(new.completed.as_bytes().to_vec()),
+        failed_lines: Set(new.failed.as_bytes().to_vec()),
+        input_tokens: Set(new.usage.input),
+        cached_input_tokens: Set(new.usage.cached_input),
+        output_tokens: Set(new.usage.output),
+        reasoning_tokens: Set(new.usage.reasoning),
+        total_tokens: Set(new.usage.total),
+        created_at: Set(at.0),
+    };
+    part::Entity::insert(model).exec_without_returning(tx).await?;
+    Ok(())
+}
+
+/// Adds a part's counts to its batch, or with `sign` -1 takes them back.
+fn count(row: &mut batch::Model, of: &NewPart, sign: i64) {
+    let lines = |set: &LineSet| sign * i64::try_from(set.len()).unwrap_or(0);
+    row.completed += lines(&of.completed);
+    row.failed += lines(&of.failed);
+    row.input_tokens += sign * of.usage.input;
+    row.cached_input_tokens += sign * of.usage.cached_input;
+    row.output_tokens += sign * of.usage.output;
+    row.reasoning_tokens += sign * of.usage.reasoning;
+    row.total_tokens += sign * of.usage.total;
+}
+
+fn from_row(row: part::Model) -> Part {
+    let size = |value: i64| u64::try_from(value).unwrap_or(0);
+    Part {
+        seq: row.seq,
+        segment: SegmentIndex(row.segment_idx),
+        content: NewPart {
+            object_key: row.object_key,
+            output_bytes: size(row.output_bytes),
+            error_bytes: size(row.error_bytes),
+            crc32c: u32::try_from(row.crc32c).unwrap_or(0),
+            completed: LineSet::from_bytes(row.completed_lines),
+            failed: LineSet::from_bytes(row.failed_lines),
+            usage: TokenUsage {
+                input: row.input_tokens,
+                cached_input: row.cached_input_tokens,
+                output: row.output_tokens,
+                reasoning: row.reasoning_tokens,
+                total: row.total_tokens,
+            },
+        },
+    }
+}

@@ -1,0 +1,139 @@
+//! Workers that were registered at run time or named by the configuration.
+
+use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
+
+use super::{Store, StoreError, entity::worker, now};
+use crate::domain::{Timestamp, WorkerId};
+
+/// A worker as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerRecord {
+    /// Its id.
+    pub id: WorkerId,
+    /// Base URL.
+    pub url: String,
+    /// It is to get nothing new.
+    pub draining: bool,
+    /// The server's configuration names it.
+    pub from_config: bool,
+    /// When it was first known.
+    pub created_at: Timestamp,
+}
+
+/// What became of a removal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RemovedWorker {
+    /// It is gone.
+    Removed,
+    /// There was none.
+    NotFound,
+    /// The configuration names it: it would be back at the next start.
+    FromConfig,
+}
+
+impl Store {
+    /// All workers, in the order in which they were added.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn workers(&self) -> Result<Vec<WorkerRecord>, StoreError> {
+        let rows = worker::Entity::find().order_by_asc(worker::Column::Id).all(self.read()).await?;
+        Ok(rows.into_iter().map(from_row).collect())
+    }
+
+    /// Adds a worker, or ends the draining of the one with that URL.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn register_worker(&self, url: &str) -> Result<WorkerRecord, StoreError> {
+        self.upsert(url, false).await
+    }
+
+    /// Makes the workers named by the configuration known; those it named before and names no more are forgotten.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn configure_workers(&self, urls: &[String]) -> Result<(), StoreError> {
+        worker::Entity::delete_many()
+            .filter(worker::Column::FromConfig.eq(true))
+            .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
+            .exec(&self.inner.write)
+            .await?;
+        for url in urls {
+            self.upsert(url, true).await?;
+        }
+        Ok(())
+    }
+
+    async fn upsert(&self, url: &str, from_config: bool) -> Result<WorkerRecord, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let row = worker::ActiveModel {
+            id: Set(WorkerId::generate().into_string()),
+            url: Set(url.to_owned()),
+            draining: Set(false),
+            from_config: Set(from_config),
+            created_at: Set(at.0),
+        };
+        worker::Entity::insert(row)
+            .on_conflict(OnConflict::column(worker::Column::Url).do_nothing().to_owned())
+            .exec_without_returning(&tx)
+            .await?;
+        let found = worker::Entity::find().filter(worker::Column::Url.eq(url)).one(&tx).await?;
+        let mut row = found.ok_or_else(|| StoreError::Corrupt("no worker after its insert".into()))?;
+        // A restart keeps a configured worker draining; registering it again says that it is wanted.
+        row.draining &= from_config;
+        row.from_config |= from_config;
+        let change = worker::ActiveModel {
+            id: Set(row.id.clone()),
+            draining: Set(row.draining),
+            from_config: Set(row.from_config),
+            ..Default::default()
+        };
+        change.update(&tx).await?;
+        tx.commit().await?;
+        Ok(from_row(row))
+    }
+
+    /// Sends a worker nothing new. None: there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn drain_worker(&self, id: &WorkerId) -> Result<Option<WorkerRecord>, StoreError> {
+        let tx = self.begin().await?;
+        let Some(mut row) = worker::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
+        row.draining = true;
+        let change =
+            worker::ActiveModel { id: Set(row.id.clone()), draining: Set(true), ..Default::default() };
+        change.update(&tx).await?;
+        tx.commit().await?;
+        Ok(Some(from_row(row)))
+    }
+
+    /// Forgets a worker.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn remove_worker(&self, id: &WorkerId) -> Result<RemovedWorker, StoreError> {
+        let tx = self.begin().await?;
+        match worker::Entity::find_by_id(id.as_str()).one(&tx).await? {
+            None => Ok(RemovedWorker::NotFound),
+            Some(row) if row.from_config => Ok(RemovedWorker::FromConfig),
+            Some(row) => {
+                worker::Entity::delete_by_id(row.id).exec(&tx).await?;
+                tx.commit().await?;
+                Ok(RemovedWorker::Removed)
+            }
+        }
+    }
+}
+
+fn from_row(row: worker::Model) -> WorkerRecord {
+    WorkerRecord {
+        id: WorkerId::from_text(row.id),
+        url: row.url,
+        draining: row.draining,
+        from_config: row.from_config,
+        created_at: Timestamp(row.created_at),
+    }
+}
