@@ -71,11 +71,11 @@ impl Blobs {
             let path = url.to_file_path().map_err(|()| BlobError::Open(format!("{text}: not a local path")))?;
             return Self::directory(&path);
         }
-        let options = std::env::vars().filter(|(name, _)| {
-            ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix))
-        });
-        let (store, prefix) = object_store::parse_url_opts(&url, options.map(|(name, value)| (name.to_lowercase(), value)))
-            .map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
+        let options = std::env::vars()
+            .filter(|(name, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix)));
+        let (store, prefix) =
+            object_store::parse_url_opts(&url, options.map(|(name, value)| (name.to_lowercase(), value)))
+                .map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
         Ok(Self { store: Arc::new(object_store::prefix::PrefixStore::new(store, prefix)) })
     }
 
@@ -117,7 +117,11 @@ impl Blobs {
     }
 
     /// Reads some bytes of an object, piece by piece of at most 1 MiB.
-    pub fn stream(&self, key: String, range: Range<u64>) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static {
+    pub fn stream(
+        &self,
+        key: String,
+        range: Range<u64>,
+    ) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static {
         const PIECE: u64 = 1024 * 1024;
         let blobs = self.clone();
         futures::stream::iter((range.start..range.end).step_by(1024 * 1024)).then(move |start| {
@@ -142,7 +146,8 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn list(&self, prefix: &str) -> Result<Vec<String>, BlobError> {
-        let keys = self.store.list(Some(&Path::from(prefix))).map_ok(|meta| meta.location.to_string()).try_collect().await?;
+        let keys =
+            self.store.list(Some(&Path::from(prefix))).map_ok(|meta| meta.location.to_string()).try_collect().await?;
         Ok(keys)
     }
 }

@@ -12,6 +12,7 @@
 //! - [`results`]: parts, their merge in input order, manifests, reading back.
 //! - [`fleet`]: the workers: which there are, how they are, and one HTTP request to one of them.
 //! - [`scheduler`]: which segment to claim, which line goes to which worker, and the run of one segment.
+//! - [`delivery`]: webhooks: which event to whom, signed, retried, dead-lettered.
 //! - [`progress`]: durable changes in, event streams out.
 //! - [`api`]: gRPC and HTTP: request to domain call to response.
 //! - [`app`]: wires all of it and stops it in order.
@@ -23,6 +24,7 @@ pub mod app;
 pub mod blobs;
 pub mod cli;
 pub mod config;
+pub mod delivery;
 pub mod domain;
 pub mod fleet;
 pub mod ingest;

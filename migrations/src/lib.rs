@@ -2,9 +2,10 @@
 
 pub use sea_orm_migration::prelude::*;
 
+mod columns;
+
 mod m20261124_000001_foundation;
 mod m20261124_000002_webhooks;
-mod columns;
 
 /// All migrations, oldest first.
 pub struct Migrator;

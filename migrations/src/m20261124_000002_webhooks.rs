@@ -99,10 +99,7 @@ impl MigrationTrait for Migration {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        Table::drop(
-            manager,
-            &["webhook_dead_letters", "webhook_attempts", "webhook_deliveries", "webhook_endpoints"],
-        )
-        .await
+        Table::drop(manager, &["webhook_dead_letters", "webhook_attempts", "webhook_deliveries", "webhook_endpoints"])
+            .await
     }
 }

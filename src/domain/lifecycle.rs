@@ -138,6 +138,7 @@ pub struct Refused {
 ///
 /// # Errors
 /// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
+#[allow(clippy::match_same_arms)] // read as a table: one block an input
 pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<Transition, Refused> {
     use BatchStatus::{Cancelled, Cancelling, Completed, Expired, Failed, Finalizing, InProgress, Validating};
     const UNCHANGED: Transition = Transition { entered: &[], ending: None };

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, Set, Statement,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, Set, Statement,
     sea_query::{Expr, ExprTrait, OnConflict, Query},
 };
 
@@ -208,10 +208,7 @@ impl Store {
         let due = batch::Entity::find()
             .select_only()
             .column(batch::Column::Id)
-            .filter(
-                batch::Column::Status
-                    .is_in([BatchStatus::Validating.as_str(), BatchStatus::InProgress.as_str()]),
-            )
+            .filter(batch::Column::Status.is_in([BatchStatus::Validating.as_str(), BatchStatus::InProgress.as_str()]))
             .filter(batch::Column::ExpiresAt.lte(at.0))
             .limit(limit)
             .into_tuple::<String>()
@@ -294,11 +291,8 @@ impl Store {
     /// [`StoreError`].
     #[doc(hidden)]
     pub async fn set_expiry(&self, id: &BatchId, at: Timestamp) -> Result<(), StoreError> {
-        let change = batch::ActiveModel {
-            id: Set(id.as_str().to_owned()),
-            expires_at: Set(at.0),
-            ..Default::default()
-        };
+        let change =
+            batch::ActiveModel { id: Set(id.as_str().to_owned()), expires_at: Set(at.0), ..Default::default() };
         change.update(&self.inner.write).await?;
         Ok(())
     }
@@ -358,10 +352,10 @@ async fn insert_filter_rows<C: ConnectionTrait>(
     new: &NewBatch,
     input: &File,
 ) -> Result<(), StoreError> {
-    let models = input.models.iter().map(|model| batch_model::ActiveModel {
-        batch_id: Set(id.as_str().to_owned()),
-        model: Set(model.clone()),
-    });
+    let models = input
+        .models
+        .iter()
+        .map(|model| batch_model::ActiveModel { batch_id: Set(id.as_str().to_owned()), model: Set(model.clone()) });
     batch_model::Entity::insert_many(models).exec_without_returning(tx).await?;
     if !new.metadata.is_empty() {
         let pairs = new.metadata.iter().map(|(name, value)| batch_metadata::ActiveModel {

@@ -105,14 +105,17 @@ impl Store {
         let claimable = Query::select()
             .expr(Expr::val(1))
             .from(segment::Entity)
-            .and_where(Expr::col((segment::Entity, segment::Column::BatchId)).equals((batch::Entity, batch::Column::Id)))
+            .and_where(
+                Expr::col((segment::Entity, segment::Column::BatchId)).equals((batch::Entity, batch::Column::Id)),
+            )
             .cond_where(claimable(at))
             .to_owned();
         let served = Query::select()
             .expr(Expr::val(1))
             .from(batch_model::Entity)
             .and_where(
-                Expr::col((batch_model::Entity, batch_model::Column::BatchId)).equals((batch::Entity, batch::Column::Id)),
+                Expr::col((batch_model::Entity, batch_model::Column::BatchId))
+                    .equals((batch::Entity, batch::Column::Id)),
             )
             .and_where(batch_model::Column::Model.is_in(served))
             .to_owned();
@@ -271,7 +274,12 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn segments(&self, id: &BatchId, from: SegmentIndex, limit: u64) -> Result<Vec<SegmentRecord>, StoreError> {
+    pub async fn segments(
+        &self,
+        id: &BatchId,
+        from: SegmentIndex,
+        limit: u64,
+    ) -> Result<Vec<SegmentRecord>, StoreError> {
         let rows = segment::Entity::find()
             .filter(segment::Column::BatchId.eq(id.as_str()))
             .filter(segment::Column::Idx.gte(from.0))

@@ -2,7 +2,8 @@
 
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
-    QueryOrder, QuerySelect, Set, sea_query::{Expr, ExprTrait},
+    QueryOrder, QuerySelect, Set,
+    sea_query::{Expr, ExprTrait},
 };
 
 use super::{
@@ -134,7 +135,7 @@ async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at
         .one(tx)
         .await?;
     let (output_bytes, output_lines, error_bytes, error_lines) = sums.unwrap_or_default();
-    let mut insert = async |kind: &str, bytes: Option<i64>, lines: Option<i64>| -> Result<Option<String>, StoreError> {
+    let insert = async |kind: &str, bytes: Option<i64>, lines: Option<i64>| -> Result<Option<String>, StoreError> {
         let (Some(bytes), Some(lines @ 1..)) = (bytes, lines) else { return Ok(None) };
         let id = FileId::generate().into_string();
         let new = file::ActiveModel {

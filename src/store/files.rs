@@ -1,7 +1,8 @@
 //! Files and their segment index.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set, sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    sea_query::OnConflict,
 };
 
 use super::{
@@ -57,7 +58,12 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn files(&self, filter: &FileFilter, after: Option<&FileId>, limit: u64) -> Result<Vec<File>, StoreError> {
+    pub async fn files(
+        &self,
+        filter: &FileFilter,
+        after: Option<&FileId>,
+        limit: u64,
+    ) -> Result<Vec<File>, StoreError> {
         let mut find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
         if let Some(owner) = &filter.owner {
             find = find.filter(file::Column::Owner.eq(owner));

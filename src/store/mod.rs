@@ -75,13 +75,15 @@ impl Store {
         let url = format!("sqlite://{}?mode=rwc", file.display());
         let connect = |connections: u32| {
             let mut options = ConnectOptions::new(url.clone());
-            options.max_connections(connections).min_connections(1).sqlx_logging(false).map_sqlx_sqlite_opts(|sqlite| {
-                sqlite
-                    .pragma("journal_mode", "WAL")
-                    .pragma("synchronous", "NORMAL")
-                    .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())
-                    .pragma("temp_store", "MEMORY")
-            });
+            options.max_connections(connections).min_connections(1).sqlx_logging(false).map_sqlx_sqlite_opts(
+                |sqlite| {
+                    sqlite
+                        .pragma("journal_mode", "WAL")
+                        .pragma("synchronous", "NORMAL")
+                        .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())
+                        .pragma("temp_store", "MEMORY")
+                },
+            );
             Database::connect(options)
         };
         let write = connect(1).await?;
@@ -110,9 +112,14 @@ impl Store {
     /// # Errors
     /// [`StoreError::Unavailable`].
     pub async fn migrations(&self) -> Result<Vec<(String, bool)>, StoreError> {
-        let mut all: Vec<_> =
-            Migrator::get_applied_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), true)).collect();
-        all.extend(Migrator::get_pending_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), false)));
+        let mut all: Vec<_> = Migrator::get_applied_migrations(&self.inner.write)
+            .await?
+            .iter()
+            .map(|one| (one.name().to_owned(), true))
+            .collect();
+        all.extend(
+            Migrator::get_pending_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), false)),
+        );
         Ok(all)
     }
 

@@ -29,8 +29,7 @@ impl Store {
     /// [`StoreError`].
     pub async fn heartbeat(&self, id: &NodeId) -> Result<(), StoreError> {
         let at = now(self.read()).await?.0;
-        let change =
-            node::ActiveModel { id: Set(id.as_str().to_owned()), heartbeat_at: Set(at), ..Default::default() };
+        let change = node::ActiveModel { id: Set(id.as_str().to_owned()), heartbeat_at: Set(at), ..Default::default() };
         change.update(&self.inner.write).await?;
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! Parts: the checkpoint of a segment. One transaction a part, none a request.
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
-    Set, sea_query::{Expr, ExprTrait},
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
+    QuerySelect, Set, sea_query::Expr,
 };
 
 use super::{
@@ -72,16 +72,27 @@ pub enum Commit {
 }
 
 impl Store {
-    /// Adds a part to a segment and its counts to the batch, if the segment is still leased under `epoch`.
+    /// Adds a part to a segment and its counts to the batch, if the segment is still leased under `epoch`. The same part
+    /// again is fine.
     ///
     /// # Errors
-    /// [`StoreError`]: then it may or may not have been written; the next owner finds out by reading the parts.
+    /// [`StoreError`]: then it may or may not have been written, and the caller does it again.
     pub async fn commit_part(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
         let tx = self.begin().await?;
         if !hold(&tx, of, epoch).await? {
             return Ok(Commit::Fenced);
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        // The same part again: an earlier commit of it came through although its answer was lost.
+        let known = part::Entity::find()
+            .filter(part::Column::BatchId.eq(of.batch.as_str()))
+            .filter(part::Column::SegmentIdx.eq(of.index.0))
+            .filter(part::Column::ObjectKey.eq(&new.object_key))
+            .one(&tx)
+            .await?;
+        if known.is_some() {
+            return Ok(Commit::Done);
+        }
         if convert::status(&row.status)?.is_terminal() {
             return Ok(Commit::Fenced);
         }
@@ -94,7 +105,7 @@ impl Store {
     }
 
     /// Ends a segment: its last part, if there is one more, and its final object, in one transaction; with the last segment
-    /// the batch ends too. The objects in `superseded` become garbage.
+    /// the batch ends too. The objects in `superseded` become garbage. The same end again is fine.
     ///
     /// # Errors
     /// [`StoreError`], as in [`Store::commit_part`].
@@ -123,7 +134,12 @@ impl Store {
             .exec(&tx)
             .await?;
         if finished.rows_affected == 0 {
-            return Ok(Commit::Fenced);
+            // The same end again: an earlier commit of it came through although its answer was lost.
+            let ours = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0))
+                .filter(segment::Column::ObjectKey.eq(&object.object_key))
+                .one(&tx)
+                .await?;
+            return Ok(if ours.is_some() { Commit::Done } else { Commit::Fenced });
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
         if convert::status(&row.status)?.is_terminal() {

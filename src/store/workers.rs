@@ -103,8 +103,7 @@ impl Store {
         let tx = self.begin().await?;
         let Some(mut row) = worker::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
         row.draining = true;
-        let change =
-            worker::ActiveModel { id: Set(row.id.clone()), draining: Set(true), ..Default::default() };
+        let change = worker::ActiveModel { id: Set(row.id.clone()), draining: Set(true), ..Default::default() };
         change.update(&tx).await?;
         tx.commit().await?;
         Ok(Some(from_row(row)))

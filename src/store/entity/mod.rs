@@ -1,15 +1,15 @@
 //! The tables as SeaORM entities. Only `store` sees them.
 #![allow(missing_docs)]
 
-pub(super) mod node;
-pub(super) mod file;
-pub(super) mod file_segment;
 pub(super) mod batch;
+pub(super) mod batch_event;
 pub(super) mod batch_metadata;
 pub(super) mod batch_model;
-pub(super) mod segment;
-pub(super) mod part;
-pub(super) mod batch_event;
 pub(super) mod counter;
-pub(super) mod worker;
+pub(super) mod file;
+pub(super) mod file_segment;
 pub(super) mod garbage;
+pub(super) mod node;
+pub(super) mod part;
+pub(super) mod segment;
+pub(super) mod worker;

@@ -1,0 +1,1 @@
+//! Webhooks: what to tell, signed, retried, dead-lettered.

@@ -1,0 +1,174 @@
+//! A segment's parts, merged once into its final object in input order, line by line: memory does not grow with the parts.
+
+use std::{cmp::Reverse, collections::BinaryHeap};
+
+use bytes::{Buf, Bytes, BytesMut};
+
+use super::reader::ReadError;
+use crate::{
+    blobs::{Blobs, ObjectWriter},
+    domain::LineSet,
+    store::{FinalObject, NewPart},
+};
+
+/// How much of each part is in memory at a time, but for longer lines.
+const READ_AHEAD: u64 = 64 * 1024;
+
+/// Merges parts that together hold every line of a segment once.
+///
+/// # Errors
+/// [`ReadError`]; then there is no final object.
+pub async fn merge(blobs: &Blobs, parts: &[&NewPart], object_key: String) -> Result<FinalObject, ReadError> {
+    let mut merged = Merged { writer: blobs.writer(&object_key).await?, crc: 0, bytes: 0 };
+    let outputs = parts.iter().map(|part| Section::new(blobs, part, 0..part.output_bytes, &part.completed)).collect();
+    let output_lines = merged.section(outputs).await?;
+    let output_bytes = merged.bytes;
+    let errors = parts
+        .iter()
+        .map(|part| Section::new(blobs, part, part.output_bytes..part.output_bytes + part.error_bytes, &part.failed))
+        .collect();
+    let error_lines = merged.section(errors).await?;
+    let error_bytes = merged.bytes - output_bytes;
+    merged.writer.finish().await?;
+    Ok(FinalObject { object_key, output_bytes, error_bytes, output_lines, error_lines, crc32c: merged.crc })
+}
+
+struct Merged {
+    writer: ObjectWriter,
+    crc: u32,
+    bytes: u64,
+}
+
+impl Merged {
+    async fn section(&mut self, mut sections: Vec<Section>) -> Result<u64, ReadError> {
+        let mut next: BinaryHeap<_> = sections
+            .iter()
+            .enumerate()
+            .filter_map(|(at, section)| section.lines.last().map(|line| Reverse((*line, at))))
+            .collect();
+        let mut written = 0;
+        while let Some(Reverse((_, at))) = next.pop() {
+            let section = &mut sections[at];
+            let text = section.next_line().await?;
+            self.writer.write(&text).await?;
+            self.crc = crc32c::crc32c_append(self.crc, &text);
+            self.bytes += text.len() as u64;
+            written += 1;
+            section.lines.pop();
+            if let Some(line) = section.lines.last() {
+                next.push(Reverse((*line, at)));
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// The output or error lines of one part, read from front to back.
+pub(super) struct Section {
+    blobs: Blobs,
+    object_key: String,
+    position: u64,
+    end: u64,
+    buffer: BytesMut,
+    /// The lines still to come, the next one last.
+    pub(super) lines: Vec<u32>,
+}
+
+impl Section {
+    pub(super) fn new(blobs: &Blobs, part: &NewPart, bytes: std::ops::Range<u64>, lines: &LineSet) -> Self {
+        let mut lines: Vec<u32> = lines.iter().collect();
+        lines.reverse();
+        Self {
+            blobs: blobs.clone(),
+            object_key: part.object_key.clone(),
+            position: bytes.start,
+            end: bytes.end,
+            buffer: BytesMut::new(),
+            lines,
+        }
+    }
+
+    /// The next line with its line feed.
+    pub(super) async fn next_line(&mut self) -> Result<Bytes, ReadError> {
+        let mut searched = 0;
+        loop {
+            if let Some(at) = memchr::memchr(b'\n', &self.buffer[searched..]) {
+                return Ok(self.buffer.split_to(searched + at + 1).freeze());
+            }
+            searched = self.buffer.len();
+            if self.position >= self.end {
+                return Err(ReadError::Corrupt(format!("{} ends in the middle of a line", self.object_key)));
+            }
+            let until = (self.position + READ_AHEAD.max(searched as u64)).min(self.end);
+            let mut more = self.blobs.get_range(&self.object_key, self.position..until).await?;
+            if more.is_empty() {
+                return Err(ReadError::Corrupt(format!("{} is shorter than its row says", self.object_key)));
+            }
+            self.position += more.len() as u64;
+            self.buffer.reserve(more.len());
+            self.buffer.extend_from_slice(&more);
+            more.advance(more.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{domain::TokenUsage, results::PartBuilder};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn parts_in_any_order_give_input_order(
+            lines in proptest::collection::vec((0usize..4, any::<bool>(), 0usize..3_000), 1..120),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                let folder = tempfile::tempdir().unwrap();
+                let blobs = Blobs::directory(folder.path()).unwrap();
+                let mut builders: Vec<PartBuilder> = (0..4).map(|_| PartBuilder::default()).collect();
+                let (mut output, mut errors) = (String::new(), String::new());
+                for (line, (part, good, length)) in lines.iter().enumerate() {
+                    let text = format!("{line}:{}\n", "x".repeat(*length * 40));
+                    let index = u32::try_from(line).unwrap();
+                    if *good {
+                        output.push_str(&text);
+                        builders[*part].complete(index, text.into_bytes(), TokenUsage::default());
+                    } else {
+                        errors.push_str(&text);
+                        builders[*part].fail(index, text.into_bytes());
+                    }
+                }
+                let mut parts = Vec::new();
+                for (at, builder) in builders.into_iter().enumerate().filter(|(_, builder)| builder.lines() > 0) {
+                    let (object, part) = builder.build(format!("part/{at}"));
+                    blobs.put(&part.object_key, object).await.unwrap();
+                    parts.push(part);
+                }
+                let parts: Vec<&NewPart> = parts.iter().collect();
+                let object = merge(&blobs, &parts, "final".into()).await.unwrap();
+                let bytes = blobs.get("final").await.unwrap();
+                assert_eq!(bytes, format!("{output}{errors}"));
+                assert_eq!(object.output_bytes as usize, output.len());
+                assert_eq!(object.error_bytes as usize, errors.len());
+                assert_eq!((object.output_lines + object.error_lines) as usize, lines.len());
+                assert_eq!(object.crc32c, crc32c::crc32c(&bytes));
+            });
+        }
+    }
+
+    #[tokio::test]
+    async fn a_torn_part_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        let mut builder = PartBuilder::default();
+        builder.complete(0, b"whole\n".to_vec(), TokenUsage::default());
+        let (object, part) = builder.build("p".into());
+        blobs.put("p", object.slice(0..3)).await.unwrap();
+        assert!(merge(&blobs, &[&part], "final".into()).await.is_err());
+        assert!(blobs.get("final").await.is_err());
+    }
+}

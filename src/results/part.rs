@@ -1,0 +1,83 @@
+//! Finished lines, gathered until they are worth an object.
+
+use bytes::Bytes;
+
+use crate::{
+    domain::{LineSet, TokenUsage},
+    store::{FinalObject, NewPart},
+};
+
+/// Lines that have their result but are not durable yet.
+#[derive(Debug, Default)]
+pub struct PartBuilder {
+    completed: Vec<(u32, Vec<u8>)>,
+    failed: Vec<(u32, Vec<u8>)>,
+    bytes: usize,
+    usage: TokenUsage,
+}
+
+impl PartBuilder {
+    /// Adds a line of the output file: `line` is its place in the segment, `text` ends with a line feed.
+    pub fn complete(&mut self, line: u32, text: Vec<u8>, usage: TokenUsage) {
+        self.bytes += text.len();
+        self.usage += usage;
+        self.completed.push((line, text));
+    }
+
+    /// Adds a line of the error file.
+    pub fn fail(&mut self, line: u32, text: Vec<u8>) {
+        self.bytes += text.len();
+        self.failed.push((line, text));
+    }
+
+    /// How many lines it has.
+    #[must_use]
+    pub fn lines(&self) -> usize {
+        self.completed.len() + self.failed.len()
+    }
+
+    /// How many bytes it has.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The object and its description: output lines, then error lines, each in input order.
+    #[must_use]
+    pub fn build(mut self, object_key: String) -> (Bytes, NewPart) {
+        self.completed.sort_unstable_by_key(|(line, _)| *line);
+        self.failed.sort_unstable_by_key(|(line, _)| *line);
+        let mut object = Vec::with_capacity(self.bytes);
+        for (_, text) in &self.completed {
+            object.extend_from_slice(text);
+        }
+        let output_bytes = object.len() as u64;
+        for (_, text) in &self.failed {
+            object.extend_from_slice(text);
+        }
+        let lines = |of: &[(u32, Vec<u8>)]| of.iter().map(|(line, _)| *line).collect::<LineSet>();
+        let part = NewPart {
+            object_key,
+            output_bytes,
+            error_bytes: object.len() as u64 - output_bytes,
+            crc32c: crc32c::crc32c(&object),
+            completed: lines(&self.completed),
+            failed: lines(&self.failed),
+            usage: self.usage,
+        };
+        (object.into(), part)
+    }
+}
+
+/// A segment's final object where one part has all of its lines: the part's own object, nothing is copied.
+#[must_use]
+pub fn finished(part: &NewPart) -> FinalObject {
+    FinalObject {
+        object_key: part.object_key.clone(),
+        output_bytes: part.output_bytes,
+        error_bytes: part.error_bytes,
+        output_lines: part.completed.len() as u64,
+        error_lines: part.failed.len() as u64,
+        crc32c: part.crc32c,
+    }
+}
