@@ -1,0 +1,221 @@
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+const GOOD: &str = r#"{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m"}}"#;
+
+fn problem(line: &str) -> String {
+    parse(line.as_bytes()).expect_err(line).to_string()
+}
+
+#[test]
+fn a_line_is_read_and_its_bytes_are_kept() {
+    let line = concat!(
+        "\t{ \"extra\":[1,{\"body\":2}] , \"body\" : {\"n\":1.0e2, \"messages\":[{\"content\":\"\\u00e9}\"}],\"model\":\"m\\/x\",",
+        "\"stream\":false } ,\"url\":\"/v1/embeddings\",\"custom_id\": \"\\u0061\\n\" ,\"method\":\"POST\"} \r"
+    );
+    let read = parse(line.as_bytes()).unwrap();
+    assert_eq!(read.custom_id, "a\n");
+    assert_eq!(read.custom_id_json, r#""\u0061\n""#);
+    assert_eq!(read.endpoint, Endpoint::Embeddings);
+    assert_eq!(read.model, "m/x");
+    assert_eq!(read.body, r#"{"n":1.0e2, "messages":[{"content":"\u00e9}"}],"model":"m\/x","stream":false }"#);
+    assert!(matches!(parse(GOOD.as_bytes()).unwrap().custom_id, Cow::Borrowed("a")));
+    assert!(matches!(parse(GOOD.as_bytes()).unwrap().model, Cow::Borrowed("m")));
+}
+
+#[test]
+fn keys_are_known_however_they_are_written() {
+    let line = GOOD.replace("body", r"b\u006fdy").replace("\"model", r#""\u006dodel"#);
+    assert_eq!(parse(line.as_bytes()).unwrap().model, "m");
+    let twice = GOOD.replace("{\"model", r#"{"\u006dodel":"other","model"#);
+    assert_eq!(problem(&twice), "body.model is there more than once; expected it once");
+}
+
+#[test]
+fn every_rule_has_its_message() {
+    let cases = [
+        (
+            r#""custom_id":"a""#,
+            r#""x":1"#,
+            "custom_id is missing; expected a string of 1 to 512 bytes, unique in the file",
+        ),
+        (r#""a""#, r#""""#, "custom_id is empty; expected a string of 1 to 512 bytes, unique in the file"),
+        (r#""a""#, "7", "custom_id is a number; expected a string of 1 to 512 bytes, unique in the file"),
+        (r#""a""#, "null", "custom_id is null; expected a string of 1 to 512 bytes, unique in the file"),
+        (r#""method":"POST","#, "", "method is missing; expected \"POST\""),
+        ("POST", "GET", "method is \"GET\"; expected \"POST\""),
+        (r#""POST""#, "true", "method is a boolean; expected \"POST\""),
+        (
+            r#""url":"/v1/chat/completions","#,
+            "",
+            "url is missing; expected one of /v1/chat/completions, /v1/completions",
+        ),
+        ("/v1/chat/completions", "/v1/files", "url is \"/v1/files\"; expected one of /v1/chat/completions, /v1/comp"),
+        (r#","body":{"model":"m"}"#, "", "body is missing; expected a JSON object"),
+        (r#"{"model":"m"}"#, "[]", "body is an array; expected a JSON object"),
+        (r#"{"model":"m"}"#, "\"{}\"", "body is a string; expected a JSON object"),
+        (r#"{"model":"m"}"#, "{}", "body.model is missing; expected a string of 1 to 1024 bytes"),
+        (r#""m""#, "\"\"", "body.model is empty; expected a string of 1 to 1024 bytes"),
+        (r#""m""#, "1", "body.model is a number; expected a string"),
+        (r#""m""#, "-1.5", "body.model is a number; expected a string"),
+        (r#""m""#, "[[\"m\"]]", "body.model is an array; expected a string"),
+        (r#""m""#, r#"{"a":{"b":1}}"#, "body.model is an object; expected a string"),
+        (r#""m""#, r#""m","stream":true"#, "body.stream is on; expected false, null or no such field"),
+        (r#""m""#, r#""m","stream":"yes""#, "body.stream is on; expected"),
+        (r#""m""#, r#""m","stream":1"#, "body.stream is on; expected"),
+        (r#"{"custom"#, r#"{"custom_id":"b","custom"#, "custom_id is there more than once; expected it once"),
+        (r#"{"custom"#, r#"{"body":{},"custom"#, "body is there more than once; expected it once"),
+        (r#""m""#, r#""m","model":"m""#, "body.model is there more than once; expected it once"),
+        (
+            r#""m"}}"#,
+            r#""m"}"#,
+            "not valid JSON: the line ends, expected `,` or `}` at byte 83; expected one JSON object",
+        ),
+        (r#""m"}}"#, r#""m"}}}"#, "not valid JSON: more text after the object at byte 84;"),
+        (r#""m"}}"#, r#""m"}};"#, "not valid JSON: more text after the object at byte 84;"),
+        (r#""m"}}"#, r#""m"},}"#, "not valid JSON: expected a key in quotes at byte 84;"),
+        (r#""m"}}"#, r#""m",}}"#, "not valid JSON: trailing comma at byte 83;"),
+        (r#""method":"#, r#""method" "#, "not valid JSON: expected `:` at byte 28;"),
+        (r#","method":"#, r#""method":"#, "not valid JSON: expected `,` or `}` at byte 17;"),
+        (r#""a""#, r#""\ud800""#, "not valid JSON: unexpected end of hex escape at byte 2"),
+        (r#""a""#, "", "not valid JSON: expected value at byte 14"),
+        (
+            r#""a""#,
+            "\"a\tb\"",
+            "not valid JSON: control character (\\u0000-\\u001F) found while parsing a string at byte 1",
+        ),
+    ];
+    for (from, to, expected) in cases {
+        let found = problem(&GOOD.replacen(from, to, 1));
+        assert!(found.starts_with(expected), "{from} -> {to}\n   found: {found}\nexpected: {expected}");
+    }
+    assert_eq!(problem("[1,2]"), "found an array; expected a JSON object");
+    assert_eq!(problem("17"), "found a number; expected a JSON object");
+    assert!(problem("{").starts_with("not valid JSON: the line ends, expected a key in quotes at byte 2"));
+    assert!(problem("nonsense").starts_with("not valid JSON: "), "{}", problem("nonsense"));
+    assert!(problem("{}").starts_with("custom_id is missing"));
+    assert!(problem("").starts_with("not valid JSON: the line ends, expected a value at byte 1;"));
+    let bad = [&GOOD.as_bytes()[..14], b"\xff", &GOOD.as_bytes()[14..]].concat();
+    assert_eq!(parse(&bad).unwrap_err().to_string(), "not UTF-8 at byte 15; expected UTF-8 text");
+}
+
+#[test]
+fn the_custom_id_is_named_wherever_it_stands() {
+    let known = |line: &str| parse(line.as_bytes()).unwrap_err().custom_id;
+    assert_eq!(known(r#"{"method":"GET","url":7,"custom_id":"x"}"#).as_deref(), Some("x"));
+    assert_eq!(known(r#"{"custom_id":"x","#).as_deref(), Some("x"));
+    assert_eq!(known(r#"{"custom_id":"x","custom_id":"y"}"#).as_deref(), Some("x"));
+    assert_eq!(known(r#"{"custom_id":"x"#), None);
+}
+
+#[test]
+fn lengths_are_of_the_decoded_text() {
+    let with = |id: &str| GOOD.replace("\"a\"", &format!("\"{id}\""));
+    assert!(parse(with(&r"\u0061".repeat(512)).as_bytes()).is_ok());
+    let long = parse(with(&"é".repeat(257)).as_bytes()).unwrap_err();
+    assert!(long.to_string().starts_with("custom_id has 514 bytes; expected"), "{long}");
+    assert_eq!(long.custom_id.unwrap(), format!("{}…", "é".repeat(60)));
+    let model = GOOD.replace("\"m\"", &format!("\"{}\"", "m".repeat(1_025)));
+    assert!(problem(&model).starts_with("body.model has 1025 bytes"));
+}
+
+#[test]
+fn nesting_does_not_reach_the_stack() {
+    let deep = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+    for place in [r#"{"model":"m"}"#, r#""m""#, r#""a""#, r#""POST""#] {
+        let line = GOOD.replacen(place, &deep(100_000), 1);
+        assert!(parse(line.as_bytes()).is_err(), "{place}");
+        let line = GOOD.replacen(place, &"{\"a\":".repeat(100_000), 1);
+        assert!(parse(line.as_bytes()).is_err(), "{place}");
+    }
+    // Accepted: whether it is too deep is the worker's to say.
+    let line = GOOD.replacen(r#""m""#, &format!(r#""m","x":{}"#, deep(100_000)), 1);
+    assert_eq!(parse(line.as_bytes()).unwrap().body.len(), line.len() - GOOD.len() + 13);
+    assert!(parse(deep(100_000).as_bytes()).is_err());
+    assert!(parse("[".repeat(1_000_000).as_bytes()).is_err());
+}
+
+#[test]
+fn bodies_alone_follow_the_same_rules() {
+    assert_eq!(model_of(b" {\"model\":\"m\",\n\"stream\":null}\n").unwrap(), "m");
+    let cases: [(&[u8], &str); 8] = [
+        (b"", "not valid JSON: the line ends, expected a value at byte 1"),
+        (b"[]", "body is an array; expected a JSON object"),
+        (b"{}", "body.model is missing"),
+        (br#"{"model":"m"},"url":"x""#, "not valid JSON: more text after the object at byte 14"),
+        (br#"{"model":"m","stream":true}"#, "body.stream is on"),
+        (b"{\"model\":\"m\"", "not valid JSON: EOF while parsing an object at byte 12"),
+        (b"{\n\"model\":\n\"m\";", "not valid JSON: expected `,` or `}` at byte 15"),
+        (b"{\"model\":\"\xff\"}", "not UTF-8 at byte 11"),
+    ];
+    for (body, expected) in cases {
+        let found = model_of(body).unwrap_err().to_string();
+        assert!(found.starts_with(expected), "{found}");
+    }
+}
+
+#[test]
+fn the_lines_of_a_segment_keep_their_places() {
+    let lines = |text: &'static str| {
+        super::lines(text.as_bytes()).map(|(at, line)| (at, std::str::from_utf8(line).unwrap())).collect::<Vec<_>>()
+    };
+    assert_eq!(lines("a\n\n \t\r\nb\r\nc"), [(0, "a"), (3, "b\r"), (4, "c")]);
+    assert_eq!(lines("a\n"), [(0, "a")]);
+    assert_eq!(lines(""), []);
+    assert_eq!(lines("\n"), []);
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        ".{0,8}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(4, 24, 4, |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            proptest::collection::btree_map("[a-z\"\\\\]{1,5}", inner, 0..4)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn what_a_json_library_writes_is_read_back(
+        custom_id in ".{1,40}", model in ".{1,20}", x in any_json(), y in any_json(), pretty in any::<bool>(),
+    ) {
+        let body = json!({"model": model, "x": x, "messages": y});
+        let line = json!({"custom_id": custom_id, "method": "POST", "url": "/v1/score", "body": body, "metadata": x});
+        let text = if pretty { serde_json::to_string_pretty(&line).unwrap() } else { line.to_string() };
+        let read = parse(text.as_bytes()).unwrap();
+        prop_assert_eq!(&read.custom_id, &custom_id);
+        prop_assert_eq!(serde_json::from_str::<String>(read.custom_id_json).unwrap(), custom_id);
+        prop_assert_eq!(&read.model, &model);
+        prop_assert_eq!(read.endpoint, Endpoint::Score);
+        prop_assert!(text.contains(read.body));
+        let whole: Value = serde_json::from_str(&text).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<Value>(read.body).unwrap(), &whole["body"]);
+        prop_assert_eq!(model_of(read.body.as_bytes()).unwrap(), model);
+    }
+
+    /// No bytes crash it, and what it takes for a line is JSON.
+    #[test]
+    fn damaged_lines_are_refused_or_still_json(
+        at in 0..GOOD.len(), remove in 0usize..6, insert in proptest::collection::vec(any::<u8>(), 0..6),
+    ) {
+        let mut line = GOOD.as_bytes().to_vec();
+        line.splice(at..(at + remove).min(GOOD.len()), insert);
+        match parse(&line) {
+            Ok(read) => {
+                prop_assert!(serde_json::from_slice::<Value>(&line).is_ok());
+                prop_assert!(!read.custom_id.is_empty() && !read.model.is_empty());
+            }
+            Err(error) => prop_assert!(!error.to_string().is_empty()),
+        }
+    }
+}
