@@ -1,1 +1,560 @@
-//! fleet
+//! The workers: which there are, how they are, and one HTTP request to one of them.
+//!
+//! [`board`] decides who gets which worker's next slot, [`health`] when a worker is down, [`load`] reads its metrics: all
+//! pure. [`probe`] and [`dispatch`] talk to workers; this file holds them together.
+
+mod board;
+mod dispatch;
+mod health;
+mod load;
+mod probe;
+mod worker;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use reqwest::{Client, RequestBuilder};
+use smallvec::SmallVec;
+use tokio::{
+    sync::{oneshot, watch},
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use board::{Rank, Want, WorkerKey};
+pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable};
+pub use worker::{Worker, base_url};
+
+use crate::{
+    domain::{Endpoint, Timestamp, WorkerId},
+    store::{RemovedWorker, Store, StoreError, WorkerRecord},
+};
+use board::{Board, Ticket};
+
+/// Between two looks at the workers in the database: other nodes register some too.
+const SYNC: Duration = Duration::from_secs(1);
+/// Tries of an interactive call, over different workers.
+const INFER_TRIES: usize = 3;
+/// Idle connections are closed before vLLM's server closes them (5 s), so that no request meets a closing one.
+const POOL_IDLE: Duration = Duration::from_secs(3);
+
+/// How a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerState {
+    /// Not yet seen healthy.
+    Starting,
+    /// Takes requests.
+    Healthy,
+    /// Takes no new requests, because it was told so.
+    Draining,
+    /// Does not answer, or not as it should.
+    Down,
+}
+
+/// A worker as clients see it.
+#[derive(Clone, Debug)]
+pub struct WorkerView {
+    /// Its id.
+    pub id: WorkerId,
+    /// Base URL, without `/v1`.
+    pub url: String,
+    /// What its `/v1/models` lists.
+    pub models: Vec<String>,
+    /// How it is.
+    pub state: WorkerState,
+    /// Requests that this node has in flight there.
+    pub in_flight: u32,
+    /// The most that this node sends at a time.
+    pub limit: u32,
+    /// What its `/metrics` says; none without vLLM's names there.
+    pub load: Option<Load>,
+    /// Generated tokens per second over the last seconds, as seen from here.
+    pub output_tokens_per_second: f64,
+    /// Requests answered per second over the last seconds, as seen from here.
+    pub requests_per_second: f64,
+    /// Why it is down.
+    pub last_error: Option<String>,
+    /// When it was first known.
+    pub created_at: Timestamp,
+}
+
+/// A worker's load, by its own account.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Load {
+    /// `vllm:num_requests_running`
+    pub running: f64,
+    /// `vllm:num_requests_waiting`
+    pub waiting: f64,
+    /// `vllm:kv_cache_usage_perc`, 0 to 1.
+    pub kv_cache_usage: f64,
+    /// `vllm:num_preemptions_total`
+    pub preemptions: f64,
+}
+
+/// Why a worker could not be added or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// The URL can't be a worker's.
+    #[error("{0}")]
+    BadUrl(String),
+    /// There is no such worker.
+    #[error("no worker {0}")]
+    NotFound(WorkerId),
+    /// The server's configuration names it.
+    #[error("worker {0} comes from the server's configuration: remove it there")]
+    FromConfig(WorkerId),
+    /// The HTTP client can't be made.
+    #[error("the HTTP client for workers could not be made: {0}")]
+    Client(String),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a request was not answered by any worker.
+#[derive(Debug, thiserror::Error)]
+pub enum InferError {
+    /// No healthy worker serves the model.
+    #[error("no healthy worker serves the model {0:?}")]
+    NoWorker(String),
+    /// No worker answered in time.
+    #[error("no worker answered within {0:?}")]
+    Timeout(Duration),
+    /// The workers that took it failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// An answer to [`Fleet::infer`].
+#[derive(Clone, Debug)]
+pub struct Inferred {
+    /// The worker that answered.
+    pub worker: WorkerId,
+    /// Its HTTP status.
+    pub status: u16,
+    /// Its body, untouched.
+    pub body: Bytes,
+}
+
+/// How this node treats its workers.
+#[derive(Clone, Debug)]
+pub struct FleetOptions {
+    /// Requests in flight per worker, 1 or more.
+    pub limit: u32,
+    /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
+    pub api_key: Option<String>,
+}
+
+/// The workers of this node. Cheap to clone.
+#[derive(Clone)]
+pub struct Fleet {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    client: Client,
+    options: FleetOptions,
+    desks: Mutex<Desks>,
+    workers: Mutex<BTreeMap<WorkerKey, Arc<Worker>>>,
+    /// Counts changes of what is served; the scheduler wakes by it.
+    topology: watch::Sender<u64>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+#[derive(Default)]
+struct Desks {
+    board: Board,
+    waiting: BTreeMap<Ticket, oneshot::Sender<Slot>>,
+    next_key: u32,
+}
+
+impl Fleet {
+    /// Starts to look after the workers that the database knows. `tasks` gets the loops, `shutdown` ends them.
+    ///
+    /// # Errors
+    /// [`FleetError`] if the workers can't be read.
+    pub async fn start(
+        store: Store,
+        options: FleetOptions,
+        tasks: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Result<Self, FleetError> {
+        let client = Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(probe::TIMEOUT)
+            .pool_idle_timeout(POOL_IDLE)
+            .pool_max_idle_per_host(usize::MAX)
+            .tcp_nodelay(true)
+            .build()
+            .map_err(|error| FleetError::Client(error.to_string()))?;
+        let inner = Inner {
+            store,
+            client,
+            options,
+            desks: Mutex::default(),
+            workers: Mutex::default(),
+            topology: watch::Sender::new(0),
+            tasks: tasks.clone(),
+            shutdown,
+        };
+        let fleet = Self { inner: Arc::new(inner) };
+        fleet.sync().await?;
+        let looked_after = fleet.clone();
+        tasks.spawn(async move { looked_after.look_after().await });
+        Ok(fleet)
+    }
+
+    async fn look_after(self) {
+        let mut tick = tokio::time::interval(SYNC);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.inner.shutdown.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            if let Err(error) = self.sync().await {
+                tracing::warn!(%error, "the list of workers could not be read");
+            }
+        }
+    }
+
+    /// Brings the workers in memory in line with those in the database.
+    async fn sync(&self) -> Result<(), FleetError> {
+        let records = self.inner.store.workers().await?;
+        let known: BTreeMap<WorkerId, Arc<Worker>> =
+            self.inner.workers.lock().values().map(|worker| (worker.id.clone(), worker.clone())).collect();
+        let wanted: BTreeSet<&WorkerId> = records.iter().map(|record| &record.id).collect();
+        for worker in known.values().filter(|worker| !wanted.contains(&worker.id)) {
+            self.inner.forget(worker);
+        }
+        for record in &records {
+            match known.get(&record.id) {
+                Some(worker) => {
+                    let changed =
+                        std::mem::replace(&mut worker.state.lock().draining, record.draining) != record.draining;
+                    if changed {
+                        self.inner.refresh(worker);
+                    }
+                }
+                None => self.add(record),
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&self, record: &WorkerRecord) {
+        let Ok(base) = base_url(&record.url) else {
+            tracing::error!(url = %record.url, "a stored worker has no usable URL");
+            return;
+        };
+        let key = {
+            let mut desks = self.inner.desks.lock();
+            desks.next_key += 1;
+            WorkerKey(desks.next_key)
+        };
+        let worker = Arc::new(Worker::new(key, record, &base, self.inner.shutdown.child_token()));
+        {
+            let mut workers = self.inner.workers.lock();
+            // Two syncs at a time may both have found it missing.
+            if workers.values().any(|other| other.id == record.id) {
+                return;
+            }
+            workers.insert(key, worker.clone());
+        }
+        self.inner.tasks.spawn(probe::run(self.inner.clone(), worker, base));
+    }
+
+    /// All workers, in the order in which they were added.
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerView> {
+        let workers: Vec<_> = self.inner.workers.lock().values().cloned().collect();
+        let mut views: Vec<_> = workers
+            .into_iter()
+            .map(|worker| {
+                let (in_flight, limit) = self.inner.desks.lock().board.load(worker.key);
+                worker.view(in_flight, if limit == 0 { self.inner.options.limit } else { limit })
+            })
+            .collect();
+        views.sort_by(|a, b| a.id.cmp(&b.id));
+        views
+    }
+
+    fn view(&self, id: &WorkerId) -> Result<WorkerView, FleetError> {
+        self.workers().into_iter().find(|worker| worker.id == *id).ok_or_else(|| FleetError::NotFound(id.clone()))
+    }
+
+    /// Adds a worker, durably, or ends the draining of the one with that URL.
+    ///
+    /// # Errors
+    /// [`FleetError::BadUrl`], [`FleetError::Store`].
+    pub async fn register(&self, url: &str) -> Result<WorkerView, FleetError> {
+        let base = base_url(url).map_err(FleetError::BadUrl)?;
+        let record = self.inner.store.register_worker(&worker::canonical(&base)).await?;
+        self.sync().await?;
+        self.view(&record.id)
+    }
+
+    /// Makes the workers that the configuration names known; those it named before and names no more are forgotten.
+    ///
+    /// # Errors
+    /// [`FleetError::BadUrl`], [`FleetError::Store`].
+    pub async fn configure(store: &Store, urls: &[String]) -> Result<(), FleetError> {
+        let urls = urls
+            .iter()
+            .map(|url| base_url(url).map(|url| worker::canonical(&url)).map_err(FleetError::BadUrl))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(store.configure_workers(&urls).await?)
+    }
+
+    /// Sends a worker nothing new. What is in flight finishes.
+    ///
+    /// # Errors
+    /// [`FleetError`].
+    pub async fn drain(&self, id: &WorkerId) -> Result<WorkerView, FleetError> {
+        self.inner.store.drain_worker(id).await?.ok_or_else(|| FleetError::NotFound(id.clone()))?;
+        self.sync().await?;
+        self.view(id)
+    }
+
+    /// Forgets a worker; what it has in flight is abandoned and runs elsewhere.
+    ///
+    /// # Errors
+    /// [`FleetError`].
+    pub async fn remove(&self, id: &WorkerId) -> Result<(), FleetError> {
+        match self.inner.store.remove_worker(id).await? {
+            RemovedWorker::Removed => Ok(self.sync().await?),
+            RemovedWorker::NotFound => Err(FleetError::NotFound(id.clone())),
+            RemovedWorker::FromConfig => Err(FleetError::FromConfig(id.clone())),
+        }
+    }
+
+    /// The models that healthy, undraining workers serve.
+    #[must_use]
+    pub fn served(&self) -> BTreeSet<Arc<str>> {
+        self.inner.desks.lock().board.served()
+    }
+
+    /// Those of the models that no healthy, undraining worker serves.
+    #[must_use]
+    pub fn unserved<'a>(&self, models: &'a [String]) -> Vec<&'a str> {
+        let served = self.served();
+        models.iter().map(String::as_str).filter(|model| !served.contains(*model)).collect()
+    }
+
+    /// How many requests for a model can be in flight at once. 0: nobody serves it now.
+    #[must_use]
+    pub fn capacity(&self, model: &str) -> u32 {
+        self.inner.desks.lock().board.capacity(model)
+    }
+
+    /// Changes whenever another set of models is served, or with another capacity.
+    #[must_use]
+    pub fn topology(&self) -> watch::Receiver<u64> {
+        self.inner.topology.subscribe()
+    }
+
+    /// A slot, if one is free and nobody of the same rank waits for one.
+    #[must_use]
+    pub fn try_acquire(&self, want: &Want) -> Option<Slot> {
+        let key = self.inner.desks.lock().board.take(want)?;
+        self.inner.slot(key)
+    }
+
+    /// Waits for a slot, for as long as it takes. Dropped, it waits no more.
+    #[must_use]
+    pub fn acquire(&self, want: Want) -> Acquire {
+        let (sender, receiver) = oneshot::channel();
+        let ticket = {
+            let mut desks = self.inner.desks.lock();
+            let ticket = desks.board.queue(want);
+            desks.waiting.insert(ticket, sender);
+            ticket
+        };
+        self.inner.grant();
+        Acquire { inner: self.inner.clone(), ticket, receiver }
+    }
+
+    /// Runs one request now, ahead of all batch work.
+    ///
+    /// # Errors
+    /// [`InferError`].
+    pub async fn infer(
+        &self,
+        endpoint: Endpoint,
+        model: &str,
+        body: Bytes,
+        timeout: Duration,
+    ) -> Result<Inferred, InferError> {
+        let deadline = Instant::now() + timeout;
+        let mut want = Want { model: model.into(), rank: Rank::interactive(), avoid: SmallVec::new() };
+        let mut last = None;
+        while want.avoid.len() < INFER_TRIES {
+            if self.capacity(model) == 0 {
+                return Err(InferError::NoWorker(model.to_owned()));
+            }
+            let slot = tokio::time::timeout_at(deadline, self.acquire(want.clone()));
+            let Ok(Some(slot)) = slot.await else { return Err(InferError::Timeout(timeout)) };
+            match slot.send(endpoint, body.clone(), deadline.saturating_duration_since(Instant::now())).await {
+                Ok(answer) => {
+                    slot.worker.count(0);
+                    return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });
+                }
+                Err(failure) if failure.kind == FailureKind::Timeout => return Err(InferError::Timeout(timeout)),
+                Err(failure) => {
+                    want.avoid.push(failure.worker);
+                    last = Some((slot.worker.id.clone(), failure));
+                }
+            }
+        }
+        match last {
+            // What a worker says after all tries is an answer too.
+            Some((worker, Failure { answer: Some(answer), .. })) => {
+                Ok(Inferred { worker, status: answer.status, body: answer.body })
+            }
+            Some((_, failure)) => Err(InferError::Failed(failure.message)),
+            None => Err(InferError::NoWorker(model.to_owned())),
+        }
+    }
+}
+
+impl Inner {
+    fn bearer(&self) -> Option<&str> {
+        self.options.api_key.as_deref()
+    }
+
+    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
+        match self.bearer() {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    }
+
+    /// The slot that the board has just given out.
+    fn slot(self: &Arc<Self>, key: WorkerKey) -> Option<Slot> {
+        let worker = self.workers.lock().get(&key).cloned();
+        match worker {
+            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker }),
+            None => {
+                self.desks.lock().board.release(key);
+                None
+            }
+        }
+    }
+
+    /// Hands free slots to those who wait.
+    fn grant(self: &Arc<Self>) {
+        let granted: SmallVec<[(Option<oneshot::Sender<Slot>>, WorkerKey); 4]> = {
+            let mut desks = self.desks.lock();
+            let granted = desks.board.grant();
+            granted.into_iter().map(|(ticket, key)| (desks.waiting.remove(&ticket), key)).collect()
+        };
+        for (sender, key) in granted {
+            match (sender, self.slot(key)) {
+                // Nobody waits any more: the slot comes back as it is dropped.
+                (Some(sender), Some(slot)) => drop(sender.send(slot)),
+                (None, Some(slot)) => drop(slot),
+                (_, None) => {}
+            }
+        }
+    }
+
+    /// Tells the board how a worker is now.
+    fn refresh(self: &Arc<Self>, worker: &Worker) {
+        let (models, serving, open) = {
+            let state = worker.state.lock();
+            (state.models.clone(), state.is_serving(), state.is_open(Instant::now()))
+        };
+        let changed = {
+            let mut desks = self.desks.lock();
+            let before = desks.board.served();
+            let was_open = desks.board.is_open(worker.key);
+            desks.board.set(worker.key, models, serving, open, self.options.limit);
+            was_open != open || before != desks.board.served()
+        };
+        if changed {
+            self.topology.send_modify(|version| *version += 1);
+            self.grant();
+        }
+    }
+
+    /// Sends a worker nothing until a probe has reached it.
+    fn suspect(self: &Arc<Self>, worker: &Worker, error: &str) {
+        {
+            let mut state = worker.state.lock();
+            state.suspect = true;
+            state.last_error = Some(error.to_owned());
+        }
+        self.refresh(worker);
+        worker.probe_now.notify_one();
+    }
+
+    /// Sends a worker nothing for a while.
+    fn hold(self: &Arc<Self>, worker: &Worker, pause: Duration) {
+        let until = Instant::now() + pause;
+        {
+            let mut state = worker.state.lock();
+            state.held_until = state.held_until.max(Some(until));
+        }
+        self.refresh(worker);
+        // The probe's loop opens it again when the time is over.
+        worker.probe_now.notify_one();
+    }
+
+    fn forget(self: &Arc<Self>, worker: &Worker) {
+        self.workers.lock().remove(&worker.key);
+        self.desks.lock().board.remove(worker.key);
+        worker.gone.cancel();
+        self.topology.send_modify(|version| *version += 1);
+        tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");
+    }
+}
+
+/// One request that a worker may have in flight.
+pub struct Slot {
+    fleet: Arc<Inner>,
+    /// The worker.
+    pub worker: Arc<Worker>,
+    abandoned: CancellationToken,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.fleet.desks.lock().board.release(self.worker.key);
+        self.fleet.grant();
+    }
+}
+
+/// Waits for a [`Slot`]. None: the fleet is gone.
+pub struct Acquire {
+    inner: Arc<Inner>,
+    ticket: Ticket,
+    receiver: oneshot::Receiver<Slot>,
+}
+
+impl Future for Acquire {
+    type Output = Option<Slot>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(context).map(Result::ok)
+    }
+}
+
+impl Drop for Acquire {
+    fn drop(&mut self) {
+        let mut desks = self.inner.desks.lock();
+        desks.board.leave(self.ticket);
+        desks.waiting.remove(&self.ticket);
+        // A slot that is in the channel already comes back as the receiver is dropped, after this lock.
+    }
+}

@@ -239,6 +239,28 @@ impl Store {
         Ok(Renewed { held })
     }
 
+    /// Of these batches, those whose lines are no longer to be run: how they are to end, and whether they have ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn endings(&self, ids: &[BatchId]) -> Result<Vec<(BatchId, Option<Ending>, bool)>, StoreError> {
+        let rows: Vec<(String, String, Option<String>)> = batch::Entity::find()
+            .select_only()
+            .columns([batch::Column::Id, batch::Column::Status, batch::Column::Ending])
+            .filter(batch::Column::Id.is_in(ids.iter().map(BatchId::as_str)))
+            .into_tuple()
+            .all(self.read())
+            .await?;
+        let mut found = Vec::new();
+        for (id, status, ending) in rows {
+            let (ending, ended) = (convert::ending(ending.as_deref())?, convert::status(&status)?.is_terminal());
+            if ending.is_some() || ended {
+                found.push((BatchId::from_text(id), ending, ended));
+            }
+        }
+        Ok(found)
+    }
+
     /// Gives a segment back, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
     ///
     /// # Errors

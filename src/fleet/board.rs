@@ -1,0 +1,313 @@
+//! Who gets which worker's next free slot: the pure core of dispatch. No clock, no locks, no IO.
+//!
+//! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
+//! the best rank first, then to who asked first, and among the workers that serve the model to the least loaded one.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use smallvec::SmallVec;
+
+use crate::domain::{Priority, Timestamp};
+
+/// Which worker, on this node, for as long as this process knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerKey(pub u32);
+
+/// Who goes first: interactive calls, then higher priority, then the earlier deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    batch: bool,
+    priority: Reverse<Priority>,
+    expires_at: Timestamp,
+}
+
+impl Rank {
+    /// Ahead of all batch work.
+    #[must_use]
+    pub fn interactive() -> Self {
+        Self { batch: false, priority: Reverse(Priority::default()), expires_at: Timestamp(0) }
+    }
+
+    /// A batch's.
+    #[must_use]
+    pub fn batch(priority: Priority, expires_at: Timestamp) -> Self {
+        Self { batch: true, priority: Reverse(priority), expires_at }
+    }
+}
+
+/// A wish for a slot.
+#[derive(Clone, Debug)]
+pub struct Want {
+    /// The model that the worker must serve.
+    pub model: Arc<str>,
+    /// Who goes first.
+    pub rank: Rank,
+    /// Workers that have failed this request: taken only if no other serves the model.
+    pub avoid: SmallVec<[WorkerKey; 4]>,
+}
+
+/// A waiting [`Want`].
+pub type Ticket = (Rank, u64);
+
+/// What the board knows of a worker.
+#[derive(Clone, Debug, Default)]
+struct Desk {
+    models: BTreeSet<Arc<str>>,
+    /// Healthy and not draining: it is worth waiting for.
+    serving: bool,
+    /// Serving, and not held back for the moment.
+    open: bool,
+    limit: u32,
+    in_flight: u32,
+}
+
+/// All workers and all who wait for one.
+#[derive(Debug, Default)]
+pub struct Board {
+    desks: BTreeMap<WorkerKey, Desk>,
+    waiting: BTreeMap<Ticket, Want>,
+    next: u64,
+}
+
+impl Board {
+    /// Takes a free slot at once. None if there is none, or if somebody of the same or a better rank waits for that model.
+    pub fn take(&mut self, want: &Want) -> Option<WorkerKey> {
+        let ahead = self.waiting.range(..=(want.rank, u64::MAX)).any(|(_, other)| other.model == want.model);
+        if ahead { None } else { self.seat(want) }
+    }
+
+    /// Waits for a slot: [`Board::grant`] will name the ticket.
+    pub fn queue(&mut self, want: Want) -> Ticket {
+        let ticket = (want.rank, self.next);
+        self.next += 1;
+        self.waiting.insert(ticket, want);
+        ticket
+    }
+
+    /// Waits no more.
+    pub fn leave(&mut self, ticket: Ticket) {
+        self.waiting.remove(&ticket);
+    }
+
+    /// Gives a slot back.
+    pub fn release(&mut self, worker: WorkerKey) {
+        if let Some(desk) = self.desks.get_mut(&worker) {
+            desk.in_flight = desk.in_flight.saturating_sub(1);
+        }
+    }
+
+    /// Gives free slots to those who wait, best first, until nothing fits.
+    pub fn grant(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
+        let mut granted = SmallVec::new();
+        if self.waiting.is_empty() {
+            return granted;
+        }
+        let tickets: SmallVec<[Ticket; 16]> = self.waiting.keys().copied().collect();
+        for ticket in tickets {
+            if !self.desks.values().any(Desk::free) {
+                break;
+            }
+            let Some(want) = self.waiting.get(&ticket).cloned() else { continue };
+            if let Some(worker) = self.seat(&want) {
+                self.waiting.remove(&ticket);
+                granted.push((ticket, worker));
+            }
+        }
+        granted
+    }
+
+    /// Says what a worker serves, whether it takes requests at all and at the moment, and how many at a time.
+    pub fn set(
+        &mut self,
+        worker: WorkerKey,
+        models: impl IntoIterator<Item = Arc<str>>,
+        serving: bool,
+        open: bool,
+        limit: u32,
+    ) {
+        let desk = self.desks.entry(worker).or_default();
+        desk.models = models.into_iter().collect();
+        desk.serving = serving;
+        desk.open = serving && open;
+        desk.limit = limit;
+    }
+
+    /// Opens or closes a worker. Returns whether that changed anything.
+    #[cfg(test)]
+    fn open(&mut self, worker: WorkerKey, open: bool) -> bool {
+        match self.desks.get_mut(&worker) {
+            Some(desk) if desk.open != open => {
+                desk.open = open;
+                desk.serving = open;
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    /// Whether a worker takes requests at the moment.
+    #[must_use]
+    pub fn is_open(&self, worker: WorkerKey) -> bool {
+        self.desks.get(&worker).is_some_and(|desk| desk.open)
+    }
+
+    /// Forgets a worker. Slots that are still out come back to nobody.
+    pub fn remove(&mut self, worker: WorkerKey) {
+        self.desks.remove(&worker);
+    }
+
+    /// Slots out and slots in all of a worker.
+    #[must_use]
+    pub fn load(&self, worker: WorkerKey) -> (u32, u32) {
+        self.desks.get(&worker).map_or((0, 0), |desk| (desk.in_flight, desk.limit))
+    }
+
+    /// How many requests for a model can be in flight at once. 0: nobody serves it now.
+    #[must_use]
+    pub fn capacity(&self, model: &str) -> u32 {
+        self.desks.values().filter(|desk| desk.serving && desk.models.contains(model)).map(|desk| desk.limit).sum()
+    }
+
+    /// The models that are served now.
+    #[must_use]
+    pub fn served(&self) -> BTreeSet<Arc<str>> {
+        self.desks.values().filter(|desk| desk.serving).flat_map(|desk| desk.models.iter().cloned()).collect()
+    }
+
+    fn seat(&mut self, want: &Want) -> Option<WorkerKey> {
+        let serves = |desk: &Desk| desk.open && desk.models.contains(&want.model);
+        // A worker that failed the request is better than none, but only if there is no other that serves the model.
+        let fresh = self.desks.iter().any(|(key, desk)| serves(desk) && !want.avoid.contains(key));
+        let (key, desk) = self
+            .desks
+            .iter_mut()
+            .filter(|(key, desk)| serves(desk) && desk.free() && !(fresh && want.avoid.contains(key)))
+            .min_by(|(_, a), (_, b)| {
+                // in_flight / limit, without dividing.
+                (u64::from(a.in_flight) * u64::from(b.limit)).cmp(&(u64::from(b.in_flight) * u64::from(a.limit)))
+            })?;
+        desk.in_flight += 1;
+        Some(*key)
+    }
+}
+
+impl Desk {
+    fn free(&self) -> bool {
+        self.open && self.in_flight < self.limit
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn want(model: &str, rank: Rank, avoid: &[u32]) -> Want {
+        Want { model: model.into(), rank, avoid: avoid.iter().map(|key| WorkerKey(*key)).collect() }
+    }
+
+    fn rank(priority: i32, expires_at: i64) -> Rank {
+        Rank::batch(Priority::new(priority).unwrap(), Timestamp(expires_at))
+    }
+
+    fn board(workers: &[(u32, &[&str], u32)]) -> Board {
+        let mut board = Board::default();
+        for (key, models, limit) in workers {
+            board.set(WorkerKey(*key), models.iter().map(|model| Arc::from(*model)), true, true, *limit);
+        }
+        board
+    }
+
+    #[test]
+    fn the_best_rank_goes_first_then_who_asked_first() {
+        let mut board = board(&[(1, &["m"], 1)]);
+        assert_eq!(board.take(&want("m", rank(0, 5), &[])), Some(WorkerKey(1)));
+        let late = board.queue(want("m", rank(0, 9), &[]));
+        let low = board.queue(want("m", rank(-1, 1), &[]));
+        let early = board.queue(want("m", rank(0, 2), &[]));
+        let early_too = board.queue(want("m", rank(0, 2), &[]));
+        let high = board.queue(want("m", rank(1, 99), &[]));
+        let now = board.queue(want("m", Rank::interactive(), &[]));
+        let mut order = Vec::new();
+        for _ in 0..6 {
+            board.release(WorkerKey(1));
+            order.extend(board.grant().into_iter().map(|(ticket, _)| ticket));
+        }
+        assert_eq!(order, [now, high, early, early_too, late, low]);
+    }
+
+    #[test]
+    fn nobody_jumps_the_queue() {
+        let mut board = board(&[(1, &["m"], 1), (2, &["other"], 1)]);
+        board.take(&want("m", rank(0, 5), &[])).unwrap();
+        board.queue(want("m", rank(0, 5), &[]));
+        board.release(WorkerKey(1));
+        assert_eq!(board.take(&want("m", rank(0, 5), &[])), None, "somebody of the same rank waits");
+        assert_eq!(board.take(&want("other", rank(0, 5), &[])), Some(WorkerKey(2)), "for another model nobody waits");
+        assert_eq!(board.take(&want("m", Rank::interactive(), &[])), Some(WorkerKey(1)), "a better rank may");
+    }
+
+    #[test]
+    fn a_worker_that_failed_it_is_the_last_choice() {
+        let mut board = board(&[(1, &["m"], 2), (2, &["m"], 1)]);
+        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), Some(WorkerKey(2)));
+        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), None, "better to wait for the other one");
+        assert_eq!(board.take(&want("m", rank(0, 1), &[1, 2])), Some(WorkerKey(1)), "all have failed it");
+        board.open(WorkerKey(2), false);
+        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), Some(WorkerKey(1)), "no other is there");
+    }
+
+    #[test]
+    fn a_closed_worker_gets_nothing_and_opens_to_those_who_wait() {
+        let mut board = board(&[(1, &["m"], 8)]);
+        assert!(board.open(WorkerKey(1), false));
+        assert!(!board.open(WorkerKey(1), false));
+        assert_eq!(board.take(&want("m", rank(0, 1), &[])), None);
+        assert_eq!(board.capacity("m"), 0);
+        let ticket = board.queue(want("m", rank(0, 1), &[]));
+        assert!(board.grant().is_empty());
+        board.open(WorkerKey(1), true);
+        assert_eq!(board.grant().as_slice(), [(ticket, WorkerKey(1))]);
+        assert_eq!(board.capacity("m"), 8);
+    }
+
+    proptest! {
+        #[test]
+        fn limits_hold_and_no_slot_is_idle_while_somebody_waits(steps in proptest::collection::vec((0u8..5, 0u32..3, 0i32..3), 1..200)) {
+            let mut board = board(&[(0, &["a"], 2), (1, &["a", "b"], 3), (2, &["b"], 1)]);
+            let mut out: Vec<WorkerKey> = Vec::new();
+            let mut tickets = Vec::new();
+            for (step, pick, priority) in steps {
+                let model = if pick == 0 { "a" } else { "b" };
+                let wish = want(model, rank(priority - 1, i64::from(pick)), &[pick]);
+                match step {
+                    0 => out.extend(board.take(&wish)),
+                    1 => tickets.push(board.queue(wish)),
+                    2 if !out.is_empty() => board.release(out.swap_remove(pick as usize % out.len())),
+                    3 if !tickets.is_empty() => board.leave(tickets.swap_remove(0)),
+                    _ => {
+                        let open = priority != 0;
+                        board.open(WorkerKey(pick), open);
+                    }
+                }
+                for (ticket, worker) in board.grant() {
+                    tickets.retain(|other| *other != ticket);
+                    out.push(worker);
+                }
+                for (key, desk) in &board.desks {
+                    prop_assert!(desk.in_flight <= desk.limit);
+                    prop_assert_eq!(desk.in_flight as usize, out.iter().filter(|worker| *worker == key).count());
+                }
+                for wish in board.waiting.values() {
+                    let fits = board.desks.iter().any(|(key, desk)| desk.free() && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
+                    prop_assert!(!fits, "a fitting slot is idle");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! One HTTP request to one worker. Bodies pass untouched both ways.
+
+use std::{error::Error, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::{
+    Response,
+    header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER},
+};
+
+use super::{Slot, WorkerKey};
+use crate::domain::Endpoint;
+
+/// The largest answer that is taken: a thousand embeddings of 4,096 numbers are about 90 MB.
+pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
+/// The longest pause that a worker may ask for.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// The pause after 429 and 503 where the worker names none.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A worker's answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// Its `x-request-id`.
+    pub request_id: Option<String>,
+    /// Untouched.
+    pub body: Bytes,
+}
+
+/// Why a try gave no answer to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// The connection could not be made, or broke.
+    Connection,
+    /// No whole answer within the request's time.
+    Timeout,
+    /// The worker went down, or was removed, while it had the request.
+    Abandoned,
+    /// A status that says "not now": 408, 409, 425, 429, 5xx.
+    Status,
+    /// A success that is not JSON, or too large.
+    BadAnswer,
+}
+
+impl FailureKind {
+    /// As a metric's label.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Connection => "connection",
+            Self::Timeout => "timeout",
+            Self::Abandoned => "abandoned",
+            Self::Status => "status",
+            Self::BadAnswer => "bad_answer",
+        }
+    }
+}
+
+/// A try that may be worth another.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Why.
+    pub kind: FailureKind,
+    /// In words.
+    pub message: String,
+    /// What the worker answered all the same.
+    pub answer: Option<Answer>,
+    /// How long the worker asks to be left alone.
+    pub retry_after: Option<Duration>,
+    /// The worker.
+    pub worker: WorkerKey,
+}
+
+/// Whether a status is worth another try; every other one is the request's answer.
+#[must_use]
+pub fn is_retryable(status: u16) -> bool {
+    matches!(status, 408 | 409 | 425 | 429 | 500..=599)
+}
+
+/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a minute.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wish = match text.parse::<f64>() {
+        Ok(seconds) => {
+            Duration::try_from_secs_f64(seconds).unwrap_or(if seconds > 0.0 { MAX_PAUSE } else { Duration::ZERO })
+        }
+        Err(_) => {
+            httpdate::parse_http_date(text).ok()?.duration_since(std::time::SystemTime::now()).unwrap_or_default()
+        }
+    };
+    Some(wish.min(MAX_PAUSE))
+}
+
+/// The innermost cause: "connection refused" says more than "error sending request".
+pub(super) fn cause(error: &reqwest::Error) -> String {
+    if error.is_timeout() {
+        return "timed out".into();
+    }
+    let mut inner: &dyn Error = error;
+    while let Some(source) = inner.source() {
+        inner = source;
+    }
+    inner.to_string()
+}
+
+impl Slot {
+    /// Sends a request and waits for the whole answer, at most `timeout`. The slot stays taken until it is dropped.
+    ///
+    /// # Errors
+    /// [`Failure`]: another try may help. The worker is held back or looked at as the failure suggests.
+    pub async fn send(&self, endpoint: Endpoint, body: Bytes, timeout: Duration) -> Result<Answer, Failure> {
+        let exchange = async {
+            let request = self.fleet.client.post(self.worker.endpoint(endpoint));
+            let request =
+                self.fleet.authorized(request).header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            let mut response = request.body(body).send().await.map_err(|error| self.broken(&error))?;
+            let body = self.read(&mut response).await?;
+            Ok((response, body))
+        };
+        let (response, body) = tokio::select! {
+            biased;
+            result = tokio::time::timeout(timeout, exchange) => match result {
+                Ok(exchanged) => exchanged?,
+                Err(_) => {
+                    // A hang looks like a slow request from here: the probe tells them apart.
+                    self.worker.probe_now.notify_one();
+                    return Err(self.failure(FailureKind::Timeout, format!("no answer within {} s", timeout.as_secs_f64())));
+                }
+            },
+            () = self.abandoned.cancelled() => {
+                return Err(self.failure(FailureKind::Abandoned, "the worker went down while it had the request".into()));
+            }
+        };
+        let status = response.status().as_u16();
+        let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
+        let answer = Answer { status, request_id, body };
+        if !is_retryable(status) {
+            return Ok(answer);
+        }
+        let wish = retry_after(response.headers());
+        if matches!(status, 429 | 503) {
+            self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE));
+        }
+        Err(Failure {
+            answer: Some(answer),
+            retry_after: wish,
+            ..self.failure(FailureKind::Status, format!("the worker answered {status}"))
+        })
+    }
+
+    async fn read(&self, response: &mut Response) -> Result<Bytes, Failure> {
+        let Some(first) = response.chunk().await.map_err(|error| self.broken(&error))? else { return Ok(Bytes::new()) };
+        let mut all: Option<BytesMut> = None;
+        while let Some(piece) = response.chunk().await.map_err(|error| self.broken(&error))? {
+            let all = all.get_or_insert_with(|| BytesMut::from(&first[..]));
+            if all.len() + piece.len() > MAX_ANSWER {
+                return Err(
+                    self.failure(FailureKind::BadAnswer, format!("the worker's answer is over {MAX_ANSWER} bytes"))
+                );
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.map_or(first, BytesMut::freeze))
+    }
+
+    fn broken(&self, error: &reqwest::Error) -> Failure {
+        self.fleet.suspect(&self.worker, &cause(error));
+        self.failure(FailureKind::Connection, format!("connection to the worker failed: {}", cause(error)))
+    }
+
+    /// A failed try on this slot's worker.
+    #[must_use]
+    pub fn failure(&self, kind: FailureKind, message: String) -> Failure {
+        Failure { kind, message, answer: None, retry_after: None, worker: self.worker.key }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wishes_are_read_and_capped() {
+        let wish = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RETRY_AFTER, HeaderValue::from_str(text).unwrap());
+            retry_after(&headers)
+        };
+        assert_eq!(wish("7"), Some(Duration::from_secs(7)));
+        assert_eq!(wish("1e18"), Some(MAX_PAUSE));
+        assert_eq!(wish("-5"), Some(Duration::ZERO));
+        assert_eq!(wish("soon"), None);
+        assert_eq!(wish("Fri, 01 Jan 1999 00:00:00 GMT"), Some(Duration::ZERO));
+        assert_eq!(wish("Tue, 01 Jan 2999 00:00:00 GMT"), Some(MAX_PAUSE));
+    }
+
+    #[test]
+    fn the_documented_statuses_are_tried_again() {
+        let again: Vec<u16> = (100..600).filter(|status| is_retryable(*status)).collect();
+        let expected: Vec<u16> = [408, 409, 425, 429].into_iter().chain(500..600).collect();
+        assert_eq!(again, expected);
+    }
+}

@@ -1,0 +1,157 @@
+//! Asks one worker again and again how it is: `/health`, `/v1/models`, `/metrics`.
+
+use std::{sync::Arc, time::Duration};
+
+use reqwest::{Client, Response, StatusCode, Url};
+use serde::Deserialize;
+use tokio::time::{Instant, timeout};
+
+use super::{
+    Inner,
+    health::{Change, Probe},
+    load,
+    worker::{Worker, below},
+};
+
+/// Between two probes.
+pub const INTERVAL: Duration = Duration::from_secs(1);
+/// How long a probe may take.
+pub const TIMEOUT: Duration = Duration::from_secs(5);
+/// Probes between two looks at a healthy worker's models: a LoRA adapter may be loaded at run time.
+const MODELS_EVERY: u32 = 10;
+/// The most that is read of an answer.
+const MAX_PAGE: usize = 4 * 1024 * 1024;
+
+/// Probes a worker until it is forgotten.
+pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
+    let mut round = 0u32;
+    let mut known = Vec::new();
+    loop {
+        let models = (round.is_multiple_of(MODELS_EVERY) || known.is_empty()).then_some(()).is_some();
+        let probe = match timeout(TIMEOUT, probe(&fleet.client, &base, fleet.bearer(), models, &known)).await {
+            Ok(probe) => probe,
+            Err(_) => Probe::Silent(format!("no answer to the health check within {} s", TIMEOUT.as_secs())),
+        };
+        if let Probe::Well(models) = &probe {
+            known.clone_from(models);
+        } else {
+            // A worker that comes back may serve something else.
+            known.clear();
+        }
+        round = round.wrapping_add(1);
+        let change = note(&worker, &probe);
+        worker.sample(Instant::now());
+        if matches!(change, Change::Down) {
+            tracing::warn!(worker = %worker.id, url = %worker.url, ?probe, "worker is down; its requests run elsewhere");
+            worker.abandon();
+        } else if matches!(change, Change::Up) {
+            tracing::info!(worker = %worker.id, url = %worker.url, models = ?known, "worker is healthy");
+        }
+        fleet.refresh(&worker);
+        if matches!(probe, Probe::Well(_)) {
+            scrape(&fleet, &worker, &base).await;
+        }
+        let held = worker.state.lock().held_until.map(|until| until.saturating_duration_since(Instant::now()));
+        let wait = held.map_or(INTERVAL, |held| held.min(INTERVAL)).max(Duration::from_millis(10));
+        tokio::select! {
+            () = worker.gone.cancelled() => return,
+            () = worker.probe_now.notified() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+fn note(worker: &Worker, probe: &Probe) -> Change {
+    let mut state = worker.state.lock();
+    let change = state.health.observe(probe);
+    match probe {
+        Probe::Well(models) => {
+            state.models = models.iter().map(|model| Arc::from(model.as_str())).collect();
+            state.last_error = None;
+            state.suspect = false;
+        }
+        Probe::Unwell(error) | Probe::Silent(error) => {
+            state.last_error = Some(error.clone());
+            // While in doubt nothing new goes there; what is in flight may still be answered.
+            state.suspect = true;
+        }
+    }
+    change
+}
+
+async fn scrape(fleet: &Inner, worker: &Worker, base: &Url) {
+    let request = fleet.authorized(fleet.client.get(below(base, "/metrics")));
+    let page = timeout(TIMEOUT, async {
+        let response = request.send().await.ok().filter(|response| response.status().is_success())?;
+        read(response).await.ok()
+    });
+    let load = page.await.ok().flatten().and_then(|page| load::parse(&String::from_utf8_lossy(&page)));
+    worker.state.lock().load = load;
+}
+
+async fn probe(client: &Client, base: &Url, bearer: Option<&str>, models: bool, known: &[String]) -> Probe {
+    let get = |path: &str| {
+        let request = client.get(below(base, path));
+        match bearer {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    };
+    let health = match get("/health").send().await {
+        Ok(response) => response,
+        Err(error) => return failed(&error),
+    };
+    // Any OpenAI-compatible server will do: one without /health is asked for its models instead.
+    let absent =
+        matches!(health.status(), StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::UNAUTHORIZED);
+    if !absent && !health.status().is_success() {
+        return Probe::Unwell(format!("/health answers {}", health.status()));
+    }
+    if !absent && !models {
+        return Probe::Well(known.to_vec());
+    }
+    let response = match get("/v1/models").send().await {
+        Ok(response) => response,
+        Err(error) => return failed(&error),
+    };
+    if !response.status().is_success() {
+        return Probe::Unwell(format!("/v1/models answers {}", response.status()));
+    }
+    match read(response).await.map(|page| models_of(&page)) {
+        Ok(Some(models)) => Probe::Well(models),
+        Ok(None) => Probe::Unwell("/v1/models does not answer with OpenAI's model list".into()),
+        Err(error) => Probe::Unwell(error),
+    }
+}
+
+fn failed(error: &reqwest::Error) -> Probe {
+    if error.is_timeout() {
+        Probe::Silent(super::dispatch::cause(error))
+    } else {
+        Probe::Unwell(super::dispatch::cause(error))
+    }
+}
+
+async fn read(mut response: Response) -> Result<Vec<u8>, String> {
+    let mut page = Vec::new();
+    while let Some(piece) = response.chunk().await.map_err(|error| super::dispatch::cause(&error))? {
+        if page.len() + piece.len() > MAX_PAGE {
+            return Err(format!("an answer over {MAX_PAGE} bytes"));
+        }
+        page.extend_from_slice(&piece);
+    }
+    Ok(page)
+}
+
+fn models_of(page: &[u8]) -> Option<Vec<String>> {
+    #[derive(Deserialize)]
+    struct List {
+        data: Vec<Model>,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        id: String,
+    }
+    let list: List = serde_json::from_slice(page).ok()?;
+    Some(list.data.into_iter().map(|model| model.id).collect())
+}

@@ -1,0 +1,218 @@
+//! One worker as this node knows it, and the slots that requests hold there.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use reqwest::Url;
+use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{Load, WorkerState, WorkerView, board::WorkerKey, health::Health};
+use crate::{
+    domain::{Endpoint, Timestamp, WorkerId},
+    store::WorkerRecord,
+};
+
+/// Weight of the newest second in the rates shown to people.
+const SMOOTHING: f64 = 0.3;
+
+/// One worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its place on the board.
+    pub(super) key: WorkerKey,
+    /// Its id.
+    pub id: WorkerId,
+    /// Base URL as registered.
+    pub url: String,
+    created_at: Timestamp,
+    endpoints: [Url; Endpoint::ALL.len()],
+    /// What its probes and requests have shown. Held for a few instructions at a time.
+    pub(super) state: Mutex<State>,
+    /// Cancelled when what is in flight is to be abandoned; then replaced.
+    abandon: Mutex<CancellationToken>,
+    /// Asks for a probe now.
+    pub(super) probe_now: Notify,
+    /// Cancelled when the worker is forgotten.
+    pub(super) gone: CancellationToken,
+    answered: AtomicU64,
+    output_tokens: AtomicU64,
+}
+
+/// What is known of a worker.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) health: Health,
+    pub(super) models: Vec<Arc<str>>,
+    pub(super) load: Option<Load>,
+    pub(super) last_error: Option<String>,
+    pub(super) draining: bool,
+    /// A request could not reach it: nothing more goes there until a probe has.
+    pub(super) suspect: bool,
+    /// It asked for a pause until then.
+    pub(super) held_until: Option<Instant>,
+    requests_per_second: f64,
+    tokens_per_second: f64,
+    sampled: Option<(Instant, u64, u64)>,
+}
+
+impl State {
+    /// Whether requests go there at all: what it serves is worth waiting for.
+    pub(super) fn is_serving(&self) -> bool {
+        self.health.is_well() && !self.draining
+    }
+
+    /// Whether requests may go there at this moment.
+    pub(super) fn is_open(&self, now: Instant) -> bool {
+        self.is_serving() && !self.suspect && self.held_until.is_none_or(|until| until <= now)
+    }
+}
+
+impl Worker {
+    pub(super) fn new(key: WorkerKey, record: &WorkerRecord, base: &Url, gone: CancellationToken) -> Self {
+        Self {
+            key,
+            id: record.id.clone(),
+            url: record.url.clone(),
+            created_at: record.created_at,
+            endpoints: Endpoint::ALL.map(|endpoint| below(base, endpoint.path())),
+            state: Mutex::new(State { draining: record.draining, ..State::default() }),
+            abandon: Mutex::new(gone.child_token()),
+            probe_now: Notify::new(),
+            gone,
+            answered: AtomicU64::new(0),
+            output_tokens: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn endpoint(&self, endpoint: Endpoint) -> Url {
+        let at = Endpoint::ALL.iter().position(|other| *other == endpoint).unwrap_or_default();
+        self.endpoints[at].clone()
+    }
+
+    /// Cancelled when a request that is sent now is to be abandoned.
+    pub(super) fn abandoned(&self) -> CancellationToken {
+        self.abandon.lock().clone()
+    }
+
+    /// Abandons what is in flight.
+    pub(super) fn abandon(&self) {
+        let fresh = self.gone.child_token();
+        std::mem::replace(&mut *self.abandon.lock(), fresh).cancel();
+    }
+
+    /// Counts an answer for the rates.
+    pub fn count(&self, output_tokens: i64) {
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        self.output_tokens.fetch_add(u64::try_from(output_tokens).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    /// Brings the rates up to date.
+    pub(super) fn sample(&self, now: Instant) {
+        let (answered, tokens) = (self.answered.load(Ordering::Relaxed), self.output_tokens.load(Ordering::Relaxed));
+        let mut state = self.state.lock();
+        if let Some((then, answered_then, tokens_then)) = state.sampled {
+            let seconds = now.duration_since(then);
+            if seconds < Duration::from_millis(500) {
+                return;
+            }
+            #[allow(clippy::cast_precision_loss)] // a rate for people
+            let rate = |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds.as_secs_f64();
+            state.requests_per_second += SMOOTHING * (rate(answered, answered_then) - state.requests_per_second);
+            state.tokens_per_second += SMOOTHING * (rate(tokens, tokens_then) - state.tokens_per_second);
+        }
+        state.sampled = Some((now, answered, tokens));
+    }
+
+    pub(super) fn view(&self, in_flight: u32, limit: u32) -> WorkerView {
+        let state = self.state.lock();
+        let shown = match (&state.health, state.draining) {
+            (Health::Down, _) => WorkerState::Down,
+            (Health::Unknown | Health::Well { .. }, true) => WorkerState::Draining,
+            (Health::Unknown, false) => WorkerState::Starting,
+            (Health::Well { .. }, false) => WorkerState::Healthy,
+        };
+        WorkerView {
+            id: self.id.clone(),
+            url: self.url.clone(),
+            models: state.models.iter().map(ToString::to_string).collect(),
+            state: shown,
+            in_flight,
+            limit,
+            load: state.load,
+            output_tokens_per_second: state.tokens_per_second,
+            requests_per_second: state.requests_per_second,
+            last_error: state.last_error.clone(),
+            created_at: self.created_at,
+        }
+    }
+}
+
+/// `path` below a base URL that may have a path of its own.
+pub(super) fn below(base: &Url, path: &str) -> Url {
+    let mut url = base.clone();
+    url.set_path(&format!("{}{path}", base.path().trim_end_matches('/')));
+    url
+}
+
+/// A worker's base URL as it is stored: `http` or `https`, without a trailing `/` or `/v1`.
+///
+/// # Errors
+/// What is wrong with it, and what is expected.
+pub fn base_url(text: &str) -> Result<Url, String> {
+    const EXPECTED: &str = "expected a base URL such as http://gpu-1:8000";
+    let text = text.trim();
+    if text.len() > 2_048 {
+        return Err(format!("the worker URL is {} bytes long; at most 2048 are taken", text.len()));
+    }
+    let mut url = Url::parse(text).map_err(|error| format!("{text:?} is not a URL ({error}); {EXPECTED}"))?;
+    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+        return Err(format!("{text:?} is not an http or https URL with a host; {EXPECTED}"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(format!("a worker URL can't carry a user or password; {EXPECTED}"));
+    }
+    url.set_query(None);
+    url.set_fragment(None);
+    let path = url.path().trim_end_matches('/');
+    let path = path.strip_suffix("/v1").unwrap_or(path).trim_end_matches('/').to_owned();
+    url.set_path(&path);
+    Ok(url)
+}
+
+/// The stored form of a base URL.
+pub(super) fn canonical(url: &Url) -> String {
+    url.as_str().trim_end_matches('/').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_urls_are_brought_to_one_form() {
+        for text in ["http://gpu-1:8000", "http://gpu-1:8000/", "http://gpu-1:8000/v1", " http://GPU-1:8000/v1/?x#y"] {
+            assert_eq!(canonical(&base_url(text).unwrap()), "http://gpu-1:8000", "{text}");
+        }
+        let gateway = base_url("https://gateway/team/v1").unwrap();
+        assert_eq!(canonical(&gateway), "https://gateway/team");
+        assert_eq!(below(&gateway, "/v1/models").as_str(), "https://gateway/team/v1/models");
+        for bad in [
+            "",
+            "gpu-1:8000",
+            "ftp://gpu",
+            "http://",
+            "http://a:b@gpu",
+            "http://a@gpu",
+            &format!("http://{}", "x".repeat(2_048)),
+        ] {
+            assert!(base_url(bad).is_err(), "{bad}");
+        }
+    }
+}
