@@ -1,1 +1,328 @@
-//! scheduler
+//! Which segments this node runs, and the run of each.
+//!
+//! [`plan`], [`lines`] and [`tries`] decide, purely; [`segment`] runs one segment with [`checkpoint`] for what must be
+//! durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
+//! what has become of their batches.
+
+mod checkpoint;
+mod lines;
+mod plan;
+mod segment;
+mod sweeps;
+mod tries;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{broadcast::error::RecvError, mpsc, watch},
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use segment::{Ended, PART_BYTES, PART_LINES};
+pub use tries::TryPolicy;
+
+use crate::{
+    blobs::Blobs,
+    domain::{BatchId, Epoch, NodeId, SegmentRef, lifecycle::Ending},
+    fleet::Fleet,
+    store::{ClaimedSegment, Store, StoreError},
+};
+use plan::Demand;
+use segment::{Remaining, Run};
+
+/// Batches looked at in one round of claims.
+const CANDIDATES: u64 = 1_000;
+/// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
+const POLL: Duration = Duration::from_millis(500);
+
+/// What the scheduler wants of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Run,
+    /// Write the lines without a result as errors, and finish.
+    Finish(Ending),
+    /// Send nothing more, take answers until then, give the segment back.
+    Drain {
+        /// Until when.
+        deadline: Instant,
+    },
+    /// The segment is somebody else's: drop everything.
+    Abandon,
+}
+
+/// How segments are run.
+#[derive(Clone, Debug)]
+pub struct SchedulerOptions {
+    /// How long a lease lasts; it is renewed three times as often.
+    pub lease: Duration,
+    /// At most this much work is lost by a crash.
+    pub flush_interval: Duration,
+    /// For one try of one request.
+    pub request_timeout: Duration,
+    /// How often a request is tried.
+    pub tries: TryPolicy,
+    /// How long requests in flight may go on at a stop.
+    pub drain: Duration,
+}
+
+/// Claims segments and runs them.
+pub struct Scheduler {
+    store: Store,
+    blobs: Blobs,
+    fleet: Fleet,
+    node: NodeId,
+    options: Arc<SchedulerOptions>,
+    shutdown: CancellationToken,
+    running: HashMap<SegmentRef, Running>,
+    runs: TaskTracker,
+}
+
+struct Running {
+    epoch: Epoch,
+    control: watch::Sender<Control>,
+    models: Vec<String>,
+    remaining: Remaining,
+    bytes: u64,
+}
+
+impl Scheduler {
+    /// A scheduler that has claimed nothing yet.
+    #[must_use]
+    pub fn new(
+        store: Store,
+        blobs: Blobs,
+        fleet: Fleet,
+        node: NodeId,
+        options: SchedulerOptions,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let options = Arc::new(options);
+        Self { store, blobs, fleet, node, options, shutdown, running: HashMap::new(), runs: TaskTracker::new() }
+    }
+
+    /// Runs until the shutdown, and then until every segment is finished or given back.
+    pub async fn run(mut self) {
+        let sweeps = tokio::spawn(sweeps::run(self.store.clone(), self.blobs.clone(), self.shutdown.clone()));
+        let (ended, mut endings) = mpsc::unbounded_channel();
+        let mut changes = self.store.changes();
+        let mut topology = self.fleet.topology();
+        let mut poll = tokio::time::interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut renew = tokio::time::interval(self.options.lease / 3);
+        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.shutdown.cancelled() => break,
+                Some((segment, epoch)) = endings.recv() => {
+                    self.forget(&segment, epoch);
+                    while let Ok((segment, epoch)) = endings.try_recv() {
+                        self.forget(&segment, epoch);
+                    }
+                }
+                _ = topology.changed() => {}
+                changed = changes.recv() => match changed {
+                    // A batch that is running here changes with every part: that is no news.
+                    Ok(batch) if self.running.keys().any(|segment| segment.batch == batch) => continue,
+                    Ok(_) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => break,
+                },
+                _ = poll.tick() => {
+                    if let Err(error) = self.notice_endings().await {
+                        tracing::warn!(%error, "the state of running batches could not be read");
+                    }
+                }
+                _ = renew.tick() => {
+                    if let Err(error) = self.renew().await {
+                        // The leases run on; a node that is late finds itself fenced.
+                        tracing::warn!(%error, "leases could not be renewed");
+                    }
+                    continue;
+                }
+            }
+            if let Err(error) = self.claim(&ended).await {
+                tracing::warn!(%error, "segments could not be claimed");
+            }
+            #[allow(clippy::cast_precision_loss)]
+            metrics::gauge!("tidemill_segments_running").set(self.running.len() as f64);
+        }
+        self.drain(&mut endings).await;
+        // It ends with the same token.
+        let _ = sweeps.await;
+    }
+
+    /// Lets every run end or give its segment back, and keeps their leases meanwhile.
+    async fn drain(&mut self, endings: &mut mpsc::UnboundedReceiver<(SegmentRef, Epoch)>) {
+        let deadline = Instant::now() + self.options.drain;
+        for running in self.running.values() {
+            running.control.send_replace(Control::Drain { deadline });
+        }
+        self.runs.close();
+        let mut renew = tokio::time::interval(self.options.lease / 3);
+        while !self.running.is_empty() {
+            tokio::select! {
+                Some((segment, epoch)) = endings.recv() => self.forget(&segment, epoch),
+                _ = renew.tick() => {
+                    if let Err(error) = self.renew().await {
+                        tracing::warn!(%error, "leases could not be renewed");
+                    }
+                }
+            }
+        }
+        self.runs.wait().await;
+    }
+
+    fn forget(&mut self, segment: &SegmentRef, epoch: Epoch) {
+        if self.running.get(segment).is_some_and(|running| running.epoch == epoch) {
+            self.running.remove(segment);
+        }
+    }
+
+    fn demand(&self) -> Demand {
+        let mut demand = Demand::new();
+        for model in self.fleet.served() {
+            let capacity = self.fleet.capacity(&model);
+            demand.serve(model, capacity);
+        }
+        for running in self.running.values() {
+            demand.running(running.bytes);
+            for (model, lines) in running.models.iter().zip(running.remaining.iter()) {
+                demand.at_hand(model, lines.load(Ordering::Relaxed));
+            }
+        }
+        demand
+    }
+
+    /// Claims segments as long as more lines are wanted.
+    async fn claim(&mut self, ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>) -> Result<(), StoreError> {
+        if self.shutdown.is_cancelled() || !self.demand().has_room() {
+            return Ok(());
+        }
+        let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
+        let candidates = self.store.candidates(&served, CANDIDATES).await?;
+        for candidate in candidates {
+            loop {
+                let demand = self.demand();
+                if !demand.has_room() {
+                    return Ok(());
+                }
+                // Lines that are not to be run any more need no worker.
+                let mask = if candidate.ending.is_some() { i64::MAX } else { demand.wanted(&candidate.models) };
+                if mask == 0 {
+                    break;
+                }
+                let claimed = self.store.claim_segment(&self.node, &candidate.id, mask, self.options.lease).await?;
+                let Some(claimed) = claimed else { break };
+                self.start(claimed, ended.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, claimed: ClaimedSegment, ended: mpsc::UnboundedSender<(SegmentRef, Epoch)>) {
+        let control = claimed.ending.map_or(Control::Run, Control::Finish);
+        let (control, told) = watch::channel(control);
+        // Until the run has counted for itself, every line may be of every model that the segment names.
+        let lines = usize::try_from(claimed.span.requests).unwrap_or(0);
+        let remaining: Remaining = (0..claimed.models.len())
+            .map(|model| if claimed.span.models & (1 << model) == 0 { 0 } else { lines })
+            .map(Into::into)
+            .collect();
+        let running = Running {
+            epoch: claimed.epoch,
+            control,
+            models: claimed.models.clone(),
+            remaining: remaining.clone(),
+            bytes: u64::try_from(claimed.span.length).unwrap_or(0),
+        };
+        let (segment, epoch) = (claimed.segment.clone(), claimed.epoch);
+        tracing::debug!(%segment, %epoch, requests = claimed.span.requests, "segment claimed");
+        self.running.insert(segment.clone(), running);
+        let run = Run {
+            store: self.store.clone(),
+            blobs: self.blobs.clone(),
+            fleet: self.fleet.clone(),
+            options: self.options.clone(),
+            claimed,
+            control: told,
+            remaining,
+        };
+        self.runs.spawn(async move {
+            // Told even if the run panics: then the lease runs out and the segment is run again.
+            let guard = Told { ended, what: Some((segment.clone(), epoch)) };
+            let how = run.run().await;
+            tracing::debug!(%segment, %epoch, ?how, "segment ended");
+            drop(guard);
+        });
+    }
+
+    /// Renews all leases; runs that have lost theirs are stopped.
+    async fn renew(&mut self) -> Result<(), StoreError> {
+        if self.running.is_empty() {
+            return Ok(());
+        }
+        let before: Vec<(SegmentRef, Epoch)> =
+            self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
+        let renewed = self.store.renew_leases(&self.node, self.options.lease).await?;
+        let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
+        for (segment, epoch) in before {
+            // What has just finished is not held either, and does not mind.
+            if held.get(&segment) != Some(&epoch)
+                && let Some(running) = self.running.get(&segment)
+                && running.epoch == epoch
+            {
+                running.control.send_replace(Control::Abandon);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells runs whose batch was cancelled, has expired or has failed.
+    async fn notice_endings(&mut self) -> Result<(), StoreError> {
+        let mut batches: BTreeMap<BatchId, Vec<&Running>> = BTreeMap::new();
+        for (segment, running) in &self.running {
+            batches.entry(segment.batch.clone()).or_default().push(running);
+        }
+        if batches.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<BatchId> = batches.keys().cloned().collect();
+        for (id, ending, ended) in self.store.endings(&ids).await? {
+            let control = match (ended, ending) {
+                (true, _) => Control::Abandon,
+                (false, Some(ending)) => Control::Finish(ending),
+                (false, None) => continue,
+            };
+            for running in batches.get(&id).into_iter().flatten() {
+                running.control.send_if_modified(|now| {
+                    let change = matches!(now, Control::Run) || (matches!(now, Control::Drain { .. }) && ended);
+                    if change {
+                        *now = control;
+                    }
+                    change
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Says that a run has ended, however it ended.
+struct Told {
+    ended: mpsc::UnboundedSender<(SegmentRef, Epoch)>,
+    what: Option<(SegmentRef, Epoch)>,
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if let Some(what) = self.what.take() {
+            // The scheduler is gone: nobody needs to know.
+            let _ = self.ended.send(what);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Makes finished lines durable: object first, row second, each as often as it takes.
+
+use std::{future::Future, time::Duration};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::Control;
+use crate::{
+    blobs::Blobs,
+    domain::{Epoch, SegmentRef},
+    results::{self, PartBuilder},
+    store::{Commit, FinalObject, NewPart, Store, StoreError},
+};
+
+/// Between two tries to reach a database or blob store that is away; it doubles up to [`PATIENCE_CAP`].
+const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE_CAP: Duration = Duration::from_secs(5);
+
+/// The segment is not this node's any more: nothing it writes counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lost;
+
+/// Writes one segment's parts and its end.
+#[derive(Clone)]
+pub struct Checkpoint {
+    store: Store,
+    blobs: Blobs,
+    segment: SegmentRef,
+    epoch: Epoch,
+    control: watch::Receiver<Control>,
+}
+
+impl Checkpoint {
+    /// For a segment that this node has claimed.
+    #[must_use]
+    pub fn new(
+        store: Store,
+        blobs: Blobs,
+        segment: SegmentRef,
+        epoch: Epoch,
+        control: watch::Receiver<Control>,
+    ) -> Self {
+        Self { store, blobs, segment, epoch, control }
+    }
+
+    /// The key of the segment's object of that number, counted within the epoch.
+    #[must_use]
+    pub fn object_key(&self, number: u32) -> String {
+        results::object_key(&self.segment, self.epoch, number)
+    }
+
+    /// Writes a part's object and its row.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub async fn part(self, builder: PartBuilder, number: u32) -> Result<NewPart, Lost> {
+        let part = self.object(builder, number).await?;
+        let commit =
+            self.patiently("commit a part", || self.store.commit_part(&self.segment, self.epoch, &part)).await?;
+        metrics::counter!("tidemill_parts_total").increment(1);
+        match commit {
+            Commit::Done => Ok(part),
+            Commit::Fenced => Err(Lost),
+        }
+    }
+
+    /// Writes a part's object only.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub async fn object(&self, builder: PartBuilder, number: u32) -> Result<NewPart, Lost> {
+        let (object, part): (Bytes, NewPart) = builder.build(self.object_key(number));
+        self.patiently("write a part", || self.blobs.put(&part.object_key, object.clone())).await?;
+        Ok(part)
+    }
+
+    /// Ends the segment.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub async fn finish(
+        &self,
+        last: Option<&NewPart>,
+        object: &FinalObject,
+        superseded: &[String],
+    ) -> Result<(), Lost> {
+        let finish = || self.store.finish_segment(&self.segment, self.epoch, last, object, superseded);
+        match self.patiently("finish a segment", finish).await? {
+            Commit::Done => Ok(()),
+            Commit::Fenced => Err(Lost),
+        }
+    }
+
+    /// Does something again and again until it works or the segment is lost. A corrupt database is not worth it: the
+    /// segment is let go, and its lease runs out.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub async fn patiently<T, E: std::error::Error + Trouble, F: Future<Output = Result<T, E>>>(
+        &self,
+        what: &'static str,
+        mut act: impl FnMut() -> F,
+    ) -> Result<T, Lost> {
+        let mut control = self.control.clone();
+        let mut wait = PATIENCE;
+        loop {
+            match act().await {
+                Ok(done) => return Ok(done),
+                Err(error) if error.is_final() => {
+                    tracing::error!(segment = %self.segment, %error, "can't {what}; giving the segment up");
+                    return Err(Lost);
+                }
+                Err(error) => tracing::warn!(segment = %self.segment, %error, "can't {what}; trying again"),
+            }
+            let abandoned = control.wait_for(|control| *control == Control::Abandon);
+            if tokio::time::timeout(wait, abandoned).await.is_ok() {
+                return Err(Lost);
+            }
+            wait = (wait * 2).min(PATIENCE_CAP);
+        }
+    }
+}
+
+/// Whether trying again can help.
+pub trait Trouble {
+    /// It can't.
+    fn is_final(&self) -> bool;
+}
+
+impl Trouble for StoreError {
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Unavailable(_) => false,
+            Self::Corrupt(_) | Self::Open(_) => true,
+        }
+    }
+}
+
+impl Trouble for crate::blobs::BlobError {
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Failed(_) => false,
+            Self::Missing(_) | Self::Open(_) => true,
+        }
+    }
+}
