@@ -99,12 +99,14 @@ pub struct Reply<'a> {
     pub request_id: Option<&'a str>,
     /// The body.
     pub body: &'a [u8],
+    /// The body is known to be JSON, and is not looked at again.
+    pub is_json: bool,
 }
 
 /// The line of a request that a worker answered, with its line feed. `custom_id` is the JSON string as the client wrote it.
 #[must_use]
 pub fn render_answer(id: &str, custom_id: &[u8], reply: Reply<'_>) -> Vec<u8> {
-    let body = body_or_text(reply.body);
+    let body = if reply.is_json { one_line(reply.body) } else { body_or_text(reply.body) };
     let request_id = serde_json::Value::from(reply.request_id.unwrap_or(id)).to_string();
     let status = reply.status.to_string();
     let pieces: [&[u8]; 11] = [
@@ -165,7 +167,7 @@ mod tests {
         for bad in [&b"<html>"[..], b"{\"a\":1", b"", b"{\"a\":\"\xff\"}", b"{} x"] {
             assert!(body_of(bad).is_none(), "{bad:?}");
         }
-        let reply = Reply { status: 400, request_id: None, body: b"<h1>\n\"no\"</h1>" };
+        let reply = Reply { status: 400, request_id: None, body: b"<h1>\n\"no\"</h1>", is_json: false };
         let line: Value = serde_json::from_slice(&render_answer("r", b"\"c\"", reply)).unwrap();
         assert_eq!(line["response"]["body"], "<h1>\n\"no\"</h1>");
     }
@@ -173,7 +175,7 @@ mod tests {
     #[test]
     fn the_bodys_bytes_are_kept() {
         let body = br#"{ "n":1.0e2, "b":"\u00e9" ,"a":[ ] }"#;
-        let line = render_answer("r", br#""\u0061""#, Reply { status: 200, request_id: Some("q\"1"), body });
+        let line = render_answer("r", br#""\u0061""#, Reply { status: 200, request_id: Some("q\"1"), body, is_json: true });
         assert_eq!(
             String::from_utf8(line).unwrap(),
             concat!(
@@ -198,7 +200,7 @@ mod tests {
         #[test]
         fn any_body_gives_one_line_of_json(body in proptest::collection::vec(any::<u8>(), 0..60), id in ".{0,12}") {
             let custom_id = Value::from(id.clone()).to_string();
-            let line = render_answer("r", custom_id.as_bytes(), Reply { status: 200, request_id: Some(&id), body: &body });
+            let line = render_answer("r", custom_id.as_bytes(), Reply { status: 200, request_id: Some(&id), body: &body, is_json: false });
             prop_assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
             let line: Value = serde_json::from_slice(&line).unwrap();
             prop_assert_eq!(&line["custom_id"], &Value::from(id));

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     blobs::{BlobError, Blobs},
-    domain::{BatchError, Endpoint, LineSet, lifecycle::Ending},
+    domain::{BatchError, Endpoint, LineSet, TokenUsage, lifecycle::Ending},
     fleet::{Answer, Failure, FailureKind, Fleet, Rank, Slot, Want, Worker},
     results::{self, PartBuilder, ReadError, Reply},
     store::{ClaimedSegment, Commit, NewPart, Part, Store},
@@ -77,7 +77,8 @@ impl From<Lost> for Stop {
     }
 }
 
-type Sent = (LineKey, Arc<Worker>, Result<Answer, Failure>);
+/// What came of a request; with the tokens of an answer that is JSON.
+type Sent = (LineKey, Arc<Worker>, Result<(Answer, Option<TokenUsage>), Failure>);
 
 impl Run {
     /// Runs the segment to one of its ends.
@@ -190,6 +191,10 @@ impl Run {
             Some(bytes) => Ok(bytes),
         })
     }
+}
+
+fn is_success(answer: &Answer) -> bool {
+    (200..300).contains(&answer.status)
 }
 
 fn is_whole(part: &NewPart, object: &[u8]) -> bool {
@@ -314,14 +319,14 @@ impl Work<'_> {
     fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
         let (body, endpoint, timeout) = (self.list.body(key), self.endpoint, self.run.options.request_timeout);
         async move {
-            let mut result = slot.send(endpoint, body, timeout).await;
-            // A success that is not JSON is a broken worker or a broken way to it, never the request's answer.
-            if let Ok(answer) = &result
-                && (200..300).contains(&answer.status)
-                && results::body_of(&answer.body).is_none()
-            {
-                result = Err(slot.failure(FailureKind::BadAnswer, "the worker's answer is not JSON".into()));
-            }
+            let result = slot.send(endpoint, body, timeout).await.and_then(|answer| {
+                let usage = results::body_of(&answer.body).map(|body| body.usage);
+                // A success that is not JSON is a broken worker or a broken way to it, never the request's answer.
+                if is_success(&answer) && usage.is_none() {
+                    return Err(slot.failure(FailureKind::BadAnswer, "the worker's answer is not JSON".into()));
+                }
+                Ok((answer, usage))
+            });
             (key, slot.worker.clone(), result)
         }
         .boxed()
@@ -330,16 +335,14 @@ impl Work<'_> {
     /// Takes what came of a request.
     fn take(&mut self, (key, worker, result): Sent) {
         match result {
-            Ok(answer) => {
-                self.answered(key, &worker, &answer);
-            }
+            Ok((answer, usage)) => self.answered(key, &worker, &answer, usage),
             Err(failure) => {
                 metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
                 let tries = self.list.failed(key, failure.worker);
                 match self.run.options.tries.wait(tries, failure.retry_after, rand::random()) {
                     Some(wait) => self.list.later(key, Instant::now() + wait),
                     None => match &failure.answer {
-                        Some(answer) => self.answered(key, &worker, answer),
+                        Some(answer) => self.answered(key, &worker, answer, None),
                         None => {
                             let message = format!("{} (after {tries} tries)", failure.message);
                             self.error(key, error_code(failure.kind), &message);
@@ -350,13 +353,18 @@ impl Work<'_> {
         }
     }
 
-    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer) {
+    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer, usage: Option<TokenUsage>) {
         let id = self.request_id(key);
-        let reply = Reply { status: answer.status, request_id: answer.request_id.as_deref(), body: &answer.body };
+        let reply = Reply {
+            status: answer.status,
+            request_id: answer.request_id.as_deref(),
+            body: &answer.body,
+            is_json: usage.is_some(),
+        };
         let index = self.list.index(key);
         let line = results::render_answer(&id, self.list.custom_id(key), reply);
-        if (200..300).contains(&answer.status) {
-            let usage = results::body_of(&answer.body).map(|body| body.usage).unwrap_or_default();
+        if is_success(answer) {
+            let usage = usage.unwrap_or_default();
             worker.count(usage.output);
             self.builder.complete(index, line, usage);
             metrics::counter!("tidemill_requests_total", "outcome" => "completed").increment(1);
