@@ -175,7 +175,8 @@ mod tests {
     #[test]
     fn the_bodys_bytes_are_kept() {
         let body = br#"{ "n":1.0e2, "b":"\u00e9" ,"a":[ ] }"#;
-        let line = render_answer("r", br#""\u0061""#, Reply { status: 200, request_id: Some("q\"1"), body, is_json: true });
+        let line =
+            render_answer("r", br#""\u0061""#, Reply { status: 200, request_id: Some("q\"1"), body, is_json: true });
         assert_eq!(
             String::from_utf8(line).unwrap(),
             concat!(

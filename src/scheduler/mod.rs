@@ -29,7 +29,7 @@ pub use tries::TryPolicy;
 use crate::{
     blobs::Blobs,
     domain::{BatchId, Epoch, NodeId, SegmentRef, lifecycle::Ending},
-    fleet::Fleet,
+    fleet::{Fleet, Rank},
     store::{ClaimedSegment, Store, StoreError},
 };
 use plan::Demand;
@@ -86,7 +86,8 @@ pub struct Scheduler {
 struct Running {
     epoch: Epoch,
     control: watch::Sender<Control>,
-    models: Vec<String>,
+    models: Vec<Arc<str>>,
+    rank: Rank,
     remaining: Remaining,
     bytes: u64,
 }
@@ -192,7 +193,7 @@ impl Scheduler {
         for running in self.running.values() {
             demand.running(running.bytes);
             for (model, lines) in running.models.iter().zip(running.remaining.iter()) {
-                demand.at_hand(model, lines.load(Ordering::Relaxed));
+                demand.at_hand(model.clone(), running.rank, lines.load(Ordering::Relaxed));
             }
         }
         demand
@@ -206,13 +207,14 @@ impl Scheduler {
         let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
         let candidates = self.store.candidates(&served, CANDIDATES).await?;
         for candidate in candidates {
+            let rank = Rank::batch(candidate.priority, candidate.expires_at);
             loop {
                 let demand = self.demand();
                 if !demand.has_room() {
                     return Ok(());
                 }
                 // Lines that are not to be run any more need no worker.
-                let mask = if candidate.ending.is_some() { i64::MAX } else { demand.wanted(&candidate.models) };
+                let mask = if candidate.ending.is_some() { i64::MAX } else { demand.wanted(&candidate.models, rank) };
                 if mask == 0 {
                     break;
                 }
@@ -236,7 +238,8 @@ impl Scheduler {
         let running = Running {
             epoch: claimed.epoch,
             control,
-            models: claimed.models.clone(),
+            models: claimed.models.iter().map(|model| Arc::from(model.as_str())).collect(),
+            rank: Rank::batch(claimed.priority, claimed.expires_at),
             remaining: remaining.clone(),
             bytes: u64::try_from(claimed.span.length).unwrap_or(0),
         };

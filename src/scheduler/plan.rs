@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use crate::fleet::Rank;
+
 /// Lines that a node wants at hand, at the least, for a model that is served: the next segment is there before the present
 /// one is sent, even with workers that answer at once.
 const AT_HAND: u32 = 2_000;
@@ -13,7 +15,8 @@ pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
 /// How many more lines of each served model this node wants at hand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
-    missing: BTreeMap<Arc<str>, i64>,
+    wanted: BTreeMap<Arc<str>, u64>,
+    at_hand: Vec<(Arc<str>, Rank, u64)>,
     segments: usize,
     bytes: u64,
 }
@@ -27,8 +30,7 @@ impl Demand {
 
     /// Workers can take `capacity` requests for a model at once.
     pub fn serve(&mut self, model: Arc<str>, capacity: u32) {
-        let wanted = capacity.saturating_mul(2).max(AT_HAND);
-        *self.missing.entry(model).or_default() += i64::from(wanted);
+        *self.wanted.entry(model).or_default() += u64::from(capacity.saturating_mul(2).max(AT_HAND));
     }
 
     /// A segment of `bytes` runs here.
@@ -37,11 +39,9 @@ impl Demand {
         self.bytes += bytes;
     }
 
-    /// `lines` of a model are at hand.
-    pub fn at_hand(&mut self, model: &str, lines: usize) {
-        if let Some(missing) = self.missing.get_mut(model) {
-            *missing -= i64::try_from(lines).unwrap_or(i64::MAX);
-        }
+    /// `lines` of a model are at hand, with this rank.
+    pub fn at_hand(&mut self, model: Arc<str>, rank: Rank, lines: usize) {
+        self.at_hand.push((model, rank, lines as u64));
     }
 
     /// Whether this node may run one more segment.
@@ -50,10 +50,16 @@ impl Demand {
         self.segments == 0 || (self.segments < MAX_SEGMENTS && self.bytes < MAX_BYTES)
     }
 
-    /// Those of the models of which more lines are wanted, as a mask.
+    /// Those of the models of which more lines of that rank are wanted, as a mask. Lines of a worse rank don't count: a
+    /// batch that is to go first need not wait until what is at hand is used up.
     #[must_use]
-    pub fn wanted(&self, models: &[String]) -> i64 {
-        let wants = |model: &String| self.missing.get(model.as_str()).is_some_and(|missing| *missing > 0);
+    pub fn wanted(&self, models: &[String], rank: Rank) -> i64 {
+        let wants = |model: &String| {
+            let at_hand = self.at_hand.iter().filter(|(other, at, _)| **other == **model && *at <= rank);
+            self.wanted
+                .get(model.as_str())
+                .is_some_and(|wanted| at_hand.map(|(_, _, lines)| lines).sum::<u64>() < *wanted)
+        };
         (0u32..).zip(models).filter(|(_, model)| wants(model)).fold(0, |mask, (bit, _)| mask | 1i64 << bit)
     }
 }
@@ -61,23 +67,30 @@ impl Demand {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::{Priority, Timestamp};
+
+    fn rank(priority: i32) -> Rank {
+        Rank::batch(Priority::new(priority).unwrap(), Timestamp(1))
+    }
 
     #[test]
     fn what_is_served_and_not_at_hand_is_wanted() {
         let models = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
+        let wanted = |demand: &Demand| demand.wanted(&models, rank(0));
         let mut demand = Demand::new();
-        assert_eq!(demand.wanted(&models), 0);
+        assert_eq!(wanted(&demand), 0);
         demand.serve("a".into(), 64);
         demand.serve("c".into(), 5_000);
-        assert_eq!(demand.wanted(&models), 0b101);
-        demand.at_hand("a", 1_999);
-        demand.at_hand("b", 5);
-        assert_eq!(demand.wanted(&models), 0b101);
-        demand.at_hand("a", 1);
-        demand.at_hand("c", 9_999);
-        assert_eq!(demand.wanted(&models), 0b100);
-        demand.at_hand("c", 1);
-        assert_eq!(demand.wanted(&models), 0);
+        assert_eq!(wanted(&demand), 0b101);
+        demand.at_hand("a".into(), rank(0), 1_999);
+        demand.at_hand("b".into(), rank(0), 5);
+        assert_eq!(wanted(&demand), 0b101);
+        demand.at_hand("a".into(), rank(1), 1);
+        demand.at_hand("c".into(), rank(0), 9_999);
+        assert_eq!(wanted(&demand), 0b100);
+        demand.at_hand("c".into(), rank(0), 1);
+        assert_eq!(wanted(&demand), 0);
+        assert_eq!(demand.wanted(&models, rank(1)), 0b101, "lines of a worse rank are no reason to wait");
     }
 
     #[test]

@@ -168,7 +168,23 @@ impl Run {
                 return Err(Stop::Lost);
             }
         }
+        if self.claimed.epoch.0 > 1 {
+            self.remove_orphans(&whole).await;
+        }
         Ok(whole.into_iter().map(|part| part.content).collect())
+    }
+
+    /// Deletes objects that an earlier owner wrote and did not live to name. It can't name them any more either: its epoch
+    /// is over. What can't be deleted now lies there until the segment is claimed again; it harms nothing.
+    async fn remove_orphans(&self, named: &[Part]) {
+        let Ok(keys) = self.blobs.list(&results::folder(&self.claimed.segment)).await else { return };
+        for key in keys {
+            let old = results::epoch_of(&key).is_some_and(|epoch| epoch < self.claimed.epoch);
+            if old && named.iter().all(|part| part.content.object_key != key) {
+                tracing::info!(key, "an object of a crashed owner is deleted");
+                let _ = self.blobs.delete(&key).await;
+            }
+        }
     }
 
     /// The segment's bytes, or why they can't be had at all.
