@@ -77,7 +77,7 @@ fn every_rule_has_its_message() {
         (r#""m"}}"#, r#""m"}};"#, "not valid JSON: more text after the object at byte 84;"),
         (r#""m"}}"#, r#""m"},}"#, "not valid JSON: expected a key in quotes at byte 84;"),
         (r#""m"}}"#, r#""m",}}"#, "not valid JSON: trailing comma at byte 83;"),
-        (r#""method":"#, r#""method" "#, "not valid JSON: expected `:` at byte 28;"),
+        (r#""method":"#, r#""method" "#, "not valid JSON: expected `:` at byte 27;"),
         (r#","method":"#, r#""method":"#, "not valid JSON: expected `,` or `}` at byte 17;"),
         (r#""a""#, r#""\ud800""#, "not valid JSON: unexpected end of hex escape at byte 2"),
         (r#""a""#, "", "not valid JSON: expected value at byte 14"),
