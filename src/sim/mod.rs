@@ -1,1 +1,341 @@
-//! sim
+//! A simulated vLLM worker for `tidemill sim`, the demo, tests and benchmarks: vLLM 0.32's HTTP surface and metric names over
+//! an engine that only takes time. No weights, no GPU; answers follow from the request and the seed.
+//!
+//! As in vLLM, at most `max_num_seqs` requests run and the others wait; an error is `{"error": {...}}`; a client that goes
+//! away frees its place at once. Unlike in vLLM: a token is a word, every answer is as long as it may be (16 tokens where the
+//! request does not say), `n` and `stream` are not simulated, and a bad prompt costs no time. Given `x-request-id`, it becomes part
+//! of the answer's id (as in vLLM) and is sent back (as in vLLM with `--enable-request-id-headers`).
+
+mod answers;
+mod engine;
+mod faults;
+mod metrics;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::HashSet, convert::Infallible, io, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{DefaultBodyLimit, State},
+    http::{
+        HeaderMap, HeaderName, HeaderValue, StatusCode,
+        header::{CONTENT_TYPE, RETRY_AFTER},
+    },
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures::StreamExt;
+use hyper::{body::Incoming, server::conn::http1};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+pub use faults::{Fault, Faults, Received};
+
+use self::{
+    engine::{Engine, Outcome},
+    request::Refusal,
+};
+use crate::domain::{Endpoint, Timestamp};
+
+/// vLLM has no limit of its own; this one is far above any prompt.
+const MAX_BODY: usize = 64 * 1024 * 1024;
+/// The most sequences at once: more than any engine runs, and few enough for the semaphore behind it.
+const MAX_NUM_SEQS: usize = 1_000_000;
+/// A pause after an accept that failed, for instance because there are no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// What a simulated worker is like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SimConfig {
+    /// The models that it serves, at least one; the first labels the metrics.
+    pub models: Vec<String>,
+    /// What every request takes, whatever its tokens.
+    pub latency: Duration,
+    /// How fast each request's tokens are generated; 0: at once.
+    pub tokens_per_second: f64,
+    /// The share of requests answered with status 500, 0 to 1.
+    pub error_rate: f64,
+    /// Decides which requests fail, and what answers say.
+    pub seed: u64,
+    /// Requests that run at once, 1 to 1,000,000; the others wait.
+    pub max_num_seqs: usize,
+}
+
+impl Default for SimConfig {
+    /// One model, `sim`, at once and without errors; 256 sequences as in vLLM.
+    fn default() -> Self {
+        Self {
+            models: vec!["sim".to_owned()],
+            latency: Duration::ZERO,
+            tokens_per_second: 0.0,
+            error_rate: 0.0,
+            seed: 0,
+            max_num_seqs: 256,
+        }
+    }
+}
+
+/// Why there can't be such a worker.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SimConfigError {
+    /// It would serve nothing.
+    #[error("a simulated worker needs at least one model, and no model's name may be empty")]
+    NoModel,
+    /// A name occurs twice.
+    #[error("the model {0:?} is named twice")]
+    ModelTwice(String),
+    /// Not a rate.
+    #[error("tokens per second must be 0 (at once) or more, not {0}")]
+    TokensPerSecond(f64),
+    /// Not a share.
+    #[error("the error rate must be from 0 to 1, not {0}")]
+    ErrorRate(f64),
+    /// Out of range.
+    #[error("sequences at once must be from 1 to {MAX_NUM_SEQS}, not {0}")]
+    MaxNumSeqs(usize),
+}
+
+impl SimConfig {
+    /// Whether there can be such a worker.
+    ///
+    /// # Errors
+    /// [`SimConfigError`] names the first value that is out of range.
+    pub fn validate(&self) -> Result<(), SimConfigError> {
+        if self.models.is_empty() || self.models.iter().any(String::is_empty) {
+            return Err(SimConfigError::NoModel);
+        }
+        let mut seen = HashSet::new();
+        if let Some(twice) = self.models.iter().find(|model| !seen.insert(*model)) {
+            return Err(SimConfigError::ModelTwice(twice.clone()));
+        }
+        if !(self.tokens_per_second.is_finite() && self.tokens_per_second >= 0.0) {
+            return Err(SimConfigError::TokensPerSecond(self.tokens_per_second));
+        }
+        if !(0.0..=1.0).contains(&self.error_rate) {
+            return Err(SimConfigError::ErrorRate(self.error_rate));
+        }
+        if !(1..=MAX_NUM_SEQS).contains(&self.max_num_seqs) {
+            return Err(SimConfigError::MaxNumSeqs(self.max_num_seqs));
+        }
+        Ok(())
+    }
+}
+
+/// A simulated worker. Cheap to clone; clones are the same worker.
+#[derive(Clone)]
+pub struct Sim {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: SimConfig,
+    engine: Engine,
+    faults: Faults,
+    started_at: Timestamp,
+}
+
+/// On a response whose connection [`Sim::serve`] is to close instead of sending it.
+#[derive(Clone, Copy)]
+struct CloseInstead;
+
+impl Sim {
+    /// A worker that nobody can reach yet.
+    ///
+    /// # Errors
+    /// [`SimConfigError`], as [`SimConfig::validate`].
+    pub fn new(config: SimConfig) -> Result<Self, SimConfigError> {
+        config.validate()?;
+        let engine = Engine::new(&config);
+        let inner = Inner { config, engine, faults: Faults::default(), started_at: Timestamp::now() };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// What can be made to go wrong, and what can be seen.
+    #[must_use]
+    pub fn faults(&self) -> Faults {
+        self.inner.faults.clone()
+    }
+
+    /// Requests that run, and requests that wait, now.
+    #[must_use]
+    pub fn load(&self) -> (usize, usize) {
+        (self.inner.engine.running(), self.inner.engine.waiting())
+    }
+
+    /// The HTTP surface. Served by anything but [`Sim::serve`], a [`Fault::Reset`] becomes a [`Fault::Truncate`].
+    pub fn router(&self) -> Router {
+        let mut router = Router::new()
+            .route("/health", get(health))
+            .route("/v1/models", get(models))
+            .route("/metrics", get(metrics))
+            .route("/version", get(async || json(StatusCode::OK, r#"{"version":"0.32.0+tidemill.sim"}"#.into())))
+            .route("/load", get(load));
+        for endpoint in Endpoint::ALL {
+            let handler = async move |State(sim): State<Sim>, headers: HeaderMap, body: Bytes| {
+                sim.infer(endpoint, &headers, &body).await
+            };
+            router = router.route(endpoint.path(), post(handler));
+        }
+        let not_found = async || json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#.into());
+        router.fallback(not_found).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(self.clone())
+    }
+
+    /// Serves HTTP/1.1, as vLLM does, until `shutdown`; then it is as if the process had been killed: requests in flight get no
+    /// answer and every connection is closed.
+    ///
+    /// # Errors
+    /// If the listener has no address.
+    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> io::Result<()> {
+        tracing::debug!(address = %listener.local_addr()?, models = ?self.inner.config.models, "simulated worker listens");
+        let router = self.router();
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new());
+        // Dropping it ends the connections.
+        let mut connections = JoinSet::new();
+        loop {
+            let stream = tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                Some(_) = connections.join_next() => continue,
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => stream,
+                    Err(error) => {
+                        tracing::warn!(%error, "simulated worker can't accept a connection");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                },
+            };
+            // If this fails, answers are a little later.
+            let _ = stream.set_nodelay(true);
+            let router = router.clone();
+            let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+                let answer = router.clone().oneshot(request.map(Body::new));
+                async move {
+                    let response = answer.await.unwrap_or_else(|never: Infallible| match never {});
+                    match response.extensions().get::<CloseInstead>() {
+                        Some(CloseInstead) => Err(io::Error::from(io::ErrorKind::ConnectionReset)),
+                        None => Ok(response),
+                    }
+                }
+            });
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            connections.spawn(async move {
+                // The peer sees what went wrong; nobody else need know.
+                let _ = connection.await;
+            });
+        }
+    }
+
+    async fn infer(&self, endpoint: Endpoint, headers: &HeaderMap, body: &Bytes) -> Response {
+        let Inner { config, engine, faults, .. } = &*self.inner;
+        let _in_flight = faults.receive(endpoint.path(), body);
+        let fault = faults.take();
+        let mut response = match fault {
+            Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Reset) => broken("", Some(CloseInstead)),
+            Some(Fault::Truncate) => broken(r#"{"id":"chatcmpl-"#, None),
+            Some(Fault::Fail { status, retry_after }) => injected(status, retry_after),
+            None => match answer(config, engine, faults.slow_down(), endpoint, headers, body).await {
+                Ok(answer) => json(StatusCode::OK, answer),
+                Err(refusal) => refuse(&refusal),
+            },
+        };
+        if let Some(id) = headers.get(REQUEST_ID) {
+            response.headers_mut().insert(REQUEST_ID, id.clone());
+        }
+        response
+    }
+}
+
+async fn answer(
+    config: &SimConfig,
+    engine: &Engine,
+    slow_down: f64,
+    endpoint: Endpoint,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<String, Refusal> {
+    let json = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(JSON.as_bytes()));
+    if !json {
+        return Err(Refusal::invalid("Unsupported Media Type: Only 'application/json' is allowed", None));
+    }
+    let request = request::read(endpoint, body, &config.models, config.seed)?;
+    match engine.run(request.cost, slow_down).await {
+        Outcome::Answered => {
+            let id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_plain(id));
+            let id = id.map_or_else(|| format!("{:016x}", request.fingerprint), str::to_owned);
+            Ok(answers::answer(endpoint, &request, &id, Timestamp::now().unix_seconds(), config.seed))
+        }
+        Outcome::Failed => {
+            Err(internal(StatusCode::INTERNAL_SERVER_ERROR, "The simulated engine failed this request."))
+        }
+    }
+}
+
+/// Whether a text may stand in a JSON string as it is.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"' && byte != b'\\')
+}
+
+async fn health(State(sim): State<Sim>) -> StatusCode {
+    if sim.inner.faults.is_unhealthy() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }
+}
+
+async fn models(State(sim): State<Sim>) -> Response {
+    json(StatusCode::OK, answers::models(&sim.inner.config.models, sim.inner.started_at.unix_seconds()))
+}
+
+async fn metrics(State(sim): State<Sim>) -> Response {
+    let Inner { config, engine, faults, .. } = &*sim.inner;
+    let text = metrics::render(engine, faults.preemptions(), &config.models[0]);
+    ([(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=1.0.0; charset=utf-8"))], text).into_response()
+}
+
+async fn load(State(sim): State<Sim>) -> Response {
+    json(StatusCode::OK, format!(r#"{{"server_load":{}}}"#, sim.inner.faults.in_flight()))
+}
+
+fn json(status: StatusCode, body: String) -> Response {
+    (status, [(CONTENT_TYPE, JSON)], body).into_response()
+}
+
+fn internal(status: StatusCode, message: &str) -> Refusal {
+    Refusal { status: status.as_u16(), kind: "InternalServerError", message: message.to_owned(), param: None }
+}
+
+fn refuse(refusal: &Refusal) -> Response {
+    let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    json(status, answers::error(refusal))
+}
+
+fn injected(status: StatusCode, retry_after: Option<Duration>) -> Response {
+    let mut response = json(status, answers::error(&internal(status, "The test wants this request to fail.")));
+    if let Some(wait) = retry_after {
+        response.headers_mut().insert(RETRY_AFTER, wait.as_secs().into());
+    }
+    response
+}
+
+/// An answer that breaks off after `begun`.
+fn broken(begun: &'static str, close: Option<CloseInstead>) -> Response {
+    let begin = futures::stream::iter([Ok(Bytes::from_static(begun.as_bytes()))]);
+    let end = futures::stream::once(async {
+        // The server writes out what it has when there is no more for now; an error at once would swallow it.
+        tokio::task::yield_now().await;
+        Err(io::Error::from(io::ErrorKind::ConnectionReset))
+    });
+    let mut response = Body::from_stream(begin.chain(end)).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, JSON);
+    if let Some(close) = close {
+        response.extensions_mut().insert(close);
+    }
+    response
+}
