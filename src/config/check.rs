@@ -1,0 +1,170 @@
+//! What settings must be like, beyond their own form.
+
+use std::time::Duration;
+
+use super::{ConfigError, ServeConfig};
+
+impl ServeConfig {
+    /// Refuses settings that can't work or would open the server to anybody without saying so.
+    ///
+    /// # Errors
+    /// [`ConfigError::Refused`], naming the setting and the ways out.
+    pub fn validate(self) -> Result<Self, ConfigError> {
+        self.check_tls()?;
+        self.check_anonymous()?;
+        self.check_spans()?;
+        self.check_workers()?;
+        Ok(self)
+    }
+
+    fn check_tls(&self) -> Result<(), ConfigError> {
+        match (&self.tls_cert, &self.tls_key, &self.tls_client_ca) {
+            (Some(_), None, _) => refuse("--tls-cert", "needs --tls-key with the certificate's private key"),
+            (None, Some(_), _) => refuse("--tls-key", "needs --tls-cert with the key's certificate chain"),
+            (None, None, Some(_)) => {
+                refuse("--tls-client-ca", "needs --tls-cert and --tls-key: client certificates come over TLS")
+            }
+            (Some(_), Some(_), _) | (None, None, None) => Ok(()),
+        }
+    }
+
+    fn check_anonymous(&self) -> Result<(), ConfigError> {
+        let guarded = self.tokens.is_some() || self.tls_client_ca.is_some();
+        if self.listen.ip().is_loopback() || guarded || self.insecure_allow_anonymous {
+            return Ok(());
+        }
+        refuse(
+            "--listen",
+            format!(
+                "{} can be reached from other machines, and nothing would say who may use it. Do one of these:\n  \
+                 give access tokens:                --tokens FILE (make them with `tidemill token new`)\n  \
+                 let in client certificates only:   --tls-cert FILE --tls-key FILE --tls-client-ca FILE\n  \
+                 let in everybody who can reach it: --insecure-allow-anonymous",
+                self.listen
+            ),
+        )
+    }
+
+    fn check_workers(&self) -> Result<(), ConfigError> {
+        match self.worker.iter().find(|url| !matches!(url.scheme(), "http" | "https") || !url.has_host()) {
+            Some(url) => refuse("--worker", format!("{url} is no http or https URL, such as http://10.0.0.5:8000")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_spans(&self) -> Result<(), ConfigError> {
+        let second = Duration::from_secs(1);
+        for (setting, span, least) in [
+            ("--request-timeout", self.request_timeout, second),
+            ("--lease", self.lease, 3 * second),
+            ("--flush-interval", self.flush_interval, Duration::from_millis(10)),
+            ("--max-connection-age", self.max_connection_age, second),
+        ] {
+            if span < least {
+                return refuse(setting, format!("must be at least {}", humantime::format_duration(least)));
+            }
+        }
+        // A lease is renewed and fenced between flushes: one that ends before the first flush would never keep its work.
+        if self.flush_interval > self.lease / 2 {
+            return refuse("--flush-interval", "must be at most half of --lease");
+        }
+        Ok(())
+    }
+}
+
+fn refuse(setting: &'static str, message: impl Into<String>) -> Result<(), ConfigError> {
+    Err(ConfigError::Refused { setting, message: message.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::{BlobStore, ConfigFile, Database};
+    use super::*;
+
+    fn load(flags: &[&str]) -> Result<ServeConfig, ConfigError> {
+        ServeConfig::from_flags(flags.iter().copied(), None).unwrap().validate()
+    }
+
+    fn refusal(flags: &[&str]) -> String {
+        load(flags).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_defaults_are_as_promised() {
+        let config = ServeConfig::default().validate().unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:4080");
+        assert_eq!(config.database(), Database::Sqlite(Path::new("./data/tidemill.db").into()));
+        assert_eq!(config.blob_store(), BlobStore::Directory(Path::new("./data/blobs").into()));
+        assert_eq!((config.max_file_lines, config.max_file_bytes), (1_000_000, 10_000_000_000));
+        assert_eq!((config.worker_max_in_flight, config.max_tries, config.database_connections), (64, 5, 10));
+        assert_eq!(config.request_timeout, Duration::from_secs(600));
+        assert_eq!(config.lease, Duration::from_secs(30));
+        assert_eq!(config.flush_interval, Duration::from_secs(2));
+        assert_eq!(config.max_connection_age, Duration::from_secs(1_800));
+        assert_eq!(config.drain_timeout, Duration::from_secs(10));
+        assert!(config.worker.is_empty() && config.webhook_allow_cidr.is_empty() && !config.insecure_allow_anonymous);
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let file = ConfigFile::parse("t.toml", "data_dir = \"file\"\nmax_tries = 9\nworker = [\"http://f\"]").unwrap();
+        // PATH stands in for TIDEMILL_DATA_DIR: it is set wherever tests run, and setting a variable is not safe here.
+        let path = std::env::var("PATH").unwrap();
+        let data_dir = |env: bool, flags: &[&str]| {
+            let command = file.as_defaults(ServeConfig::command()).mut_args(|arg| match arg.get_id().as_str() {
+                "data_dir" if env => arg.env("PATH"),
+                _ => arg.env(None::<&'static str>),
+            });
+            let matches = command.try_get_matches_from(flags).unwrap();
+            matches.get_one::<std::path::PathBuf>("data_dir").unwrap().display().to_string()
+        };
+        assert_eq!(data_dir(false, &[]), "file");
+        assert_eq!(data_dir(true, &[]), path);
+        assert_eq!(data_dir(true, &["--data-dir", "flag"]), "flag");
+        let config = ServeConfig::from_flags(["--worker", "http://a", "--worker", "http://b"], Some(&file)).unwrap();
+        assert_eq!(config.max_tries, 9);
+        assert_eq!(config.worker.len(), 2, "a list is replaced, not joined: {:?}", config.worker);
+    }
+
+    #[test]
+    fn every_setting_has_its_variable_and_its_help() {
+        for arg in ServeConfig::command().get_arguments() {
+            let name = arg.get_id().as_str();
+            assert_eq!(arg.get_env().unwrap().to_str().unwrap(), format!("TIDEMILL_{}", name.to_uppercase()));
+            assert_eq!(arg.get_long().unwrap(), name.replace('_', "-"));
+            assert!(arg.get_help().is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_open_address_is_refused_with_the_ways_out() {
+        let message = refusal(&["--listen", "0.0.0.0:4080"]);
+        for way in ["--listen: 0.0.0.0:4080", "--tokens", "--tls-client-ca", "--insecure-allow-anonymous"] {
+            assert!(message.contains(way), "{message}");
+        }
+        assert!(load(&["--listen", "[::1]:0"]).is_ok());
+        assert!(load(&["--listen", "0.0.0.0:1", "--tokens", "t"]).is_ok());
+        assert!(load(&["--listen", "0.0.0.0:1", "--insecure-allow-anonymous"]).is_ok());
+        let tls = ["--listen", "[::]:1", "--tls-cert", "c", "--tls-key", "k"];
+        assert!(load(&tls).is_err(), "TLS alone says nothing about who calls");
+        assert!(load(&[&tls[..], &["--tls-client-ca", "a"]].concat()).is_ok());
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        for (flags, setting) in [
+            (&["--tls-cert", "c"][..], "--tls-cert: needs --tls-key"),
+            (&["--tls-key", "k"], "--tls-key: needs --tls-cert"),
+            (&["--tls-client-ca", "a"], "--tls-client-ca: needs --tls-cert and --tls-key"),
+            (&["--worker", "ftp://h"], "--worker: ftp://h"),
+            (&["--lease", "2s"], "--lease: must be at least 3s"),
+            (&["--lease", "3s", "--flush-interval", "2s"], "--flush-interval: must be at most half of --lease"),
+            (&["--flush-interval", "0s"], "--flush-interval: must be at least 10ms"),
+            (&["--request-timeout", "0s"], "--request-timeout: must be at least 1s"),
+        ] {
+            assert!(refusal(flags).starts_with(setting), "{}", refusal(flags));
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The TOML file: its values become the flags' defaults, so a value means the same wherever it is given, and the
+//! environment and flags win over it by clap's own rules.
+
+use std::{collections::BTreeMap, error::Error as _, fs, path::Path};
+
+use clap::{ArgAction, Command};
+
+use super::{ConfigError, ServeConfig};
+
+/// How alike (Jaro-Winkler, 0 to 1) a valid name must be to be offered for an unknown one.
+const ALIKE: f64 = 0.75;
+
+/// A configuration file that has been read: every key is a setting and every value one that it takes.
+#[derive(Clone, Debug)]
+pub struct ConfigFile {
+    values: BTreeMap<String, Vec<String>>,
+}
+
+impl ConfigFile {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming file and key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let file = path.display().to_string();
+        match fs::read_to_string(path) {
+            Ok(text) => Self::parse(&file, &text),
+            Err(error) => Err(ConfigError::Unreadable { file, error }),
+        }
+    }
+
+    /// Reads a file's text.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming file and key.
+    pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
+        let table: toml::Table = toml::from_str(text)
+            .map_err(|error| ConfigError::NotToml { file: file.to_owned(), message: error.to_string() })?;
+        let command = ServeConfig::command().mut_args(|arg| arg.env(None::<&'static str>));
+        let mut values = BTreeMap::new();
+        for (key, value) in table {
+            let bad = |message: String| ConfigError::BadValue { file: file.to_owned(), key: key.clone(), message };
+            let Some(arg) = command.get_arguments().find(|arg| arg.get_id() == key.as_str() && key != "config") else {
+                return Err(ConfigError::UnknownKey { file: file.to_owned(), hint: hint(&command, &key), key });
+            };
+            let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
+            let texts = match (value, matches!(arg.get_action(), ArgAction::Append)) {
+                (toml::Value::Array(list), true) => list.into_iter().map(scalar).collect::<Result<_, _>>(),
+                (value, _) => scalar(value).map(|text| vec![text]),
+            }
+            .map_err(bad)?;
+            check(&command, &key, is_switch, &texts).map_err(bad)?;
+            values.insert(key, texts);
+        }
+        Ok(Self { values })
+    }
+
+    /// Makes the file's values the defaults of those arguments that the command has.
+    #[must_use]
+    pub fn as_defaults(&self, command: Command) -> Command {
+        command.mut_args(|arg| match self.values.get(arg.get_id().as_str()) {
+            Some(values) => arg.default_values(values.clone()),
+            None => arg,
+        })
+    }
+}
+
+fn scalar(value: toml::Value) -> Result<String, String> {
+    match value {
+        toml::Value::String(text) => Ok(text),
+        toml::Value::Integer(number) => Ok(number.to_string()),
+        toml::Value::Boolean(flag) => Ok(flag.to_string()),
+        toml::Value::Float(_) | toml::Value::Datetime(_) => Err("expected a text or a whole number".to_owned()),
+        toml::Value::Array(_) => Err("expected one value, not a list".to_owned()),
+        toml::Value::Table(_) => Err("expected a value, not a table: settings have no sections".to_owned()),
+    }
+}
+
+/// Tries the values as the flag's.
+fn check(command: &Command, key: &str, is_switch: bool, values: &[String]) -> Result<(), String> {
+    if is_switch {
+        return match values {
+            [one] if one == "true" || one == "false" => Ok(()),
+            _ => Err("expected true or false".to_owned()),
+        };
+    }
+    let flag = key.replace('_', "-");
+    let flags = values.iter().map(|value| format!("--{flag}={value}"));
+    match command.clone().try_get_matches_from(flags) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(match error.source() {
+            Some(source) => source.to_string(),
+            None => first_line(&error.to_string()),
+        }),
+    }
+}
+
+fn first_line(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
+    line.strip_prefix("error: ").unwrap_or(line).to_owned()
+}
+
+fn hint(command: &Command, key: &str) -> String {
+    let mut names: Vec<(f64, &str)> = command
+        .get_arguments()
+        .map(|arg| arg.get_id().as_str())
+        .filter(|name| *name != "config")
+        .map(|name| (strsim::jaro_winkler(name, &key.replace('-', "_").to_lowercase()), name))
+        .collect();
+    names.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let near: Vec<_> = names.iter().take(3).filter(|(alike, _)| *alike >= ALIKE).map(|(_, name)| *name).collect();
+    if near.is_empty() {
+        names.sort_by_key(|(_, name)| *name);
+        let all: Vec<_> = names.iter().map(|(_, name)| *name).collect();
+        return format!("the settings are {}", all.join(", "));
+    }
+    format!("did you mean {}?", near.join(" or "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        ConfigFile::parse("t.toml", text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_setting_can_be_in_the_file() {
+        let text = r#"
+            listen = "[::1]:9"
+            worker = ["http://a:8000", "http://b:8000/v1"]
+            worker_max_in_flight = 7
+            request_timeout = "1m 30s"
+            max_tries = 2
+            data_dir = "/d"
+            database_url = "postgres://u:p@h/d"
+            database_connections = 20
+            blobs = "s3://bucket/prefix"
+            max_file_lines = 1_000
+            max_file_bytes = "4GiB"
+            lease = "1m"
+            flush_interval = "500ms"
+            tls_cert = "c"
+            tls_key = "k"
+            tls_client_ca = "a"
+            tokens = "t"
+            insecure_allow_anonymous = true
+            webhook_allow_cidr = "10.0.0.0/8"
+            max_connection_age = "1h"
+            drain_timeout = "5s"
+            log_format = "json"
+            log = "tidemill=debug"
+        "#;
+        let file = ConfigFile::parse("t.toml", text).unwrap();
+        assert_eq!(file.values.len(), ServeConfig::command().get_arguments().count() - 1, "all but config");
+        let config = ServeConfig::from_flags([], Some(&file)).unwrap();
+        assert_eq!(config.worker.len(), 2);
+        assert_eq!(config.max_file_bytes, 4 << 30);
+        assert_eq!(config.request_timeout.as_secs(), 90);
+        assert!(config.insecure_allow_anonymous);
+        assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");
+        assert!(!format!("{config:?}").contains("u:p"), "no password in logs");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        assert_eq!(
+            refusal("lisen = \"127.0.0.1:1\""),
+            "config file t.toml: unknown setting \"lisen\"; did you mean listen?"
+        );
+        assert!(refusal("data-dir = \"x\"").contains("did you mean data_dir"), "{}", refusal("data-dir = \"x\""));
+        assert!(refusal("zzz = 1").contains("the settings are blobs, data_dir, "));
+        assert!(refusal("config = \"x\"").contains("unknown setting"), "a file can't name another");
+        assert_eq!(refusal("listen = \"here\""), "config file t.toml: listen: invalid socket address syntax");
+        assert!(refusal("max_tries = 0").starts_with("config file t.toml: max_tries: 0 is not in 1..=100"));
+        assert!(refusal("log_format = \"xml\"").contains("log_format: invalid value 'xml'"));
+        assert!(refusal("[worker]\nurl = \"x\"").contains("worker: expected a value, not a table"));
+        assert!(refusal("listen = [\"127.0.0.1:1\"]").contains("listen: expected one value"));
+        assert!(refusal("insecure_allow_anonymous = 1").contains("expected true or false"));
+        assert!(refusal("max_file_bytes = \"many\"").contains("10GB"));
+        assert!(refusal("database_url = \"mysql://h/d\"").contains("expected postgres://"));
+        assert!(refusal("worker = [1, 2").contains("is not valid TOML"));
+    }
+}

@@ -1,0 +1,321 @@
+//! The server's one typed configuration. Every setting comes from, lowest to highest: its default, a TOML file
+//! (`--config`), the environment (`TIDEMILL_…`), its flag. What [`ServeConfig::validate`] has passed is not checked again.
+
+mod check;
+mod file;
+
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{
+    Args, Command, FromArgMatches, ValueEnum,
+    builder::{BoolishValueParser, RangedU64ValueParser},
+};
+use ipnet::IpNet;
+use url::Url;
+
+pub use file::ConfigFile;
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("config file {file}: {error}")]
+    Unreadable {
+        /// Its path.
+        file: String,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("config file {file} is not valid TOML: {message}")]
+    NotToml {
+        /// Its path.
+        file: String,
+        /// What and where.
+        message: String,
+    },
+    /// The file has a key that is no setting.
+    #[error("config file {file}: unknown setting {key:?}; {hint}")]
+    UnknownKey {
+        /// Its path.
+        file: String,
+        /// The key.
+        key: String,
+        /// What it may have been meant to be.
+        hint: String,
+    },
+    /// A setting's value in the file is wrong.
+    #[error("config file {file}: {key}: {message}")]
+    BadValue {
+        /// Its path.
+        file: String,
+        /// The setting.
+        key: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// Settings that do not go together, or a value out of range.
+    #[error("{setting}: {message}")]
+    Refused {
+        /// The flag.
+        setting: &'static str,
+        /// What is wrong and what to do.
+        message: String,
+    },
+}
+
+/// A URL that may hold a password, so it is never printed whole.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DatabaseUrl(String);
+
+impl DatabaseUrl {
+    /// The URL, password and all.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DatabaseUrl(…)")
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Which database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// A SQLite file: one node.
+    Sqlite(PathBuf),
+    /// A PostgreSQL URL: any number of nodes.
+    Postgres(DatabaseUrl),
+}
+
+/// Where objects are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BlobStore {
+    /// A local directory: one node.
+    Directory(PathBuf),
+    /// An object store's URL: any number of nodes.
+    Url(String),
+}
+
+/// Everything that can be set on a server.
+#[derive(Clone, Debug, Args)]
+pub struct ServeConfig {
+    /// TOML file of settings: the flags' names with "_" for "-". The environment and flags win over it.
+    #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE", help_heading = "General")]
+    pub config: Option<PathBuf>,
+
+    /// Address for gRPC and HTTP, which share one port. Port 0: any free one. Anything but loopback needs --tokens,
+    /// --tls-client-ca or --insecure-allow-anonymous.
+    #[arg(
+        long,
+        env = "TIDEMILL_LISTEN",
+        value_name = "ADDR",
+        default_value = "127.0.0.1:4080",
+        help_heading = "General"
+    )]
+    pub listen: SocketAddr,
+
+    /// Base URL of a worker: a vLLM server or any server with OpenAI's HTTP API. Repeatable; comma-separated in the
+    /// environment. More can be added while the server runs: tidemill workers register.
+    #[arg(long, env = "TIDEMILL_WORKER", value_name = "URL", value_delimiter = ',', help_heading = "Workers")]
+    pub worker: Vec<Url>,
+
+    /// Most requests that this node has in flight at one worker, 1 to 65536.
+    #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT", value_name = "N", default_value = "64", help_heading = "Workers",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
+    pub worker_max_in_flight: u32,
+
+    /// How long one request to a worker may take.
+    #[arg(long, env = "TIDEMILL_REQUEST_TIMEOUT", value_name = "SPAN", default_value = "600s", help_heading = "Workers",
+        value_parser = humantime::parse_duration)]
+    pub request_timeout: Duration,
+
+    /// How often a request is tried in all before it ends in the error file, 1 to 100.
+    #[arg(long, env = "TIDEMILL_MAX_TRIES", value_name = "N", default_value = "5", help_heading = "Workers",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1..=100))]
+    pub max_tries: u32,
+
+    /// Directory of the SQLite database and of the objects. One server at a time may use it.
+    #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = "./data", help_heading = "Storage")]
+    pub data_dir: PathBuf,
+
+    /// PostgreSQL: postgres://user:password@host/database. Any number of servers may share it if they share --blobs
+    /// too. Default: SQLite in --data-dir.
+    #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
+        value_parser = parse_database_url)]
+    pub database_url: Option<DatabaseUrl>,
+
+    /// Connections to PostgreSQL, 2 to 1000.
+    #[arg(long, env = "TIDEMILL_DATABASE_CONNECTIONS", value_name = "N", default_value = "10", help_heading = "Storage",
+        value_parser = RangedU64ValueParser::<u32>::new().range(2..=1_000))]
+    pub database_connections: u32,
+
+    /// Where objects are kept: s3://bucket/prefix, gs://…, az://… (credentials as the cloud's own tools take them), or
+    /// file:///path. Default: a directory in --data-dir.
+    #[arg(long, env = "TIDEMILL_BLOBS", value_name = "URL", help_heading = "Storage", value_parser = parse_blobs)]
+    pub blobs: Option<String>,
+
+    /// Most requests in one file.
+    #[arg(long, env = "TIDEMILL_MAX_FILE_LINES", value_name = "N", default_value = "1000000", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u64>::new().range(1..=1_000_000_000))]
+    pub max_file_lines: u64,
+
+    /// Most bytes in one file, such as 10GB or 4GiB.
+    #[arg(long, env = "TIDEMILL_MAX_FILE_BYTES", value_name = "SIZE", default_value = "10GB", help_heading = "Limits",
+        value_parser = parse_bytes)]
+    pub max_file_bytes: u64,
+
+    /// How long a server that has stopped answering keeps its work before another takes it over.
+    #[arg(long, env = "TIDEMILL_LEASE", value_name = "SPAN", default_value = "30s", help_heading = "Durability",
+        value_parser = humantime::parse_duration)]
+    pub lease: Duration,
+
+    /// Longest time until a finished request is durable and counted: what a crash costs at most.
+    #[arg(long, env = "TIDEMILL_FLUSH_INTERVAL", value_name = "SPAN", default_value = "2s", help_heading = "Durability",
+        value_parser = humantime::parse_duration)]
+    pub flush_interval: Duration,
+
+    /// PEM certificate chain: serves TLS. With --tls-key.
+    #[arg(long, env = "TIDEMILL_TLS_CERT", value_name = "FILE", help_heading = "Security")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// PEM private key of --tls-cert.
+    #[arg(long, env = "TIDEMILL_TLS_KEY", value_name = "FILE", help_heading = "Security")]
+    pub tls_key: Option<PathBuf>,
+
+    /// PEM certificates of the authorities whose client certificates are let in; nobody else is. With --tls-cert.
+    #[arg(long, env = "TIDEMILL_TLS_CLIENT_CA", value_name = "FILE", help_heading = "Security")]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// File of access tokens, one line each, as tidemill token new prints them: nobody without one is let in.
+    #[arg(long, env = "TIDEMILL_TOKENS", value_name = "FILE", help_heading = "Security")]
+    pub tokens: Option<PathBuf>,
+
+    /// Lets anybody who reaches a non-loopback --listen address do everything.
+    #[arg(long, env = "TIDEMILL_INSECURE_ALLOW_ANONYMOUS", help_heading = "Security",
+        value_parser = BoolishValueParser::new())]
+    pub insecure_allow_anonymous: bool,
+
+    /// Network whose addresses webhooks may go to although they are private, such as 10.0.0.0/8. Repeatable;
+    /// comma-separated in the environment. Default: none.
+    #[arg(
+        long,
+        env = "TIDEMILL_WEBHOOK_ALLOW_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        help_heading = "Security"
+    )]
+    pub webhook_allow_cidr: Vec<IpNet>,
+
+    /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance.
+    #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
+        value_parser = humantime::parse_duration)]
+    pub max_connection_age: Duration,
+
+    /// How long calls and requests in flight may take to finish after SIGTERM.
+    #[arg(long, env = "TIDEMILL_DRAIN_TIMEOUT", value_name = "SPAN", default_value = "10s", help_heading = "Connections",
+        value_parser = humantime::parse_duration)]
+    pub drain_timeout: Duration,
+
+    /// How log lines look.
+    #[arg(long, env = "TIDEMILL_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Logs")]
+    pub log_format: LogFormat,
+
+    /// What is logged: a level, or levels by module, such as warn,tidemill=debug.
+    #[arg(long, env = "TIDEMILL_LOG", value_name = "FILTER", default_value = "info", help_heading = "Logs")]
+    pub log: String,
+}
+
+impl ServeConfig {
+    /// The settings as a command of their own.
+    fn command() -> Command {
+        Self::augment_args(Command::new("serve").no_binary_name(true))
+    }
+
+    /// From flags and, if given, a file; the environment is left aside. Not validated.
+    ///
+    /// # Errors
+    /// What clap has to say.
+    pub fn from_flags<'a>(
+        flags: impl IntoIterator<Item = &'a str>,
+        file: Option<&ConfigFile>,
+    ) -> Result<Self, clap::Error> {
+        let command = Self::command().mut_args(|arg| arg.env(None::<&'static str>));
+        let command = match file {
+            Some(file) => file.as_defaults(command),
+            None => command,
+        };
+        Self::from_arg_matches(&command.try_get_matches_from(flags)?)
+    }
+
+    /// Which database.
+    #[must_use]
+    pub fn database(&self) -> Database {
+        Database::of(self.database_url.as_ref(), &self.data_dir)
+    }
+
+    /// Where objects are kept.
+    #[must_use]
+    pub fn blob_store(&self) -> BlobStore {
+        match &self.blobs {
+            Some(url) => BlobStore::Url(url.clone()),
+            None => BlobStore::Directory(self.data_dir.join("blobs")),
+        }
+    }
+}
+
+impl Database {
+    /// The one of these settings.
+    #[must_use]
+    pub fn of(url: Option<&DatabaseUrl>, data_dir: &std::path::Path) -> Self {
+        match url {
+            Some(url) => Self::Postgres(url.clone()),
+            None => Self::Sqlite(data_dir.join("tidemill.db")),
+        }
+    }
+}
+
+impl Default for ServeConfig {
+    fn default() -> Self {
+        Self::from_flags([], None).expect("the defaults are valid: a test reads them all")
+    }
+}
+
+/// Reads `--database-url`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_database_url(text: &str) -> Result<DatabaseUrl, String> {
+    // The URL itself stays out of the message: it may hold a password.
+    let url = Url::parse(text).map_err(|error| format!("not a URL: {error}"))?;
+    if !matches!(url.scheme(), "postgres" | "postgresql") {
+        return Err(format!(
+            "{}: is not supported, expected postgres://…, or leave it out for SQLite in --data-dir",
+            url.scheme()
+        ));
+    }
+    Ok(DatabaseUrl(text.to_owned()))
+}
+
+fn parse_blobs(text: &str) -> Result<String, String> {
+    Url::parse(text).map_err(|error| format!("{error}; expected s3://…, gs://…, az://… or file:///path"))?;
+    Ok(text.to_owned())
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let size: bytesize::ByteSize =
+        text.parse().map_err(|_| "expected a number of bytes, such as 500000, 10GB or 4GiB".to_owned())?;
+    Ok(size.as_u64())
+}
