@@ -1,1 +1,116 @@
-//! telemetry
+//! Logs on stderr, Prometheus metrics, and the process's one TLS provider. Everything here may be called any number of
+//! times: the first call counts.
+
+use std::{sync::OnceLock, thread, time::Duration};
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, prelude::*, registry};
+
+use crate::config::LogFormat;
+
+/// From a quick embedding to a request at the default timeout, seconds.
+const SECONDS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 180.0, 600.0];
+/// From one short line to the longest upload, bytes.
+const BYTES: [f64; 8] = [256.0, 1e3, 16e3, 64e3, 1e6, 4e6, 100e6, 10e9];
+/// How many things at once, or in one write.
+const COUNTS: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0];
+/// How often observations that nobody scrapes are folded into their buckets, so that they do not pile up.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The Prometheus text format's content type.
+pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+
+/// Starts logging to stderr, installs the metrics recorder and the TLS provider.
+///
+/// # Errors
+/// The filter can't be parsed.
+pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
+    let filter = EnvFilter::try_new(filter)?;
+    let (text, json) = match format {
+        LogFormat::Text => (Some(fmt::layer().with_writer(std::io::stderr)), None),
+        LogFormat::Json => (None, Some(fmt::layer().json().flatten_event(true).with_writer(std::io::stderr))),
+    };
+    // A subscriber that is already there, such as a test's, stays.
+    let _ = registry().with(filter).with(text).with(json).try_init();
+    install_tls_provider();
+    metrics();
+    Ok(())
+}
+
+/// Makes ring rustls' provider. reqwest and tonic are built without one of their own, so whatever opens a TLS connection
+/// needs this first.
+pub fn install_tls_provider() {
+    // Err: there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// All metrics in Prometheus' text format. Empty if another recorder was installed first.
+#[must_use]
+pub fn render() -> String {
+    metrics().map(PrometheusHandle::render).unwrap_or_default()
+}
+
+fn metrics() -> Option<&'static PrometheusHandle> {
+    METRICS.get_or_init(install_metrics).as_ref()
+}
+
+fn install_metrics() -> Option<PrometheusHandle> {
+    let handle = recorder().install_recorder().ok()?;
+    let upkeep = handle.clone();
+    let run = move || {
+        loop {
+            thread::sleep(UPKEEP);
+            upkeep.run_upkeep();
+        }
+    };
+    // Without the thread the metrics still work; a scrape does the upkeep too.
+    let _ = thread::Builder::new().name("metrics-upkeep".to_owned()).spawn(run);
+    metrics::describe_gauge!("tidemill_build_info", "Always 1; the label says which version runs.");
+    metrics::gauge!("tidemill_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    Some(handle)
+}
+
+/// Histograms get their buckets by the unit at the end of their names.
+fn recorder() -> PrometheusBuilder {
+    let buckets: [(&str, &[f64]); 5] = [
+        ("_seconds", &SECONDS),
+        ("_bytes", &BYTES),
+        ("_lines", &COUNTS),
+        ("_requests", &COUNTS),
+        ("_attempts", &COUNTS),
+    ];
+    buckets.into_iter().fold(PrometheusBuilder::new(), |builder, (unit, bounds)| {
+        builder.set_buckets_for_metric(Matcher::Suffix(unit.to_owned()), bounds).expect("the bounds are not empty")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn twice_is_the_same_as_once() {
+        init(LogFormat::Json, "warn,tidemill=debug").unwrap();
+        init(LogFormat::Text, "info").unwrap();
+        assert!(rustls::crypto::CryptoProvider::get_default().is_some());
+        assert!(render().contains("tidemill_build_info{version="), "{}", render());
+        assert!(init(LogFormat::Text, "tidemill=loud").is_err());
+    }
+
+    #[test]
+    fn a_histogram_has_the_buckets_of_its_unit() {
+        let recorder = recorder().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            metrics::histogram!("worker_request_seconds").record(0.3);
+            metrics::histogram!("part_bytes").record(2_000.0);
+        });
+        let text = handle.render();
+        assert!(text.contains("worker_request_seconds_bucket{le=\"0.5\"} 1"), "{text}");
+        assert!(text.contains("worker_request_seconds_bucket{le=\"0.25\"} 0"), "{text}");
+        assert!(text.contains("part_bytes_bucket{le=\"16000\"} 1"), "{text}");
+    }
+}
