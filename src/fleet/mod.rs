@@ -36,6 +36,7 @@ pub use worker::{Worker, base_url};
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
+    telemetry,
 };
 use board::{Board, Ticket};
 
@@ -189,6 +190,7 @@ impl Fleet {
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Result<Self, FleetError> {
+        telemetry::install_tls_provider();
         let client = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())

@@ -74,6 +74,8 @@ pub struct Node {
     pub reader: Reader,
     shutdown: CancellationToken,
     scheduler: JoinHandle<()>,
+    /// The workers are looked after until the scheduler has stopped.
+    fleet_shutdown: CancellationToken,
 }
 
 impl Node {
@@ -85,28 +87,23 @@ impl Node {
         let store = Store::sqlite(&folder.join("db")).await.unwrap();
         store.release_all().await.unwrap();
         let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
-        let shutdown = CancellationToken::new();
+        let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
         let urls: Vec<String> = workers.iter().map(|worker| worker.url()).collect();
         Fleet::configure(&store, &urls).await.unwrap();
         let fleet = FleetOptions { limit, api_key: None };
-        let fleet = Fleet::start(store.clone(), fleet, &TaskTracker::new(), shutdown.clone()).await.unwrap();
-        let scheduler = Scheduler::new(
-            store.clone(),
-            blobs.clone(),
-            fleet.clone(),
-            NodeId::generate(),
-            options,
-            shutdown.clone(),
-        );
+        let fleet = Fleet::start(store.clone(), fleet, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
+        let scheduler =
+            Scheduler::new(store.clone(), blobs.clone(), fleet.clone(), NodeId::generate(), options, shutdown.clone());
         let scheduler = tokio::spawn(scheduler.run());
         let reader = Reader::new(store.clone(), blobs.clone());
-        Self { store, blobs, fleet, reader, shutdown, scheduler }
+        Self { store, blobs, fleet, reader, shutdown, scheduler, fleet_shutdown }
     }
 
     /// Stops in order.
     pub async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(PATIENCE, self.scheduler).await.expect("the scheduler stops").unwrap();
+        self.fleet_shutdown.cancel();
         self.store.close().await;
     }
 
@@ -208,7 +205,8 @@ impl Node {
             let pieces: Vec<Bytes> = self.reader.download(&file, 0).await.unwrap().try_collect().await.unwrap();
             let bytes = pieces.concat();
             assert_eq!(bytes.len() as i64, file.bytes, "a result file is as long as it says");
-            lines.extend(bytes.split_inclusive(|byte| *byte == b'\n').map(|line| serde_json::from_slice(line).unwrap()));
+            lines
+                .extend(bytes.split_inclusive(|byte| *byte == b'\n').map(|line| serde_json::from_slice(line).unwrap()));
             assert_eq!(lines.len() as i64, file.line_count);
         }
         let [output, errors] = files;

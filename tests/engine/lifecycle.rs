@@ -27,7 +27,8 @@ async fn every_request_has_one_line_in_input_order_and_bodies_pass_untouched() {
     assert_one_line_each(&lines, &output, &errors);
     assert!(errors.is_empty());
     assert_eq!(worker.sim.faults().times_received(odd), 1, "the body arrives as it was written");
-    let total: i64 = output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
+    let total: i64 =
+        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
     assert_eq!(batch.usage.total, total);
     assert_eq!((batch.counts.completed, batch.counts.failed), (701, 0));
     assert_eq!(worker.sim.faults().received(), 701, "nothing ran twice");
@@ -47,7 +48,8 @@ async fn a_refused_request_ends_in_the_error_file_with_the_workers_answer() {
     let mut lines = chats(20);
     lines.insert(
         7,
-        r#"{"custom_id":"bad","method":"POST","url":"/v1/chat/completions","body":{"model":"sim","messages":"x"}}"#.into(),
+        r#"{"custom_id":"bad","method":"POST","url":"/v1/chat/completions","body":{"model":"sim","messages":"x"}}"#
+            .into(),
     );
     let id = node.submit(&lines, 10).await;
     let batch = node.ended(&id).await;
@@ -133,7 +135,9 @@ async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 8).await;
     let mut lines = chats(120);
-    lines[50] = r#"{"custom_id":"r50","method":"POST","url":"/v1/chat/completions","body":{"model":"sim","messages":1}}"#.into();
+    lines[50] =
+        r#"{"custom_id":"r50","method":"POST","url":"/v1/chat/completions","body":{"model":"sim","messages":1}}"#
+            .into();
     let id = node.submit(&lines, 50).await;
     let mut stream = Box::pin(node.reader.results(&id, None, true).await.unwrap());
     let first = stream.next().await.unwrap().unwrap();
@@ -146,7 +150,10 @@ async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
     sorted.dedup();
     assert_eq!(sorted.len(), 120);
     for result in &all {
-        assert_eq!(lines[usize::try_from(result.line_number).unwrap() - 1].contains(&format!("\"{}\"", result.custom_id)), true);
+        assert_eq!(
+            lines[usize::try_from(result.line_number).unwrap() - 1].contains(&format!("\"{}\"", result.custom_id)),
+            true
+        );
         assert_eq!(result.succeeded, result.custom_id != "r50");
     }
     // By now the parts are merged; every cursor still leads to the rest.

@@ -50,7 +50,8 @@ async fn torn_and_missing_parts_are_run_again() {
     let (output, errors) = node.results(&batch).await;
     assert_one_line_each(&lines, &output, &errors);
     assert_eq!((batch.counts.completed, output.len()), (400, 400));
-    let total: i64 = output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
+    let total: i64 =
+        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
     assert_eq!(batch.usage.total, total, "the counts of torn parts are taken back");
     assert!(!parts.join("1-99").exists(), "an object that nobody will ever name is deleted");
     node.stop().await;
