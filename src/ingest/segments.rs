@@ -1,0 +1,108 @@
+//! Cuts a file into segments.
+
+use crate::domain::{SegmentIndex, SegmentSpan};
+
+/// The most requests of a segment.
+pub const SEGMENT_REQUESTS: i32 = 1_000;
+/// The most bytes of a segment, but for a single longer line.
+pub const SEGMENT_BYTES: u64 = 4 * 1024 * 1024;
+/// The most lines that a segment spans, blank ones counted: keeps its line sets at 8 KiB whatever the file looks like.
+pub const SEGMENT_LINES: u64 = 65_536;
+
+/// A line that holds a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RequestAt {
+    /// Its number in the file, from 1.
+    pub(super) line: u64,
+    /// Where it starts in the file.
+    pub(super) start: u64,
+    /// Where it ends, its line feed included.
+    pub(super) end: u64,
+    /// Which of the file's models.
+    pub(super) model: usize,
+}
+
+/// Puts requests into segments, as they come.
+#[derive(Debug, Default)]
+pub(super) struct Segments {
+    done: Vec<SegmentSpan>,
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    first: RequestAt,
+    last: RequestAt,
+    requests: i32,
+    models: i64,
+}
+
+impl Segments {
+    pub(super) fn push(&mut self, request: RequestAt) {
+        if let Some(open) = &mut self.open {
+            let fits = open.requests < SEGMENT_REQUESTS
+                && request.end - open.first.start <= SEGMENT_BYTES
+                && request.line - open.first.line < SEGMENT_LINES;
+            if fits {
+                open.last = request;
+                open.requests += 1;
+                open.models |= 1 << request.model;
+                return;
+            }
+        }
+        self.close();
+        self.open = Some(Open { first: request, last: request, requests: 1, models: 1 << request.model });
+    }
+
+    pub(super) fn finish(mut self) -> Vec<SegmentSpan> {
+        self.close();
+        self.done
+    }
+
+    fn close(&mut self) {
+        let Some(Open { first, last, requests, models }) = self.open.take() else { return };
+        // In range: limits keep files far below 2^63 bytes, and SEGMENT_LINES keeps spans below 2^31.
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        self.done.push(SegmentSpan {
+            index: SegmentIndex(i32::try_from(self.done.len()).unwrap_or(i32::MAX)),
+            first_line: number(first.line),
+            line_span: i32::try_from(last.line - first.line + 1).unwrap_or(i32::MAX),
+            requests,
+            offset: number(first.start),
+            length: number(last.end - first.start),
+            models,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(requests: impl IntoIterator<Item = (u64, u64, u64, usize)>) -> Vec<(i64, i32, i32, i64, i64, i64)> {
+        let mut segments = Segments::default();
+        for (line, start, end, model) in requests {
+            segments.push(RequestAt { line, start, end, model });
+        }
+        let spans = segments.finish();
+        assert!(spans.iter().zip(0..).all(|(span, at)| span.index.0 == at));
+        spans.iter().map(|s| (s.first_line, s.line_span, s.requests, s.offset, s.length, s.models)).collect()
+    }
+
+    #[test]
+    fn a_segment_ends_by_count_by_size_and_by_span() {
+        let by_count = cut((0..2_001).map(|i| (i + 1, i * 10, i * 10 + 10, usize::from(i == 1_500))));
+        assert_eq!(
+            by_count,
+            [(1, 1_000, 1_000, 0, 10_000, 1), (1_001, 1_000, 1_000, 10_000, 10_000, 3), (2_001, 1, 1, 20_000, 10, 1)]
+        );
+        let mib = 1024 * 1024;
+        let by_size = cut((0..6).map(|i| (i + 1, i * mib, i * mib + mib, 31)));
+        assert_eq!(by_size, [(1, 4, 4, 0, 4 << 20, 1 << 31), (5, 2, 2, 4 << 20, 2 << 20, 1 << 31)]);
+        // A line that alone is too much has a segment of its own.
+        assert_eq!(cut([(1, 0, 9, 0), (2, 9, 9 + 8 * mib, 0), (3, 9 + 8 * mib, 10 + 8 * mib, 0)]).len(), 3);
+        let by_span = cut([(1, 0, 5, 0), (65_536, 70_000, 70_005, 0), (65_537, 70_005, 70_010, 0)]);
+        assert_eq!(by_span, [(1, 65_536, 2, 0, 70_005, 1), (65_537, 1, 1, 70_005, 5, 1)]);
+        assert_eq!(cut([]), []);
+    }
+}

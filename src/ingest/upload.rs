@@ -1,0 +1,277 @@
+//! One upload: the object is written while its lines are checked.
+
+use std::{path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+
+use super::{IngestError, Limits, Validated, Validator};
+use crate::{
+    blobs::{Blobs, ObjectWriter},
+    domain::{File, FileId, FileKind, Timestamp},
+    store::{InsertedFile, Store},
+};
+
+/// Bytes that are checked in one go. Large enough that handing them to another thread costs nothing beside, small enough
+/// to be no matter for memory.
+const CHECK_BYTES: usize = 256 * 1024;
+
+/// Takes uploads. Cheap to clone.
+#[derive(Clone)]
+pub struct Ingest {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    blobs: Blobs,
+    limits: Limits,
+    scratch: PathBuf,
+}
+
+/// What is to be uploaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewUpload {
+    /// Whose it is: the name of the access token; empty without tokens.
+    pub owner: String,
+    /// A name for people.
+    pub filename: String,
+    /// Its size, if it is known beforehand: any other is refused.
+    pub total_bytes: Option<u64>,
+    /// The client's idempotency key.
+    pub request_id: Option<String>,
+}
+
+/// The begin of an upload.
+pub enum Begun {
+    /// The bytes may come.
+    Upload(Upload),
+    /// The owner's request id had made this file before: there is nothing to do.
+    Existing(Box<File>),
+}
+
+impl Ingest {
+    /// `scratch` is a folder for temporary files without names: up to about 30 bytes and the `custom_id` for each
+    /// request of the uploads under way.
+    #[must_use]
+    pub fn new(store: Store, blobs: Blobs, limits: Limits, scratch: PathBuf) -> Self {
+        Self { inner: Arc::new(Inner { store, blobs, limits, scratch }) }
+    }
+
+    /// How large a file may be.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.inner.limits
+    }
+
+    /// Begins an upload.
+    ///
+    /// # Errors
+    /// [`IngestError::TooManyBytes`] if the announced size is too large; the store's and the blob store's.
+    pub async fn begin(&self, spec: NewUpload) -> Result<Begun, IngestError> {
+        let Inner { store, blobs, limits, scratch } = &*self.inner;
+        if let Some(request_id) = &spec.request_id
+            && let Some(file) = store.file_by_request_id(&spec.owner, request_id).await?
+        {
+            return Ok(Begun::Existing(Box::new(file)));
+        }
+        if spec.total_bytes.is_some_and(|bytes| bytes > limits.max_bytes) {
+            return Err(IngestError::TooManyBytes { max: limits.max_bytes });
+        }
+        let id = FileId::generate();
+        let object_key = format!("inputs/{id}");
+        // From here on a killed process leaves an object that is known to be garbage.
+        store.begin_upload(&object_key).await?;
+        // Made before the object is begun, so that from then on whatever happens is cleaned up.
+        let mut upload = Upload {
+            inner: self.inner.clone(),
+            spec,
+            id,
+            object_key,
+            object: None,
+            check: Checking::Idle(Box::new(Validator::new(*limits, scratch.clone()))),
+            pending: Vec::new(),
+            pending_bytes: 0,
+            received: 0,
+            garbage: true,
+        };
+        upload.object = Some(blobs.writer(&upload.object_key).await?);
+        Ok(Begun::Upload(upload))
+    }
+}
+
+/// An upload under way. Dropped before [`Upload::finish`] has returned a file, it leaves nothing behind.
+pub struct Upload {
+    inner: Arc<Inner>,
+    spec: NewUpload,
+    id: FileId,
+    object_key: String,
+    /// None: given up, because a line is bad, or complete.
+    object: Option<ObjectWriter>,
+    check: Checking,
+    /// Written, but not yet checked.
+    pending: Vec<Bytes>,
+    pending_bytes: usize,
+    received: u64,
+    /// No row names the object, and none will.
+    garbage: bool,
+}
+
+/// Where the validator is. It works on a thread for blocking work, a few hundred kilobytes at a time: an upload whose
+/// client is slow holds no thread.
+enum Checking {
+    Idle(Box<Validator>),
+    Busy(JoinHandle<(Box<Validator>, Result<(), IngestError>)>),
+    /// It has ended the upload.
+    Gone,
+}
+
+impl Upload {
+    /// Takes the next bytes. Returns once there is room for more.
+    ///
+    /// # Errors
+    /// [`IngestError`]: then the upload has ended. Bad lines are told by [`Upload::finish`].
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), IngestError> {
+        self.received += bytes.len() as u64;
+        let announced = self.spec.total_bytes.unwrap_or(u64::MAX);
+        if self.received > announced {
+            return Err(IngestError::SizeMismatch { expected: announced, received: self.received });
+        }
+        self.pending_bytes += bytes.len();
+        self.pending.push(bytes.clone());
+        if self.pending_bytes >= CHECK_BYTES {
+            self.check_pending().await?;
+        }
+        // Meanwhile the lines are checked.
+        if let Some(object) = &mut self.object {
+            object.write(&bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file: its object is durable and its row is there when this returns. If the client's request id has made
+    /// a file meanwhile, that one is returned.
+    ///
+    /// # Errors
+    /// [`IngestError`]: then there is no file and nothing is left behind.
+    pub async fn finish(mut self) -> Result<File, IngestError> {
+        let file = self.complete().await;
+        if self.garbage {
+            self.garbage = false;
+            abandon(&self.inner, self.object.take(), &self.object_key).await;
+        }
+        file
+    }
+
+    /// Reports lines that the caller has found to be bad and will write as blank ones. Only before the first write.
+    pub(super) fn report(&mut self, bad: Vec<(u64, String, String)>) {
+        if let Checking::Idle(validator) = &mut self.check {
+            for (line, custom_id, message) in bad {
+                validator.report(line, Some(custom_id), message);
+            }
+        }
+    }
+
+    async fn complete(&mut self) -> Result<File, IngestError> {
+        if let Some(expected) = self.spec.total_bytes.filter(|bytes| *bytes != self.received) {
+            return Err(IngestError::SizeMismatch { expected, received: self.received });
+        }
+        self.check_pending().await?;
+        let validator = self.validator().await?;
+        let validated = tokio::task::spawn_blocking(move || validator.finish());
+        let validated = validated.await.map_err(|_| IngestError::Interrupted)??;
+        let object = self.object.take().ok_or(IngestError::Interrupted)?;
+        let (file, segments) = self.file(validated);
+        // From here on it is not always known whether the object is there, nor, if a commit's answer is lost, whether a row
+        // names it. So the object is left alone: with its row it is the file's, without it the note of the begun upload
+        // still says that it is garbage.
+        self.garbage = false;
+        object.finish().await?;
+        match self.inner.store.insert_file(&file, self.spec.request_id.as_deref(), &segments).await? {
+            InsertedFile::New => Ok(file),
+            InsertedFile::Existing(existing) => {
+                self.garbage = true;
+                Ok(*existing)
+            }
+        }
+    }
+
+    fn file(&self, validated: Validated) -> (File, Vec<crate::domain::SegmentSpan>) {
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let file = File {
+            id: self.id.clone(),
+            owner: self.spec.owner.clone(),
+            kind: FileKind::Input,
+            filename: self.spec.filename.clone(),
+            bytes: number(validated.bytes),
+            line_count: number(validated.requests),
+            models: validated.models,
+            endpoint: Some(validated.endpoint),
+            created_at: Timestamp::now(),
+            expires_at: None,
+            object_key: Some(self.object_key.clone()),
+        };
+        (file, validated.segments)
+    }
+
+    /// Has the pending bytes checked, without waiting for the result.
+    async fn check_pending(&mut self) -> Result<(), IngestError> {
+        let mut validator = self.validator().await?;
+        let object = if validator.is_doomed() { self.object.take() } else { None };
+        let chunks = std::mem::take(&mut self.pending);
+        self.pending_bytes = 0;
+        self.check = Checking::Busy(tokio::task::spawn_blocking(move || {
+            let checked = chunks.iter().try_for_each(|chunk| validator.push(chunk));
+            (validator, checked)
+        }));
+        // There will be no file: the rest is checked, to tell all bad lines, but no longer kept.
+        if let Some(object) = object {
+            object.abort().await?;
+        }
+        Ok(())
+    }
+
+    /// The validator, once it has checked what it was given.
+    async fn validator(&mut self) -> Result<Box<Validator>, IngestError> {
+        // Stays in place while it is awaited: this future may be dropped and another one come.
+        if let Checking::Busy(running) = &mut self.check {
+            let (validator, checked) = running.await.map_err(|_| IngestError::Interrupted)?;
+            self.check = Checking::Idle(validator);
+            if let Err(error) = checked {
+                self.check = Checking::Gone;
+                return Err(error);
+            }
+        }
+        match std::mem::replace(&mut self.check, Checking::Gone) {
+            Checking::Idle(validator) => Ok(validator),
+            Checking::Busy(_) | Checking::Gone => Err(IngestError::Interrupted),
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        // Without a runtime there is no time left to clean up: the note of the begun upload remains.
+        if self.garbage
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let (inner, object, key) = (self.inner.clone(), self.object.take(), std::mem::take(&mut self.object_key));
+            runtime.spawn(async move { abandon(&inner, object, &key).await });
+        }
+    }
+}
+
+/// Lets go of an object that no row names. What fails here is done by the sweep of the begun upload's note.
+async fn abandon(inner: &Inner, object: Option<ObjectWriter>, key: &str) {
+    if let Some(object) = object
+        && let Err(error) = object.abort().await
+    {
+        tracing::warn!(key, %error, "an upload could not be aborted");
+    }
+    if let Err(error) = inner.store.abandon_upload(key).await {
+        tracing::warn!(key, %error, "an upload could not be abandoned");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! The check of a whole file: chunks in, the segment index or the bad lines out. Blocks: it may write scratch files.
+
+use std::path::PathBuf;
+
+use super::{
+    IngestError, Limits,
+    report::Reports,
+    segments::{RequestAt, Segments},
+    splitter::{Line, Splitter},
+    unique::UniqueIds,
+};
+use crate::domain::{Endpoint, SegmentSpan, request_line, segment::MAX_MODELS_PER_FILE};
+
+/// The byte order mark that some editors put at a file's start.
+const BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// A valid file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Validated {
+    /// Its size.
+    pub bytes: u64,
+    /// How many requests.
+    pub requests: u64,
+    /// The url of all of them.
+    pub endpoint: Endpoint,
+    /// Their models, in order of first use.
+    pub models: Vec<String>,
+    /// Where they are: every line that holds a request is in exactly one segment.
+    pub segments: Vec<SegmentSpan>,
+}
+
+/// Checks a file as it comes.
+#[derive(Debug)]
+pub struct Validator {
+    splitter: Splitter,
+    check: Check,
+    max_bytes: u64,
+}
+
+impl Validator {
+    /// Scratch files, for a file with many requests, are made in `scratch`; they have no names and go away by themselves.
+    #[must_use]
+    pub fn new(limits: Limits, scratch: PathBuf) -> Self {
+        Self {
+            splitter: Splitter::new(limits.max_line_bytes),
+            check: Check {
+                max_lines: limits.max_lines,
+                max_line_bytes: limits.max_line_bytes,
+                lines: 0,
+                requests: 0,
+                endpoint: None,
+                models: Vec::new(),
+                segments: Segments::default(),
+                ids: UniqueIds::new(scratch),
+                reports: Reports::default(),
+            },
+            max_bytes: limits.max_bytes,
+        }
+    }
+
+    /// Takes the next bytes. Bad lines are told at the end, all of them.
+    ///
+    /// # Errors
+    /// [`IngestError::TooManyBytes`], [`IngestError::TooManyLines`] and [`IngestError::Scratch`] end the upload at once.
+    pub fn push(&mut self, chunk: &[u8]) -> Result<(), IngestError> {
+        if self.splitter.position() + chunk.len() as u64 > self.max_bytes {
+            return Err(IngestError::TooManyBytes { max: self.max_bytes });
+        }
+        self.splitter.push(chunk, |line| self.check.line(line))
+    }
+
+    /// Ends the file.
+    ///
+    /// # Errors
+    /// [`IngestError::Invalid`] with the bad lines, [`IngestError::Empty`], or as [`Validator::push`].
+    pub fn finish(mut self) -> Result<Validated, IngestError> {
+        let bytes = self.splitter.position();
+        self.splitter.finish(|line| self.check.line(line))?;
+        self.check.finish(bytes)
+    }
+
+    /// How many bytes have come.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.splitter.position()
+    }
+
+    /// Whether a bad line has been seen: there will be no file.
+    #[must_use]
+    pub fn is_doomed(&self) -> bool {
+        self.check.reports.total() > 0
+    }
+
+    /// Reports a line that the caller has found to be bad and has left blank.
+    pub(super) fn report(&mut self, line: u64, custom_id: Option<String>, message: String) {
+        self.check.reports.add(line, custom_id, || message);
+    }
+}
+
+#[derive(Debug)]
+struct Check {
+    max_lines: u64,
+    max_line_bytes: usize,
+    /// Lines so far, blank ones counted.
+    lines: u64,
+    /// Lines so far that are not blank.
+    requests: u64,
+    /// The first valid line's, and its number.
+    endpoint: Option<(Endpoint, u64)>,
+    models: Vec<String>,
+    segments: Segments,
+    ids: UniqueIds,
+    reports: Reports,
+}
+
+impl Check {
+    fn line(&mut self, line: Line<'_>) -> Result<(), IngestError> {
+        self.lines += 1;
+        let Line { text, mut start, end } = line;
+        let mut text = text;
+        if start == 0
+            && let Some(rest) = text.and_then(|text| text.strip_prefix(BOM))
+        {
+            text = Some(rest);
+            start += BOM.len() as u64;
+        }
+        if text.is_some_and(request_line::is_blank) {
+            return Ok(());
+        }
+        if self.requests == self.max_lines {
+            return Err(IngestError::TooManyLines { max: self.max_lines });
+        }
+        self.requests += 1;
+        let Some(text) = text else {
+            let max = self.max_line_bytes;
+            self.reports
+                .add(self.lines, None, || format!("the line is longer than {max} bytes; expected at most that"));
+            return Ok(());
+        };
+        match request_line::parse(text) {
+            Ok(request) => self.request(&request, start, end),
+            Err(error) => {
+                self.reports.add(self.lines, error.custom_id, || error.problem.to_string());
+                Ok(())
+            }
+        }
+    }
+
+    fn request(&mut self, request: &request_line::RequestLine<'_>, start: u64, end: u64) -> Result<(), IngestError> {
+        let line = self.lines;
+        let (endpoint, first) = *self.endpoint.get_or_insert((request.endpoint, line));
+        let known = || Some(request.custom_id.clone().into_owned());
+        if request.endpoint != endpoint {
+            self.reports.add(line, known(), || {
+                format!("url is {}; expected {endpoint} as in line {first}: one file, one url", request.endpoint)
+            });
+            return Ok(());
+        }
+        let Some(model) = self.model(&request.model) else {
+            self.reports.add(line, known(), || {
+                format!("one more model: {:?}; expected at most {MAX_MODELS_PER_FILE} in a file", request.model)
+            });
+            return Ok(());
+        };
+        self.segments.push(RequestAt { line, start, end, model });
+        self.ids.insert(&request.custom_id, line).map_err(IngestError::Scratch)
+    }
+
+    /// The model's place among the file's models. None: they are too many.
+    fn model(&mut self, name: &str) -> Option<usize> {
+        if let Some(at) = self.models.iter().position(|known| known == name) {
+            return Some(at);
+        }
+        if self.models.len() == MAX_MODELS_PER_FILE {
+            return None;
+        }
+        self.models.push(name.to_owned());
+        Some(self.models.len() - 1)
+    }
+
+    fn finish(mut self, bytes: u64) -> Result<Validated, IngestError> {
+        self.ids
+            .finish(|duplicate| {
+                self.reports.add(duplicate.line, Some(duplicate.custom_id), || {
+                    format!(
+                        "custom_id is already in line {}; expected it to be unique in the file",
+                        duplicate.first_line
+                    )
+                });
+            })
+            .map_err(IngestError::Scratch)?;
+        let (errors, total) = self.reports.into_sorted();
+        if total > 0 {
+            return Err(IngestError::Invalid { errors, total });
+        }
+        let Some((endpoint, _)) = self.endpoint else { return Err(IngestError::Empty) };
+        Ok(Validated {
+            bytes,
+            requests: self.requests,
+            endpoint,
+            models: self.models,
+            segments: self.segments.finish(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
