@@ -8,29 +8,28 @@ mod dispatch;
 mod health;
 mod load;
 mod probe;
+mod slots;
 mod worker;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    future::Future,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use reqwest::{Client, RequestBuilder};
+use reqwest::Client;
 use smallvec::SmallVec;
 use tokio::{
-    sync::{oneshot, watch},
+    sync::watch,
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use board::{Rank, Want, WorkerKey};
 pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable};
+pub use slots::{Acquire, Slot};
 pub use worker::{Worker, base_url};
 
 use crate::{
@@ -38,7 +37,7 @@ use crate::{
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     telemetry,
 };
-use board::{Board, Ticket};
+use slots::Desks;
 
 /// Between two looks at the workers in the database: other nodes register some too.
 const SYNC: Duration = Duration::from_secs(1);
@@ -170,13 +169,6 @@ struct Inner {
     topology: watch::Sender<u64>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
-}
-
-#[derive(Default)]
-struct Desks {
-    board: Board,
-    waiting: BTreeMap<Ticket, oneshot::Sender<Slot>>,
-    next_key: u32,
 }
 
 impl Fleet {
@@ -376,15 +368,7 @@ impl Fleet {
     /// Waits for a slot, for as long as it takes. Dropped, it waits no more.
     #[must_use]
     pub fn acquire(&self, want: Want) -> Acquire {
-        let (sender, receiver) = oneshot::channel();
-        let ticket = {
-            let mut desks = self.inner.desks.lock();
-            let ticket = desks.board.queue(want);
-            desks.waiting.insert(ticket, sender);
-            ticket
-        };
-        self.inner.grant();
-        Acquire { inner: self.inner.clone(), ticket, receiver }
+        Acquire::new(self.inner.clone(), want)
     }
 
     /// Runs one request now, ahead of all batch work.
@@ -427,136 +411,5 @@ impl Fleet {
             Some((_, failure)) => Err(InferError::Failed(failure.message)),
             None => Err(InferError::NoWorker(model.to_owned())),
         }
-    }
-}
-
-impl Inner {
-    fn bearer(&self) -> Option<&str> {
-        self.options.api_key.as_deref()
-    }
-
-    fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
-        match self.bearer() {
-            Some(key) => request.bearer_auth(key),
-            None => request,
-        }
-    }
-
-    /// The slot that the board has just given out.
-    fn slot(self: &Arc<Self>, key: WorkerKey) -> Option<Slot> {
-        let worker = self.workers.lock().get(&key).cloned();
-        match worker {
-            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker }),
-            None => {
-                self.desks.lock().board.release(key);
-                None
-            }
-        }
-    }
-
-    /// Hands free slots to those who wait.
-    fn grant(self: &Arc<Self>) {
-        let granted: SmallVec<[(Option<oneshot::Sender<Slot>>, WorkerKey); 4]> = {
-            let mut desks = self.desks.lock();
-            let granted = desks.board.grant();
-            granted.into_iter().map(|(ticket, key)| (desks.waiting.remove(&ticket), key)).collect()
-        };
-        for (sender, key) in granted {
-            match (sender, self.slot(key)) {
-                // Nobody waits any more: the slot comes back as it is dropped.
-                (Some(sender), Some(slot)) => drop(sender.send(slot)),
-                (None, Some(slot)) => drop(slot),
-                (_, None) => {}
-            }
-        }
-    }
-
-    /// Tells the board how a worker is now.
-    fn refresh(self: &Arc<Self>, worker: &Worker) {
-        let (models, serving, open) = {
-            let state = worker.state.lock();
-            (state.models.clone(), state.is_serving(), state.is_open(Instant::now()))
-        };
-        let changed = {
-            let mut desks = self.desks.lock();
-            let before = desks.board.served();
-            let was_open = desks.board.is_open(worker.key);
-            desks.board.set(worker.key, models, serving, open, self.options.limit);
-            was_open != open || before != desks.board.served()
-        };
-        if changed {
-            self.topology.send_modify(|version| *version += 1);
-            self.grant();
-        }
-    }
-
-    /// Sends a worker nothing until a probe has reached it.
-    fn suspect(self: &Arc<Self>, worker: &Worker, error: &str) {
-        {
-            let mut state = worker.state.lock();
-            state.suspect = true;
-            state.last_error = Some(error.to_owned());
-        }
-        self.refresh(worker);
-        worker.probe_now.notify_one();
-    }
-
-    /// Sends a worker nothing for a while.
-    fn hold(self: &Arc<Self>, worker: &Worker, pause: Duration) {
-        let until = Instant::now() + pause;
-        {
-            let mut state = worker.state.lock();
-            state.held_until = state.held_until.max(Some(until));
-        }
-        self.refresh(worker);
-        // The probe's loop opens it again when the time is over.
-        worker.probe_now.notify_one();
-    }
-
-    fn forget(self: &Arc<Self>, worker: &Worker) {
-        self.workers.lock().remove(&worker.key);
-        self.desks.lock().board.remove(worker.key);
-        worker.gone.cancel();
-        self.topology.send_modify(|version| *version += 1);
-        tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");
-    }
-}
-
-/// One request that a worker may have in flight.
-pub struct Slot {
-    fleet: Arc<Inner>,
-    /// The worker.
-    pub worker: Arc<Worker>,
-    abandoned: CancellationToken,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.fleet.desks.lock().board.release(self.worker.key);
-        self.fleet.grant();
-    }
-}
-
-/// Waits for a [`Slot`]. None: the fleet is gone.
-pub struct Acquire {
-    inner: Arc<Inner>,
-    ticket: Ticket,
-    receiver: oneshot::Receiver<Slot>,
-}
-
-impl Future for Acquire {
-    type Output = Option<Slot>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(Result::ok)
-    }
-}
-
-impl Drop for Acquire {
-    fn drop(&mut self) {
-        let mut desks = self.inner.desks.lock();
-        desks.board.leave(self.ticket);
-        desks.waiting.remove(&self.ticket);
-        // A slot that is in the channel already comes back as the receiver is dropped, after this lock.
     }
 }

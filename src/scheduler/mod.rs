@@ -1,7 +1,7 @@
 //! Which segments this node runs, and the run of each.
 //!
-//! [`plan`], [`lines`] and [`tries`] decide, purely; [`segment`] runs one segment with [`checkpoint`] for what must be
-//! durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
+//! [`plan`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with [`checkpoint`] for
+//! what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
 //! what has become of their batches.
 
 mod checkpoint;
@@ -10,6 +10,7 @@ mod plan;
 mod segment;
 mod sweeps;
 mod tries;
+mod work;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,8 +24,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use segment::{Ended, PART_BYTES, PART_LINES};
+pub use segment::Ended;
 pub use tries::TryPolicy;
+pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,

@@ -1,36 +1,23 @@
-//! Runs one segment: its lines to the workers, their answers into parts, and at the end all parts into one object.
+//! Runs one segment from its claim to its end: what is done of it already is read and checked, the rest is [`Work`].
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::{Arc, atomic::AtomicUsize};
 
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 
 use super::{
     Control, SchedulerOptions,
     checkpoint::{Checkpoint, Lost},
-    lines::{LineKey, WorkList},
-    tries::error_code,
+    lines::WorkList,
+    work::Work,
 };
 use crate::{
     blobs::{BlobError, Blobs},
-    domain::{BatchError, Endpoint, LineSet, TokenUsage, lifecycle::Ending},
-    fleet::{Answer, Failure, FailureKind, Fleet, Rank, Slot, Want, Worker},
-    results::{self, PartBuilder, ReadError, Reply},
+    domain::{BatchError, LineSet},
+    fleet::{Fleet, Rank},
+    results::{self, PartBuilder},
     store::{ClaimedSegment, Commit, NewPart, Part, Store},
 };
-
-/// A part is written when it has this many lines: as many as a segment has, so that a segment whose lines are answered
-/// within [`SchedulerOptions::flush_interval`] is one object, and nothing is merged.
-pub const PART_LINES: usize = 1_000;
-/// A part is written when it has this many bytes.
-pub const PART_BYTES: usize = 4 * 1024 * 1024;
 
 /// How a run of a segment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +52,7 @@ pub struct Run {
 }
 
 /// Why a run stops before its lines are done.
-enum Stop {
+pub(super) enum Stop {
     Lost,
     /// Parts were torn: their lines are run again.
     Torn,
@@ -76,9 +63,6 @@ impl From<Lost> for Stop {
         Self::Lost
     }
 }
-
-/// What came of a request; with the tokens of an answer that is JSON.
-type Sent = (LineKey, Arc<Worker>, Result<(Answer, Option<TokenUsage>), Failure>);
 
 impl Run {
     /// Runs the segment to one of its ends.
@@ -209,312 +193,6 @@ impl Run {
     }
 }
 
-fn is_success(answer: &Answer) -> bool {
-    (200..300).contains(&answer.status)
-}
-
 fn is_whole(part: &NewPart, object: &[u8]) -> bool {
     object.len() as u64 == part.output_bytes + part.error_bytes && crc32c::crc32c(object) == part.crc32c
-}
-
-/// A segment at work.
-struct Work<'a> {
-    run: &'a mut Run,
-    checkpoint: &'a Checkpoint,
-    endpoint: Endpoint,
-    rank: Rank,
-    list: WorkList,
-    number: &'a mut u32,
-    builder: PartBuilder,
-    /// When the oldest line in `builder` was finished.
-    oldest: Option<Instant>,
-    /// What is durable.
-    parts: Vec<NewPart>,
-}
-
-impl Work<'_> {
-    /// Sends lines and takes answers until all are done, or nothing more can be.
-    async fn send_all(&mut self) -> Result<Ended, Stop> {
-        let mut in_flight = FuturesUnordered::new();
-        let mut acquiring: FuturesUnordered<BoxFuture<'static, (usize, Option<Slot>)>> = FuturesUnordered::new();
-        let mut waiting = vec![false; self.list.models().len()];
-        let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
-        let mut topology = self.run.fleet.topology();
-        let mut control = self.run.control.clone();
-        let timer = tokio::time::sleep(Duration::ZERO);
-        tokio::pin!(timer);
-        loop {
-            let wish = *control.borrow_and_update();
-            match wish {
-                Control::Abandon => return Ok(Ended::Lost),
-                Control::Finish(ending) => {
-                    // Dropping them closes their connections: the workers stop generating.
-                    drop(in_flight);
-                    drop(acquiring);
-                    self.end_unfinished(ending);
-                    self.wait_for(flushing).await?;
-                    return Ok(Ended::Finished);
-                }
-                Control::Run | Control::Drain { .. } => {}
-            }
-            let now = Instant::now();
-            self.list.wake(now);
-            let draining = matches!(wish, Control::Drain { .. });
-            if !draining && self.has_room(flushing.is_some()) {
-                self.send_ready(&in_flight, &acquiring, &mut waiting);
-            }
-            self.count_remaining();
-            if self.list.open() == 0 || (in_flight.is_empty() && (draining || self.is_stranded())) {
-                drop(acquiring);
-                self.wait_for(flushing).await?;
-                return Ok(if self.list.open() == 0 { Ended::Finished } else { Ended::Released });
-            }
-            if flushing.is_none() && self.is_due(now) && self.list.open() > 0 {
-                flushing = Some(self.flush());
-            }
-            let until = self.next_wake(wish, flushing.is_some(), now);
-            if timer.deadline() != until {
-                timer.as_mut().reset(until);
-            }
-            tokio::select! {
-                Some(sent) = in_flight.next() => {
-                    self.take(sent);
-                    while let Some(Some(sent)) = in_flight.next().now_or_never() {
-                        self.take(sent);
-                    }
-                }
-                Some((model, slot)) = acquiring.next() => {
-                    waiting[model] = false;
-                    if let (Some(slot), Some(key)) = (slot, self.list.take(model)) {
-                        in_flight.push(self.send(slot, key));
-                    }
-                }
-                part = async { match flushing.as_mut() { Some(flush) => flush.await, None => std::future::pending().await } } => {
-                    flushing = None;
-                    self.parts.push(part?);
-                }
-                () = &mut timer => {
-                    if let Control::Drain { deadline } = wish && deadline <= Instant::now() {
-                        in_flight.clear();
-                    }
-                }
-                changed = control.changed() => if changed.is_err() { return Ok(Ended::Lost) },
-                _ = topology.changed() => {}
-            }
-        }
-    }
-
-    /// Sends what is ready, as far as slots are free; where none is, one wish a model waits for the next.
-    fn send_ready(
-        &mut self,
-        in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
-        acquiring: &FuturesUnordered<BoxFuture<'static, (usize, Option<Slot>)>>,
-        waiting: &mut [bool],
-    ) {
-        for (model, waits) in waiting.iter_mut().enumerate() {
-            while !*waits && let Some(key) = self.list.peek(model) {
-                let want = Want {
-                    model: self.list.models()[model].clone(),
-                    rank: self.rank,
-                    avoid: self.list.failed_on(key).iter().copied().collect(),
-                };
-                match self.run.fleet.try_acquire(&want) {
-                    Some(slot) => {
-                        self.list.take(model);
-                        in_flight.push(self.send(slot, key));
-                    }
-                    None => {
-                        *waits = true;
-                        acquiring.push(self.run.fleet.acquire(want).map(move |slot| (model, slot)).boxed());
-                    }
-                }
-            }
-        }
-    }
-
-    fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
-        let (body, endpoint, timeout) = (self.list.body(key), self.endpoint, self.run.options.request_timeout);
-        async move {
-            let result = slot.send(endpoint, body, timeout).await.and_then(|answer| {
-                let usage = results::body_of(&answer.body).map(|body| body.usage);
-                // A success that is not JSON is a broken worker or a broken way to it, never the request's answer.
-                if is_success(&answer) && usage.is_none() {
-                    return Err(slot.failure(FailureKind::BadAnswer, "the worker's answer is not JSON".into()));
-                }
-                Ok((answer, usage))
-            });
-            (key, slot.worker.clone(), result)
-        }
-        .boxed()
-    }
-
-    /// Takes what came of a request.
-    fn take(&mut self, (key, worker, result): Sent) {
-        match result {
-            Ok((answer, usage)) => self.answered(key, &worker, &answer, usage),
-            Err(failure) => {
-                metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
-                let tries = self.list.failed(key, failure.worker);
-                match self.run.options.tries.wait(tries, failure.retry_after, rand::random()) {
-                    Some(wait) => self.list.later(key, Instant::now() + wait),
-                    None => match &failure.answer {
-                        Some(answer) => self.answered(key, &worker, answer, None),
-                        None => {
-                            let message = format!("{} (after {tries} tries)", failure.message);
-                            self.error(key, error_code(failure.kind), &message);
-                        }
-                    },
-                }
-            }
-        }
-    }
-
-    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer, usage: Option<TokenUsage>) {
-        let id = self.request_id(key);
-        let reply = Reply {
-            status: answer.status,
-            request_id: answer.request_id.as_deref(),
-            body: &answer.body,
-            is_json: usage.is_some(),
-        };
-        let index = self.list.index(key);
-        let line = results::render_answer(&id, self.list.custom_id(key), reply);
-        if is_success(answer) {
-            let usage = usage.unwrap_or_default();
-            worker.count(usage.output);
-            self.builder.complete(index, line, usage);
-            metrics::counter!("tidemill_requests_total", "outcome" => "completed").increment(1);
-        } else {
-            self.builder.fail(index, line);
-            metrics::counter!("tidemill_requests_total", "outcome" => "failed").increment(1);
-        }
-        self.list.done(key);
-        self.oldest.get_or_insert_with(Instant::now);
-    }
-
-    fn error(&mut self, key: LineKey, code: &str, message: &str) {
-        let line = results::render_error(&self.request_id(key), self.list.custom_id(key), code, message);
-        self.builder.fail(self.list.index(key), line);
-        self.list.done(key);
-        self.oldest.get_or_insert_with(Instant::now);
-        metrics::counter!("tidemill_requests_total", "outcome" => "failed").increment(1);
-    }
-
-    fn request_id(&self, key: LineKey) -> String {
-        let line = self.run.claimed.span.first_line + i64::from(self.list.index(key));
-        results::request_id(&self.run.claimed.segment.batch, line)
-    }
-
-    /// Every line without a result ends with the batch.
-    fn end_unfinished(&mut self, ending: Ending) {
-        for key in self.list.unfinished() {
-            self.error(key, ending.error_code(), ending.error_message());
-        }
-    }
-
-    /// No model of the lines that are left is served, and none of them only waits for its next try.
-    fn is_stranded(&self) -> bool {
-        !self.list.has_later()
-            && (0..self.list.models().len())
-                .all(|model| self.list.ready(model) == 0 || self.run.fleet.capacity(&self.list.models()[model]) == 0)
-    }
-
-    /// While a part is being written, the next one may fill up, but not without end.
-    fn has_room(&self, flushing: bool) -> bool {
-        !flushing || (self.builder.bytes() < 2 * PART_BYTES && self.builder.lines() < 2 * PART_LINES)
-    }
-
-    fn is_due(&self, now: Instant) -> bool {
-        self.builder.lines() >= PART_LINES
-            || self.builder.bytes() >= PART_BYTES
-            || self.oldest.is_some_and(|oldest| oldest + self.run.options.flush_interval <= now)
-    }
-
-    fn next_wake(&self, wish: Control, flushing: bool, now: Instant) -> Instant {
-        let flush = self.oldest.filter(|_| !flushing).map(|oldest| oldest + self.run.options.flush_interval);
-        let drain = match wish {
-            Control::Drain { deadline } => Some(deadline),
-            Control::Run | Control::Finish(_) | Control::Abandon => None,
-        };
-        let far = now + Duration::from_secs(3_600);
-        [flush, drain, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
-    }
-
-    /// Begins to write what is finished as a part.
-    fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Lost>> {
-        self.oldest = None;
-        *self.number += 1;
-        let builder = std::mem::take(&mut self.builder);
-        // A task of its own: it goes on while the segment waits for something else.
-        let task = tokio::spawn(self.checkpoint.clone().part(builder, *self.number));
-        async move { task.await.unwrap_or(Err(Lost)) }.boxed()
-    }
-
-    async fn wait_for(&mut self, flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>>) -> Result<(), Stop> {
-        if let Some(flush) = flushing {
-            self.parts.push(flush.await?);
-        }
-        Ok(())
-    }
-
-    /// All lines have their result: writes the segment's final object.
-    async fn finish(&mut self) -> Result<Ended, Stop> {
-        let builder = std::mem::take(&mut self.builder);
-        let last = if builder.lines() > 0 {
-            *self.number += 1;
-            Some(self.checkpoint.object(builder, *self.number).await?)
-        } else {
-            None
-        };
-        let all: Vec<&NewPart> = self.parts.iter().chain(&last).collect();
-        if let [only] = all.as_slice() {
-            self.checkpoint.finish(last.as_ref(), &results::finished(only), &[]).await?;
-            return Ok(Ended::Finished);
-        }
-        let superseded: Vec<String> = all.iter().map(|part| part.object_key.clone()).collect();
-        let merge = || {
-            *self.number += 1;
-            let key = self.checkpoint.object_key(*self.number);
-            let (blobs, all) = (&self.run.blobs, &all);
-            async move {
-                match results::merge(blobs, all, key).await {
-                    // Not for another try: the parts themselves are not what they were.
-                    Err(ReadError::Corrupt(message)) => Ok(Err(message)),
-                    Err(ReadError::Blob(BlobError::Missing(key))) => Ok(Err(format!("{key} is missing"))),
-                    Err(ReadError::Blob(error)) => Err(error),
-                    Err(ReadError::Store(error)) => Ok(Err(error.to_string())),
-                    Ok(object) => Ok(Ok(object)),
-                }
-            }
-        };
-        match self.checkpoint.patiently("merge a segment's parts", merge).await? {
-            Ok(object) => {
-                self.checkpoint.finish(last.as_ref(), &object, &superseded).await?;
-                Ok(Ended::Finished)
-            }
-            Err(message) => {
-                tracing::error!(segment = %self.run.claimed.segment, message, "a part is torn");
-                Err(Stop::Torn)
-            }
-        }
-    }
-
-    /// Gives the segment back with what is finished.
-    async fn release(&mut self) -> Result<Ended, Stop> {
-        if self.builder.lines() > 0 {
-            let flush = self.flush();
-            self.parts.push(flush.await?);
-        }
-        let (segment, epoch, mask) = (&self.run.claimed.segment, self.run.claimed.epoch, self.list.open_models());
-        let release = || self.run.store.release_segment(segment, epoch, mask);
-        self.checkpoint.patiently("give a segment back", release).await?;
-        Ok(Ended::Released)
-    }
-
-    /// The plan counts the lines that are ready: those in flight hold slots already.
-    fn count_remaining(&self) {
-        for (model, count) in self.run.remaining.iter().enumerate() {
-            count.store(self.list.ready(model), Ordering::Relaxed);
-        }
-    }
 }

@@ -1,0 +1,173 @@
+//! Slots given out and taken back: the board under its lock, and those who wait for a slot.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use reqwest::RequestBuilder;
+use smallvec::SmallVec;
+use tokio::{sync::oneshot, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Inner, Worker, WorkerKey,
+    board::{Board, Ticket, Want},
+};
+
+/// The board and those who wait.
+#[derive(Default)]
+pub(super) struct Desks {
+    pub(super) board: Board,
+    waiting: BTreeMap<Ticket, oneshot::Sender<Slot>>,
+    pub(super) next_key: u32,
+}
+
+impl Inner {
+    pub(super) fn bearer(&self) -> Option<&str> {
+        self.options.api_key.as_deref()
+    }
+
+    pub(super) fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
+        match self.bearer() {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    }
+
+    /// The slot that the board has just given out.
+    pub(super) fn slot(self: &Arc<Self>, key: WorkerKey) -> Option<Slot> {
+        let worker = self.workers.lock().get(&key).cloned();
+        match worker {
+            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker }),
+            None => {
+                self.desks.lock().board.release(key);
+                None
+            }
+        }
+    }
+
+    /// Hands free slots to those who wait.
+    pub(super) fn grant(self: &Arc<Self>) {
+        let granted: SmallVec<[(Option<oneshot::Sender<Slot>>, WorkerKey); 4]> = {
+            let mut desks = self.desks.lock();
+            let granted = desks.board.grant();
+            granted.into_iter().map(|(ticket, key)| (desks.waiting.remove(&ticket), key)).collect()
+        };
+        for (sender, key) in granted {
+            match (sender, self.slot(key)) {
+                // Nobody waits any more: the slot comes back as it is dropped.
+                (Some(sender), Some(slot)) => drop(sender.send(slot)),
+                (None, Some(slot)) => drop(slot),
+                (_, None) => {}
+            }
+        }
+    }
+
+    /// Tells the board how a worker is now.
+    pub(super) fn refresh(self: &Arc<Self>, worker: &Worker) {
+        let (models, serving, open) = {
+            let state = worker.state.lock();
+            (state.models.clone(), state.is_serving(), state.is_open(Instant::now()))
+        };
+        let changed = {
+            let mut desks = self.desks.lock();
+            let before = desks.board.served();
+            let was_open = desks.board.is_open(worker.key);
+            desks.board.set(worker.key, models, serving, open, self.options.limit);
+            was_open != open || before != desks.board.served()
+        };
+        if changed {
+            self.topology.send_modify(|version| *version += 1);
+            self.grant();
+        }
+    }
+
+    /// Sends a worker nothing until a probe has reached it.
+    pub(super) fn suspect(self: &Arc<Self>, worker: &Worker, error: &str) {
+        {
+            let mut state = worker.state.lock();
+            state.suspect = true;
+            state.last_error = Some(error.to_owned());
+        }
+        self.refresh(worker);
+        worker.probe_now.notify_one();
+    }
+
+    /// Sends a worker nothing for a while.
+    pub(super) fn hold(self: &Arc<Self>, worker: &Worker, pause: Duration) {
+        let until = Instant::now() + pause;
+        {
+            let mut state = worker.state.lock();
+            state.held_until = state.held_until.max(Some(until));
+        }
+        self.refresh(worker);
+        // The probe's loop opens it again when the time is over.
+        worker.probe_now.notify_one();
+    }
+
+    pub(super) fn forget(self: &Arc<Self>, worker: &Worker) {
+        self.workers.lock().remove(&worker.key);
+        self.desks.lock().board.remove(worker.key);
+        worker.gone.cancel();
+        self.topology.send_modify(|version| *version += 1);
+        tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");
+    }
+}
+
+/// One request that a worker may have in flight.
+pub struct Slot {
+    pub(super) fleet: Arc<Inner>,
+    /// The worker.
+    pub worker: Arc<Worker>,
+    pub(super) abandoned: CancellationToken,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.fleet.desks.lock().board.release(self.worker.key);
+        self.fleet.grant();
+    }
+}
+
+/// Waits for a [`Slot`]. None: the fleet is gone.
+pub struct Acquire {
+    inner: Arc<Inner>,
+    ticket: Ticket,
+    receiver: oneshot::Receiver<Slot>,
+}
+
+impl Acquire {
+    pub(super) fn new(inner: Arc<Inner>, want: Want) -> Self {
+        let (sender, receiver) = oneshot::channel();
+        let ticket = {
+            let mut desks = inner.desks.lock();
+            let ticket = desks.board.queue(want);
+            desks.waiting.insert(ticket, sender);
+            ticket
+        };
+        inner.grant();
+        Self { inner, ticket, receiver }
+    }
+}
+
+impl Future for Acquire {
+    type Output = Option<Slot>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(context).map(Result::ok)
+    }
+}
+
+impl Drop for Acquire {
+    fn drop(&mut self) {
+        let mut desks = self.inner.desks.lock();
+        desks.board.leave(self.ticket);
+        desks.waiting.remove(&self.ticket);
+        // A slot that is in the channel already comes back as the receiver is dropped, after this lock.
+    }
+}
