@@ -71,12 +71,12 @@ fn every_rule_has_its_message() {
         (
             r#""m"}}"#,
             r#""m"}"#,
-            "not valid JSON: the line ends, expected `,` or `}` at byte 83; expected one JSON object",
+            "not valid JSON: the text ends, expected `,` or `}` at byte 83; expected one JSON object",
         ),
         (r#""m"}}"#, r#""m"}}}"#, "not valid JSON: more text after the object at byte 84;"),
         (r#""m"}}"#, r#""m"}};"#, "not valid JSON: more text after the object at byte 84;"),
         (r#""m"}}"#, r#""m"},}"#, "not valid JSON: expected a key in quotes at byte 84;"),
-        (r#""m"}}"#, r#""m",}}"#, "not valid JSON: trailing comma at byte 83;"),
+        (r#""m"}}"#, r#""m",}}"#, "not valid JSON: expected a key in quotes at byte 83;"),
         (r#""method":"#, r#""method" "#, "not valid JSON: expected `:` at byte 27;"),
         (r#","method":"#, r#""method":"#, "not valid JSON: expected `,` or `}` at byte 17;"),
         (r#""a""#, r#""\ud800""#, "not valid JSON: unexpected end of hex escape at byte 2"),
@@ -93,10 +93,10 @@ fn every_rule_has_its_message() {
     }
     assert_eq!(problem("[1,2]"), "found an array; expected a JSON object");
     assert_eq!(problem("17"), "found a number; expected a JSON object");
-    assert!(problem("{").starts_with("not valid JSON: the line ends, expected a key in quotes at byte 2"));
+    assert!(problem("{").starts_with("not valid JSON: the text ends, expected a key in quotes at byte 2"));
     assert!(problem("nonsense").starts_with("not valid JSON: "), "{}", problem("nonsense"));
     assert!(problem("{}").starts_with("custom_id is missing"));
-    assert!(problem("").starts_with("not valid JSON: the line ends, expected a value at byte 1;"));
+    assert!(problem("").starts_with("not valid JSON: the text ends, expected a value at byte 1;"));
     let bad = [&GOOD.as_bytes()[..14], b"\xff", &GOOD.as_bytes()[14..]].concat();
     assert_eq!(parse(&bad).unwrap_err().to_string(), "not UTF-8 at byte 15; expected UTF-8 text");
 }
@@ -141,12 +141,12 @@ fn nesting_does_not_reach_the_stack() {
 fn bodies_alone_follow_the_same_rules() {
     assert_eq!(model_of(b" {\"model\":\"m\",\n\"stream\":null}\n").unwrap(), "m");
     let cases: [(&[u8], &str); 8] = [
-        (b"", "not valid JSON: the line ends, expected a value at byte 1"),
+        (b"", "not valid JSON: the text ends, expected a value at byte 1"),
         (b"[]", "body is an array; expected a JSON object"),
         (b"{}", "body.model is missing"),
         (br#"{"model":"m"},"url":"x""#, "not valid JSON: more text after the object at byte 14"),
         (br#"{"model":"m","stream":true}"#, "body.stream is on"),
-        (b"{\"model\":\"m\"", "not valid JSON: EOF while parsing an object at byte 12"),
+        (b"{\"model\":\"m\"", "not valid JSON: the text ends, expected `,` or `}` at byte 13"),
         (b"{\n\"model\":\n\"m\";", "not valid JSON: expected `,` or `}` at byte 15"),
         (b"{\"model\":\"\xff\"}", "not UTF-8 at byte 11"),
     ];
