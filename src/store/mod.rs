@@ -72,6 +72,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be opened or migrated.
     pub async fn sqlite(file: &Path) -> Result<Self, StoreError> {
+        Self::sqlite_unmigrated(file).await?.migrated().await
+    }
+
+    /// Opens the SQLite file and makes it if it is not there: good for [`Store::migrations`] only.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be opened.
+    pub async fn sqlite_unmigrated(file: &Path) -> Result<Self, StoreError> {
         let url = format!("sqlite://{}?mode=rwc", file.display());
         let connect = |connections: u32| {
             let mut options = ConnectOptions::new(url.clone());
@@ -88,7 +96,7 @@ impl Store {
         };
         let write = connect(1).await?;
         let read = connect(4).await?;
-        Self::start(read, write).await
+        Ok(Self::of(read, write))
     }
 
     /// Connects to PostgreSQL (`postgres://…`) and migrates it.
@@ -96,15 +104,27 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be reached or migrated.
     pub async fn postgres(url: &str, connections: u32) -> Result<Self, StoreError> {
+        Self::postgres_unmigrated(url, connections).await?.migrated().await
+    }
+
+    /// Connects to PostgreSQL: good for [`Store::migrations`] only.
+    ///
+    /// # Errors
+    /// [`StoreError`] if it can't be reached.
+    pub async fn postgres_unmigrated(url: &str, connections: u32) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(url.to_owned());
         options.max_connections(connections).sqlx_logging(false).acquire_timeout(Duration::from_secs(10));
         let pool = Database::connect(options).await?;
-        Self::start(pool.clone(), pool).await
+        Ok(Self::of(pool.clone(), pool))
     }
 
-    async fn start(read: DatabaseConnection, write: DatabaseConnection) -> Result<Self, StoreError> {
-        Migrator::up(&write, None).await?;
-        Ok(Self { inner: Arc::new(Inner { read, write, changes: broadcast::Sender::new(CHANGES) }) })
+    fn of(read: DatabaseConnection, write: DatabaseConnection) -> Self {
+        Self { inner: Arc::new(Inner { read, write, changes: broadcast::Sender::new(CHANGES) }) }
+    }
+
+    async fn migrated(self) -> Result<Self, StoreError> {
+        Migrator::up(&self.inner.write, None).await?;
+        Ok(self)
     }
 
     /// The migrations and whether each is applied.
