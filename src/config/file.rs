@@ -165,10 +165,8 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        assert_eq!(
-            refusal("lisen = \"127.0.0.1:1\""),
-            "config file t.toml: unknown setting \"lisen\"; did you mean listen?"
-        );
+        let message = refusal("lisen = \"127.0.0.1:1\"");
+        assert!(message.starts_with("config file t.toml: unknown setting \"lisen\"; did you mean listen"), "{message}");
         assert!(refusal("data-dir = \"x\"").contains("did you mean data_dir"), "{}", refusal("data-dir = \"x\""));
         assert!(refusal("zzz = 1").contains("the settings are blobs, data_dir, "));
         assert!(refusal("config = \"x\"").contains("unknown setting"), "a file can't name another");
