@@ -1,1 +1,280 @@
-//! cli
+//! The command line. Every command but those that are servers themselves is a client of the public gRPC API.
+
+mod batch;
+mod client;
+mod demo;
+mod error;
+mod files;
+mod infer;
+mod json;
+mod meter;
+mod out;
+mod results;
+mod serve;
+mod token;
+mod upload;
+mod watch;
+mod workers;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
+
+pub use client::{Client, ClientArgs};
+pub use error::report;
+
+use crate::{
+    config::{ConfigError, ConfigFile, LogFormat, ServeConfig},
+    telemetry,
+};
+
+/// What a client command logs, unless TIDEMILL_LOG says otherwise: its output is its own.
+const CLIENT_LOG: &str = "warn";
+
+/// Self-hosted batch inference: OpenAI Batch JSONL in, vLLM workers kept full, exactly one answer per request out.
+#[derive(Debug, Parser)]
+#[command(name = "tidemill", version, max_term_width = 120, after_help = HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+const HELP: &str = "\
+Examples:
+  tidemill demo                                      see a batch run, with nothing set up
+  tidemill serve --worker http://127.0.0.1:8000      serve batches onto a vLLM server
+  tidemill batch submit requests.jsonl --watch       run a batch and follow it
+  tidemill batch results batch_… --output out.jsonl  fetch its results
+
+Exit codes: 0 good; 1 error; 2 wrong usage; of commands that follow a batch also 3 completed, but some lines failed, and
+4 failed, expired or cancelled.";
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a server. Without any setting: on 127.0.0.1:4080, data in ./data.
+    #[command(after_help = SERVE_HELP)]
+    Serve(Box<ServeConfig>),
+    /// See it work: a server, a simulated worker and a batch, in one process on a temporary directory.
+    Demo(demo::DemoArgs),
+    /// Submit, follow and manage batches.
+    #[command(subcommand)]
+    Batch(batch::BatchCommand),
+    /// Upload, download and manage files.
+    #[command(subcommand)]
+    Files(files::FilesCommand),
+    /// Send one request now, ahead of all batches.
+    #[command(after_help = INFER_HELP)]
+    Infer(infer::InferArgs),
+    /// Show and manage workers.
+    #[command(subcommand)]
+    Workers(workers::WorkersCommand),
+    /// Make access tokens.
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+    /// Bring the database up to date, which serve does too, and show its migrations.
+    Migrate(serve::MigrateArgs),
+    /// Run a simulated vLLM worker, for trials and tests without a GPU.
+    #[command(after_help = SIM_HELP)]
+    Sim(serve::SimArgs),
+    /// Print a completion script for a shell.
+    #[command(
+        after_help = "Example:\n  tidemill completions bash > ~/.local/share/bash-completion/completions/tidemill"
+    )]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+const SERVE_HELP: &str = "\
+A setting comes from its flag, else from its variable, else from the --config file, else it has its default. A repeatable
+setting is replaced as a whole. A --config file:
+
+  listen = \"0.0.0.0:4080\"
+  worker = [\"http://10.0.0.5:8000\", \"http://10.0.0.6:8000\"]
+  tokens = \"/etc/tidemill/tokens\"
+
+Examples:
+  tidemill serve --worker http://127.0.0.1:8000
+  tidemill serve --listen 0.0.0.0:4080 --tokens tokens.txt --tls-cert cert.pem --tls-key key.pem
+  TIDEMILL_DATABASE_URL=postgres://… TIDEMILL_BLOBS=s3://bucket/tidemill tidemill serve";
+
+const INFER_HELP: &str = "\
+Examples:
+  tidemill infer sim-7b 'Why is the sea salt?'
+  tidemill infer --endpoint /v1/embeddings --body '{\"model\": \"embedder\", \"input\": \"tide\"}'";
+
+const SIM_HELP: &str = "\
+Example:
+  tidemill sim --listen 127.0.0.1:8000 --latency-ms 200 --error-rate 0.01 &
+  tidemill serve --worker http://127.0.0.1:8000";
+
+/// Why a command line can't be run.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// It is wrong, or asks for help.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// Its configuration file is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// Reads a command line and, for the commands that take one, the configuration file that it or the environment names.
+///
+/// # Errors
+/// [`UsageError`].
+pub fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone> + Clone) -> Result<Cli, UsageError> {
+    let matches = Cli::command().try_get_matches_from(args.clone())?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    let Some((path, name)) = cli.config_file() else { return Ok(cli) };
+    let file = ConfigFile::read(&path)?;
+    let command = Cli::command().mut_subcommand(name, |command| file.as_defaults(command));
+    Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
+}
+
+impl Cli {
+    /// The configuration file and the command that takes it.
+    fn config_file(&self) -> Option<(PathBuf, &'static str)> {
+        match &self.command {
+            Command::Serve(config) => Some((config.config.clone()?, "serve")),
+            Command::Migrate(args) => Some((args.config.clone()?, "migrate")),
+            _ => None,
+        }
+    }
+
+    /// Starts logs and metrics as the command wants them.
+    fn start_telemetry(&self) -> anyhow::Result<()> {
+        match &self.command {
+            Command::Serve(config) => {
+                telemetry::init(config.log_format, &config.log)
+                    .map_err(|error| anyhow::anyhow!("--log {}: {error}", config.log))?;
+            }
+            _ => {
+                let filter = std::env::var("TIDEMILL_LOG").unwrap_or_else(|_| CLIENT_LOG.to_owned());
+                telemetry::init(LogFormat::Text, &filter)
+                    .map_err(|error| anyhow::anyhow!("TIDEMILL_LOG={filter}: {error}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What went wrong, for [`report`].
+pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    cli.start_telemetry()?;
+    let code = match cli.command {
+        Command::Serve(config) => done(serve::serve(*config).await),
+        Command::Demo(args) => demo::run(args).await,
+        Command::Batch(command) => batch::run(command, &cli.client.client()?).await,
+        Command::Files(command) => done(files::run(command, &cli.client.client()?).await),
+        Command::Infer(args) => infer::run(args, &cli.client.client()?).await,
+        Command::Workers(command) => done(workers::run(command, &cli.client.client()?).await),
+        Command::Token(command) => done(token::run(command)),
+        Command::Migrate(args) => done(serve::migrate(args).await),
+        Command::Sim(args) => done(serve::sim(args).await),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut script);
+            done(out::line(String::from_utf8_lossy(&script)).map_err(Into::into))
+        }
+    };
+    code.map(ExitCode::from)
+}
+
+fn done(result: anyhow::Result<()>) -> anyhow::Result<u8> {
+    result.map(|()| 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_words(line: &str) -> Result<Cli, UsageError> {
+        parse(line.split(' ').map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn the_commands_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_argument_has_help() {
+        fn check(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for arg in command.get_arguments().filter(|arg| !arg.is_global_set()) {
+                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn what_the_help_teaches_is_understood() {
+        for line in [
+            "tidemill demo --worker http://127.0.0.1:8000 --requests 5 --keep",
+            "tidemill serve --worker http://127.0.0.1:8000",
+            "tidemill --server http://h:1 --json batch list --status in_progress,completed --metadata a=b",
+            "tidemill batch list --server http://h:1 --json",
+            "tidemill batch submit requests.jsonl --watch --window 24h --priority -1 --metadata k=v --metadata l=w",
+            "tidemill batch submit - --webhook-url http://h --webhook-secret s --webhook-events completed,failed",
+            "tidemill batch watch batch_1",
+            "tidemill batch results batch_1 --output o --errors e --follow",
+            "tidemill batch retry-failed batch_1 --watch",
+            "tidemill files upload f --filename g --request-id r",
+            "tidemill files download file-1 -o out",
+            "tidemill infer sim-7b hello --max-tokens 5",
+            "tidemill infer --endpoint /v1/embeddings --body {}",
+            "tidemill workers register http://127.0.0.1:8000",
+            "tidemill workers drain worker_1",
+            "tidemill token new --name n --role admin",
+            "tidemill token hash",
+            "tidemill migrate --data-dir /d --status",
+            "tidemill sim --listen 127.0.0.1:0 --models a,b --latency-ms 5 --tokens-per-second 9.5 --error-rate 0.1 --seed 7",
+            "tidemill completions bash",
+        ] {
+            assert!(parse_words(line).is_ok(), "{line}: {}", parse_words(line).unwrap_err());
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        for line in [
+            "tidemill",
+            "tidemill batch submit",
+            "tidemill batch submit f --priority 2",
+            "tidemill batch submit f --metadata novalue",
+            "tidemill batch list --limit 0",
+            "tidemill batch list --status done",
+            "tidemill infer model-only",
+            "tidemill sim --error-rate 1.5",
+            "tidemill token new --name a/b",
+            "tidemill serve --max-tries 0",
+        ] {
+            assert!(matches!(parse_words(line), Err(UsageError::Usage(_))), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_file_counts_for_serve_and_migrate() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "data_dir = \"/from/file\"\nmax_tries = 7").unwrap();
+        let path = file.path().to_str().unwrap();
+        let cli = parse(["tidemill", "serve", "--config", path, "--max-tries", "8"]).unwrap();
+        let Command::Serve(config) = cli.command else { panic!("{:?}", cli.command) };
+        assert_eq!((config.data_dir.to_str(), config.max_tries), (Some("/from/file"), 8));
+        assert!(parse(["tidemill", "migrate", "--config", path]).is_ok());
+        std::fs::write(file.path(), "data_dirs = 1").unwrap();
+        let error = parse(["tidemill", "serve", "--config", path]).unwrap_err();
+        assert!(error.to_string().contains("did you mean data_dir"), "{error}");
+    }
+}

@@ -1,0 +1,385 @@
+//! `tidemill batch …`
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use uuid::Uuid;
+
+use super::{
+    client::{Client, retry},
+    json,
+    meter::note,
+    out,
+    results::{self, Output, Sinks},
+    upload::Upload,
+    watch,
+};
+use crate::pb::{self, create_batch_request::Input};
+
+const EXIT_CODES: &str = "Exit codes: 0 completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
+                          1 any other error.";
+
+/// What to do with batches.
+#[derive(Debug, Subcommand)]
+pub enum BatchCommand {
+    /// Upload a file of requests and create a batch from it. Prints the batch's id.
+    #[command(after_help = SUBMIT_HELP)]
+    Submit(SubmitArgs),
+    /// Follow a batch to its end; survives restarts of the server.
+    #[command(after_help = EXIT_CODES)]
+    Watch(Id),
+    /// Show a batch.
+    Get(Id),
+    /// List batches, newest first.
+    List(ListArgs),
+    /// Cancel a batch. What is done is kept.
+    Cancel(Id),
+    /// Write a batch's results.
+    #[command(after_help = RESULTS_HELP)]
+    Results(ResultsArgs),
+    /// Create a batch from the lines of a batch that failed. Prints the new batch's id.
+    #[command(after_help = EXIT_CODES)]
+    RetryFailed(RetryArgs),
+}
+
+const SUBMIT_HELP: &str = "\
+Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled;
+1 any other error.
+
+Examples:
+  tidemill batch submit requests.jsonl --watch
+  generate | tidemill batch submit - --window 1h --priority 1 --metadata team=search
+  id=$(tidemill batch submit requests.jsonl) && tidemill batch watch $id && tidemill batch results $id > out.jsonl";
+
+const RESULTS_HELP: &str = "\
+Examples:
+  tidemill batch results batch_… > out.jsonl
+  tidemill batch results batch_… --output out.jsonl --errors errors.jsonl
+  tidemill batch results batch_… --follow | jq -r .response.body.choices[0].message.content
+
+Without --follow the lines are in input order and the batch must have ended. With --follow they come as requests finish,
+and the exit code is that of `tidemill batch watch`.";
+
+/// Which batch.
+#[derive(Debug, Args)]
+pub struct Id {
+    /// The batch: batch_…
+    #[arg(value_name = "BATCH")]
+    id: String,
+}
+
+/// A new batch.
+#[derive(Debug, Args)]
+pub struct SubmitArgs {
+    /// JSONL file of requests, "-" for stdin, or the id of a file that has been uploaded: file-…
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Follow the batch to its end.
+    #[arg(long)]
+    watch: bool,
+    /// The url of the requests. Default: as in the file.
+    #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
+    endpoint: String,
+    /// How long the batch may take, 1h to 14d [default: 24h].
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+    window: Option<Duration>,
+    /// -1, 0 or 1: higher goes first.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true,
+        value_parser = clap::value_parser!(i32).range(-1..=1))]
+    priority: i32,
+    /// A pair to keep with the batch. Repeatable, up to 16.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
+    /// Makes submitting again safe: the same id gives the same batch, even if the file has changed.
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+    #[command(flatten)]
+    webhook: WebhookArgs,
+}
+
+/// Where the batch's webhooks go.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Webhook")]
+pub struct WebhookArgs {
+    /// Tell this URL how the batch ends.
+    #[arg(long, value_name = "URL", conflicts_with = "webhook_endpoint")]
+    webhook_url: Option<String>,
+    /// Sign the webhooks with this secret.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true)]
+    webhook_secret: Option<String>,
+    /// Which events: completed, failed, progress, cancelled, expired. Default: all but progress.
+    #[arg(long, value_name = "EVENT,…", value_delimiter = ',', requires = "webhook_url")]
+    webhook_events: Vec<String>,
+    /// Tell a registered endpoint.
+    #[arg(long, value_name = "ENDPOINT")]
+    webhook_endpoint: Option<String>,
+}
+
+/// Which batches.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Only batches in this state, such as in_progress. Repeatable.
+    #[arg(long, value_name = "STATE", value_parser = status, value_delimiter = ',')]
+    status: Vec<pb::BatchStatus>,
+    /// Only batches that use this model.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    model: String,
+    /// Only batches with this pair. Repeatable.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
+    /// At most this many.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    limit: u32,
+}
+
+/// Which results, and where to.
+#[derive(Debug, Args)]
+pub struct ResultsArgs {
+    /// The batch: batch_…
+    #[arg(value_name = "BATCH")]
+    id: String,
+    /// Write the successful lines here. Default: stdout.
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Write the failed lines here. Default: they are only counted.
+    #[arg(long, value_name = "FILE")]
+    errors: Option<PathBuf>,
+    /// Write lines as they finish, until the batch ends.
+    #[arg(long)]
+    follow: bool,
+}
+
+/// Which failed lines.
+#[derive(Debug, Args)]
+pub struct RetryArgs {
+    /// A batch that has ended: batch_…
+    #[arg(value_name = "BATCH")]
+    id: String,
+    /// Follow the new batch to its end.
+    #[arg(long)]
+    watch: bool,
+    /// How long the new batch may take, 1h to 14d [default: 24h].
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+    window: Option<Duration>,
+    /// Makes the call safe to repeat: the same id gives the same batch.
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+}
+
+/// Runs a command. Returns the exit code.
+///
+/// # Errors
+/// What went wrong, for people.
+pub async fn run(command: BatchCommand, client: &Client) -> anyhow::Result<u8> {
+    match command {
+        BatchCommand::Submit(args) => submit(args, client).await,
+        BatchCommand::Watch(Id { id }) => follow(&id, false, client).await,
+        BatchCommand::Get(Id { id }) => {
+            show(&get(&id, client).await?, client)?;
+            Ok(0)
+        }
+        BatchCommand::List(args) => list(args, client).await,
+        BatchCommand::Cancel(Id { id }) => {
+            let request = pb::CancelBatchRequest { batch_id: id };
+            let batch = retry(|| async { client.batches().cancel_batch(request.clone()).await }).await?;
+            show(&batch, client)?;
+            Ok(0)
+        }
+        BatchCommand::Results(args) => write_results(args, client).await,
+        BatchCommand::RetryFailed(args) => {
+            let request = pb::RetryFailedRequestsRequest {
+                batch_id: args.id,
+                completion_window: span(args.window)?,
+                request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+            };
+            let batch = retry(|| async { client.batches().retry_failed_requests(request.clone()).await }).await?;
+            created(&batch, args.watch, client).await
+        }
+    }
+}
+
+async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<u8> {
+    let uploaded = args.file.to_str().filter(|name| name.starts_with("file-") && !args.file.exists());
+    let input = match uploaded {
+        Some(id) => id.to_owned(),
+        None => Upload::open(&args.file).await?.send(client, args.request_id.clone()).await?.id,
+    };
+    let webhook = args.webhook.webhook_url.map(|url| pb::WebhookConfig {
+        url,
+        secret: args.webhook.webhook_secret.unwrap_or_default(),
+        events: args.webhook.webhook_events,
+        ..pb::WebhookConfig::default()
+    });
+    let request = pb::CreateBatchRequest {
+        input: Some(Input::InputFileId(input)),
+        endpoint: args.endpoint,
+        completion_window: span(args.window)?,
+        priority: args.priority,
+        metadata: args.metadata.into_iter().collect(),
+        webhook,
+        webhook_endpoint_id: args.webhook.webhook_endpoint.unwrap_or_default(),
+        request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+    };
+    let batch = retry(|| async { client.batches().create_batch(request.clone()).await }).await?;
+    created(&batch, args.watch, client).await
+}
+
+/// Tells of a new batch and, if wanted, follows it.
+async fn created(batch: &pb::Batch, watch: bool, client: &Client) -> anyhow::Result<u8> {
+    if watch {
+        if !client.json {
+            note(&format!("{}: {} requests", batch.id, batch.request_counts.unwrap_or_default().total));
+        }
+        return follow(&batch.id, true, client).await;
+    }
+    if client.json {
+        out::line(json::batch(batch))?;
+    } else {
+        // Only the id on stdout: scripts take it from there.
+        out::line(&batch.id)?;
+        note(&format!("follow it: tidemill batch watch {}", batch.id));
+    }
+    Ok(0)
+}
+
+async fn follow(id: &str, exists: bool, client: &Client) -> anyhow::Result<u8> {
+    let batch = watch::follow(client, id, exists).await?;
+    if !client.json {
+        out::line(watch::summary(&batch))?;
+    }
+    Ok(watch::exit_code(&batch).unwrap_or(1))
+}
+
+async fn get(id: &str, client: &Client) -> anyhow::Result<pb::Batch> {
+    let request = pb::GetBatchRequest { batch_id: id.to_owned() };
+    Ok(retry(|| async { client.batches().get_batch(request.clone()).await }).await?)
+}
+
+fn show(batch: &pb::Batch, client: &Client) -> anyhow::Result<()> {
+    if client.json {
+        out::line(json::batch(batch))?;
+    } else {
+        out::line(out::batch(batch))?;
+    }
+    Ok(())
+}
+
+async fn list(args: ListArgs, client: &Client) -> anyhow::Result<u8> {
+    let mut request = pb::ListBatchesRequest {
+        page_size: 0,
+        page_token: String::new(),
+        statuses: args.status.into_iter().map(Into::into).collect(),
+        model: args.model,
+        metadata: args.metadata.into_iter().collect(),
+    };
+    let (mut left, mut rows) = (args.limit, Vec::new());
+    while left > 0 {
+        request.page_size = i32::try_from(left.min(1_000))?;
+        let page = retry(|| async { client.batches().list_batches(request.clone()).await }).await?;
+        left = left.saturating_sub(u32::try_from(page.batches.len())?);
+        for batch in &page.batches {
+            if client.json {
+                out::line(json::batch(batch))?;
+            } else {
+                rows.push(row(batch));
+            }
+        }
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    if !client.json {
+        out::table(["BATCH", "STATUS", "DONE", "FAILED", "CREATED", "MODELS"], &rows)?;
+    }
+    Ok(0)
+}
+
+fn row(batch: &pb::Batch) -> [String; 6] {
+    let counts = batch.request_counts.unwrap_or_default();
+    [
+        batch.id.clone(),
+        out::words(json::batch_status(batch.status)),
+        format!("{}/{}", counts.completed.saturating_add(counts.failed), counts.total),
+        counts.failed.to_string(),
+        json::time(batch.create_time.as_ref()).unwrap_or_default(),
+        batch.models.join(","),
+    ]
+}
+
+async fn write_results(args: ResultsArgs, client: &Client) -> anyhow::Result<u8> {
+    if args.follow {
+        let errors = args.errors.as_deref().map(|path| Output::open(Some(path))).transpose()?;
+        let output = Output::open(args.output.as_deref())?;
+        let mut sinks = Sinks { output, errors, json: client.json, failed: 0 };
+        results::stream(client, &args.id, &mut sinks).await?;
+        sinks.output.finish()?;
+        sinks.errors.map_or(Ok(()), Output::finish)?;
+        if sinks.failed > 0 && args.errors.is_none() && !client.json {
+            note(&format!("{} requests failed; --errors FILE writes their lines", sinks.failed));
+        }
+        return Ok(watch::exit_code(&get(&args.id, client).await?).unwrap_or(1));
+    }
+    let batch = get(&args.id, client).await?;
+    if watch::exit_code(&batch).is_none() {
+        let state = out::words(json::batch_status(batch.status));
+        bail!(
+            "{} is {state}: its results are not complete. Wait with `tidemill batch watch`, or add --follow",
+            args.id
+        );
+    }
+    write_file(&batch.output_file_id, Output::open(args.output.as_deref())?, client).await?;
+    match args.errors {
+        Some(path) => write_file(&batch.error_file_id, Output::open(Some(&path))?, client).await?,
+        None if !batch.error_file_id.is_empty() => {
+            let failed = batch.request_counts.unwrap_or_default().failed;
+            note(&format!("{failed} requests failed; --errors FILE writes their lines"));
+        }
+        None => {}
+    }
+    Ok(0)
+}
+
+/// A batch without lines of a kind has no file of it: that is an empty file.
+async fn write_file(file_id: &str, output: Output, client: &Client) -> anyhow::Result<()> {
+    if file_id.is_empty() {
+        return Ok(output.finish()?);
+    }
+    results::download(client, file_id, output).await
+}
+
+fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Duration>> {
+    span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+fn status(text: &str) -> Result<pb::BatchStatus, String> {
+    let name = format!("BATCH_STATUS_{}", text.to_uppercase().replace([' ', '-'], "_"));
+    match pb::BatchStatus::from_str_name(&name) {
+        Some(status) if status != pb::BatchStatus::Unspecified => Ok(status),
+        _ => Err("expected validating, in_progress, finalizing, completed, failed, expired, cancelling or cancelled"
+            .to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_and_states_are_read() {
+        assert_eq!(pair("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert_eq!(pair("a="), Ok(("a".into(), String::new())));
+        assert!(pair("=b").is_err() && pair("ab").is_err());
+        assert_eq!(status("in-progress"), Ok(pb::BatchStatus::InProgress));
+        assert_eq!(status("COMPLETED"), Ok(pb::BatchStatus::Completed));
+        assert!(status("unspecified").is_err() && status("done").is_err());
+    }
+}

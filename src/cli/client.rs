@@ -1,0 +1,202 @@
+//! The connection to a server, shared by every command that is a client.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use tonic::{
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
+};
+
+use super::error;
+use crate::pb::{batch_service_client::BatchServiceClient, worker_admin_client::WorkerAdminClient};
+
+/// More than the largest page of batches with full metadata.
+const MAX_MESSAGE: usize = 64 * 1024 * 1024;
+/// Room for a status with 100 bad lines in its trailers; the transport's own default is 16 KiB.
+const MAX_HEADERS: u32 = 1024 * 1024;
+/// Room for a fast download; the transport's own default is 64 KiB.
+const WINDOW: u32 = 2 * 1024 * 1024;
+/// How often a call is made in all before a server that can't be reached is an error.
+const TRIES: u32 = 4;
+
+/// Which server, and who calls.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Client options")]
+pub struct ClientArgs {
+    /// The server.
+    #[arg(long, global = true, env = "TIDEMILL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:4080")]
+    pub server: String,
+    /// Access token. Better in the environment or in a file: others can see command lines.
+    #[arg(long, global = true, env = "TIDEMILL_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// File that holds the access token. Wins over --token.
+    #[arg(long, global = true, env = "TIDEMILL_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// PEM certificates of the authorities that may vouch for the server. Default: the system's.
+    #[arg(long, global = true, env = "TIDEMILL_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// Print JSON: one object per line for lists and events.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// A connection that is made when first used and made again when lost.
+#[derive(Clone)]
+pub struct Client {
+    channel: InterceptedService<Channel, Bearer>,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// Adds the access token to every call.
+#[derive(Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl ClientArgs {
+    /// Options for a server of this process, as the demo's.
+    #[must_use]
+    pub fn of(server: String) -> Self {
+        Self { server, token: None, token_file: None, tls_ca: None, json: false }
+    }
+
+    /// Prepares the connection; nothing is sent yet.
+    ///
+    /// # Errors
+    /// The URL, the token or a file is unusable.
+    pub fn client(&self) -> anyhow::Result<Client> {
+        let mut endpoint = Endpoint::from_shared(self.server.clone())
+            .with_context(|| format!("--server {}: expected http://HOST:PORT or https://HOST:PORT", self.server))?
+            .user_agent(concat!("tidemill-cli/", env!("CARGO_PKG_VERSION")))?
+            .connect_timeout(Duration::from_secs(10))
+            .http2_max_header_list_size(MAX_HEADERS)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(4 * WINDOW)
+            // Finds a dead server behind a stream on which nothing has to come for a while.
+            .http2_keep_alive_interval(Duration::from_secs(20))
+            .keep_alive_timeout(Duration::from_secs(20));
+        let scheme = endpoint.uri().scheme_str().map(str::to_owned);
+        match scheme.as_deref() {
+            Some("https") => endpoint = endpoint.tls_config(self.tls()?)?,
+            Some("http") => self.warn_of_open_token(&endpoint),
+            _ => bail!("--server {}: expected http://HOST:PORT or https://HOST:PORT", self.server),
+        }
+        let channel = InterceptedService::new(endpoint.connect_lazy(), Bearer(self.bearer()?));
+        Ok(Client { channel, json: self.json })
+    }
+
+    fn tls(&self) -> anyhow::Result<ClientTlsConfig> {
+        match &self.tls_ca {
+            Some(file) => {
+                let pem = fs::read(file).with_context(|| format!("--tls-ca {}", file.display()))?;
+                Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
+            }
+            None => Ok(ClientTlsConfig::new().with_native_roots()),
+        }
+    }
+
+    fn bearer(&self) -> anyhow::Result<Option<MetadataValue<Ascii>>> {
+        let token = match (&self.token_file, &self.token) {
+            (Some(file), _) => fs::read_to_string(file).with_context(|| format!("--token-file {}", file.display()))?,
+            (None, Some(token)) => token.clone(),
+            (None, None) => return Ok(None),
+        };
+        let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
+            .parse()
+            .context("the access token holds characters that no token has")?;
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+
+    fn warn_of_open_token(&self, endpoint: &Endpoint) {
+        let host = endpoint.uri().host().unwrap_or_default().trim_matches(['[', ']']);
+        let local = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        if !local && (self.token.is_some() || self.token_file.is_some()) {
+            tracing::warn!("the access token goes to {host} unencrypted: use https://");
+        }
+    }
+}
+
+impl Client {
+    /// Files and batches.
+    #[must_use]
+    pub fn batches(&self) -> BatchServiceClient<InterceptedService<Channel, Bearer>> {
+        BatchServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Workers.
+    #[must_use]
+    pub fn workers(&self) -> WorkerAdminClient<InterceptedService<Channel, Bearer>> {
+        WorkerAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}
+
+/// Makes a call again, a few times, while the server can't be reached. Only for calls that may be made twice.
+///
+/// # Errors
+/// The last attempt's status.
+pub async fn retry<T, F>(mut call: impl FnMut() -> F) -> Result<T, Status>
+where
+    F: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    let mut attempt = 1;
+    loop {
+        match call().await {
+            Ok(response) => return Ok(response.into_inner()),
+            Err(status) if attempt < TRIES && error::is_transient(&status) => {
+                tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
+                attempt += 1;
+            }
+            Err(status) => return Err(status),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_is_repeated_only_while_that_may_help() {
+        let calls = Cell::new(0);
+        let result = retry(|| async {
+            calls.set(calls.get() + 1);
+            if calls.get() < 3 { Err(Status::unavailable("soon")) } else { Ok(tonic::Response::new(calls.get())) }
+        });
+        assert_eq!(result.await.unwrap(), 3);
+        for (status, expected) in [(Status::unavailable("never"), TRIES), (Status::not_found("no"), 1)] {
+            let calls = Cell::new(0);
+            let result = retry::<(), _>(|| async {
+                calls.set(calls.get() + 1);
+                Err(status.clone())
+            });
+            assert_eq!(result.await.unwrap_err().code(), status.code());
+            assert_eq!(calls.get(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn bad_options_are_refused_before_anything_is_sent() {
+        let client = |server: &str, token: Option<&str>| {
+            let args = ClientArgs { token: token.map(str::to_owned), ..ClientArgs::of(server.to_owned()) };
+            args.client().map(|_| ()).map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(client("http://127.0.0.1:1", Some("abc\n")), Ok(()));
+        assert!(client("127.0.0.1:1", None).unwrap_err().contains("expected http://HOST:PORT"));
+        assert!(client("ftp://h", None).unwrap_err().contains("expected http://HOST:PORT"));
+        assert!(client("http://h:1", Some("a\nb")).unwrap_err().contains("access token"));
+    }
+}

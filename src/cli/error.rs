@@ -1,0 +1,174 @@
+//! Errors as people read them.
+
+use std::{error::Error, fmt::Write as _, io, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// What `error:` is followed by. None: the reader of our output went away, as `| head` does, which is no error.
+#[must_use]
+pub fn report(error: &anyhow::Error) -> Option<String> {
+    let broken_pipe = |cause: &(dyn Error + 'static)| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    };
+    if error.chain().any(broken_pipe) {
+        return None;
+    }
+    let mut text = String::new();
+    for (depth, cause) in error.chain().enumerate() {
+        let status = cause.downcast_ref::<Status>();
+        let line = status.map_or_else(|| cause.to_string(), describe);
+        if depth == 0 {
+            text.push_str(&line);
+        } else if !text.contains(&line) {
+            let _ = write!(text, "\n  caused by: {line}");
+        }
+        if status.is_some() {
+            // Its causes are the transport's innards; the hint says more.
+            break;
+        }
+    }
+    Some(text)
+}
+
+/// A status with its reason, its violations and what to do next.
+fn describe(status: &Status) -> String {
+    let details = status.get_error_details();
+    let mut text = match status.message() {
+        "" => status.code().to_string(),
+        message => message.to_owned(),
+    };
+    let code = code_name(status.code());
+    match details.error_info() {
+        Some(info) if !info.reason.is_empty() => {
+            let _ = write!(text, " ({code}, {})", info.reason);
+        }
+        _ => {
+            let _ = write!(text, " ({code})");
+        }
+    }
+    for violation in details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default() {
+        let _ = match violation.field.as_str() {
+            "" => write!(text, "\n  {}", violation.description),
+            field => write!(text, "\n  {field}: {}", violation.description),
+        };
+    }
+    for violation in details.precondition_failure().map(|failed| failed.violations.as_slice()).unwrap_or_default() {
+        let _ = write!(text, "\n  {}", violation.description);
+    }
+    if let Some(hint) = hint(status) {
+        let _ = write!(text, "\n  {hint}");
+    }
+    text
+}
+
+fn hint(status: &Status) -> Option<&'static str> {
+    match status.code() {
+        _ if is_lost_connection(status) => {
+            Some("is the server running? start it with `tidemill serve`, or name another: --server URL")
+        }
+        Code::Unauthenticated => Some("give an access token: --token-file FILE or TIDEMILL_TOKEN"),
+        Code::PermissionDenied => Some("the access token's role does not allow this: use one with the role admin"),
+        Code::Unimplemented => Some("the server does not know this call: is it older than this command?"),
+        _ => None,
+    }
+}
+
+/// Whether the same call may well succeed a little later.
+#[must_use]
+pub fn is_transient(status: &Status) -> bool {
+    status.code() == Code::Unavailable || is_lost_connection(status)
+}
+
+/// A status that no server sent: the transport made it up. Those have a cause; those from the wire have none.
+fn is_lost_connection(status: &Status) -> bool {
+    let made_up = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled);
+    made_up && status.source().is_some()
+}
+
+/// How long to wait before attempt `attempt` (from 1) of a call that failed so: what the server asks for, or twice as
+/// long each time. `jitter`, 0 to 1, spreads clients that all lost the same server.
+#[must_use]
+pub fn delay(status: &Status, attempt: u32, jitter: f64) -> Duration {
+    const FIRST: Duration = Duration::from_millis(200);
+    const LONGEST: Duration = Duration::from_secs(5);
+    let asked = status.get_details_retry_info().and_then(|info| info.retry_delay);
+    let wait = asked.unwrap_or_else(|| FIRST * 2u32.saturating_pow(attempt.saturating_sub(1).min(10))).min(LONGEST);
+    wait.mul_f64(0.75 + 0.5 * jitter.clamp(0.0, 1.0))
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use anyhow::Context;
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn a_status_shows_reason_and_violations() {
+        let mut details = ErrorDetails::with_error_info("INVALID_FILE", "tidemill", HashMap::new());
+        details.add_bad_request_violation("line 17", "custom_id is missing");
+        details.add_bad_request_violation("line 18", "not JSON");
+        let status = Status::with_error_details(Code::InvalidArgument, "2 bad lines", details);
+        let error = Err::<(), _>(status).context("upload of in.jsonl").unwrap_err();
+        assert_eq!(
+            report(&error).unwrap(),
+            "upload of in.jsonl\n  caused by: 2 bad lines (INVALID_ARGUMENT, INVALID_FILE)\n  line 17: custom_id is \
+             missing\n  line 18: not JSON"
+        );
+    }
+
+    #[test]
+    fn what_to_do_next_is_said() {
+        let refused = Status::from_error(Box::new(io::Error::new(io::ErrorKind::ConnectionRefused, "refused")));
+        assert!(is_transient(&refused), "{refused:?}");
+        assert!(report(&refused.into()).unwrap().contains("tidemill serve"));
+        let draining = Status::unavailable("shutting down");
+        assert!(is_transient(&draining));
+        assert!(!report(&draining.into()).unwrap().contains("tidemill serve"), "it runs: it said so itself");
+        assert!(report(&Status::unauthenticated("no token").into()).unwrap().contains("--token-file"));
+        assert!(!is_transient(&Status::internal("bug")));
+        assert_eq!(report(&Status::not_found("").into()).unwrap(), "Some requested entity was not found (NOT_FOUND)");
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_error() {
+        let error = anyhow::Error::from(io::Error::from(io::ErrorKind::BrokenPipe)).context("writing results");
+        assert_eq!(report(&error), None);
+    }
+
+    #[test]
+    fn delays_grow_to_a_bound_and_follow_the_server() {
+        let status = Status::unavailable("");
+        let delays: Vec<_> = (1..=8).map(|attempt| delay(&status, attempt, 0.5).as_millis()).collect();
+        assert_eq!(delays, [200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
+        assert!(delay(&status, u32::MAX, 1.0) <= Duration::from_millis(6_250));
+        let details = ErrorDetails::with_retry_info(Some(Duration::from_secs(2)));
+        let asked = Status::with_error_details(Code::Unavailable, "", details);
+        assert_eq!(delay(&asked, 1, 0.5), Duration::from_secs(2));
+    }
+}

@@ -1,0 +1,209 @@
+//! What is printed on stdout, and numbers and spans as people read them.
+
+use std::{
+    fmt::Display,
+    io::{self, Write as _},
+    time::Duration,
+};
+
+use crate::pb;
+
+use super::json;
+
+/// Prints a line. Unlike `println!` it does not panic when the reader has gone away.
+///
+/// # Errors
+/// stdout can't be written.
+pub fn line(text: impl Display) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()
+}
+
+/// Prints rows in columns, each as wide as its widest cell, but for the last one.
+///
+/// # Errors
+/// stdout can't be written.
+pub fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io::Result<()> {
+    line(columns(head, rows))
+}
+
+fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    let head = head.map(str::to_owned);
+    let all = || std::iter::once(&head).chain(rows);
+    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let render = |row: &[String; N]| {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    all().map(render).collect::<Vec<_>>().join("\n")
+}
+
+/// A number in at most four characters or so: 950, 1.2k, 34k, 5.6M.
+#[must_use]
+pub fn short(number: f64) -> String {
+    let number = number.max(0.0);
+    let mut scaled = number;
+    for unit in ["", "k", "M", "G"] {
+        if scaled < 999.5 {
+            return match unit {
+                "" if number >= 99.95 || number.fract() < 0.05 => format!("{number:.0}"),
+                "" => format!("{number:.1}"),
+                _ if scaled >= 9.95 => format!("{scaled:.0}{unit}"),
+                _ => format!("{scaled:.1}{unit}"),
+            };
+        }
+        scaled /= 1_000.0;
+    }
+    format!("{scaled:.1}T")
+}
+
+/// A span in its two largest units: 45s, 3m 20s, 2h 5m, 3d 4h.
+#[must_use]
+pub fn span(span: Duration) -> String {
+    let seconds = span.as_secs() + u64::from(span.subsec_nanos() >= 500_000_000);
+    let (minutes, hours, days) = (seconds / 60, seconds / 3_600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, minutes) => format!("{minutes}m {}s", seconds % 60),
+        (0, hours, _) => format!("{hours}h {}m", minutes % 60),
+        (days, _, _) => format!("{days}d {}h", hours % 24),
+    }
+}
+
+/// A state in words: "in progress".
+#[must_use]
+pub fn words(name: &str) -> String {
+    name.to_lowercase().replace('_', " ")
+}
+
+/// A batch in a few lines.
+#[must_use]
+pub fn batch(batch: &pb::Batch) -> String {
+    let counts = batch.request_counts.unwrap_or_default();
+    let usage = batch.usage.unwrap_or_default();
+    let mut rows = vec![
+        ("batch", batch.id.clone()),
+        ("status", words(json::batch_status(batch.status))),
+        ("requests", format!("{} of {} completed, {} failed", counts.completed, counts.total, counts.failed)),
+        ("tokens", tokens(&usage)),
+        ("endpoint", batch.endpoint.clone()),
+        ("models", batch.models.join(", ")),
+        ("waiting", batch.waiting_reason.clone()),
+        ("input", batch.input_file_id.clone()),
+        ("output", batch.output_file_id.clone()),
+        ("errors", batch.error_file_id.clone()),
+        ("metadata", batch.metadata.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")),
+        ("priority", if batch.priority == 0 { String::new() } else { batch.priority.to_string() }),
+        ("webhook", batch.webhook.as_ref().map(|webhook| webhook.url.clone()).unwrap_or_default()),
+    ];
+    let times = [
+        ("created", &batch.create_time),
+        ("started", &batch.in_progress_time),
+        ("completed", &batch.completed_time),
+        ("failed", &batch.failed_time),
+        ("expired", &batch.expired_time),
+        ("cancelled", &batch.cancelled_time),
+        ("expires", &batch.expire_time),
+    ];
+    rows.extend(times.map(|(name, time)| (name, json::time(time.as_ref()).unwrap_or_default())));
+    rows.extend(batch.errors.iter().map(|error| ("error", batch_error(error))));
+    fields(&rows)
+}
+
+fn batch_error(error: &pb::BatchError) -> String {
+    let place = if error.line > 0 { format!("line {}: ", error.line) } else { String::new() };
+    format!("{place}{} ({})", error.message, error.code)
+}
+
+/// Tokens in and out.
+#[must_use]
+pub fn tokens(usage: &pb::TokenUsage) -> String {
+    let cached = if usage.cached_input_tokens > 0 {
+        format!(" ({} from the prefix cache)", usage.cached_input_tokens)
+    } else {
+        String::new()
+    };
+    format!("{} in{cached}, {} out, {} together", usage.input_tokens, usage.output_tokens, usage.total_tokens)
+}
+
+/// A file in a few lines.
+#[must_use]
+pub fn file(file: &pb::File) -> String {
+    fields(&[
+        ("file", file.id.clone()),
+        ("filename", file.filename.clone()),
+        ("purpose", file.purpose.clone()),
+        ("bytes", file.bytes.to_string()),
+        ("lines", file.line_count.to_string()),
+        ("endpoint", file.endpoint.clone()),
+        ("models", file.models.join(", ")),
+        ("created", json::time(file.create_time.as_ref()).unwrap_or_default()),
+        ("expires", json::time(file.expire_time.as_ref()).unwrap_or_default()),
+    ])
+}
+
+/// Names and values, one a line, without those that are empty.
+fn fields(rows: &[(&str, String)]) -> String {
+    let set: Vec<_> = rows.iter().filter(|(_, value)| !value.is_empty()).collect();
+    let width = set.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    set.iter().map(|(name, value)| format!("{name:width$}  {value}")).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        for (number, text) in [
+            (0.0, "0"),
+            (0.25, "0.2"),
+            (3.0, "3"),
+            (41.66, "41.7"),
+            (99.96, "100"),
+            (999.0, "999"),
+            (999.7, "1.0k"),
+            (1_234.0, "1.2k"),
+            (34_499.0, "34k"),
+            (999_700.0, "1.0M"),
+            (5.6e6, "5.6M"),
+            (7e12, "7.0T"),
+            (-1.0, "0"),
+            (f64::NAN, "0"),
+        ] {
+            assert_eq!(short(number), text, "{number}");
+        }
+    }
+
+    #[test]
+    fn spans_have_two_units() {
+        for (seconds, text) in [(0.4, "0s"), (44.6, "45s"), (60.0, "1m 0s"), (3_599.9, "1h 0m"), (273_600.0, "3d 4h")] {
+            assert_eq!(span(Duration::from_secs_f64(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["batch_é".to_owned(), "1".to_owned()], ["b".to_owned(), String::new()]];
+        assert_eq!(columns(["ID", "N"], &rows), "ID       N\nbatch_é  1\nb");
+    }
+
+    #[test]
+    fn a_batch_shows_what_is_set() {
+        let sent = pb::Batch {
+            id: "batch_1".into(),
+            status: pb::BatchStatus::InProgress.into(),
+            request_counts: Some(pb::RequestCounts { total: 5, completed: 2, failed: 1 }),
+            waiting_reason: "no healthy worker serves \"m\"".into(),
+            errors: vec![pb::BatchError { code: "c".into(), message: "bad".into(), line: 3, param: String::new() }],
+            ..pb::Batch::default()
+        };
+        let text = batch(&sent);
+        assert!(text.contains("status    in progress\nrequests  2 of 5 completed, 1 failed\n"), "{text}");
+        assert!(text.contains("waiting   no healthy worker"), "{text}");
+        assert!(text.ends_with("error     line 3: bad (c)"), "{text}");
+        assert!(!text.contains("webhook"), "{text}");
+    }
+}

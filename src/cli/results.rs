@@ -1,0 +1,269 @@
+//! Results to a file or stdout: whole files that resume by offset, or lines as they come that resume by cursor.
+
+use std::{
+    fs,
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use futures::FutureExt;
+use tonic::Status;
+
+use super::{client::Client, client::retry, error, json, meter};
+use crate::pb;
+
+/// How often a download is resumed without a byte of progress before it fails.
+const TRIES: u32 = 8;
+/// Bytes gathered per write: a result line is mostly shorter.
+const BUFFER: usize = 128 * 1024;
+
+/// Where results go. A file gets its name when it is whole; until then, and after a failure, what was there stays.
+pub struct Output {
+    to: BufWriter<Box<dyn Write + Send>>,
+    /// The file's name and that of the part that has come so far.
+    rename: Option<(PathBuf, PathBuf)>,
+}
+
+impl Output {
+    /// A file, or stdout.
+    ///
+    /// # Errors
+    /// The file can't be made.
+    pub fn open(path: Option<&Path>) -> anyhow::Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self { to: BufWriter::with_capacity(BUFFER, Box::new(io::stdout())), rename: None });
+        };
+        // A pipe or a device is written to, not replaced.
+        let special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
+        let mut part = path.as_os_str().to_owned();
+        part.push(".part");
+        let (open, rename) =
+            if special { (path, None) } else { (Path::new(&part), Some((PathBuf::from(&part), path.to_owned()))) };
+        let file = match special {
+            true => fs::OpenOptions::new().write(true).open(open),
+            false => fs::File::create(open),
+        };
+        let file = file.with_context(|| path.display().to_string())?;
+        Ok(Self { to: BufWriter::with_capacity(BUFFER, Box::new(file)), rename })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.to.write_all(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+
+    /// All is there.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn finish(mut self) -> io::Result<()> {
+        self.to.flush()?;
+        match self.rename.take() {
+            Some((part, whole)) => fs::rename(part, whole),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some((part, _)) = self.rename.take() {
+            // What is left of a failed download; nothing is lost if it stays.
+            let _ = fs::remove_file(part);
+        }
+    }
+}
+
+/// Downloads a file whole, resuming where a connection was lost.
+///
+/// # Errors
+/// There is no such file, the server stays away, or `output` can't be written.
+pub async fn download(client: &Client, file_id: &str, mut output: Output) -> anyhow::Result<()> {
+    let request = pb::GetFileRequest { file_id: file_id.to_owned() };
+    let file = retry(|| async { client.batches().get_file(request.clone()).await }).await?;
+    let bar = meter::bytes("downloading", u64::try_from(file.bytes).unwrap_or(0), client.json);
+    let (mut offset, mut attempt) = (0, 0);
+    loop {
+        let before = offset;
+        let status = match piece(client, file_id, &mut offset, &mut output, &bar).await? {
+            Ok(()) if offset == file.bytes => break,
+            Ok(()) => Status::unavailable(format!("the download ended at byte {offset} of {}", file.bytes)),
+            Err(status) => status,
+        };
+        attempt = if offset > before { 1 } else { attempt + 1 };
+        if attempt >= TRIES || !error::is_transient(&status) {
+            return Err(status).with_context(|| format!("download of {file_id}"));
+        }
+        tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
+    }
+    bar.finish_and_clear();
+    output.finish().context("writing the file")
+}
+
+/// One stream of the file from `offset` on, which it moves. The outer error: `output` can't be written.
+async fn piece(
+    client: &Client,
+    file_id: &str,
+    offset: &mut i64,
+    output: &mut Output,
+    bar: &indicatif::ProgressBar,
+) -> anyhow::Result<Result<(), Status>> {
+    let request = pb::DownloadFileRequest { file_id: file_id.to_owned(), offset: *offset };
+    let mut chunks = match client.batches().download_file(request).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        let chunk = match chunks.message().await {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => return Ok(Ok(())),
+            Err(status) => return Ok(Err(status)),
+        };
+        if chunk.offset != *offset {
+            bail!("the server sent byte {} where {offset} was next", chunk.offset);
+        }
+        output.write(&chunk.data).context("writing the file")?;
+        *offset += i64::try_from(chunk.data.len())?;
+        bar.set_position(u64::try_from(*offset)?);
+    }
+}
+
+/// Where streamed results go.
+pub struct Sinks {
+    /// The lines that succeeded.
+    pub output: Output,
+    /// The others; None: they are only counted.
+    pub errors: Option<Output>,
+    /// Whether to write every result, failed ones too, as a JSON object to `output`.
+    pub json: bool,
+    /// How many failed.
+    pub failed: u64,
+}
+
+impl Sinks {
+    fn take(&mut self, result: &pb::BatchResult) -> io::Result<()> {
+        self.failed += u64::from(!result.succeeded);
+        if self.json {
+            return self.output.write(format!("{}\n", json::result(result)).as_bytes());
+        }
+        let sink = if result.succeeded { Some(&mut self.output) } else { self.errors.as_mut() };
+        match sink {
+            Some(sink) => {
+                sink.write(&result.line)?;
+                sink.write(b"\n")
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()?;
+        self.errors.as_mut().map_or(Ok(()), Output::flush)
+    }
+}
+
+/// Writes results as they become durable, until the batch ends; resumes behind the last line after a lost connection,
+/// however long the server is away.
+///
+/// # Errors
+/// There is no such batch, or a sink can't be written.
+pub async fn stream(client: &Client, batch_id: &str, sinks: &mut Sinks) -> anyhow::Result<()> {
+    let (mut cursor, mut attempt) = (String::new(), 0);
+    loop {
+        let before = cursor.clone();
+        let Err(status) = lines(client, batch_id, &mut cursor, sinks).await? else { return Ok(()) };
+        attempt = if cursor == before { attempt + 1 } else { 1 };
+        if !error::is_transient(&status) || (cursor.is_empty() && attempt >= TRIES) {
+            return Err(status.into());
+        }
+        tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
+    }
+}
+
+/// One stream of results from `cursor` on, which it moves.
+async fn lines(
+    client: &Client,
+    batch_id: &str,
+    cursor: &mut String,
+    sinks: &mut Sinks,
+) -> anyhow::Result<Result<(), Status>> {
+    let request = pb::StreamResultsRequest { batch_id: batch_id.to_owned(), cursor: cursor.clone(), follow: true };
+    let mut results = match client.batches().stream_results(request).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        // What has come is shown before waiting for more, but not line by line while more is there.
+        let next = match results.message().now_or_never() {
+            Some(next) => next,
+            None => {
+                sinks.flush()?;
+                results.message().await
+            }
+        };
+        match next {
+            Ok(Some(result)) => {
+                sinks.take(&result)?;
+                *cursor = result.cursor;
+            }
+            Ok(None) => {
+                sinks.flush()?;
+                return Ok(Ok(()));
+            }
+            Err(status) => return Ok(Err(status)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.jsonl");
+        fs::write(&path, "old").unwrap();
+        let mut failed = Output::open(Some(&path)).unwrap();
+        failed.write(b"half").unwrap();
+        drop(failed);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        let mut output = Output::open(Some(&path)).unwrap();
+        output.write(b"new").unwrap();
+        output.finish().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+        assert!(Output::open(Some(&folder.path().join("no/such"))).is_err());
+    }
+
+    #[test]
+    fn a_device_is_written_to() {
+        let mut output = Output::open(Some(Path::new("/dev/null"))).unwrap();
+        output.write(b"x").unwrap();
+        output.finish().unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn lines_go_where_they_belong() {
+        let folder = tempfile::tempdir().unwrap();
+        let (good, bad) = (folder.path().join("good"), folder.path().join("bad"));
+        let open = |path: &Path| Output::open(Some(path)).unwrap();
+        let mut sinks = Sinks { output: open(&good), errors: Some(open(&bad)), json: false, failed: 0 };
+        let result =
+            |succeeded, line: &'static str| pb::BatchResult { succeeded, line: line.into(), ..Default::default() };
+        for result in [result(true, "{\"a\":1}"), result(false, "{\"b\":2}"), result(true, "{\"c\":3}")] {
+            sinks.take(&result).unwrap();
+        }
+        let Sinks { output, errors, failed, .. } = sinks;
+        output.finish().unwrap();
+        errors.unwrap().finish().unwrap();
+        assert_eq!(fs::read_to_string(good).unwrap(), "{\"a\":1}\n{\"c\":3}\n");
+        assert_eq!(fs::read_to_string(bad).unwrap(), "{\"b\":2}\n");
+        assert_eq!(failed, 1);
+    }
+}

@@ -1,0 +1,202 @@
+//! `tidemill serve`, `migrate` and `sim`: the commands that are servers or work on a server's data.
+
+use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::Context;
+use clap::Args;
+use tokio::{net::TcpListener, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{meter::note, out};
+use crate::{
+    app::App,
+    config::{BlobStore, Database, DatabaseUrl, ServeConfig, parse_database_url},
+    sim::{Sim, SimConfig},
+    store::Store,
+};
+
+/// Which database to migrate.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// TOML file of settings, as for serve.
+    #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of the SQLite database.
+    #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = "./data")]
+    data_dir: PathBuf,
+    /// PostgreSQL: postgres://user:password@host/database. Default: SQLite in --data-dir.
+    #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true,
+        value_parser = parse_database_url)]
+    database_url: Option<DatabaseUrl>,
+    /// Change nothing; only show which migrations are applied.
+    #[arg(long)]
+    status: bool,
+}
+
+/// What the simulated worker is like.
+#[derive(Debug, Args)]
+pub struct SimArgs {
+    /// Address to serve on. Port 0: any free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    /// The models that it says it serves, comma-separated.
+    #[arg(long, value_name = "MODEL,…", value_delimiter = ',', default_value = "sim-7b")]
+    models: Vec<String>,
+    /// Milliseconds to the first token.
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    latency_ms: u64,
+    /// Tokens per second of one request; 0: all at once.
+    #[arg(long, value_name = "N", default_value_t = 100.0, value_parser = not_negative)]
+    tokens_per_second: f64,
+    /// Share of requests that fail, 0 to 1.
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
+    error_rate: f64,
+    /// Of its randomness: the same seed, the same answers.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Most requests that run at once; more wait, as in vLLM.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
+    max_num_seqs: usize,
+}
+
+/// Serves until SIGTERM or Ctrl-C, then drains; a second signal ends it at once.
+///
+/// # Errors
+/// The settings are refused, or the server can't start.
+pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
+    let config = config.validate()?;
+    if let (Database::Postgres(_), BlobStore::Directory(directory)) = (config.database(), config.blob_store()) {
+        tracing::warn!(
+            "the database is PostgreSQL but objects are in {}: with more than one server, set --blobs",
+            directory.display()
+        );
+    }
+    if config.insecure_allow_anonymous && !config.listen.ip().is_loopback() {
+        tracing::warn!("everybody who can reach {} may do everything (--insecure-allow-anonymous)", config.listen);
+    }
+    let shutdown = on_signal()?;
+    let app = App::start(config).await?;
+    tracing::info!(url = %app.url(), "serving gRPC and HTTP");
+    app.run_until(shutdown).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process.
+///
+/// # Errors
+/// The system refuses signal handlers.
+pub fn on_signal() -> std::io::Result<CancellationToken> {
+    let token = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (
+        signal::unix::signal(signal::unix::SignalKind::terminate())?,
+        signal::unix::signal(signal::unix::SignalKind::interrupt())?,
+    );
+    let cancel = token.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if cancel.is_cancelled() {
+                note("stopped at once");
+                // As a shell reports a process that SIGINT ended.
+                std::process::exit(130);
+            }
+            cancel.cancel();
+        }
+    });
+    Ok(token)
+}
+
+/// Migrates a database and prints its migrations.
+///
+/// # Errors
+/// The database can't be opened or migrated.
+pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
+    let database = Database::of(args.database_url.as_ref(), &args.data_dir);
+    let store = match (&database, args.status) {
+        (Database::Sqlite(file), true) if !file.exists() => {
+            return Ok(out::line(format!("no database yet: {}", file.display()))?);
+        }
+        (Database::Sqlite(file), true) => Store::sqlite_unmigrated(file).await?,
+        (Database::Sqlite(file), false) => {
+            fs::create_dir_all(&args.data_dir).with_context(|| format!("--data-dir {}", args.data_dir.display()))?;
+            Store::sqlite(file).await?
+        }
+        (Database::Postgres(url), true) => Store::postgres_unmigrated(url.expose(), 1).await?,
+        (Database::Postgres(url), false) => Store::postgres(url.expose(), 2).await?,
+    };
+    for (name, applied) in store.migrations().await? {
+        out::line(format!("{}  {name}", if applied { "applied" } else { "pending" }))?;
+    }
+    store.close().await;
+    Ok(())
+}
+
+/// Serves a simulated worker until SIGTERM or Ctrl-C.
+///
+/// # Errors
+/// The address can't be used.
+pub async fn sim(args: SimArgs) -> anyhow::Result<()> {
+    let shutdown = on_signal()?;
+    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
+    note(&format!("simulated worker on http://{}, models {}", listener.local_addr()?, args.models.join(", ")));
+    let sim = Sim::new(SimConfig {
+        models: args.models,
+        latency: Duration::from_millis(args.latency_ms),
+        tokens_per_second: args.tokens_per_second,
+        error_rate: args.error_rate,
+        seed: args.seed,
+        max_num_seqs: args.max_num_seqs,
+    });
+    Ok(sim.serve(listener, shutdown).await?)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("expected 0 to 1".to_owned()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("expected 0 or more".to_owned()),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("expected 1 or more".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn odd_numbers_are_refused() {
+        assert_eq!(share("0.25"), Ok(0.25));
+        assert!(share("1.1").is_err() && share("NaN").is_err() && share("-0.1").is_err());
+        assert!(not_negative("inf").is_err() && not_negative("-1").is_err() && not_negative("0").is_ok());
+        assert!(at_least_one("0").is_err() && at_least_one("1").is_ok());
+    }
+
+    #[tokio::test]
+    async fn migrations_are_shown_before_and_after() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tidemill.db");
+        let before = Store::sqlite_unmigrated(&file).await.unwrap();
+        let pending = before.migrations().await.unwrap();
+        assert!(!pending.is_empty() && pending.iter().all(|(_, applied)| !applied), "{pending:?}");
+        before.close().await;
+        let after = Store::sqlite(&file).await.unwrap();
+        assert!(after.migrations().await.unwrap().iter().all(|(_, applied)| *applied));
+        after.close().await;
+    }
+}

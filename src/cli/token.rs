@@ -1,0 +1,106 @@
+//! `tidemill token …`: makes access tokens. The server's file holds their hashes only.
+
+use std::io::Read as _;
+
+use anyhow::{Context, ensure};
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use clap::{Subcommand, ValueEnum};
+use sha2::{Digest, Sha256};
+
+use super::{meter::note, out};
+
+/// Random bytes in a token: far beyond guessing, so that a plain hash suffices.
+const TOKEN_BYTES: usize = 32;
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token: prints the line for the server's --tokens file and, once only, the token itself.
+    #[command(after_help = "Example:\n  tidemill token new --name search-team --role submit >> tokens.txt\n  \
+                            tidemill serve --listen 0.0.0.0:4080 --tokens tokens.txt")]
+    New {
+        /// Who will use it: 1 to 64 letters, digits, "-", "_" and ".".
+        #[arg(long, value_parser = name)]
+        name: String,
+        /// What it allows.
+        #[arg(long, default_value = "submit")]
+        role: Role,
+    },
+    /// Print the hash of a token that is read from stdin.
+    Hash,
+}
+
+/// What a token allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Files, batches and results.
+    Submit,
+    /// Everything.
+    Admin,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What went wrong, for people.
+pub fn run(command: TokenCommand) -> anyhow::Result<()> {
+    match command {
+        TokenCommand::New { name, role } => {
+            let secret: [u8; TOKEN_BYTES] = rand::random();
+            let token = format!("tm_{}", BASE64_URL_SAFE_NO_PAD.encode(secret));
+            out::line(file_line(&name, role, &token))?;
+            // On stderr, so that stdout can go straight into the file.
+            note(&format!("the token, shown only now: {token}"));
+        }
+        TokenCommand::Hash => {
+            let mut token = String::new();
+            std::io::stdin().read_to_string(&mut token).context("stdin")?;
+            let token = token.trim();
+            ensure!(!token.is_empty(), "no token on stdin");
+            out::line(hash(token))?;
+        }
+    }
+    Ok(())
+}
+
+/// A line of the server's tokens file: name, role, hash.
+fn file_line(name: &str, role: Role, token: &str) -> String {
+    let role = match role {
+        Role::Submit => "submit",
+        Role::Admin => "admin",
+    };
+    format!("{name} {role} {}", hash(token))
+}
+
+/// SHA-256, hex, as the server compares it.
+fn hash(token: &str) -> String {
+    hex::encode(Sha256::digest(token))
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > 64 || !text.chars().all(valid) {
+        return Err("expected 1 to 64 letters, digits, \"-\", \"_\" and \".\"".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_holds_the_hash_and_not_the_token() {
+        let line = file_line("team", Role::Admin, "abc");
+        // FIPS 180-4's example
+        assert_eq!(line, "team admin ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    #[test]
+    fn names_can_not_break_the_line() {
+        assert!(name("search-team.1").is_ok());
+        for bad in ["", "a b", "a\nb", "é", &"x".repeat(65)] {
+            assert!(name(bad).is_err(), "{bad:?}");
+        }
+    }
+}

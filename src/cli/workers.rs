@@ -1,0 +1,85 @@
+//! `tidemill workers …`
+
+use clap::{Args, Subcommand};
+
+use super::{
+    client::{Client, retry},
+    json, out,
+};
+use crate::pb;
+
+/// What to do with workers.
+#[derive(Debug, Subcommand)]
+pub enum WorkersCommand {
+    /// List workers and how they are.
+    List,
+    /// Add a worker, or end the draining of one.
+    #[command(
+        after_help = "Example:\n  vllm serve MODEL --port 8000 &\n  tidemill workers register http://127.0.0.1:8000"
+    )]
+    Register {
+        /// Its base URL, such as http://10.0.0.5:8000.
+        url: String,
+    },
+    /// Send a worker nothing new. What it has in flight finishes.
+    Drain(Id),
+    /// Forget a worker. What it has in flight runs elsewhere.
+    Remove(Id),
+}
+
+/// Which worker.
+#[derive(Debug, Args)]
+pub struct Id {
+    /// The worker: worker_…
+    #[arg(value_name = "WORKER")]
+    id: String,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What went wrong, for people.
+pub async fn run(command: WorkersCommand, client: &Client) -> anyhow::Result<()> {
+    let workers = match command {
+        WorkersCommand::List => {
+            retry(|| async { client.workers().list_workers(pb::ListWorkersRequest {}).await }).await?.workers
+        }
+        WorkersCommand::Register { url } => {
+            let request = pb::RegisterWorkerRequest { url };
+            vec![retry(|| async { client.workers().register_worker(request.clone()).await }).await?]
+        }
+        WorkersCommand::Drain(Id { id }) => {
+            let request = pb::DrainWorkerRequest { worker_id: id };
+            vec![retry(|| async { client.workers().drain_worker(request.clone()).await }).await?]
+        }
+        WorkersCommand::Remove(Id { id }) => {
+            // Not repeated: after a lost answer the second call would not find the worker.
+            client.workers().remove_worker(pb::RemoveWorkerRequest { worker_id: id }).await?;
+            return Ok(());
+        }
+    };
+    if client.json {
+        for worker in &workers {
+            out::line(json::worker(worker))?;
+        }
+        return Ok(());
+    }
+    let rows: Vec<_> = workers.iter().map(row).collect();
+    out::table(["WORKER", "STATE", "IN FLIGHT", "REQ/S", "TOK/S", "URL", "MODELS"], &rows)?;
+    for worker in workers.iter().filter(|worker| !worker.last_error.is_empty()) {
+        out::line(format!("{}: {}", worker.url, worker.last_error))?;
+    }
+    Ok(())
+}
+
+fn row(worker: &pb::Worker) -> [String; 7] {
+    [
+        worker.id.clone(),
+        out::words(json::worker_state(worker.state)),
+        format!("{}/{}", worker.in_flight, worker.limit),
+        out::short(worker.requests_per_second),
+        out::short(worker.output_tokens_per_second),
+        worker.url.clone(),
+        worker.models.join(","),
+    ]
+}
