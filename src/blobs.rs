@@ -51,9 +51,18 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if it can't be made or read.
     pub fn directory(path: &FsPath) -> Result<Self, BlobError> {
-        let open = |error: std::io::Error| BlobError::Open(format!("{}: {error}", path.display()));
-        std::fs::create_dir_all(path).map_err(open)?;
-        remove_staged(path).map_err(open)?;
+        let blobs = Self::shared_directory(path)?;
+        remove_staged(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
+        Ok(blobs)
+    }
+
+    /// A directory that other processes use as well, on a network file system for instance: what they are writing is left
+    /// alone.
+    ///
+    /// # Errors
+    /// [`BlobError::Open`] if it can't be made or read.
+    pub fn shared_directory(path: &FsPath) -> Result<Self, BlobError> {
+        std::fs::create_dir_all(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
             .with_fsync(true);
@@ -69,7 +78,7 @@ impl Blobs {
         let url = Url::parse(text).map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
         if url.scheme() == "file" {
             let path = url.to_file_path().map_err(|()| BlobError::Open(format!("{text}: not a local path")))?;
-            return Self::directory(&path);
+            return Self::shared_directory(&path);
         }
         let options = std::env::vars()
             .filter(|(name, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix)));
