@@ -1,7 +1,7 @@
 //! Lines out of chunks that end anywhere.
 
 /// A line of the file.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Line<'a> {
     /// Without its line feed. None: longer than allowed.
     pub(super) text: Option<&'a [u8]>,

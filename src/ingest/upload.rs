@@ -45,7 +45,7 @@ pub struct NewUpload {
 /// The begin of an upload.
 pub enum Begun {
     /// The bytes may come.
-    Upload(Upload),
+    Upload(Box<Upload>),
     /// The owner's request id had made this file before: there is nothing to do.
     Existing(Box<File>),
 }
@@ -96,7 +96,7 @@ impl Ingest {
             garbage: true,
         };
         upload.object = Some(blobs.writer(&upload.object_key).await?);
-        Ok(Begun::Upload(upload))
+        Ok(Begun::Upload(Box::new(upload)))
     }
 }
 

@@ -14,6 +14,9 @@ use crate::domain::{Endpoint, SegmentSpan, request_line, segment::MAX_MODELS_PER
 /// The byte order mark that some editors put at a file's start.
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
+/// How much of a model's name a message repeats, in characters.
+const SHOWN_MODEL: usize = 60;
+
 /// A valid file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Validated {
@@ -158,7 +161,8 @@ impl Check {
         }
         let Some(model) = self.model(&request.model) else {
             self.reports.add(line, known(), || {
-                format!("one more model: {:?}; expected at most {MAX_MODELS_PER_FILE} in a file", request.model)
+                let name: String = request.model.chars().take(SHOWN_MODEL).collect();
+                format!("one more model: {name:?}; expected at most {MAX_MODELS_PER_FILE} in a file")
             });
             return Ok(());
         };

@@ -27,7 +27,7 @@ impl Place {
         Self { folder, store, blobs, ingest }
     }
 
-    async fn begin(&self, spec: NewUpload) -> Upload {
+    async fn begin(&self, spec: NewUpload) -> Box<Upload> {
         match self.ingest.begin(spec).await.unwrap() {
             Begun::Upload(upload) => upload,
             Begun::Existing(file) => panic!("{file:?}"),
@@ -90,7 +90,11 @@ async fn an_upload_becomes_a_file_with_its_segments() {
     let place = Place::new(Limits::default()).await;
     let text = requests(2_500, 4_000);
     let total_bytes = Some(text.len() as u64);
-    let file = place.upload(NewUpload { total_bytes, ..spec(None) }, text.as_bytes(), 70_001).await.unwrap();
+    let upload = place.upload(NewUpload { total_bytes, ..spec(None) }, text.as_bytes(), 70_001);
+    fn on_any_thread<T: Send>(future: T) -> T {
+        future
+    }
+    let file = on_any_thread(upload).await.unwrap();
     assert_eq!(place.store.file(&file.id).await.unwrap().unwrap(), file);
     assert_eq!((file.bytes as usize, file.line_count), (text.len(), 2_500));
     assert_eq!((file.owner.as_str(), file.filename.as_str(), &file.kind), ("me", "in.jsonl", &FileKind::Input));
@@ -139,7 +143,7 @@ async fn a_dropped_upload_leaves_nothing() {
 async fn an_upload_is_noted_before_it_writes() {
     let place = Place::new(Limits::default()).await;
     let upload = place.begin(spec(None)).await;
-    assert_eq!(place.noted().await, [upload.object_key.clone()]);
+    assert_eq!(place.noted().await, std::slice::from_ref(&upload.object_key));
     assert!(place.store.due_garbage(10).await.unwrap().is_empty());
 }
 
