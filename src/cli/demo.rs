@@ -176,7 +176,7 @@ impl Worker {
             error_rate: 0.0,
             seed: 1,
             max_num_seqs: 4,
-        });
+        })?;
         let stop = CancellationToken::new();
         let serving = tokio::spawn(sim.serve(listener, stop.clone()));
         Ok(Self { url, model: EXAMPLE_MODEL.to_owned(), sim: Some((serving, stop)) })

@@ -76,8 +76,7 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     }
     let shutdown = on_signal()?;
     let app = App::start(config).await?;
-    tracing::info!(url = %app.url(), "serving gRPC and HTTP");
-    app.run_until(shutdown).await;
+    app.run_until(shutdown).await?;
     tracing::info!("stopped");
     Ok(())
 }
@@ -150,7 +149,7 @@ pub async fn sim(args: SimArgs) -> anyhow::Result<()> {
         error_rate: args.error_rate,
         seed: args.seed,
         max_num_seqs: args.max_num_seqs,
-    });
+    })?;
     Ok(sim.serve(listener, shutdown).await?)
 }
 
