@@ -14,6 +14,7 @@ mod files;
 mod garbage;
 mod nodes;
 mod parts;
+mod queue;
 mod workers;
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -1,0 +1,53 @@
+//! The queue as clients see it: who goes before whom, and whose turn it is.
+
+use std::collections::HashMap;
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, Statement,
+    sea_query::{Expr, ExprTrait},
+};
+
+use super::{Store, StoreError, claims::LEASED, entity::segment, now};
+use crate::domain::{BatchId, BatchStatus};
+
+impl Store {
+    /// Of these batches, those that wait or run, each with how many such batches go before it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn queue_positions(&self, ids: &[BatchId]) -> Result<HashMap<BatchId, i64>, StoreError> {
+        let backend = self.read().get_database_backend();
+        let mut found = HashMap::with_capacity(ids.len());
+        for some in ids.chunks(1_000) {
+            let places = (2..2 + some.len()).map(|at| format!("${at}")).collect::<Vec<_>>().join(", ");
+            // One pass over the unfinished batches, however many are asked for. RANK leaves those of the same priority
+            // and deadline beside each other, as queue_position does.
+            let sql = format!(
+                "SELECT id, place FROM (SELECT id, RANK() OVER (ORDER BY priority DESC, expires_at ASC) - 1 AS place \
+                 FROM batches WHERE status = $1) AS queue WHERE id IN ({places})"
+            );
+            let values = std::iter::once(BatchStatus::InProgress.as_str().into())
+                .chain(some.iter().map(|id| id.as_str().to_owned().into()));
+            for row in self.read().query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await? {
+                let id: String = row.try_get("", "id")?;
+                found.insert(BatchId::from_text(id), row.try_get("", "place")?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether some node runs a segment of this batch.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn is_running(&self, id: &BatchId) -> Result<bool, StoreError> {
+        let at = now(self.read()).await?;
+        let running = segment::Entity::find()
+            .filter(segment::Column::BatchId.eq(id.as_str()))
+            .filter(segment::Column::State.eq(LEASED))
+            .filter(Expr::col(segment::Column::LeaseExpiresAt).gte(at.0))
+            .count(self.read())
+            .await?;
+        Ok(running > 0)
+    }
+}
