@@ -1,0 +1,148 @@
+//! Why a batch does not move, in words.
+
+use crate::{
+    domain::BatchStatus,
+    fleet::{WorkerState, WorkerView},
+};
+
+/// Workers that a reason names at most.
+const WORKERS_NAMED: usize = 5;
+
+/// What the reason follows from.
+#[derive(Clone, Debug)]
+pub struct Situation<'a> {
+    /// The batch's state.
+    pub status: BatchStatus,
+    /// Something has ended in the last seconds.
+    pub moving: bool,
+    /// A node runs one of its segments.
+    pub running: bool,
+    /// Its models that no healthy worker serves.
+    pub unserved: &'a [&'a str],
+    /// All workers.
+    pub workers: &'a [WorkerView],
+    /// How many unfinished batches go before it.
+    pub queue_position: i64,
+}
+
+/// Why nothing moves; none if something does, or if there is nothing to wait for.
+#[must_use]
+pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
+    match of.status {
+        BatchStatus::Validating | BatchStatus::InProgress => {}
+        BatchStatus::Finalizing
+        | BatchStatus::Completed
+        | BatchStatus::Failed
+        | BatchStatus::Expired
+        | BatchStatus::Cancelling
+        | BatchStatus::Cancelled => return None,
+    }
+    if of.moving {
+        return None;
+    }
+    if of.workers.is_empty() {
+        return Some("no worker is registered: start the server with --worker URL or call RegisterWorker".into());
+    }
+    if let [model, others @ ..] = of.unserved {
+        let more = match others.len() {
+            0 => String::new(),
+            others => format!(" nor {others} more of its models"),
+        };
+        return Some(format!(
+            "no healthy worker serves the model {model:?}{more} (known workers: {})",
+            known(of.workers)
+        ));
+    }
+    match of.queue_position {
+        position if of.running || position <= 0 => None,
+        1 => Some("waiting behind 1 batch".into()),
+        position => Some(format!("waiting behind {position} batches")),
+    }
+}
+
+fn known(workers: &[WorkerView]) -> String {
+    let mut all: Vec<String> = workers.iter().take(WORKERS_NAMED).map(one).collect();
+    if workers.len() > WORKERS_NAMED {
+        all.push(format!("and {} more", workers.len() - WORKERS_NAMED));
+    }
+    all.join(", ")
+}
+
+fn one(worker: &WorkerView) -> String {
+    let state = match worker.state {
+        WorkerState::Starting => "starting",
+        WorkerState::Healthy => "healthy",
+        WorkerState::Draining => "draining",
+        WorkerState::Down => "down",
+    };
+    match (&worker.last_error, worker.models.as_slice()) {
+        (Some(error), _) if worker.state == WorkerState::Down => format!("{} {state}: {error}", worker.url),
+        (_, []) => format!("{} {state}", worker.url),
+        (_, models) => format!("{} {state} with {}", worker.url, models.join(" ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Timestamp, WorkerId};
+
+    fn worker(url: &str, state: WorkerState, models: &[&str]) -> WorkerView {
+        WorkerView {
+            id: WorkerId::from_text("worker_1"),
+            url: url.into(),
+            models: models.iter().map(|model| (*model).to_owned()).collect(),
+            state,
+            in_flight: 0,
+            limit: 1,
+            load: None,
+            output_tokens_per_second: 0.0,
+            requests_per_second: 0.0,
+            last_error: (state == WorkerState::Down).then(|| "connection refused".into()),
+            created_at: Timestamp(0),
+        }
+    }
+
+    const STILL: Situation<'static> = Situation {
+        status: BatchStatus::InProgress,
+        moving: false,
+        running: false,
+        unserved: &[],
+        workers: &[],
+        queue_position: 0,
+    };
+
+    #[test]
+    fn every_reason_says_what_to_look_at() {
+        let reason = waiting_reason(&STILL).unwrap();
+        assert!(reason.contains("--worker URL"), "{reason}");
+        let workers = [worker("http://a", WorkerState::Healthy, &["m"]), worker("http://b", WorkerState::Down, &["x"])];
+        let of = Situation { workers: &workers, unserved: &["x", "y"], ..STILL };
+        assert_eq!(
+            waiting_reason(&of).unwrap(),
+            "no healthy worker serves the model \"x\" nor 1 more of its models (known workers: http://a healthy with m, \
+             http://b down: connection refused)"
+        );
+        let of = Situation { workers: &workers, queue_position: 3, ..STILL };
+        assert_eq!(waiting_reason(&of).unwrap(), "waiting behind 3 batches");
+    }
+
+    #[test]
+    fn what_moves_or_has_its_turn_has_no_reason() {
+        let workers = [worker("http://a", WorkerState::Healthy, &["m"])];
+        let of = Situation { workers: &workers, queue_position: 3, ..STILL };
+        assert_eq!(waiting_reason(&Situation { moving: true, ..of.clone() }), None);
+        assert_eq!(waiting_reason(&Situation { running: true, ..of.clone() }), None);
+        assert_eq!(waiting_reason(&Situation { queue_position: 0, ..of.clone() }), None);
+        for status in BatchStatus::ALL.into_iter().filter(|status| status.is_terminal()) {
+            assert_eq!(waiting_reason(&Situation { status, workers: &[], ..of.clone() }), None);
+        }
+    }
+
+    #[test]
+    fn a_large_fleet_is_not_listed_whole() {
+        let workers = vec![worker("http://a", WorkerState::Down, &[]); 500];
+        let reason = waiting_reason(&Situation { workers: &workers, unserved: &["m"], ..STILL }).unwrap();
+        assert!(reason.ends_with("and 495 more)") && reason.len() < 400, "{reason}");
+    }
+}

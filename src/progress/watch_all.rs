@@ -1,0 +1,242 @@
+//! The events of all batches, for dashboards.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures::{Stream, StreamExt};
+use tokio::{sync::watch, time::Instant};
+
+use super::{
+    Event, EventKind, HEARTBEAT, Hub, Progress, WATCH_ALL_LIMIT, WatchError,
+    feed::{READ_GAP, Subscription},
+    watch::{entered, present, progress},
+};
+use crate::{
+    domain::{BatchId, Revision, Sequence, Timestamp},
+    store::{StateEvent, StoreError},
+};
+
+/// State changes read at a time.
+const PAGE: u64 = 500;
+/// Batches whose first snapshot is read at the same time: fewer than the database has connections.
+const FIRST_READS: usize = 3;
+
+/// What one dashboard is told of one unfinished batch.
+struct Shown {
+    subscription: Subscription,
+    /// The newest state that it has been told.
+    state: Revision,
+    told: Option<Progress>,
+}
+
+/// Why a stream goes on.
+enum Woken {
+    Shutdown,
+    States,
+    ProgressDue,
+    Silence,
+}
+
+/// One dashboard.
+struct All {
+    hub: Hub,
+    owner: Option<String>,
+    /// Every state change up to here has been told.
+    after: Sequence,
+    shown: HashMap<BatchId, Shown>,
+    states: watch::Receiver<u64>,
+}
+
+impl Hub {
+    /// The events of all batches, or of one owner's. With `after` 0 the present states of the unfinished ones come first;
+    /// otherwise every state change after that sequence. Progress is the newest there is, at most once an `interval` per
+    /// batch. Does not end by itself.
+    ///
+    /// # Errors
+    /// [`WatchError`].
+    pub async fn watch_all(
+        &self,
+        owner: Option<String>,
+        after: Sequence,
+        interval: Duration,
+    ) -> Result<impl Stream<Item = Result<Event, WatchError>> + Send + 'static + use<>, WatchError> {
+        if self.shutdown().is_cancelled() {
+            return Err(WatchError::ShuttingDown);
+        }
+        let states = self.states();
+        // Before the snapshots: what happens while they are read comes again as an event, nothing is left out.
+        let newest = self.store().last_sequence().await?;
+        if after > newest {
+            return Err(WatchError::Ahead { asked: after.0, newest: newest.0 });
+        }
+        let fresh = after == Sequence(0);
+        let mut all = All {
+            hub: self.clone(),
+            owner,
+            after: if fresh { newest } else { after },
+            shown: HashMap::new(),
+            states,
+        };
+        let shutdown = self.shutdown().clone();
+        Ok(async_stream::try_stream! {
+            if fresh {
+                for id in all.show_unfinished().await? {
+                    if let Some(event) = all.first(&id) {
+                        yield event;
+                    }
+                }
+            }
+            let mut begun = fresh;
+            let mut due = Instant::now() + interval;
+            let mut heartbeat = Instant::now() + HEARTBEAT;
+            loop {
+                all.states.mark_unchanged();
+                loop {
+                    let before = all.after;
+                    let (events, reached) = all.read_states().await?;
+                    for event in events {
+                        heartbeat = Instant::now() + HEARTBEAT;
+                        if let Some(event) = all.state(event, begun).await? {
+                            yield event;
+                        }
+                    }
+                    // Other owners' events are passed over.
+                    all.after = reached;
+                    if reached == before {
+                        break;
+                    }
+                }
+                if !begun {
+                    begun = true;
+                    all.show_unfinished().await?;
+                }
+                let woken = tokio::select! {
+                    biased;
+                    () = shutdown.cancelled() => Woken::Shutdown,
+                    _ = all.states.changed() => Woken::States,
+                    () = tokio::time::sleep_until(due) => Woken::ProgressDue,
+                    () = tokio::time::sleep_until(heartbeat) => Woken::Silence,
+                };
+                match woken {
+                    Woken::Shutdown => Err(WatchError::ShuttingDown)?,
+                    // Changes come in bursts: one look for each.
+                    Woken::States => tokio::time::sleep(READ_GAP).await,
+                    Woken::ProgressDue => {
+                        due = Instant::now() + interval;
+                        for event in all.new_progress() {
+                            heartbeat = Instant::now() + HEARTBEAT;
+                            yield event;
+                        }
+                    }
+                    Woken::Silence => {
+                        heartbeat = Instant::now() + HEARTBEAT;
+                        yield Event {
+                            batch: None,
+                            revision: Revision(0),
+                            sequence: all.after,
+                            at: Timestamp::now(),
+                            kind: EventKind::Heartbeat,
+                        };
+                    }
+                }
+            }
+        })
+    }
+}
+
+impl All {
+    /// Begins to show the unfinished batches that are not shown yet. Returns which, oldest first.
+    async fn show_unfinished(&mut self) -> Result<Vec<BatchId>, WatchError> {
+        let ids = self.hub.store().unfinished(self.owner.as_deref(), WATCH_ALL_LIMIT).await?;
+        let new: Vec<_> = ids.iter().filter(|id| !self.shown.contains_key(*id)).cloned().collect();
+        let hub = self.hub.clone();
+        let mut reads = futures::stream::iter(new)
+            .map(|id| {
+                let hub = hub.clone();
+                async move { (hub.subscribe(&id).await, id) }
+            })
+            .buffered(FIRST_READS);
+        while let Some((read, id)) = reads.next().await {
+            match read {
+                Ok(subscription) => {
+                    self.shown.insert(id, Shown { subscription, state: Revision(0), told: None });
+                }
+                // Deleted in between.
+                Err(WatchError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(ids)
+   }
+
+    /// The event that begins with a batch's present state.
+    fn first(&mut self, id: &BatchId) -> Option<Event> {
+        let shown = self.shown.get_mut(id)?;
+        let snapshot = shown.subscription.take()?;
+        shown.state = snapshot.batch.revision;
+        shown.told = Some(snapshot.progress.clone());
+        Some(Event { sequence: self.after, ..present(&snapshot) })
+    }
+
+    /// Reads the next state changes. Returns them, and up to where everything has been read.
+    async fn read_states(&self) -> Result<(Vec<StateEvent>, Sequence), StoreError> {
+        self.hub.store().events_after(self.owner.as_deref(), self.after, PAGE).await
+    }
+
+    /// Tells a state change, unless the batch's first snapshot has already told it. With `follow` the batch's progress is
+    /// shown from here on.
+    async fn state(&mut self, of: StateEvent, follow: bool) -> Result<Option<Event>, WatchError> {
+        self.after = of.sequence;
+        let id = &of.batch.id;
+        if of.batch.status.is_terminal() {
+            let told = self.shown.remove(id).map(|shown| shown.state);
+            return Ok((told < Some(of.batch.revision)).then(|| alone(of)));
+        }
+        if follow && !self.shown.contains_key(id) && (self.shown.len() as u64) < WATCH_ALL_LIMIT {
+            match self.hub.subscribe(id).await {
+                Ok(subscription) => {
+                    self.shown.insert(id.clone(), Shown { subscription, state: Revision(0), told: None });
+                }
+                // Deleted in between.
+                Err(WatchError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let Some(shown) = self.shown.get_mut(id) else { return Ok(Some(alone(of))) };
+        if of.batch.revision <= shown.state {
+            return Ok(None);
+        }
+        shown.state = of.batch.revision;
+        Ok(Some(match shown.subscription.peek() {
+            Some(snapshot) => entered(&of, &snapshot),
+            None => alone(of),
+        }))
+    }
+
+    /// The newest progress of every batch that has some.
+    fn new_progress(&mut self) -> Vec<Event> {
+        let after = self.after;
+        let news = self.shown.values_mut().filter_map(|shown| {
+            if shown.told.is_some() && !shown.subscription.snapshots.has_changed().unwrap_or(false) {
+                return None;
+            }
+            let snapshot = shown.subscription.take()?;
+            if snapshot.status().is_terminal() || shown.told.as_ref() == Some(&snapshot.progress) {
+                return None;
+            }
+            shown.told = Some(snapshot.progress.clone());
+            Some(Event { sequence: after, ..progress(&snapshot) })
+        });
+        news.collect()
+    }
+}
+
+/// A state change of which no more is known.
+fn alone(of: StateEvent) -> Event {
+    Event {
+        batch: Some(of.batch.id.clone()),
+        revision: of.batch.revision,
+        sequence: of.sequence,
+        at: of.at,
+        kind: EventKind::StateChanged { batch: Box::new(of.batch), progress: None },
+    }
+}
