@@ -1,0 +1,142 @@
+//! Files, and the objects that nothing names any more.
+
+use futures::future::join_all;
+use tidemill::{
+    domain::FileId,
+    store::{CreatedBatch, DeletedFile, FileFilter, InsertedFile},
+};
+
+use crate::fixture::{Db, new_batch, new_file, spans};
+
+async fn a_file_is_read_back_whole(db: Db) {
+    // More segments than go into one statement.
+    let file = new_file("alice", 4_500, &["m", "ü \"n\""]);
+    let segments = spans(4_500);
+    assert!(matches!(db.store.insert_file(&file, Some("r"), &segments).await.unwrap(), InsertedFile::New));
+    assert_eq!(db.store.file(&file.id).await.unwrap(), Some(file.clone()));
+    assert_eq!(db.store.file_segments(&file.id).await.unwrap(), segments);
+    assert_eq!(db.store.file_by_request_id("alice", "r").await.unwrap(), Some(file));
+    assert_eq!(db.store.file_by_request_id("bob", "r").await.unwrap(), None);
+    assert_eq!(db.store.file(&FileId::generate()).await.unwrap(), None);
+}
+
+async fn the_same_request_id_is_the_same_file(db: Db) {
+    let stores = [db.store.clone(), db.another().await];
+    let uploads = join_all((0..8).map(|turn| {
+        let store = stores[turn % 2].clone();
+        async move {
+            let file = new_file("", 2, &["m"]);
+            let key = file.object_key.clone().unwrap();
+            store.begin_upload(&key).await.unwrap();
+            (store.insert_file(&file, Some("r"), &spans(2)).await.unwrap(), file)
+        }
+    }))
+    .await;
+    let winner = db.store.file_by_request_id("", "r").await.unwrap().unwrap();
+    let mut new = 0;
+    for (inserted, file) in uploads {
+        match inserted {
+            InsertedFile::New => {
+                new += 1;
+                assert_eq!(file, winner);
+            }
+            InsertedFile::Existing(existing) => assert_eq!(*existing, winner),
+        }
+    }
+    assert_eq!(new, 1);
+    assert_eq!(db.store.count_files().await.unwrap(), 1);
+    assert_eq!(db.number("SELECT COUNT(*) FROM file_segments").await, 2);
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 7, "the losers' objects are left to be deleted");
+}
+
+async fn a_file_in_use_is_not_deleted(db: Db) {
+    let file = db.file(1).await;
+    let (running, other) = (db.create(new_batch(&file.id)).await, db.create(new_batch(&file.id)).await);
+    let user = db.store.delete_file(&file.id).await.unwrap();
+    assert!(matches!(user, DeletedFile::InUse(id) if id == running.id || id == other.id));
+    let claimed = db.claim(&running.id).await;
+    db.finish(&claimed).await;
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()));
+    db.store.cancel_batch(&other.id).await.unwrap();
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()), "still cancelling");
+    let claimed = db.claim(&other.id).await;
+    db.finish(&claimed).await;
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::NotFound);
+    assert!(db.store.file_segments(&file.id).await.unwrap().is_empty());
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1);
+    assert!(db.store.due_garbage(10).await.unwrap().is_empty(), "readers that have begun may go on for a while");
+}
+
+async fn a_file_is_deleted_or_used_but_not_both(db: Db) {
+    for _ in 0..12 {
+        let file = db.file(1).await;
+        let other = db.store.clone();
+        let (created, deleted) = tokio::join!(db.store.create_batch(new_batch(&file.id)), other.delete_file(&file.id));
+        match (created.unwrap(), deleted.unwrap()) {
+            (CreatedBatch::New(batch), DeletedFile::InUse(user)) => {
+                assert_eq!(batch.id, user);
+                assert_eq!(batch.segments, 1);
+            }
+            (CreatedBatch::FileNotFound, DeletedFile::Deleted) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn uploads_that_break_off_leave_garbage_and_others_none(db: Db) {
+    let due = async || {
+        let mut due = db.store.due_garbage(10).await.unwrap();
+        due.sort();
+        due
+    };
+    let file = db.file(1).await;
+    let whole = new_file("", 1, &["m"]);
+    let key = whole.object_key.clone().unwrap();
+    for key in [&key, "inputs/broken", "inputs/abandoned"] {
+        db.store.begin_upload(key).await.unwrap();
+    }
+    assert!(due().await.is_empty(), "an upload may take its time");
+    assert!(matches!(db.store.insert_file(&whole, None, &spans(1)).await.unwrap(), InsertedFile::New));
+    db.store.abandon_upload("inputs/abandoned").await.unwrap();
+    assert_eq!(due().await, ["inputs/abandoned"]);
+    // As if a day had passed since.
+    db.execute("UPDATE garbage SET delete_after = 1").await;
+    assert_eq!(due().await, ["inputs/abandoned", "inputs/broken"], "not the one that became a file");
+    assert_eq!(db.store.due_garbage(1).await.unwrap().len(), 1);
+    db.store.forget_garbage(&["inputs/abandoned".to_owned(), "inputs/nothing".to_owned()]).await.unwrap();
+    assert_eq!(due().await, ["inputs/broken"]);
+    assert_eq!(db.store.file(&file.id).await.unwrap(), Some(file));
+}
+
+async fn lists_are_filtered_and_paged_newest_first(db: Db) {
+    let mut made = Vec::new();
+    for turn in 0..5 {
+        made.push(db.file_of(if turn % 2 == 0 { "a" } else { "b" }, 1, &["m"]).await.id);
+    }
+    let batch = db.create(new_batch(&made[0])).await;
+    let claimed = db.claim(&batch.id).await;
+    db.finish(&claimed).await;
+    let output = db.get(&batch.id).await.output_file_id.unwrap();
+    let list = async |owner: Option<&str>, purpose: Option<&str>| {
+        let filter = FileFilter { owner: owner.map(str::to_owned), purpose: purpose.map(str::to_owned) };
+        let files = db.store.files(&filter, None, 100).await.unwrap();
+        files.into_iter().map(|file| file.id).collect::<Vec<_>>()
+    };
+    let inputs: Vec<_> = made.iter().rev().cloned().collect();
+    assert_eq!(list(None, None).await, [vec![output.clone()], inputs.clone()].concat());
+    assert_eq!(list(None, Some("batch")).await, inputs);
+    assert_eq!(list(None, Some("batch_output")).await, [output]);
+    assert_eq!(list(Some("b"), None).await, [made[3].clone(), made[1].clone()]);
+    let page = db.store.files(&FileFilter::default(), Some(&made[3]), 2).await.unwrap();
+    assert_eq!(page.into_iter().map(|file| file.id).collect::<Vec<_>>(), [made[2].clone(), made[1].clone()]);
+}
+
+on_both_databases!(
+    a_file_is_read_back_whole,
+    the_same_request_id_is_the_same_file,
+    a_file_in_use_is_not_deleted,
+    a_file_is_deleted_or_used_but_not_both,
+    uploads_that_break_off_leave_garbage_and_others_none,
+    lists_are_filtered_and_paged_newest_first,
+);

@@ -1,0 +1,14 @@
+//! What the store promises, on SQLite and on PostgreSQL: the same tests on both.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+#[macro_use]
+mod fixture;
+mod batches;
+mod claims;
+mod events;
+mod files;
+mod parts;
+#[path = "../support/mod.rs"]
+mod support;
+mod workers;

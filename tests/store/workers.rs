@@ -1,0 +1,58 @@
+//! Workers and nodes.
+
+use tidemill::{
+    domain::{NodeId, WorkerId},
+    store::RemovedWorker,
+};
+
+use crate::fixture::Db;
+
+async fn workers_are_added_drained_and_removed(db: Db) {
+    let store = &db.store;
+    let one = store.register_worker("http://a:8000").await.unwrap();
+    let two = store.register_worker("http://b:8000").await.unwrap();
+    assert_eq!(store.register_worker("http://a:8000").await.unwrap(), one, "the same URL is the same worker");
+    assert!(store.drain_worker(&one.id).await.unwrap().unwrap().draining);
+    assert!(store.workers().await.unwrap()[0].draining);
+    assert!(!store.register_worker("http://a:8000").await.unwrap().draining, "wanted again");
+    assert_eq!(store.workers().await.unwrap(), [one.clone(), two.clone()]);
+    assert_eq!(store.remove_worker(&one.id).await.unwrap(), RemovedWorker::Removed);
+    assert_eq!(store.remove_worker(&one.id).await.unwrap(), RemovedWorker::NotFound);
+    assert!(store.drain_worker(&WorkerId::generate()).await.unwrap().is_none());
+    assert_eq!(store.workers().await.unwrap(), [two]);
+}
+
+async fn the_configuration_names_workers_and_forgets_them(db: Db) {
+    let store = &db.store;
+    let by_hand = store.register_worker("http://hand:8000").await.unwrap();
+    let urls = |names: &[&str]| names.iter().map(|name| format!("http://{name}:8000")).collect::<Vec<_>>();
+    store.configure_workers(&urls(&["a", "b"])).await.unwrap();
+    let all = store.workers().await.unwrap();
+    assert_eq!(all.iter().map(|worker| worker.from_config).collect::<Vec<_>>(), [false, true, true]);
+    assert_eq!(store.remove_worker(&all[1].id).await.unwrap(), RemovedWorker::FromConfig);
+    store.drain_worker(&all[2].id).await.unwrap();
+    store.configure_workers(&urls(&["b"])).await.unwrap();
+    let left = store.workers().await.unwrap();
+    assert_eq!(left.iter().map(|worker| &worker.url).collect::<Vec<_>>(), [&by_hand.url, &all[2].url]);
+    assert_eq!(left[1].id, all[2].id);
+    assert!(left[1].draining, "a restart does not undo a drain");
+    store.configure_workers(&[]).await.unwrap();
+    assert_eq!(store.workers().await.unwrap(), [by_hand]);
+}
+
+async fn nodes_come_live_and_go(db: Db) {
+    let node = NodeId::generate();
+    db.store.join(&node, "1.0.0", "all").await.unwrap();
+    let seen = async || db.number("SELECT heartbeat_at FROM nodes").await;
+    let first = seen().await;
+    db.store.heartbeat(&node).await.unwrap();
+    assert!(seen().await > first);
+    db.store.leave(&node).await.unwrap();
+    assert_eq!(db.number("SELECT COUNT(*) FROM nodes").await, 0);
+}
+
+on_both_databases!(
+    workers_are_added_drained_and_removed,
+    the_configuration_names_workers_and_forgets_them,
+    nodes_come_live_and_go,
+);
