@@ -39,6 +39,8 @@ use crate::domain::{BatchId, Timestamp};
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
+/// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
+const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
 
 /// Why the database did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -123,8 +125,14 @@ impl Store {
         Self { inner: Arc::new(Inner { read, write, changes: broadcast::Sender::new(CHANGES) }) }
     }
 
+    /// All migrations in one transaction, one process at a time: nodes start together on an empty database.
     async fn migrated(self) -> Result<Self, StoreError> {
-        Migrator::up(&self.inner.write, None).await?;
+        let tx = self.begin().await?;
+        if !self.is_sqlite() {
+            tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
+        }
+        Migrator::up(&tx, None).await?;
+        tx.commit().await?;
         Ok(self)
     }
 

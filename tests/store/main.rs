@@ -9,6 +9,7 @@ mod claims;
 mod events;
 mod files;
 mod parts;
+mod start;
 #[path = "../support/mod.rs"]
 mod support;
 mod workers;

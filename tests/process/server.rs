@@ -1,0 +1,122 @@
+//! The `tidemill serve` process of a test.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Output, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use tidemill::pb::batch_service_client::BatchServiceClient;
+use tokio::process::{Child, Command};
+use tonic::transport::{Channel, Endpoint};
+
+/// The generated client.
+pub type Client = BatchServiceClient<Channel>;
+
+/// A server on a data directory of its own. Clones share the directory and the address, not the process.
+pub struct Server {
+    shared: Arc<Shared>,
+    child: Option<Child>,
+}
+
+struct Shared {
+    folder: tempfile::TempDir,
+    address: SocketAddr,
+    flags: Vec<String>,
+}
+
+impl Clone for Server {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone(), child: None }
+    }
+}
+
+impl Server {
+    pub async fn start(flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // Free at this moment; the server has to come back to the same one.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let mut server = Self { shared: Arc::new(Shared { folder, address, flags }), child: None };
+        server.restart().await;
+        server
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+        let address = self.shared.address.to_string();
+        command.arg("serve").args(["--listen", &address]).arg("--data-dir").arg(self.shared.folder.path());
+        command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the process and waits until it answers.
+    pub async fn restart(&mut self) {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.shared.folder.path().join("server.log"))
+            .unwrap();
+        let mut child = self.command().stderr(log).spawn().unwrap();
+        for _ in 0..600 {
+            if let Some(status) = child.try_wait().unwrap() {
+                let log = std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap();
+                panic!("the server ended with {status}:\n{log}");
+            }
+            let ready = reqwest_ready(self.shared.address).await;
+            if ready {
+                self.child = Some(child);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the server is not ready after 12 s");
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.take().unwrap().kill().await.unwrap();
+    }
+
+    /// SIGTERM, and how the process ended.
+    pub async fn terminate(&mut self) -> ExitStatus {
+        let mut child = self.child.take().unwrap();
+        let id = child.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+        tokio::time::timeout(Duration::from_secs(30), child.wait()).await.expect("it stops").unwrap()
+    }
+
+    /// A second process on the same data, on another port.
+    pub async fn second(&self) -> Output {
+        let mut command = self.command();
+        command.args(["--listen", "127.0.0.1:0"]);
+        tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it refuses to start").unwrap()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.shared.folder.path()
+    }
+
+    /// A client, once the server can be reached.
+    pub async fn client(&self) -> Client {
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.shared.address)).unwrap();
+        loop {
+            if let Ok(channel) = endpoint.connect().await {
+                return BatchServiceClient::new(channel).max_decoding_message_size(4 * 1024 * 1024);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[allow(dead_code)]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.shared.folder.path().join(name)
+    }
+}
+
+async fn reqwest_ready(address: SocketAddr) -> bool {
+    tidemill::telemetry::install_tls_provider();
+    reqwest::get(format!("http://{address}/readyz")).await.is_ok_and(|answer| answer.status().is_success())
+}

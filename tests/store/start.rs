@@ -1,0 +1,38 @@
+//! Starting on a database.
+
+use futures::future::join_all;
+use sea_orm::{ConnectionTrait, Database, Statement};
+use tidemill::store::{Store, StoreError};
+
+use crate::support::postgres;
+
+/// Nodes that start together find one schema, made once.
+async fn all_start(url: &str, open: impl AsyncFn() -> Result<Store, StoreError>) {
+    for store in join_all((0..4).map(|_| open())).await {
+        let store = store.unwrap();
+        let migrations = store.migrations().await.unwrap();
+        assert!(!migrations.is_empty() && migrations.iter().all(|(_, applied)| *applied), "{migrations:?}");
+        assert_eq!(store.last_sequence().await.unwrap().0, 0);
+        store.ping().await.unwrap();
+        store.close().await;
+    }
+    open().await.expect("again, with nothing to do").close().await;
+    let raw = Database::connect(url).await.unwrap();
+    let count = Statement::from_string(raw.get_database_backend(), "SELECT COUNT(*) FROM counters");
+    let counters: i64 = raw.query_one_raw(count).await.unwrap().unwrap().try_get_by_index(0).unwrap();
+    assert_eq!(counters, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_start_at_once_on_an_empty_sqlite_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tidemill.db");
+    all_start(&format!("sqlite://{}", file.display()), async || Store::sqlite(&file).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_start_at_once_on_an_empty_postgres_database() {
+    let Some(url) = postgres::database().await else { return };
+    // One connection must be enough: nothing may wait for a second one while it holds the first.
+    all_start(&url, async || Store::postgres(&url, 1).await).await;
+}
