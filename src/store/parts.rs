@@ -191,7 +191,8 @@ impl Store {
         Ok(rows.into_iter().map(from_row).collect())
     }
 
-    /// Takes back parts whose objects are torn or gone, with their counts: their lines are run again.
+    /// Takes back parts whose objects are torn or gone, with their counts: their lines are run again. What is left of the
+    /// objects becomes garbage. The same parts again are fine.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -201,10 +202,25 @@ impl Store {
             return Ok(Commit::Fenced);
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        for one in torn {
-            part::Entity::delete_by_id((of.batch.as_str().to_owned(), one.seq)).exec(&tx).await?;
-            count(&mut row, &one.content, -1);
+        if convert::status(&row.status)?.is_terminal() {
+            return Ok(Commit::Fenced);
         }
+        let mut dropped = Vec::with_capacity(torn.len());
+        for one in torn {
+            let deleted = part::Entity::delete_by_id((of.batch.as_str().to_owned(), one.seq))
+                .filter(part::Column::SegmentIdx.eq(of.index.0))
+                .exec(&tx)
+                .await?;
+            // None: an earlier drop came through although its answer was lost.
+            if deleted.rows_affected == 1 {
+                count(&mut row, &one.content, -1);
+                dropped.push(one.content.object_key.clone());
+            }
+        }
+        if dropped.is_empty() {
+            return Ok(Commit::Done);
+        }
+        garbage::add(&tx, dropped, now(&tx).await?).await?;
         row.revision += 1;
         row.into_active_model().reset_all().update(&tx).await?;
         tx.commit().await?;

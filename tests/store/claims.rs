@@ -164,6 +164,7 @@ async fn a_batch_that_has_ended_has_nothing_to_claim(db: Db) {
     let (object, superseded) = (final_object(10, 0), [key()]);
     let end = db.store.finish_segment(&claimed.segment, claimed.epoch, None, &object, &superseded);
     assert_eq!(end.await.unwrap(), Commit::Fenced);
+    assert_eq!(db.store.drop_parts(&claimed.segment, claimed.epoch, &[]).await.unwrap(), Commit::Fenced);
     assert_eq!(db.all_rows(&batch.id).await, before);
 }
 

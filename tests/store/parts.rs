@@ -127,6 +127,31 @@ async fn a_batch_without_errors_has_no_error_file(db: Db) {
     assert!(done.output_file_id.is_some() && done.error_file_id.is_none());
 }
 
+async fn dropped_parts_are_counted_back_once(db: Db) {
+    let batch = db.batch(2).await;
+    let claimed = db.claim(&batch.id).await;
+    let (good, torn) = (part(0..4, [4]), part(5..8, [8, 9]));
+    for one in [&good, &torn] {
+        db.store.commit_part(&claimed.segment, claimed.epoch, one).await.unwrap();
+    }
+    let before = db.get(&batch.id).await;
+    let parts = db.store.parts_of(&claimed.segment).await.unwrap();
+    for _ in 0..2 {
+        let dropped = db.store.drop_parts(&claimed.segment, claimed.epoch, &parts[1..]).await.unwrap();
+        assert_eq!(dropped, Commit::Done, "a caller whose answer was lost asks again");
+    }
+    let after = db.get(&batch.id).await;
+    assert_eq!((after.counts.completed, after.counts.failed), (4, 1));
+    assert_eq!(after.usage, good.usage);
+    assert!(after.revision > before.revision);
+    let left = db.store.parts_of(&claimed.segment).await.unwrap();
+    assert_eq!(left.iter().map(|part| &part.content.object_key).collect::<Vec<_>>(), [&good.object_key]);
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1, "the torn object is left to be deleted");
+    // The lines are run again.
+    db.store.commit_part(&claimed.segment, claimed.epoch, &part(5..10, [])).await.unwrap();
+    assert_eq!(db.get(&batch.id).await.counts.completed, 9);
+}
+
 /// The whole engine at once: claims, parts, renewals, cancellations and ends from many nodes. Lock orders that differ
 /// would be a deadlock here on PostgreSQL.
 async fn many_nodes_finish_many_batches_together(db: Db) {
@@ -191,5 +216,6 @@ on_both_databases!(
     parts_are_read_in_commit_order_by_page,
     the_last_segment_ends_the_batch,
     a_batch_without_errors_has_no_error_file,
+    dropped_parts_are_counted_back_once,
     many_nodes_finish_many_batches_together,
 );
