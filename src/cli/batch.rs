@@ -44,13 +44,14 @@ pub enum BatchCommand {
 }
 
 const SUBMIT_HELP: &str = "\
-Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled;
+Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
 1 any other error.
 
 Examples:
   tidemill batch submit requests.jsonl --watch
   generate | tidemill batch submit - --window 1h --priority 1 --metadata team=search
-  id=$(tidemill batch submit requests.jsonl) && tidemill batch watch $id && tidemill batch results $id > out.jsonl";
+  id=$(tidemill batch submit requests.jsonl)
+  tidemill batch watch $id && tidemill batch results $id > out.jsonl";
 
 const RESULTS_HELP: &str = "\
 Examples:
@@ -58,8 +59,8 @@ Examples:
   tidemill batch results batch_… --output out.jsonl --errors errors.jsonl
   tidemill batch results batch_… --follow | jq -r .response.body.choices[0].message.content
 
-Without --follow the lines are in input order and the batch must have ended. With --follow they come as requests finish,
-and the exit code is that of `tidemill batch watch`.";
+Without --follow the lines are in input order and the batch must have ended. With --follow they come as requests \
+finish, and the exit code is that of `tidemill batch watch`.";
 
 /// Which batch.
 #[derive(Debug, Args)]

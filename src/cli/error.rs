@@ -127,6 +127,7 @@ mod tests {
     use tonic_types::ErrorDetails;
 
     use super::*;
+    use crate::pb;
 
     #[test]
     fn a_status_shows_reason_and_violations() {
@@ -140,6 +141,16 @@ mod tests {
             "upload of in.jsonl\n  caused by: 2 bad lines (INVALID_ARGUMENT, INVALID_FILE)\n  line 17: custom_id is \
              missing\n  line 18: not JSON"
         );
+    }
+
+    #[tokio::test]
+    async fn a_hundred_bad_lines_arrive() {
+        let (_, url) = super::super::fake::Fake::start("").await;
+        let create = pb::CreateBatchRequest::default();
+        let error = super::super::fake::client(&url).batches().create_batch(create).await.unwrap_err();
+        let text = report(&error.into()).unwrap();
+        assert_eq!(text.lines().count(), 101, "{text}");
+        assert!(text.lines().last().unwrap().starts_with("  line 100: xxx"));
     }
 
     #[test]

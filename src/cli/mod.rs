@@ -4,6 +4,8 @@ mod batch;
 mod client;
 mod demo;
 mod error;
+#[cfg(test)]
+mod fake;
 mod files;
 mod infer;
 mod json;
@@ -49,7 +51,7 @@ Examples:
   tidemill batch submit requests.jsonl --watch       run a batch and follow it
   tidemill batch results batch_… --output out.jsonl  fetch its results
 
-Exit codes: 0 good; 1 error; 2 wrong usage; of commands that follow a batch also 3 completed, but some lines failed, and
+Exit codes: 0 good; 1 error; 2 wrong usage; commands that follow a batch also know 3 completed, but some lines failed, and \
 4 failed, expired or cancelled.";
 
 /// All commands.
@@ -91,7 +93,7 @@ enum Command {
 }
 
 const SERVE_HELP: &str = "\
-A setting comes from its flag, else from its variable, else from the --config file, else it has its default. A repeatable
+A setting comes from its flag, else from its variable, else from the --config file, else it has its default. A repeatable \
 setting is replaced as a whole. A --config file:
 
   listen = \"0.0.0.0:4080\"

@@ -221,7 +221,34 @@ async fn lines(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::fake::*, *};
+
+    #[tokio::test]
+    async fn a_download_resumes_where_the_connection_was_cut() {
+        let data: Vec<u8> = (0..2_000_000u32).map(|i| (i % 251) as u8).collect();
+        let (fake, url) = Fake::start(data.clone()).await;
+        let url = cut_after(&url, 700_000).await;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        download(&client(&url), "file-1", Output::open(Some(&path)).unwrap()).await.unwrap();
+        assert_eq!(fs::read(&path).unwrap(), data);
+        let offsets = fake.log().downloads.clone();
+        assert!(offsets[0] == 0 && offsets[1..].iter().all(|offset| *offset > 300_000), "{offsets:?}");
+        assert!(offsets.len() >= 2, "{offsets:?}");
+    }
+
+    #[tokio::test]
+    async fn a_stream_resumes_behind_the_last_line() {
+        let (fake, url) = Fake::start("{\"n\":1}\n{\"n\":2}\n{\"n\":3}\n{\"n\":4}\n{\"n\":5}\n").await;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let output = Output::open(Some(&path)).unwrap();
+        let mut sinks = Sinks { output, errors: None, json: false, failed: 0 };
+        stream(&client(&url), "batch_1", &mut sinks).await.unwrap();
+        sinks.output.finish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), fake.data);
+        assert_eq!(fake.log().cursors, ["", "2", "4"]);
+    }
 
     #[test]
     fn a_file_appears_whole_or_not_at_all() {

@@ -174,6 +174,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_second_try_is_the_same_upload() {
+        let (fake, url) = super::super::fake::Fake::start("").await;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![b'x'; CHUNK + 1]).unwrap();
+        let upload = Upload::open(file.path()).await.unwrap();
+        let sent = upload.send(&super::super::fake::client(&url), None).await.unwrap();
+        assert_eq!(sent.bytes, CHUNK as i64 + 1);
+        let log = fake.log();
+        assert_eq!(log.uploads.len(), 2);
+        assert_eq!(log.uploads[0], log.uploads[1], "the same id and all bytes again");
+        assert!(!log.uploads[0].0.is_empty());
+    }
+
+    #[tokio::test]
     async fn a_pipe_is_spooled_and_left_nowhere() {
         let upload = Upload::spool(&b"line\n"[..], "stdin.jsonl".into()).await.unwrap();
         assert_eq!(upload.bytes, 5);

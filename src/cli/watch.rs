@@ -135,7 +135,22 @@ pub fn summary(batch: &pb::Batch) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::fake::*, *};
+
+    #[tokio::test]
+    async fn a_watch_resumes_after_the_last_revision() {
+        let (fake, url) = Fake::start("").await;
+        let batch = follow(&client(&url), "batch_1", false).await.unwrap();
+        assert_eq!((batch.revision, exit_code(&batch)), (7, Some(0)));
+        assert_eq!(fake.log().watches, [0, 3, 3, 5]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_answered_is_an_error() {
+        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let error = follow(&client(&format!("http://{closed}")), "batch_1", false).await.unwrap_err();
+        assert!(error::report(&error).unwrap().contains("tidemill serve"), "{error:#}");
+    }
 
     fn batch(status: BatchStatus, failed: i64) -> pb::Batch {
         let request_counts = Some(pb::RequestCounts { total: 5, completed: 5 - failed, failed });
