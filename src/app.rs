@@ -43,9 +43,10 @@ impl App {
     }
 
     /// Runs until told to stop, then drains.
-    pub async fn run_until(self, shutdown: CancellationToken) {
+    pub async fn run_until(self, shutdown: CancellationToken) -> Result<(), AppError> {
         shutdown.cancelled().await;
         drop(self.listener);
+        Ok(())
     }
 
     /// Stops it.

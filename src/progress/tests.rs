@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use futures::{Stream, StreamExt};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
 
 use super::*;
 use crate::{
@@ -11,13 +14,13 @@ use crate::{
         BatchStatus, Endpoint, Epoch, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, SegmentIndex,
         SegmentRef, SegmentSpan, batch::DEFAULT_WINDOW,
     },
-    fleet::Fleet,
+    fleet::{Fleet, FleetOptions},
     store::{Commit, CreatedBatch, FinalObject, NewPart, StateEvent, Store},
 };
 
-/// The one place that knows how a fleet without workers is made.
-fn no_workers(store: &Store) -> Fleet {
-    Fleet::placeholder(store.clone())
+async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
+    let options = FleetOptions { limit: 1, api_key: None };
+    Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
 }
 
 struct World {
@@ -34,7 +37,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
         let shutdown = CancellationToken::new();
-        let hub = Hub::new(store.clone(), no_workers(&store), shutdown.clone());
+        let hub = Hub::new(store.clone(), no_workers(&store, &shutdown).await, shutdown.clone());
         let _stop = shutdown.clone().drop_guard();
         Self { store, hub, node: NodeId::generate(), folder, shutdown, _stop }
     }
