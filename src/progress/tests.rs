@@ -18,9 +18,12 @@ use crate::{
     store::{Commit, CreatedBatch, FinalObject, NewPart, StateEvent, Store},
 };
 
-async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
+/// A fleet that looks for no workers: it must not ask the database while a test has paused the clock.
+async fn no_workers(store: &Store) -> Fleet {
     let options = FleetOptions { limit: 1, api_key: None };
-    Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
+    let stop = CancellationToken::new();
+    stop.cancel();
+    Fleet::start(store.clone(), options, &TaskTracker::new(), stop).await.unwrap()
 }
 
 struct World {
@@ -37,7 +40,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
         let shutdown = CancellationToken::new();
-        let hub = Hub::new(store.clone(), no_workers(&store, &shutdown).await, shutdown.clone());
+        let hub = Hub::new(store.clone(), no_workers(&store).await, shutdown.clone());
         let _stop = shutdown.clone().drop_guard();
         Self { store, hub, node: NodeId::generate(), folder, shutdown, _stop }
     }
