@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use uuid::Uuid;
 
@@ -12,10 +12,10 @@ use super::{
     meter::note,
     out,
     results::{self, Output, Sinks},
-    upload::Upload,
+    submit::{self, SubmitArgs, pair, span},
     watch,
 };
-use crate::pb::{self, create_batch_request::Input};
+use crate::pb;
 
 const EXIT_CODES: &str = "Exit codes: 0 completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
                           1 any other error.";
@@ -24,7 +24,7 @@ const EXIT_CODES: &str = "Exit codes: 0 completed; 3 completed, but some lines f
 #[derive(Debug, Subcommand)]
 pub enum BatchCommand {
     /// Upload a file of requests and create a batch from it. Prints the batch's id.
-    #[command(after_help = SUBMIT_HELP)]
+    #[command(after_help = submit::HELP)]
     Submit(SubmitArgs),
     /// Follow a batch to its end; survives restarts of the server.
     #[command(after_help = EXIT_CODES)]
@@ -43,16 +43,6 @@ pub enum BatchCommand {
     RetryFailed(RetryArgs),
 }
 
-const SUBMIT_HELP: &str = "\
-Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
-1 any other error.
-
-Examples:
-  tidemill batch submit requests.jsonl --watch
-  generate | tidemill batch submit - --window 1h --priority 1 --metadata team=search
-  id=$(tidemill batch submit requests.jsonl)
-  tidemill batch watch $id && tidemill batch results $id > out.jsonl";
-
 const RESULTS_HELP: &str = "\
 Examples:
   tidemill batch results batch_… > out.jsonl
@@ -68,53 +58,6 @@ pub struct Id {
     /// The batch: batch_…
     #[arg(value_name = "BATCH")]
     id: String,
-}
-
-/// A new batch.
-#[derive(Debug, Args)]
-pub struct SubmitArgs {
-    /// JSONL file of requests, "-" for stdin, or the id of a file that has been uploaded: file-…
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
-    /// Follow the batch to its end.
-    #[arg(long)]
-    watch: bool,
-    /// The url of the requests. Default: as in the file.
-    #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
-    endpoint: String,
-    /// How long the batch may take, 1h to 14d [default: 24h].
-    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
-    window: Option<Duration>,
-    /// -1, 0 or 1: higher goes first.
-    #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true,
-        value_parser = clap::value_parser!(i32).range(-1..=1))]
-    priority: i32,
-    /// A pair to keep with the batch. Repeatable, up to 16.
-    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
-    metadata: Vec<(String, String)>,
-    /// Makes submitting again safe: the same id gives the same batch, even if the file has changed.
-    #[arg(long, value_name = "ID")]
-    request_id: Option<String>,
-    #[command(flatten)]
-    webhook: WebhookArgs,
-}
-
-/// Where the batch's webhooks go.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Webhook")]
-pub struct WebhookArgs {
-    /// Tell this URL how the batch ends.
-    #[arg(long, value_name = "URL", conflicts_with = "webhook_endpoint")]
-    webhook_url: Option<String>,
-    /// Sign the webhooks with this secret.
-    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true)]
-    webhook_secret: Option<String>,
-    /// Which events: completed, failed, progress, cancelled, expired. Default: all but progress.
-    #[arg(long, value_name = "EVENT,…", value_delimiter = ',', requires = "webhook_url")]
-    webhook_events: Vec<String>,
-    /// Tell a registered endpoint.
-    #[arg(long, value_name = "ENDPOINT")]
-    webhook_endpoint: Option<String>,
 }
 
 /// Which batches.
@@ -174,7 +117,10 @@ pub struct RetryArgs {
 /// What went wrong, for people.
 pub async fn run(command: BatchCommand, client: &Client) -> anyhow::Result<u8> {
     match command {
-        BatchCommand::Submit(args) => submit(args, client).await,
+        BatchCommand::Submit(args) => {
+            let watch = args.watch;
+            created(&submit::submit(args, client).await?, watch, client).await
+        }
         BatchCommand::Watch(Id { id }) => follow(&id, false, client).await,
         BatchCommand::Get(Id { id }) => {
             show(&get(&id, client).await?, client)?;
@@ -198,32 +144,6 @@ pub async fn run(command: BatchCommand, client: &Client) -> anyhow::Result<u8> {
             created(&batch, args.watch, client).await
         }
     }
-}
-
-async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<u8> {
-    let uploaded = args.file.to_str().filter(|name| name.starts_with("file-") && !args.file.exists());
-    let input = match uploaded {
-        Some(id) => id.to_owned(),
-        None => Upload::open(&args.file).await?.send(client, args.request_id.clone()).await?.id,
-    };
-    let webhook = args.webhook.webhook_url.map(|url| pb::WebhookConfig {
-        url,
-        secret: args.webhook.webhook_secret.unwrap_or_default(),
-        events: args.webhook.webhook_events,
-        ..pb::WebhookConfig::default()
-    });
-    let request = pb::CreateBatchRequest {
-        input: Some(Input::InputFileId(input)),
-        endpoint: args.endpoint,
-        completion_window: span(args.window)?,
-        priority: args.priority,
-        metadata: args.metadata.into_iter().collect(),
-        webhook,
-        webhook_endpoint_id: args.webhook.webhook_endpoint.unwrap_or_default(),
-        request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
-    };
-    let batch = retry(|| async { client.batches().create_batch(request.clone()).await }).await?;
-    created(&batch, args.watch, client).await
 }
 
 /// Tells of a new batch and, if wanted, follows it.
@@ -350,17 +270,6 @@ async fn write_file(file_id: &str, output: Output, client: &Client) -> anyhow::R
     results::download(client, file_id, output).await
 }
 
-fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Duration>> {
-    span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
-}
-
-fn pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE".to_owned()),
-    }
-}
-
 fn status(text: &str) -> Result<pb::BatchStatus, String> {
     let name = format!("BATCH_STATUS_{}", text.to_uppercase().replace([' ', '-'], "_"));
     match pb::BatchStatus::from_str_name(&name) {
@@ -375,10 +284,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_and_states_are_read() {
-        assert_eq!(pair("a=b=c"), Ok(("a".into(), "b=c".into())));
-        assert_eq!(pair("a="), Ok(("a".into(), String::new())));
-        assert!(pair("=b").is_err() && pair("ab").is_err());
+    fn states_are_read() {
         assert_eq!(status("in-progress"), Ok(pb::BatchStatus::InProgress));
         assert_eq!(status("COMPLETED"), Ok(pb::BatchStatus::Completed));
         assert!(status("unspecified").is_err() && status("done").is_err());

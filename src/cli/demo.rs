@@ -55,7 +55,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let worker = Worker::start(args.worker.as_ref()).await?;
     let app = App::start(config(folder.path(), &worker.url)?).await?;
     let url = app.url();
-    out::line(format!("server  {url}\nworker  {} ({}, model {})", worker.url, worker.kind(), worker.model))?;
+    let (at, kind) = (worker.url.as_str().trim_end_matches('/'), worker.kind());
+    out::line(format!("server  {url}\nworker  {at} ({kind}, model {})", worker.model))?;
 
     let client = ClientArgs::of(url.clone()).client()?;
     let shown = tokio::select! {
@@ -170,7 +171,7 @@ impl Worker {
         let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
         let sim = Sim::new(SimConfig {
             models: vec![EXAMPLE_MODEL.to_owned()],
-            // Few and slow enough that one can watch: about six seconds for the example.
+            // Few and slow enough that one can watch: about seven seconds for the example.
             latency: Duration::from_millis(300),
             tokens_per_second: 80.0,
             error_rate: 0.0,

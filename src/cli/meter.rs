@@ -132,7 +132,7 @@ impl Meter {
             (false, false) => Self::Plain(Plain::default()),
             (false, true) => {
                 // The name of the state in front, then the bar; the message takes what is left of the line.
-                Self::Bar(bar(0, "{prefix:11} {bar:28.cyan/dim} {pos}/{len}  {wide_msg}"))
+                Self::Bar(bar(0, "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}"))
             }
         }
     }
@@ -167,6 +167,8 @@ impl Meter {
     pub fn finish(&self) {
         if let Self::Bar(bar) = self {
             bar.abandon();
+            // The bar leaves the cursor at its end.
+            note("");
         }
     }
 }
@@ -177,7 +179,7 @@ pub fn bytes(what: &str, total: u64, json: bool) -> ProgressBar {
     if json || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = bar(total, "{prefix:11} {bar:28.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}");
+    let bar = bar(total, "{prefix:11} {bar:20.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}");
     bar.set_prefix(what.to_owned());
     bar
 }
@@ -254,10 +256,10 @@ mod tests {
 
     #[test]
     fn the_bars_templates_are_valid() {
-        let mut meter = Meter::Bar(bar(0, "{prefix:11} {bar:28.cyan/dim} {pos}/{len}  {wide_msg}"));
+        let mut meter = Meter::Bar(bar(0, "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}"));
         meter.show(&running(5));
         let Meter::Bar(bar) = &meter else { panic!("a bar") };
         assert_eq!((bar.length(), bar.position()), (Some(1_000), 8));
-        super::bar(1, "{prefix:11} {bar:28.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}");
+        super::bar(1, "{prefix:11} {bar:20.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  eta {eta}");
     }
 }

@@ -13,6 +13,7 @@ mod meter;
 mod out;
 mod results;
 mod serve;
+mod submit;
 mod token;
 mod upload;
 mod watch;
@@ -126,16 +127,27 @@ pub enum UsageError {
     Config(#[from] ConfigError),
 }
 
+/// The commands that are no clients.
+const SERVERS: [&str; 6] = ["serve", "demo", "token", "migrate", "sim", "completions"];
+
+/// The command line's grammar. The client options are taken everywhere but shown only where they mean something.
+fn command() -> clap::Command {
+    let command = Cli::command();
+    let hidden: Vec<_> =
+        command.get_arguments().filter(|arg| arg.is_global_set()).map(|arg| arg.clone().hide(true)).collect();
+    SERVERS.iter().fold(command, |command, name| command.mut_subcommand(name, |sub| sub.args(hidden.clone())))
+}
+
 /// Reads a command line and, for the commands that take one, the configuration file that it or the environment names.
 ///
 /// # Errors
 /// [`UsageError`].
 pub fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone> + Clone) -> Result<Cli, UsageError> {
-    let matches = Cli::command().try_get_matches_from(args.clone())?;
+    let matches = command().try_get_matches_from(args.clone())?;
     let cli = Cli::from_arg_matches(&matches)?;
     let Some((path, name)) = cli.config_file() else { return Ok(cli) };
     let file = ConfigFile::read(&path)?;
-    let command = Cli::command().mut_subcommand(name, |command| file.as_defaults(command));
+    let command = command().mut_subcommand(name, |command| file.as_defaults(command));
     Ok(Cli::from_arg_matches(&command.try_get_matches_from(args)?)?)
 }
 
@@ -184,7 +196,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Sim(args) => done(serve::sim(args).await),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "tidemill", &mut script);
+            clap_complete::generate(shell, &mut command(), "tidemill", &mut script);
             done(out::line(String::from_utf8_lossy(&script)).map_err(Into::into))
         }
     };
@@ -205,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_commands_are_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
@@ -217,7 +229,7 @@ mod tests {
             }
             command.get_subcommands().for_each(check);
         }
-        check(&Cli::command());
+        check(&command());
     }
 
     #[test]
@@ -246,6 +258,17 @@ mod tests {
         ] {
             assert!(parse_words(line).is_ok(), "{line}: {}", parse_words(line).unwrap_err());
         }
+    }
+
+    #[test]
+    fn client_options_are_the_same_before_and_after_the_command() {
+        for line in ["tidemill --server http://h:1 batch list --json", "tidemill --json batch --server http://h:1 list"]
+        {
+            let cli = parse_words(line).unwrap();
+            assert_eq!((cli.client.server.as_str(), cli.client.json), ("http://h:1", true), "{line}");
+        }
+        let help = command().find_subcommand_mut("serve").unwrap().render_long_help().to_string();
+        assert!(help.contains("--listen") && !help.contains("--token-file"), "{help}");
     }
 
     #[test]

@@ -76,7 +76,10 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     }
     let shutdown = on_signal()?;
     let app = App::start(config).await?;
-    Ok(app.run_until(shutdown).await?)
+    tracing::info!(url = %app.url(), "serving gRPC and HTTP");
+    app.run_until(shutdown).await;
+    tracing::info!("stopped");
+    Ok(())
 }
 
 /// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process.
@@ -138,16 +141,16 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
 /// The address can't be used.
 pub async fn sim(args: SimArgs) -> anyhow::Result<()> {
     let shutdown = on_signal()?;
-    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
-    note(&format!("simulated worker on http://{}, models {}", listener.local_addr()?, args.models.join(", ")));
     let sim = Sim::new(SimConfig {
-        models: args.models,
+        models: args.models.clone(),
         latency: Duration::from_millis(args.latency_ms),
         tokens_per_second: args.tokens_per_second,
         error_rate: args.error_rate,
         seed: args.seed,
         max_num_seqs: args.max_num_seqs,
     })?;
+    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
+    note(&format!("simulated worker on http://{}, models {}", listener.local_addr()?, args.models.join(", ")));
     Ok(sim.serve(listener, shutdown).await?)
 }
 

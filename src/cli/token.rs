@@ -26,7 +26,7 @@ pub enum TokenCommand {
         #[arg(long, default_value = "submit")]
         role: Role,
     },
-    /// Print the hash of a token that is read from stdin.
+    /// Print the hash of a token that is read from stdin, as the server's --tokens file holds it.
     Hash,
 }
 
@@ -72,9 +72,9 @@ fn file_line(name: &str, role: Role, token: &str) -> String {
     format!("{name} {role} {}", hash(token))
 }
 
-/// SHA-256, hex, as the server compares it.
+/// As the server's tokens file holds it.
 fn hash(token: &str) -> String {
-    hex::encode(Sha256::digest(token))
+    format!("sha256:{}", hex::encode(Sha256::digest(token)))
 }
 
 fn name(text: &str) -> Result<String, String> {
@@ -93,7 +93,7 @@ mod tests {
     fn a_line_holds_the_hash_and_not_the_token() {
         let line = file_line("team", Role::Admin, "abc");
         // FIPS 180-4's example
-        assert_eq!(line, "team admin ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(line, "team admin sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 
     #[test]

@@ -1,0 +1,131 @@
+//! `tidemill batch submit`
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::Context;
+use clap::Args;
+use uuid::Uuid;
+
+use super::{
+    client::{Client, retry},
+    upload::Upload,
+};
+use crate::pb::{self, create_batch_request::Input};
+
+/// What follows the command's help.
+pub const HELP: &str = "\
+Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
+1 any other error.
+
+Examples:
+  tidemill batch submit requests.jsonl --watch
+  generate | tidemill batch submit - --window 1h --priority 1 --metadata team=search
+  id=$(tidemill batch submit requests.jsonl)
+  tidemill batch watch $id && tidemill batch results $id > out.jsonl";
+
+/// A new batch.
+#[derive(Debug, Args)]
+pub struct SubmitArgs {
+    /// JSONL file of requests, "-" for stdin, or the id of a file that has been uploaded: file-…
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Follow the batch to its end.
+    #[arg(long)]
+    pub watch: bool,
+    /// The url of the requests. Default: as in the file.
+    #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
+    endpoint: String,
+    /// How long the batch may take, 1h to 14d [default: 24h].
+    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+    window: Option<Duration>,
+    /// -1, 0 or 1: higher goes first.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true,
+        value_parser = clap::value_parser!(i32).range(-1..=1))]
+    priority: i32,
+    /// A pair to keep with the batch. Repeatable, up to 16.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
+    /// Makes submitting again safe: the same id gives the same batch, even if the file has changed.
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+    #[command(flatten)]
+    webhook: WebhookArgs,
+}
+
+/// Where the batch's webhooks go.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Webhook")]
+pub struct WebhookArgs {
+    /// Tell this URL how the batch ends.
+    #[arg(long, value_name = "URL", conflicts_with = "webhook_endpoint")]
+    webhook_url: Option<String>,
+    /// Sign the webhooks with this secret.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true)]
+    webhook_secret: Option<String>,
+    /// Which events: completed, failed, progress, cancelled, expired. Default: all but progress.
+    #[arg(long, value_name = "EVENT,…", value_delimiter = ',', requires = "webhook_url")]
+    webhook_events: Vec<String>,
+    /// Tell a registered endpoint.
+    #[arg(long, value_name = "ENDPOINT")]
+    webhook_endpoint: Option<String>,
+}
+
+/// Uploads the file and creates the batch.
+///
+/// # Errors
+/// What went wrong, for people.
+pub async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<pb::Batch> {
+    let uploaded = args.file.to_str().filter(|name| name.starts_with("file-") && !args.file.exists());
+    let input = match uploaded {
+        Some(id) => id.to_owned(),
+        None => Upload::open(&args.file).await?.send(client, args.request_id.clone()).await?.id,
+    };
+    let webhook = args.webhook.webhook_url.map(|url| pb::WebhookConfig {
+        url,
+        secret: args.webhook.webhook_secret.unwrap_or_default(),
+        events: args.webhook.webhook_events,
+        ..pb::WebhookConfig::default()
+    });
+    let request = pb::CreateBatchRequest {
+        input: Some(Input::InputFileId(input)),
+        endpoint: args.endpoint,
+        completion_window: span(args.window)?,
+        priority: args.priority,
+        metadata: args.metadata.into_iter().collect(),
+        webhook,
+        webhook_endpoint_id: args.webhook.webhook_endpoint.unwrap_or_default(),
+        request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+    };
+    Ok(retry(|| async { client.batches().create_batch(request.clone()).await }).await?)
+}
+
+/// `--window` on the wire.
+///
+/// # Errors
+/// It is longer than any duration there.
+pub fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Duration>> {
+    span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
+}
+
+/// `KEY=VALUE`.
+///
+/// # Errors
+/// It is not that.
+pub fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_read() {
+        assert_eq!(pair("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert_eq!(pair("a="), Ok(("a".into(), String::new())));
+        assert!(pair("=b").is_err() && pair("ab").is_err());
+    }
+}
