@@ -1,65 +1,80 @@
-//! Who calls, and what they may do: bearer tokens from a file, or client certificates, or nobody asks.
+//! Who calls, and what they may do.
 //!
-//! A line of the tokens file is `name role sha256:<hex>`; the file holds no secret. `submit` sees and changes its own files and
-//! batches, `admin` everything. Without tokens every caller is an admin: the server is then reachable from this machine
-//! only, by client certificate, or was told to trust everybody.
+//! Access tokens come from a file, one a line: `name role sha256:<hex of the token>`. Only hashes are kept: a token has
+//! enough randomness of its own (see `tidemill token`) that a fast hash protects it.
 
-use std::{fmt::Write, sync::Arc};
+use std::collections::BTreeMap;
 
 use http::{HeaderMap, header::AUTHORIZATION};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tonic::{Code, Request, Status};
+
+use super::status::error;
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Its own files and batches.
+    /// Everything with their own files and batches.
     Submit,
     /// Everything.
     Admin,
 }
 
-/// Who calls.
+/// Who calls. Every request that reaches a service has one as an extension.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// The token's name; empty without tokens. Files and batches belong to it.
-    pub owner: Arc<str>,
-    /// What it may do.
+    /// What they make belongs to: the token's name; empty without tokens.
+    pub owner: String,
+    /// What they may do.
     pub role: Role,
 }
 
 impl Caller {
-    /// Everybody, where no tokens are configured.
+    /// Whoever calls a server without tokens, or one that asks for client certificates only.
     #[must_use]
-    pub fn anyone() -> Self {
-        Self { owner: "".into(), role: Role::Admin }
+    pub fn anonymous() -> Self {
+        Self { owner: String::new(), role: Role::Admin }
     }
 
-    /// Whose files and batches it sees; none: everybody's.
+    /// The caller of a request.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED` if the request did not pass the gate, which it can't.
+    pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        request.extensions().get::<Self>().cloned().ok_or_else(missing)
+    }
+
+    /// Whose files and batches they see; none: all.
     #[must_use]
-    pub fn sees(&self) -> Option<&str> {
+    pub fn scope(&self) -> Option<String> {
         match self.role {
+            Role::Submit => Some(self.owner.clone()),
             Role::Admin => None,
-            Role::Submit => Some(&self.owner),
         }
     }
 
-    /// Whether it may see what belongs to `owner`.
+    /// Whether they may see what belongs to `owner`.
     #[must_use]
-    pub fn may_see(&self, owner: &str) -> bool {
-        self.sees().is_none_or(|mine| mine == owner)
+    pub fn sees(&self, owner: &str) -> bool {
+        self.role == Role::Admin || self.owner == owner
     }
 
-    /// Whether it is an admin.
-    #[must_use]
-    pub fn is_admin(&self) -> bool {
-        self.role == Role::Admin
+    /// Refuses all but admins.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, reason `ADMIN_ONLY`.
+    pub fn require_admin(&self) -> Result<(), Status> {
+        match self.role {
+            Role::Admin => Ok(()),
+            Role::Submit => Err(error(Code::PermissionDenied, "ADMIN_ONLY", "this call needs a token with the role admin")),
+        }
     }
 }
 
-/// A tokens file that is not in order.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: {problem}; expected \"name role sha256:<64 hex digits>\" as tidemill token new prints it")]
+/// A line of the token file that can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line} of the token file: {problem}; expected \"name role sha256:<64 hex digits>\" with role submit or admin")]
 pub struct TokensError {
     /// From 1.
     pub line: usize,
@@ -67,99 +82,100 @@ pub struct TokensError {
     pub problem: String,
 }
 
-/// Why a call is turned away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Denied {
-    /// No token came.
-    #[error("this server asks for an access token: send \"authorization: Bearer <token>\"")]
-    Missing,
-    /// The token is none of the server's.
-    #[error("the access token is not known to this server")]
-    Unknown,
-}
-
-/// The tokens of a server. Cheap to clone.
+/// The access tokens.
 #[derive(Clone, Debug)]
 pub struct Tokens {
-    known: Arc<[Token]>,
-}
-
-#[derive(Debug)]
-struct Token {
-    caller: Caller,
-    hash: [u8; 32],
+    known: Vec<([u8; 32], Caller)>,
 }
 
 impl Tokens {
-    /// Reads a tokens file.
+    /// Reads a token file. `#` begins a comment line. A name may have several tokens, for a change of token without a gap,
+    /// if their role is the same.
     ///
     /// # Errors
-    /// [`TokensError`] with the line.
+    /// [`TokensError`]: the first bad line.
     pub fn parse(text: &str) -> Result<Self, TokensError> {
-        let mut known: Vec<Token> = Vec::new();
+        let mut known: Vec<([u8; 32], Caller)> = Vec::new();
+        let mut roles: BTreeMap<&str, Role> = BTreeMap::new();
         for (line, text) in (1..).zip(text.lines()) {
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
                 continue;
             }
-            let token = Token::parse(text).map_err(|problem| TokensError { line, problem })?;
-            if known.iter().any(|other| other.hash == token.hash) {
-                return Err(TokensError { line, problem: "the same token twice".into() });
+            let bad = |problem: &str| TokensError { line, problem: problem.to_owned() };
+            let mut words = text.split_whitespace();
+            let (Some(name), Some(role), Some(hash), None) = (words.next(), words.next(), words.next(), words.next())
+            else {
+                return Err(bad("does not have three words"));
+            };
+            let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            if name.len() > 64 || !name.bytes().all(good) {
+                return Err(bad("the name is not 1 to 64 letters, digits, \".\", \"_\" or \"-\""));
             }
-            known.push(token);
+            let role = match role {
+                "submit" => Role::Submit,
+                "admin" => Role::Admin,
+                _ => return Err(bad("the role is unknown")),
+            };
+            let hash = hash.strip_prefix("sha256:").and_then(|hex| hex::decode(hex).ok());
+            let hash: [u8; 32] =
+                hash.and_then(|hash| hash.try_into().ok()).ok_or_else(|| bad("the hash is not one"))?;
+            if *roles.entry(name).or_insert(role) != role {
+                return Err(bad("the name has another role further up"));
+            }
+            if known.iter().any(|(other, _)| *other == hash) {
+                return Err(bad("the same token is further up"));
+            }
+            known.push((hash, Caller { owner: name.to_owned(), role }));
         }
-        if known.is_empty() {
-            return Err(TokensError { line: 1, problem: "there is no token in the file".into() });
-        }
-        Ok(Self { known: known.into() })
+        Ok(Self { known })
     }
 
-    /// Who a call's headers say that it is.
+    /// Whether there are none: then nobody may call.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// Whose token this is. Takes as long for a wrong one as for a right one.
+    #[must_use]
+    pub fn find(&self, token: &str) -> Option<&Caller> {
+        let hash = digest(token);
+        let mut found = None;
+        for (known, caller) in &self.known {
+            if bool::from(known.ct_eq(&hash)) {
+                found = Some(caller);
+            }
+        }
+        found
+    }
+
+    /// Who sends these headers.
     ///
     /// # Errors
-    /// [`Denied`].
-    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
-        let value = headers.get(AUTHORIZATION).ok_or(Denied::Missing)?;
-        let (scheme, token) = value.to_str().ok().and_then(|value| value.split_once(' ')).ok_or(Denied::Missing)?;
-        if !scheme.eq_ignore_ascii_case("bearer") {
-            return Err(Denied::Missing);
-        }
-        let hash: [u8; 32] = Sha256::digest(token.trim()).into();
-        // All are compared, each in constant time: how long it takes says nothing about any of them.
-        let mut found = None;
-        for known in self.known.iter() {
-            if bool::from(known.hash.ct_eq(&hash)) {
-                found = Some(known.caller.clone());
-            }
-        }
-        found.ok_or(Denied::Unknown)
+    /// `UNAUTHENTICATED`.
+    pub fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Status> {
+        let value = headers.get(AUTHORIZATION).ok_or_else(missing)?;
+        let token = value.to_str().ok().and_then(|value| value.split_once(' '));
+        let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+        let caller = token.and_then(|token| self.find(token)).cloned();
+        caller.ok_or_else(|| error(Code::Unauthenticated, "TOKEN_UNKNOWN", "the access token is not known here"))
     }
 }
 
-impl Token {
-    fn parse(text: &str) -> Result<Self, String> {
-        let words: Vec<&str> = text.split_whitespace().collect();
-        let [name, role, hash] = words.as_slice() else { return Err(format!("{} words instead of 3", words.len())) };
-        let role = match *role {
-            "submit" => Role::Submit,
-            "admin" => Role::Admin,
-            other => return Err(format!("the role {other:?} is neither submit nor admin")),
-        };
-        let hex = hash.strip_prefix("sha256:").ok_or("the hash does not begin with sha256:")?;
-        let mut hash = [0; 32];
-        hex::decode_to_slice(hex, &mut hash).map_err(|_| "the hash is not 64 hex digits")?;
-        Ok(Self { caller: Caller { owner: (*name).into(), role }, hash })
-    }
+fn missing() -> Status {
+    let message = "this server needs an access token: send the header \"authorization: Bearer TOKEN\"";
+    error(Code::Unauthenticated, "TOKEN_MISSING", message)
 }
 
-/// A token's hash as the tokens file holds it.
+fn digest(token: &str) -> [u8; 32] {
+    Sha256::digest(token.as_bytes()).into()
+}
+
+/// The third word of a token's line in the token file.
 #[must_use]
 pub fn hash_token(token: &str) -> String {
-    Sha256::digest(token).iter().fold("sha256:".to_owned(), |mut text, byte| {
-        // Writing to a string can't fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    format!("sha256:{}", hex::encode(digest(token)))
 }
 
 #[cfg(test)]
@@ -169,41 +185,44 @@ mod tests {
     use super::*;
 
     fn headers(value: &str) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        headers.insert(AUTHORIZATION, HeaderValue::from_str(value).unwrap());
-        headers
+        HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_str(value).unwrap())])
     }
 
     #[test]
-    fn a_known_token_is_a_caller_and_nothing_else_is() {
-        let file = format!("# ours\n\nalice submit {}\nops admin {}\n", hash_token("a"), hash_token("b"));
-        let tokens = Tokens::parse(&file).unwrap();
-        let alice = tokens.caller(&headers("Bearer a")).unwrap();
-        assert_eq!(alice, Caller { owner: "alice".into(), role: Role::Submit });
-        assert!(alice.may_see("alice") && !alice.may_see("ops") && !alice.is_admin());
-        let ops = tokens.caller(&headers("bearer b")).unwrap();
-        assert!(ops.may_see("alice") && ops.is_admin());
-        assert_eq!(tokens.caller(&headers("Bearer c")), Err(Denied::Unknown));
-        assert_eq!(tokens.caller(&headers("Bearer ")), Err(Denied::Unknown));
-        assert_eq!(tokens.caller(&headers("Basic a")), Err(Denied::Missing));
-        assert_eq!(tokens.caller(&headers("a")), Err(Denied::Missing));
-        assert_eq!(tokens.caller(&HeaderMap::new()), Err(Denied::Missing));
+    fn tokens_are_found_by_their_hash() {
+        let text = format!(
+            "# people\n\nana admin {}\n  bob submit {}\nbob submit {}\n",
+            hash_token("a"),
+            hash_token("b"),
+            hash_token("b2")
+        );
+        let tokens = Tokens::parse(&text).unwrap();
+        assert_eq!(tokens.authenticate(&headers("Bearer a")).unwrap().role, Role::Admin);
+        let bob = Caller { owner: "bob".into(), role: Role::Submit };
+        assert_eq!(tokens.authenticate(&headers("bearer b")).unwrap(), bob);
+        assert_eq!(tokens.authenticate(&headers("Bearer b2")).unwrap(), bob);
+        for bad in ["Bearer c", "Bearer ", "Basic a", "a", "Bearer a b"] {
+            assert_eq!(tokens.authenticate(&headers(bad)).unwrap_err().code(), Code::Unauthenticated, "{bad}");
+        }
+        assert_eq!(tokens.authenticate(&HeaderMap::new()).unwrap_err().code(), Code::Unauthenticated);
+        assert!(bob.sees("bob") && !bob.sees("ana") && !bob.sees("") && Caller::anonymous().sees("bob"));
     }
 
     #[test]
-    fn a_bad_file_names_its_line() {
-        let good = format!("a admin {}", hash_token("x"));
-        for (bad, line) in [
-            ("", 1),
-            ("# only a comment", 1),
-            ("a admin", 1),
-            ("a root sha256:00", 1),
-            ("a admin sha256:00", 1),
-            ("a admin md5:00", 1),
-            (&format!("{good}\nb submit plain"), 2),
-            (&format!("{good}\n\n{good}"), 3),
-        ] {
-            assert_eq!(Tokens::parse(bad).map(|_| ()).unwrap_err().line, line, "{bad}");
+    fn bad_lines_are_named() {
+        let hash = hash_token("t");
+        let cases = [
+            ("ana admin".to_owned(), 1, "three words"),
+            (format!("# ok\nana root {hash}"), 2, "role"),
+            (format!("an/a admin {hash}"), 1, "name"),
+            ("\n\nana admin sha256:12".to_owned(), 3, "hash"),
+            (format!("ana admin {}", &hash[7..]), 1, "hash"),
+            (format!("ana admin {hash}\nbob submit {hash}"), 2, "same token"),
+            (format!("ana admin {hash}\nana submit {}", hash_token("u")), 2, "another role"),
+        ];
+        for (text, line, problem) in cases {
+            let error = Tokens::parse(&text).unwrap_err();
+            assert!(error.line == line && error.problem.contains(problem), "{text}: {error}");
         }
     }
 }

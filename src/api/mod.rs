@@ -1,1 +1,53 @@
-//! api
+//! gRPC and HTTP on one port: request to domain call to response. What is decided is decided elsewhere.
+//!
+//! - [`serve`] assembles the server and stops it in order.
+//! - `gate`: what every RPC passes: who calls, a span, a count and a time.
+//! - `auth`: access tokens and roles. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
+//! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`: `WebhookAdmin`.
+//! - `http`: `/healthz`, `/readyz`, `/metrics`.
+
+mod auth;
+mod batches;
+mod connection;
+mod convert;
+mod files;
+mod gate;
+mod health;
+mod http;
+mod page;
+mod server;
+mod service;
+mod status;
+mod streams;
+mod validate;
+mod webhook_admin;
+mod workers;
+
+use std::sync::Arc;
+
+pub use auth::{Caller, Role, Tokens, TokensError, hash_token};
+pub use gate::TraceId;
+pub use server::{ServeError, ServerOptions, TlsFiles, serve};
+
+use crate::{fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store};
+
+/// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an
+/// answer that does not fit is refused with a reason.
+pub const MESSAGE_LIMIT: usize = 4 * 1024 * 1024;
+
+/// What the services call. Cheap to clone.
+#[derive(Clone)]
+pub struct Services {
+    /// The database.
+    pub store: Store,
+    /// Takes uploads.
+    pub ingest: Ingest,
+    /// Reads files and results.
+    pub reader: Reader,
+    /// Tells how far batches are.
+    pub hub: Hub,
+    /// The workers.
+    pub fleet: Fleet,
+    /// Renders this process's metrics in Prometheus's text format.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+}

@@ -1,71 +1,99 @@
-//! Page tokens: opaque to clients, bound to the filters of the list that they continue (AIP-158).
+//! Page tokens: opaque, and good only for the list and the filters that they came from.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest, Sha256};
+use tonic::Status;
 
-/// Items on a page where the client does not say.
-pub const DEFAULT_PAGE: u64 = 50;
-/// The most items on a page.
-pub const MAX_PAGE: u64 = 1_000;
-/// Names the form of the token, so that a later one can be told apart.
+use super::status::invalid_field;
+
+/// The first byte of a token: its format.
 const VERSION: u8 = 1;
-/// Of a hash that only has to notice a mistake, not an attack: the token holds nothing that its reader may not see.
-const HASH_BYTES: usize = 8;
+/// How much of the filters' hash a token holds.
+const HASH: usize = 8;
+/// How many items a page has where nothing is said, and at most.
+const DEFAULT_SIZE: i32 = 50;
+const MAX_SIZE: i32 = 1_000;
+/// The most bytes of items in a page: the response must stay under the 4 MiB of a message. A page that this cuts short has
+/// a next one.
+const BYTES: usize = 3 * 1024 * 1024;
 
-/// Why a page can't be had.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PageError {
-    /// Not a number of items.
-    #[error("page_size is {0}; expected 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}")]
-    Size(i32),
-    /// Not one of our tokens.
-    #[error("page_token is not one that this server gave out; leave it empty for the first page")]
-    Token,
-    /// Another list's token.
-    #[error("page_token belongs to a list with other filters; keep the filters from page to page")]
-    Filters,
+/// Which page of which list.
+#[derive(Debug)]
+pub struct Page {
+    /// How many items at most.
+    pub size: u64,
+    /// The id of the last item of the page before.
+    pub after: Option<String>,
+    filters: [u8; HASH],
 }
 
-/// How many items a page has.
-///
-/// # Errors
-/// [`PageError::Size`]. A size over the most is taken as the most (AIP-158).
-pub fn size(asked: i32) -> Result<u64, PageError> {
-    match u64::try_from(asked) {
-        Ok(0) => Ok(DEFAULT_PAGE),
-        Ok(size) => Ok(size.min(MAX_PAGE)),
-        Err(_) => Err(PageError::Size(asked)),
+impl Page {
+    /// Reads a request's page fields. `filters` are all others of its fields that choose what is listed, and who asks.
+    ///
+    /// # Errors
+    /// `INVALID_ARGUMENT`.
+    pub fn parse(size: i32, token: &str, filters: &[&str]) -> Result<Self, Status> {
+        let size = match size {
+            0 => DEFAULT_SIZE,
+            1..=MAX_SIZE => size,
+            _ => return Err(invalid_field("page_size", format!("must be 1 to {MAX_SIZE}, or 0 for {DEFAULT_SIZE}"))),
+        };
+        let filters = hash(filters);
+        let after = if token.is_empty() { None } else { Some(read(token, filters)?) };
+        Ok(Self { size: u64::try_from(size).unwrap_or(0), after, filters })
+    }
+
+    /// Cuts the items that were found, one more than `size` of them if there are as many, to the page, and makes the token
+    /// of the next.
+    pub fn finish<T: prost::Message>(&self, items: Vec<T>, id: impl Fn(&T) -> &str) -> (Vec<T>, String) {
+        let found = items.len();
+        let mut room = BYTES;
+        let mut page: Vec<T> = Vec::with_capacity(found);
+        for item in items {
+            let bytes = item.encoded_len();
+            if page.len() as u64 == self.size || (bytes > room && !page.is_empty()) {
+                break;
+            }
+            room = room.saturating_sub(bytes);
+            page.push(item);
+        }
+        let token = match page.last() {
+            Some(last) if page.len() < found => self.token(id(last)),
+            _ => String::new(),
+        };
+        (page, token)
+    }
+
+    fn token(&self, last: &str) -> String {
+        let mut bytes = vec![VERSION];
+        bytes.extend(self.filters);
+        bytes.extend(last.as_bytes());
+        URL_SAFE_NO_PAD.encode(bytes)
     }
 }
 
-/// The token of the page after the item `last`, in a list with these filters (any text that tells them apart).
-#[must_use]
-pub fn token(last: &str, filters: &str) -> String {
-    let mut bytes = vec![VERSION];
-    bytes.extend_from_slice(&hash(filters));
-    bytes.extend_from_slice(last.as_bytes());
-    URL_SAFE_NO_PAD.encode(bytes)
+fn read(token: &str, filters: [u8; HASH]) -> Result<String, Status> {
+    let bad = |what: &str| invalid_field("page_token", what);
+    let none = || bad("is not a next_page_token of this server");
+    let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| none())?;
+    let (version, rest) = bytes.split_first().ok_or_else(none)?;
+    let (theirs, last) = rest.split_at_checked(HASH).ok_or_else(none)?;
+    if *version != VERSION {
+        return Err(none());
+    }
+    if theirs != filters {
+        return Err(bad("comes from a list with other filters: keep them the same from page to page"));
+    }
+    String::from_utf8(last.to_vec()).ok().filter(|last| !last.is_empty() && !last.contains('\0')).ok_or_else(none)
 }
 
-/// The item behind which a page begins. None: the first page.
-///
-/// # Errors
-/// [`PageError::Token`], [`PageError::Filters`].
-pub fn after(token: &str, filters: &str) -> Result<Option<String>, PageError> {
-    if token.is_empty() {
-        return Ok(None);
+fn hash(filters: &[&str]) -> [u8; HASH] {
+    let mut hasher = Sha256::new();
+    for filter in filters {
+        hasher.update((filter.len() as u64).to_le_bytes());
+        hasher.update(filter.as_bytes());
     }
-    let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| PageError::Token)?;
-    let [VERSION, rest @ ..] = bytes.as_slice() else { return Err(PageError::Token) };
-    let (found, last) = rest.split_at_checked(HASH_BYTES).ok_or(PageError::Token)?;
-    if found != hash(filters) {
-        return Err(PageError::Filters);
-    }
-    String::from_utf8(last.to_vec()).map(Some).map_err(|_| PageError::Token)
-}
-
-fn hash(filters: &str) -> [u8; HASH_BYTES] {
-    let digest = Sha256::digest(filters);
+    let digest = hasher.finalize();
     std::array::from_fn(|at| digest[at])
 }
 
@@ -74,26 +102,46 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::pb;
+
+    fn file(id: &str, filler: usize) -> pb::File {
+        pb::File { id: id.into(), filename: "x".repeat(filler), ..Default::default() }
+    }
 
     #[test]
-    fn sizes_have_a_default_and_a_cap() {
-        assert_eq!((size(0), size(7), size(5_000)), (Ok(DEFAULT_PAGE), Ok(7), Ok(MAX_PAGE)));
-        assert_eq!(size(-1), Err(PageError::Size(-1)));
+    fn a_token_goes_on_with_the_same_filters_only() {
+        let page = Page::parse(1, "", &["files", "me"]).unwrap();
+        let (items, token) = page.finish(vec![file("a", 0), file("b", 0)], |file| &file.id);
+        assert_eq!(items.len(), 1);
+        assert_eq!(Page::parse(1, &token, &["files", "me"]).unwrap().after.as_deref(), Some("a"));
+        for other in [&["files", "you"][..], &["file", "sme"], &["files"]] {
+            assert!(Page::parse(1, &token, other).is_err());
+        }
+    }
+
+    #[test]
+    fn the_last_page_has_no_token() {
+        let page = Page::parse(2, "", &[]).unwrap();
+        assert_eq!(page.finish(vec![file("a", 0), file("b", 0)], |file| &file.id).1, "");
+        assert_eq!(page.finish(Vec::<pb::File>::new(), |file| &file.id).1, "");
+        assert!(Page::parse(-1, "", &[]).is_err() && Page::parse(1_001, "", &[]).is_err());
+        assert_eq!(Page::parse(0, "", &[]).unwrap().size, 50);
+    }
+
+    #[test]
+    fn a_page_stays_under_the_message_limit() {
+        let page = Page::parse(1_000, "", &[]).unwrap();
+        let items: Vec<_> = (0..100).map(|_| file("a", 100_000)).collect();
+        let (items, token) = page.finish(items, |file| &file.id);
+        assert!(items.len() > 20 && items.len() < 40 && !token.is_empty());
+        // One that is too large alone is for the message limit to refuse, not to be skipped for ever.
+        assert_eq!(page.finish(vec![file("a", 5_000_000), file("b", 0)], |file| &file.id).0.len(), 1);
     }
 
     proptest! {
         #[test]
-        fn a_token_leads_on_with_its_own_filters_only(last in "\\PC{0,40}", filters in "\\PC{0,40}", other in "\\PC{0,40}") {
-            let token = token(&last, &filters);
-            prop_assert_eq!(after(&token, &filters), Ok(Some(last)));
-            if other != filters {
-                prop_assert_eq!(after(&token, &other), Err(PageError::Filters));
-            }
-        }
-
-        #[test]
-        fn no_text_is_too_odd(text in "\\PC{1,60}") {
-            let _ = after(&text, "");
+        fn nonsense_is_refused(token in "[A-Za-z0-9_=-]{1,40}|\\PC{1,20}") {
+            prop_assert!(Page::parse(0, &token, &["files"]).is_err());
         }
     }
 }

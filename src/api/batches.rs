@@ -1,0 +1,266 @@
+//! Batches: create, show, list, cancel, retry; and one request at once.
+
+use std::time::Duration;
+
+use tonic::{Code, Status, metadata::MetadataMap};
+
+use super::{
+    MESSAGE_LIMIT,
+    auth::Caller,
+    convert,
+    page::Page,
+    service::Api,
+    status::{self, error, invalid_field, line_name},
+    validate::{self, BatchInput, inline_name},
+};
+use crate::{
+    domain::{Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch},
+    ingest::IngestError,
+    pb,
+    store::{BatchFilter, CancelledBatch, CreatedBatch},
+};
+
+/// How long a request may run where the client sets no deadline.
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
+/// Keys of files that the server makes itself. Clients' keys have no control characters.
+const INLINE_KEY: &str = "\u{1}inline:";
+const RETRY_KEY: &str = "\u{1}retry:";
+
+impl Api {
+    pub(super) async fn create(&self, caller: &Caller, request: pb::CreateBatchRequest) -> Result<pb::Batch, Status> {
+        if request.webhook.is_some() || !request.webhook_endpoint_id.is_empty() {
+            return Err(error(Code::Unimplemented, "WEBHOOKS_NOT_IMPLEMENTED", "webhooks are not implemented yet"));
+        }
+        let new = validate::create_batch(request)?;
+        // First of all: the same call again answers the same, whatever has become of its file since.
+        if let Some(existing) = self.by_request_id(caller, new.request_id.as_deref()).await? {
+            return self.show(existing).await;
+        }
+        let (file, endpoint, inline) = match new.input {
+            BatchInput::File(id) => {
+                let file = self.input_file(caller, &id).await?;
+                let endpoint = endpoint_of(&file, new.endpoint)?;
+                (file, endpoint, false)
+            }
+            BatchInput::Inline(requests) => {
+                let endpoint = new.endpoint.ok_or_else(|| invalid_field("endpoint", "must be given"))?;
+                let key = new.request_id.as_ref().map(|id| format!("{INLINE_KEY}{id}"));
+                let made = self.services.ingest.inline(&caller.owner, endpoint, requests, key.as_deref()).await;
+                (made.map_err(|error| status::ingest(error, inline_name))?, endpoint, true)
+            }
+        };
+        let new = NewBatch {
+            owner: caller.owner.clone(),
+            input_file_id: file.id,
+            endpoint,
+            completion_window: new.window,
+            priority: new.priority,
+            metadata: new.metadata,
+            request_id: new.request_id,
+        };
+        self.insert(new, inline).await
+    }
+
+    /// Creates the batch. `made`: its file was made for it, and goes if it is not needed.
+    async fn insert(&self, new: NewBatch, made: bool) -> Result<pb::Batch, Status> {
+        let file = new.input_file_id.clone();
+        match self.services.store.create_batch(new).await.map_err(status::store)? {
+            CreatedBatch::New(batch) => self.show(*batch).await,
+            CreatedBatch::Existing(batch) => {
+                if made && batch.input_file_id != file {
+                    // Best effort: nobody knows its id.
+                    let _ = self.services.store.delete_file(&file).await;
+                }
+                self.show(*batch).await
+            }
+            CreatedBatch::FileNotFound => Err(status::no_file(&file)),
+            CreatedBatch::WrongPurpose => Err(not_an_input()),
+        }
+    }
+
+    async fn by_request_id(&self, caller: &Caller, request_id: Option<&str>) -> Result<Option<Batch>, Status> {
+        match request_id {
+            Some(id) => self.services.store.batch_by_request_id(&caller.owner, id).await.map_err(status::store),
+            None => Ok(None),
+        }
+    }
+
+    /// A file that a batch can read.
+    async fn input_file(&self, caller: &Caller, id: &FileId) -> Result<File, Status> {
+        let file = self.services.store.file(id).await.map_err(status::store)?;
+        let file = file.filter(|file| caller.sees(&file.owner)).ok_or_else(|| status::no_file(id))?;
+        match file.kind {
+            FileKind::Input => Ok(file),
+            FileKind::Output(_) | FileKind::Error(_) => Err(not_an_input()),
+        }
+    }
+
+    /// A batch that the caller may see.
+    pub(super) async fn find(&self, caller: &Caller, id: &BatchId) -> Result<Batch, Status> {
+        let batch = self.services.store.batch(id).await.map_err(status::store)?;
+        batch.filter(|batch| caller.sees(&batch.owner)).ok_or_else(|| status::no_batch(id))
+    }
+
+    /// A batch with its progress.
+    async fn show(&self, batch: Batch) -> Result<pb::Batch, Status> {
+        let progress = self.services.hub.progress(&batch).await.map_err(status::store)?;
+        Ok(convert::batch(batch, Some(progress)))
+    }
+
+    pub(super) async fn batch(&self, caller: &Caller, request: &pb::GetBatchRequest) -> Result<pb::Batch, Status> {
+        let id = validate::batch_id(&request.batch_id)?;
+        self.show(self.find(caller, &id).await?).await
+    }
+
+    pub(super) async fn batches(
+        &self,
+        caller: &Caller,
+        request: pb::ListBatchesRequest,
+    ) -> Result<pb::ListBatchesResponse, Status> {
+        let statuses = validate::batch_filter(&request)?;
+        let filter = BatchFilter {
+            owner: caller.scope(),
+            statuses,
+            model: (!request.model.is_empty()).then_some(request.model),
+            metadata: request.metadata,
+        };
+        let page = Page::parse(request.page_size, &request.page_token, &["batches", &format!("{filter:?}")])?;
+        let after = page.after.clone().map(BatchId::from_text);
+        let found = self.services.store.batches(&filter, after.as_ref(), page.size + 1).await.map_err(status::store)?;
+        let progress = self.services.hub.progresses(&found).await.map_err(status::store)?;
+        let found = found.into_iter().zip(progress).map(|(batch, progress)| convert::batch(batch, Some(progress)));
+        let (batches, next_page_token) = page.finish(found.collect(), |batch| &batch.id);
+        Ok(pb::ListBatchesResponse { batches, next_page_token })
+    }
+
+    pub(super) async fn cancel(&self, caller: &Caller, request: &pb::CancelBatchRequest) -> Result<pb::Batch, Status> {
+        let id = validate::batch_id(&request.batch_id)?;
+        self.find(caller, &id).await?;
+        match self.services.store.cancel_batch(&id).await.map_err(status::store)? {
+            CancelledBatch::Batch(batch) => self.show(*batch).await,
+            CancelledBatch::NotFound => Err(status::no_batch(&id)),
+            CancelledBatch::Ended(batch) => {
+                let message = format!("the batch is {} and can't be cancelled any more", batch.status.as_str());
+                Err(error(Code::FailedPrecondition, "BATCH_TERMINAL", message))
+            }
+        }
+    }
+
+    pub(super) async fn retry_failed(
+        &self,
+        caller: &Caller,
+        request: pb::RetryFailedRequestsRequest,
+    ) -> Result<pb::Batch, Status> {
+        let id = validate::batch_id(&request.batch_id)?;
+        let (window, request_id) = validate::retry(request.completion_window, request.request_id)?;
+        if let Some(existing) = self.by_request_id(caller, request_id.as_deref()).await? {
+            return self.show(existing).await;
+        }
+        let batch = self.find(caller, &id).await?;
+        let refused = |reason, message: &str| Err(error(Code::FailedPrecondition, reason, message));
+        if !batch.status.is_terminal() {
+            return refused("BATCH_NOT_ENDED", "the batch has not ended: what failed is known at its end");
+        }
+        if batch.error_file_id.is_none() {
+            return refused("NO_FAILED_REQUESTS", "the batch has no failed requests");
+        }
+        if self.services.store.file(&batch.input_file_id).await.map_err(status::store)?.is_none() {
+            return refused("INPUT_FILE_GONE", "the batch's input file, which holds the requests, has been deleted");
+        }
+        let key = request_id.as_ref().map(|id| format!("{RETRY_KEY}{id}"));
+        let made = self.services.ingest.failed_lines_file(&batch, &caller.owner, key.as_deref()).await;
+        let file = match made {
+            Ok(file) => file,
+            Err(IngestError::Empty) => return refused("NO_FAILED_REQUESTS", "the batch has no failed requests"),
+            Err(error) => return Err(status::ingest(error, line_name)),
+        };
+        let new = NewBatch {
+            owner: caller.owner.clone(),
+            input_file_id: file.id,
+            endpoint: batch.endpoint,
+            completion_window: window,
+            priority: batch.priority,
+            metadata: batch.metadata,
+            request_id,
+        };
+        self.insert(new, true).await
+    }
+
+    pub(super) async fn run_now(
+        &self,
+        request: pb::InferRequest,
+        deadline: Option<Duration>,
+    ) -> Result<pb::InferResponse, Status> {
+        let (endpoint, model, body) = validate::infer(request)?;
+        let timeout = deadline.unwrap_or(DEFAULT_DEADLINE);
+        let answer = self.services.fleet.infer(endpoint, &model, body, timeout).await.map_err(status::infer)?;
+        if answer.body.len() > MESSAGE_LIMIT - 4_096 {
+            let message = format!("the answer is {} bytes long, more than a message can carry", answer.body.len());
+            return Err(error(Code::ResourceExhausted, "ANSWER_TOO_LARGE", message));
+        }
+        Ok(pb::InferResponse {
+            status_code: answer.status.into(),
+            body: answer.body,
+            worker_id: answer.worker.into_string(),
+        })
+    }
+}
+
+fn not_an_input() -> Status {
+    invalid_field("input_file_id", "is the result of a batch: only a file that UploadFile made can be run")
+}
+
+/// The endpoint of a batch: its file's, which the client may repeat.
+fn endpoint_of(file: &File, given: Option<Endpoint>) -> Result<Endpoint, Status> {
+    match (file.endpoint, given) {
+        (Some(of_file), None) => Ok(of_file),
+        (Some(of_file), Some(given)) if of_file == given => Ok(given),
+        (Some(of_file), Some(_)) => {
+            Err(invalid_field("endpoint", format!("must be {of_file}, as in the file's lines, or left empty")))
+        }
+        // No input file is without, but what is given is then all there is.
+        (None, given) => given.ok_or_else(|| invalid_field("endpoint", "must be given")),
+    }
+}
+
+/// The client's deadline (`grpc-timeout`, as in gRPC over HTTP/2), a little earlier, so that our answer says what it was.
+pub(super) fn deadline(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if number.len() > 8 {
+        return None;
+    }
+    let number: u64 = number.parse().ok()?;
+    let timeout = match unit {
+        "H" => Duration::from_secs(number * 3_600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    };
+    Some(timeout.saturating_sub((timeout / 20).min(Duration::from_millis(50))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_are_read_as_grpc_writes_them() {
+        let of = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().unwrap());
+            deadline(&metadata)
+        };
+        assert_eq!(of("10S"), Some(Duration::from_millis(9_950)));
+        assert_eq!(of("1000m"), Some(Duration::from_millis(950)));
+        assert_eq!(of("99999999H"), Some(Duration::from_secs(99_999_999 * 3_600) - Duration::from_millis(50)));
+        assert_eq!(of("0n"), Some(Duration::ZERO));
+        for bad in ["", "S", "10", "10s", "-1S", "999999999S", "1.5S"] {
+            assert_eq!(of(bad), None, "{bad}");
+        }
+        assert_eq!(deadline(&MetadataMap::new()), None);
+    }
+}

@@ -1,0 +1,98 @@
+//! Files: upload, show, list, delete.
+
+use std::time::Duration;
+
+use tonic::{Code, Status, Streaming};
+
+use super::{
+    auth::Caller,
+    convert,
+    page::Page,
+    service::Api,
+    status::{self, error, invalid_field, line_name},
+    validate,
+};
+use crate::{
+    domain::{File, FileId},
+    ingest::{Begun, NewUpload},
+    pb::{self, upload_file_request::Payload},
+    store::{DeletedFile, FileFilter},
+};
+
+/// An upload that sends nothing for this long is given up: it holds temporary files.
+const IDLE: Duration = Duration::from_secs(300);
+
+impl Api {
+    /// Takes a file. If the client breaks off, the upload is dropped here, and nothing is left of it.
+    pub(super) async fn upload(
+        &self,
+        caller: &Caller,
+        mut messages: Streaming<pb::UploadFileRequest>,
+    ) -> Result<pb::File, Status> {
+        let first = next(&mut messages).await?;
+        let Some(Payload::Spec(spec)) = first.and_then(|first| first.payload) else {
+            return Err(invalid_field("spec", "must be in the first message"));
+        };
+        let spec = validate::spec(spec)?;
+        let new = NewUpload {
+            owner: caller.owner.clone(),
+            filename: spec.filename,
+            total_bytes: spec.total_bytes,
+            request_id: spec.request_id,
+        };
+        let refused = |error| status::ingest(error, line_name);
+        let mut upload = match self.services.ingest.begin(new).await.map_err(refused)? {
+            Begun::Existing(file) => return Ok(convert::file(*file)),
+            Begun::Upload(upload) => upload,
+        };
+        while let Some(message) = next(&mut messages).await? {
+            upload.write(validate::chunk(message)?).await.map_err(refused)?;
+        }
+        upload.finish().await.map(convert::file).map_err(refused)
+    }
+
+    /// A file that the caller may see.
+    pub(super) async fn find_file(&self, caller: &Caller, id: &FileId) -> Result<File, Status> {
+        let file = self.services.store.file(id).await.map_err(status::store)?;
+        file.filter(|file| caller.sees(&file.owner)).ok_or_else(|| status::no_file(id))
+    }
+
+    pub(super) async fn file(&self, caller: &Caller, request: &pb::GetFileRequest) -> Result<pb::File, Status> {
+        let id = validate::file_id(&request.file_id)?;
+        self.find_file(caller, &id).await.map(convert::file)
+    }
+
+    pub(super) async fn files(
+        &self,
+        caller: &Caller,
+        request: pb::ListFilesRequest,
+    ) -> Result<pb::ListFilesResponse, Status> {
+        let filter = FileFilter { owner: caller.scope(), purpose: validate::purpose(request.purpose)? };
+        let page = Page::parse(request.page_size, &request.page_token, &["files", &format!("{filter:?}")])?;
+        let after = page.after.clone().map(FileId::from_text);
+        let found = self.services.store.files(&filter, after.as_ref(), page.size + 1).await.map_err(status::store)?;
+        let (files, next_page_token) = page.finish(found.into_iter().map(convert::file).collect(), |file| &file.id);
+        Ok(pb::ListFilesResponse { files, next_page_token })
+    }
+
+    pub(super) async fn remove_file(&self, caller: &Caller, request: &pb::DeleteFileRequest) -> Result<(), Status> {
+        let id = validate::file_id(&request.file_id)?;
+        self.find_file(caller, &id).await?;
+        match self.services.store.delete_file(&id).await.map_err(status::store)? {
+            DeletedFile::Deleted => Ok(()),
+            DeletedFile::NotFound => Err(status::no_file(&id)),
+            DeletedFile::InUse(batch) => {
+                let message = format!("the unfinished batch {batch} reads this file: wait for it, or cancel it");
+                Err(error(Code::FailedPrecondition, "FILE_IN_USE", message))
+            }
+        }
+    }
+}
+
+async fn next(messages: &mut Streaming<pb::UploadFileRequest>) -> Result<Option<pb::UploadFileRequest>, Status> {
+    let Ok(message) = tokio::time::timeout(IDLE, messages.message()).await else {
+        let message = format!("nothing has come for {} s", IDLE.as_secs());
+        return Err(error(Code::DeadlineExceeded, "UPLOAD_IDLE", message));
+    };
+    message
+}

@@ -1,0 +1,78 @@
+//! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use http::{HeaderMap, StatusCode, header};
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use super::{
+    Services,
+    auth::{Role, Tokens},
+    status::error,
+};
+
+/// How long the database may take to answer before this node counts as not ready.
+const READY_WITHIN: Duration = Duration::from_secs(2);
+
+struct Http {
+    services: Services,
+    tokens: Option<Tokens>,
+    shutdown: CancellationToken,
+}
+
+/// The routes, and what answers where there is none.
+pub(super) fn routes(services: Services, tokens: Option<Tokens>, shutdown: CancellationToken) -> Router {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .fallback(nothing)
+        .with_state(Arc::new(Http { services, tokens, shutdown }))
+}
+
+/// Whether this node can take work.
+async fn ready(State(http): State<Arc<Http>>) -> Response {
+    if http.shutdown.is_cancelled() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n").into_response();
+    }
+    match tokio::time::timeout(READY_WITHIN, http.services.store.ping()).await {
+        Ok(Ok(())) => "ready\n".into_response(),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "not ready: the database failed");
+            (StatusCode::SERVICE_UNAVAILABLE, "the database is not available\n").into_response()
+        }
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n").into_response(),
+    }
+}
+
+async fn metrics(State(http): State<Arc<Http>>, headers: HeaderMap) -> Response {
+    if let Some(tokens) = &http.tokens {
+        match tokens.authenticate(&headers) {
+            Ok(caller) if caller.role == Role::Admin => {}
+            Ok(_) => return (StatusCode::FORBIDDEN, "metrics need a token with the role admin\n").into_response(),
+            Err(status) => {
+                let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+                return (StatusCode::UNAUTHORIZED, challenge, format!("{}\n", status.message())).into_response();
+            }
+        }
+    }
+    let text = (http.services.metrics)();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// A gRPC client is told in gRPC's way.
+async fn nothing(request: Request) -> Response {
+    let grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    if grpc {
+        let message = "this server has no such method; its reflection lists those that it has";
+        return error(Code::Unimplemented, "METHOD_UNKNOWN", message).into_http();
+    }
+    (StatusCode::NOT_FOUND, "nothing here but gRPC, /healthz, /readyz and /metrics\n").into_response()
+}

@@ -1,0 +1,342 @@
+//! Errors on the wire: every error of the domain becomes a `google.rpc.Status` here and nowhere else.
+//!
+//! Each carries an `ErrorInfo` with a stable reason and the domain "tidemill"; bad input also a `BadRequest`, and what goes
+//! away by itself a `RetryInfo`. No message holds a path, a query or a secret: what an operator needs goes to the log.
+
+use std::{collections::HashMap, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{BadRequest, ErrorDetails, FieldViolation, StatusExt};
+
+use crate::{
+    blobs::BlobError,
+    domain::{BatchId, FileId},
+    fleet::{FleetError, InferError},
+    ingest::{IngestError, LineReport},
+    progress::WatchError,
+    results::{BadCursor, ReadError},
+    store::StoreError,
+};
+
+/// The `domain` of every `ErrorInfo`.
+pub const DOMAIN: &str = "tidemill";
+/// The most bytes that the details of one error take. They travel base64-coded (a third more) in the trailers, together
+/// with the message, and many clients refuse more than 8 KiB of them (gRPC's default limit on metadata).
+const DETAILS_LIMIT: usize = 4_800;
+/// The longest message, in bytes: it travels percent-coded beside the details.
+const MESSAGE_LIMIT: usize = 700;
+/// The longest description of one field violation, in characters.
+const DESCRIPTION_LIMIT: usize = 100;
+
+/// How long to wait before trying again what failed because something is briefly away.
+const SOON: Duration = Duration::from_secs(1);
+/// How long to wait for a worker to come.
+const LATER: Duration = Duration::from_secs(5);
+
+/// An error with a reason.
+pub fn error(code: Code, reason: &'static str, message: impl Into<String>) -> Status {
+    with_details(code, message.into(), ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()))
+}
+
+/// An error that goes away by itself.
+pub fn retry(code: Code, reason: &'static str, message: impl Into<String>, after: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    details.set_retry_info(Some(after));
+    with_details(code, message.into(), details)
+}
+
+/// An error with facts for programs.
+pub fn with_facts(code: Code, reason: &'static str, message: impl Into<String>, facts: &[(&str, String)]) -> Status {
+    let facts: HashMap<String, String> = facts.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+    with_details(code, message.into(), ErrorDetails::with_error_info(reason, DOMAIN, facts))
+}
+
+/// Bad input: what is wrong with which field.
+pub fn invalid(reason: &'static str, message: impl Into<String>, violations: Vec<FieldViolation>) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    details.set_bad_request(violations);
+    with_details(Code::InvalidArgument, message.into(), details)
+}
+
+/// One field of the request is wrong.
+pub fn invalid_field(field: &str, description: impl Into<String>) -> Status {
+    let description = description.into();
+    invalid("INVALID_REQUEST", format!("{field}: {description}"), vec![FieldViolation::new(field, description)])
+}
+
+/// The server stops; another one, or this one in a moment, goes on.
+pub fn shutting_down() -> Status {
+    retry(Code::Unavailable, "SHUTTING_DOWN", "the server is shutting down; go on where you were in a moment", SOON)
+}
+
+/// There is no such batch, or it is not the caller's.
+pub fn no_batch(id: &BatchId) -> Status {
+    error(Code::NotFound, "BATCH_NOT_FOUND", format!("no batch {:?}", short(id.as_str())))
+}
+
+/// There is no such file, or it is not the caller's.
+pub fn no_file(id: &FileId) -> Status {
+    error(Code::NotFound, "FILE_NOT_FOUND", format!("no file {:?}", short(id.as_str())))
+}
+
+fn with_details(code: Code, message: String, details: ErrorDetails) -> Status {
+    Status::with_error_details(code, cut(message, MESSAGE_LIMIT), details)
+}
+
+/// A client's own text, fit for a message.
+pub fn short(text: &str) -> String {
+    if text.chars().count() <= 80 { text.to_owned() } else { format!("{}…", text.chars().take(79).collect::<String>()) }
+}
+
+fn cut(mut text: String, bytes: usize) -> String {
+    if text.len() > bytes {
+        text.truncate(text.floor_char_boundary(bytes - '…'.len_utf8()));
+        text.push('…');
+    }
+    text
+}
+
+/// What is wrong inside: told in the log, not on the wire.
+fn internal(error: &dyn std::error::Error) -> Status {
+    tracing::error!(%error, "internal error");
+    self::error(Code::Internal, "INTERNAL", "the server has met an error that it can't handle; its log says more")
+}
+
+/// The error of the database.
+pub fn store(error: StoreError) -> Status {
+    match error {
+        StoreError::Unavailable(error) => {
+            tracing::error!(%error, "the database failed");
+            retry(Code::Unavailable, "DATABASE_UNAVAILABLE", "the database is not available now; try again", SOON)
+        }
+        StoreError::Corrupt(_) | StoreError::Open(_) => internal(&error),
+    }
+}
+
+/// The error of the blob store.
+pub fn blob(error: BlobError) -> Status {
+    match error {
+        BlobError::Failed(_) | BlobError::Open(_) => {
+            tracing::error!(%error, "the blob store failed");
+            retry(Code::Unavailable, "BLOB_STORE_UNAVAILABLE", "the blob store is not available now; try again", SOON)
+        }
+        BlobError::Missing(_) => {
+            tracing::error!(%error, "an object is gone");
+            self::error(Code::DataLoss, "OBJECT_MISSING", "an object that holds this data is gone from the blob store")
+        }
+    }
+}
+
+/// The error of reading results.
+pub fn read(error: ReadError) -> Status {
+    match error {
+        ReadError::Store(error) => store(error),
+        ReadError::Blob(error) => blob(error),
+        ReadError::Corrupt(_) => {
+            tracing::error!(%error, "results can't be read");
+            self::error(Code::DataLoss, "RESULTS_CORRUPT", "the stored results are damaged; the server's log says more")
+        }
+    }
+}
+
+/// A cursor that is none.
+pub fn bad_cursor(error: &BadCursor) -> Status {
+    invalid_field("cursor", error.to_string())
+}
+
+/// Why a batch can't be watched. `field` is the one that says after what.
+pub fn watch(error: WatchError, field: &'static str) -> Status {
+    match error {
+        WatchError::NotFound(id) => no_batch(&id),
+        WatchError::Ahead { newest, .. } => {
+            invalid_field(field, format!("lies ahead of the newest, {newest}: it is not from this server's database"))
+        }
+        WatchError::ShuttingDown => shutting_down(),
+        WatchError::Store(error) => store(error),
+    }
+}
+
+/// Why a worker could not be added or changed.
+pub fn fleet(error: FleetError) -> Status {
+    match error {
+        FleetError::BadUrl(message) => invalid_field("url", message),
+        FleetError::NotFound(id) => {
+            self::error(Code::NotFound, "WORKER_NOT_FOUND", format!("no worker {:?}", short(id.as_str())))
+        }
+        FleetError::FromConfig(_) => {
+            self::error(Code::FailedPrecondition, "WORKER_FROM_CONFIG", error.to_string())
+        }
+        FleetError::Store(error) => store(error),
+    }
+}
+
+/// Why a request was not answered by any worker.
+pub fn infer(error: InferError) -> Status {
+    match error {
+        InferError::NoWorker(_) => retry(Code::Unavailable, "NO_WORKER", error.to_string(), LATER),
+        InferError::Timeout(_) => self::error(Code::DeadlineExceeded, "WORKER_TIMEOUT", error.to_string()),
+        InferError::Failed(_) => retry(Code::Unavailable, "WORKER_FAILED", error.to_string(), SOON),
+    }
+}
+
+/// Why there is no file. `name` names a line's field in the violations.
+pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
+    match error {
+        IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
+        IngestError::TooManyLines { .. } => {
+            self::error(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", format!("{error}: split the file"))
+        }
+        IngestError::TooManyBytes { .. } => {
+            self::error(Code::ResourceExhausted, "FILE_TOO_LARGE", format!("{error}: split the file"))
+        }
+        IngestError::Empty => invalid("FILE_EMPTY", "the file holds no request", Vec::new()),
+        IngestError::SizeMismatch { .. } => {
+            let violation = FieldViolation::new("spec.total_bytes", error.to_string());
+            invalid("FILE_SIZE_MISMATCH", error.to_string(), vec![violation])
+        }
+        IngestError::Store(error) => store(error),
+        IngestError::Blob(error) => blob(error),
+        IngestError::Scratch(error) => {
+            tracing::error!(%error, "the scratch directory failed");
+            retry(Code::Unavailable, "SCRATCH_UNAVAILABLE", "the server can't write temporary files now; try again", LATER)
+        }
+    }
+}
+
+/// Names a line of a file.
+pub fn line_name(line: u64) -> String {
+    format!("line {line}")
+}
+
+/// As many bad lines as fit; the message counts them all.
+fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> Status {
+    let first = errors.first().map(|first| format!("; {}: {}", name(first.line), describe(first)));
+    let summary = match total {
+        1 => "1 bad line".to_owned(),
+        total => format!("{total} bad lines"),
+    };
+    let mut room = DETAILS_LIMIT;
+    let mut violations = Vec::new();
+    for error in errors {
+        let violation = FieldViolation::new(name(error.line), describe(error));
+        // Two tags and lengths, and those of the violation itself.
+        let size = violation.field.len() + violation.description.len() + 12;
+        if size > room {
+            break;
+        }
+        room -= size;
+        violations.push(violation);
+    }
+    let more = match total - violations.len() as u64 {
+        0 => String::new(),
+        more => format!("; {more} more than are listed here"),
+    };
+    invalid("INVALID_FILE", format!("{summary}{more}{}", first.unwrap_or_default()), violations)
+}
+
+fn describe(error: &LineReport) -> String {
+    let text = match &error.custom_id {
+        Some(id) => format!("{} (custom_id {:?})", error.message, short(id)),
+        None => error.message.clone(),
+    };
+    if text.chars().count() <= DESCRIPTION_LIMIT {
+        return text;
+    }
+    text.chars().take(DESCRIPTION_LIMIT - 1).chain(['…']).collect()
+}
+
+/// Collects what is wrong with a request, field by field.
+#[derive(Debug, Default)]
+pub struct Violations(Vec<FieldViolation>);
+
+impl Violations {
+    /// Adds one.
+    pub fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.0.push(FieldViolation::new(field, description));
+    }
+
+    /// Adds one unless `good`.
+    pub fn check(&mut self, good: bool, field: &str, description: impl Into<String>) {
+        if !good {
+            self.add(field, description);
+        }
+    }
+
+    /// An error if there are any.
+    ///
+    /// # Errors
+    /// `INVALID_ARGUMENT`, reason `INVALID_REQUEST`.
+    pub fn finish(mut self) -> Result<(), Status> {
+        let Some(first) = self.0.first() else { return Ok(()) };
+        let message = format!("{}: {}", first.field, first.description);
+        self.0.truncate(20);
+        Err(invalid("INVALID_REQUEST", message, BadRequest::new(self.0).field_violations))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use sea_orm::DbErr;
+
+    use super::*;
+
+    fn reason(status: &Status) -> String {
+        let info = status.get_details_error_info().expect("ErrorInfo always");
+        assert_eq!(info.domain, DOMAIN);
+        info.reason
+    }
+
+    #[test]
+    fn secrets_stay_in_the_log() {
+        let secret = "SELECT secret FROM /var/lib/tidemill";
+        let all = [
+            store(StoreError::Unavailable(DbErr::Custom(secret.into()))),
+            store(StoreError::Corrupt(secret.into())),
+            store(StoreError::Open(secret.into())),
+            blob(BlobError::Missing(secret.into())),
+            blob(BlobError::Open(secret.into())),
+            read(ReadError::Corrupt(secret.into())),
+            ingest(IngestError::Scratch(std::io::Error::other(secret)), line_name),
+        ];
+        for status in all {
+            reason(&status);
+            assert!(!format!("{status:?}").contains("SELECT"), "{status:?}");
+        }
+    }
+
+    #[test]
+    fn what_helps_is_said() {
+        let status = store(StoreError::Unavailable(DbErr::Custom("away".into())));
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "DATABASE_UNAVAILABLE"));
+        assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(1)));
+        let status = infer(InferError::NoWorker("m".into()));
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "NO_WORKER"));
+        assert!(status.get_details_retry_info().is_some());
+    }
+
+    proptest! {
+        /// gRPC's default limit on metadata is 8 KiB for name, value and 32 bytes of overhead of every header.
+        #[test]
+        fn bad_lines_fit_into_the_trailers(
+            messages in proptest::collection::vec(("\\PC{0,300}", proptest::option::of("\\PC{0,512}")), 1..100),
+            more in 0u64..1_000_000,
+        ) {
+            let total = messages.len() as u64 + more;
+            let errors: Vec<_> = (1..)
+                .zip(messages)
+                .map(|(line, (message, custom_id))| LineReport { line: line * 9_999, custom_id, message })
+                .collect();
+            let status = ingest(IngestError::Invalid { errors: errors.clone(), total }, line_name);
+            let mut headers = http::HeaderMap::new();
+            status.add_header(&mut headers).unwrap();
+            let size: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            prop_assert!(size < 8_192, "{size}");
+            prop_assert_eq!(reason(&status), "INVALID_FILE");
+            prop_assert!(status.message().starts_with(&total.to_string()));
+            let listed = status.get_details_bad_request().unwrap().field_violations;
+            prop_assert!(!listed.is_empty() && listed.len() <= errors.len());
+            prop_assert_eq!(&listed[0].field, "line 9999");
+        }
+    }
+}

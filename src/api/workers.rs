@@ -1,0 +1,52 @@
+//! The `WorkerAdmin` service.
+
+use tonic::{Request, Response, Status};
+
+use super::{auth::Caller, convert, status, validate};
+use crate::{
+    fleet::Fleet,
+    pb::{self, worker_admin_server::WorkerAdmin},
+};
+
+/// Adds, shows, drains and removes workers.
+pub(super) struct Workers {
+    pub(super) fleet: Fleet,
+}
+
+#[tonic::async_trait]
+impl WorkerAdmin for Workers {
+    async fn list_workers(
+        &self,
+        _: Request<pb::ListWorkersRequest>,
+    ) -> Result<Response<pb::ListWorkersResponse>, Status> {
+        let workers = self.fleet.workers().into_iter().map(convert::worker).collect();
+        Ok(Response::new(pb::ListWorkersResponse { workers }))
+    }
+
+    async fn register_worker(
+        &self,
+        request: Request<pb::RegisterWorkerRequest>,
+    ) -> Result<Response<pb::Worker>, Status> {
+        Caller::of(&request)?.require_admin()?;
+        let url = request.into_inner().url;
+        if url.is_empty() || url.len() > 2_048 || url.contains('\0') {
+            return Err(status::invalid_field("url", "must be an http or https URL of at most 2,048 bytes"));
+        }
+        let worker = self.fleet.register(&url).await.map_err(status::fleet)?;
+        Ok(Response::new(convert::worker(worker)))
+    }
+
+    async fn drain_worker(&self, request: Request<pb::DrainWorkerRequest>) -> Result<Response<pb::Worker>, Status> {
+        Caller::of(&request)?.require_admin()?;
+        let id = validate::worker_id(&request.get_ref().worker_id)?;
+        let worker = self.fleet.drain(&id).await.map_err(status::fleet)?;
+        Ok(Response::new(convert::worker(worker)))
+    }
+
+    async fn remove_worker(&self, request: Request<pb::RemoveWorkerRequest>) -> Result<Response<()>, Status> {
+        Caller::of(&request)?.require_admin()?;
+        let id = validate::worker_id(&request.get_ref().worker_id)?;
+        self.fleet.remove(&id).await.map_err(status::fleet)?;
+        Ok(Response::new(()))
+    }
+}
