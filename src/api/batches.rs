@@ -5,18 +5,19 @@ use std::time::Duration;
 use tonic::{Code, Status, metadata::MetadataMap};
 
 use super::{
-    MESSAGE_LIMIT,
+    MESSAGE_LIMIT, Services,
     auth::Caller,
     convert,
     page::Page,
     service::Api,
-    status::{self, error, invalid_field, line_name},
+    status::{self, error, invalid_field},
     validate::{self, BatchInput, inline_name},
 };
 use crate::{
     domain::{Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch},
-    ingest::IngestError,
+    ingest::NewUpload,
     pb,
+    results::retry::failed_lines_file,
     store::{BatchFilter, CancelledBatch, CreatedBatch},
 };
 
@@ -24,6 +25,8 @@ use crate::{
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 /// Keys of files that the server makes itself. Clients' keys have no control characters.
 const INLINE_KEY: &str = "\u{1}inline:";
+/// The name of the file of inline requests.
+const INLINE_NAME: &str = "inline.jsonl";
 const RETRY_KEY: &str = "\u{1}retry:";
 
 impl Api {
@@ -45,7 +48,13 @@ impl Api {
             BatchInput::Inline(requests) => {
                 let endpoint = new.endpoint.ok_or_else(|| invalid_field("endpoint", "must be given"))?;
                 let key = new.request_id.as_ref().map(|id| format!("{INLINE_KEY}{id}"));
-                let made = self.services.ingest.inline(&caller.owner, endpoint, requests, key.as_deref()).await;
+                let spec = NewUpload {
+                    owner: caller.owner.clone(),
+                    filename: INLINE_NAME.to_owned(),
+                    total_bytes: None,
+                    request_id: key,
+                };
+                let made = self.services.ingest.inline(spec, endpoint, &requests).await;
                 (made.map_err(|error| status::ingest(error, inline_name))?, endpoint, true)
             }
         };
@@ -157,23 +166,10 @@ impl Api {
             return self.show(existing).await;
         }
         let batch = self.find(caller, &id).await?;
-        let refused = |reason, message: &str| Err(error(Code::FailedPrecondition, reason, message));
-        if !batch.status.is_terminal() {
-            return refused("BATCH_NOT_ENDED", "the batch has not ended: what failed is known at its end");
-        }
-        if batch.error_file_id.is_none() {
-            return refused("NO_FAILED_REQUESTS", "the batch has no failed requests");
-        }
-        if self.services.store.file(&batch.input_file_id).await.map_err(status::store)?.is_none() {
-            return refused("INPUT_FILE_GONE", "the batch's input file, which holds the requests, has been deleted");
-        }
         let key = request_id.as_ref().map(|id| format!("{RETRY_KEY}{id}"));
-        let made = self.services.ingest.failed_lines_file(&batch, &caller.owner, key.as_deref()).await;
-        let file = match made {
-            Ok(file) => file,
-            Err(IngestError::Empty) => return refused("NO_FAILED_REQUESTS", "the batch has no failed requests"),
-            Err(error) => return Err(status::ingest(error, line_name)),
-        };
+        let Services { ingest, store, blobs, .. } = &self.services;
+        let made = failed_lines_file(ingest, store, blobs, &batch, &caller.owner, key.as_deref()).await;
+        let file = made.map_err(status::retry_failed)?;
         let new = NewBatch {
             owner: caller.owner.clone(),
             input_file_id: file.id,

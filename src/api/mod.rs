@@ -29,7 +29,7 @@ pub use auth::{Caller, Role, Tokens, TokensError, hash_token};
 pub use gate::TraceId;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
-use crate::{fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store};
+use crate::{blobs::Blobs, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store};
 
 /// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an
 /// answer that does not fit is refused with a reason.
@@ -40,6 +40,8 @@ pub const MESSAGE_LIMIT: usize = 4 * 1024 * 1024;
 pub struct Services {
     /// The database.
     pub store: Store,
+    /// The objects.
+    pub blobs: Blobs,
     /// Takes uploads.
     pub ingest: Ingest,
     /// Reads files and results.

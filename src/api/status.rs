@@ -14,7 +14,7 @@ use crate::{
     fleet::{FleetError, InferError},
     ingest::{IngestError, LineReport},
     progress::WatchError,
-    results::{BadCursor, ReadError},
+    results::{BadCursor, ReadError, retry::RetryError},
     store::StoreError,
 };
 
@@ -166,6 +166,7 @@ pub fn fleet(error: FleetError) -> Status {
         FleetError::FromConfig(_) => {
             self::error(Code::FailedPrecondition, "WORKER_FROM_CONFIG", error.to_string())
         }
+        FleetError::Client(_) => internal(&error),
         FleetError::Store(error) => store(error),
     }
 }
@@ -184,16 +185,17 @@ pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
     match error {
         IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
         IngestError::TooManyLines { .. } => {
-            self::error(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", format!("{error}: split the file"))
+            self::error(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", error.to_string())
         }
         IngestError::TooManyBytes { .. } => {
-            self::error(Code::ResourceExhausted, "FILE_TOO_LARGE", format!("{error}: split the file"))
+            self::error(Code::ResourceExhausted, "FILE_TOO_LARGE", error.to_string())
         }
         IngestError::Empty => invalid("FILE_EMPTY", "the file holds no request", Vec::new()),
         IngestError::SizeMismatch { .. } => {
             let violation = FieldViolation::new("spec.total_bytes", error.to_string());
             invalid("FILE_SIZE_MISMATCH", error.to_string(), vec![violation])
         }
+        IngestError::Interrupted => shutting_down(),
         IngestError::Store(error) => store(error),
         IngestError::Blob(error) => blob(error),
         IngestError::Scratch(error) => {
@@ -203,30 +205,47 @@ pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
     }
 }
 
+/// Why the failed lines of a batch can't be tried again.
+pub fn retry_failed(error: RetryError) -> Status {
+    let refused = |reason| self::error(Code::FailedPrecondition, reason, error.to_string());
+    match error {
+        RetryError::NotEnded => refused("BATCH_NOT_ENDED"),
+        RetryError::NothingFailed => refused("NO_FAILED_REQUESTS"),
+        RetryError::InputGone => refused("INPUT_FILE_GONE"),
+        RetryError::Corrupt(_) => internal(&error),
+        RetryError::Ingest(error) => ingest(error, line_name),
+        RetryError::Store(error) => store(error),
+        RetryError::Blob(error) => blob(error),
+    }
+}
+
 /// Names a line of a file.
 pub fn line_name(line: u64) -> String {
     format!("line {line}")
 }
 
-/// As many bad lines as fit; the message counts them all.
+/// The bad lines, each in words that leave room for the others; the message counts them all.
 fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> Status {
-    let first = errors.first().map(|first| format!("; {}: {}", name(first.line), describe(first)));
+    let first = errors.first().map(|first| format!("; {}: {}", name(first.line), describe(first, DESCRIPTION_LIMIT)));
     let summary = match total {
         1 => "1 bad line".to_owned(),
         total => format!("{total} bad lines"),
     };
-    let mut room = DETAILS_LIMIT;
-    let mut violations = Vec::new();
-    for error in errors {
-        let violation = FieldViolation::new(name(error.line), describe(error));
-        // Two tags and lengths, and those of the violation itself.
-        let size = violation.field.len() + violation.description.len() + 12;
-        if size > room {
-            break;
+    let all = |most| -> Vec<FieldViolation> {
+        errors.iter().map(|error| FieldViolation::new(name(error.line), describe(error, most))).collect()
+    };
+    // Two tags and lengths, and those of the violation itself.
+    let size = |violation: &FieldViolation| violation.field.len() + violation.description.len() + 8;
+    let fits = |violations: &[FieldViolation]| violations.iter().map(size).sum::<usize>() <= DETAILS_LIMIT;
+    // Better all of them in few words than a few of them in many: what is cut is told in full for the first.
+    let shorter = [DESCRIPTION_LIMIT, 80, 60, 45, 35, 25].into_iter().map(all).find(|violations| fits(violations));
+    let violations = shorter.unwrap_or_else(|| {
+        let mut some = all(25);
+        while !fits(&some) {
+            some.pop();
         }
-        room -= size;
-        violations.push(violation);
-    }
+        some
+    });
     let more = match total - violations.len() as u64 {
         0 => String::new(),
         more => format!("; {more} more than are listed here"),
@@ -234,15 +253,16 @@ fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> 
     invalid("INVALID_FILE", format!("{summary}{more}{}", first.unwrap_or_default()), violations)
 }
 
-fn describe(error: &LineReport) -> String {
+/// A bad line in at most that many characters.
+fn describe(error: &LineReport, most: usize) -> String {
     let text = match &error.custom_id {
         Some(id) => format!("{} (custom_id {:?})", error.message, short(id)),
         None => error.message.clone(),
     };
-    if text.chars().count() <= DESCRIPTION_LIMIT {
+    if text.chars().count() <= most {
         return text;
     }
-    text.chars().take(DESCRIPTION_LIMIT - 1).chain(['…']).collect()
+    text.chars().take(most - 1).chain(['…']).collect()
 }
 
 /// Collects what is wrong with a request, field by field.

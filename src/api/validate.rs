@@ -13,6 +13,7 @@ use crate::{
         BatchId, BatchStatus, Endpoint, FileId, Priority, WorkerId,
         batch::{DEFAULT_WINDOW, WINDOW_RANGE},
     },
+    ingest::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest},
     pb,
     progress::{DEFAULT_INTERVAL, INTERVAL_RANGE},
 };
@@ -26,7 +27,7 @@ const NAME: usize = 512;
 /// The most pairs of metadata, and bytes of a key and of a value.
 const METADATA: (usize, usize, usize) = (16, 64, 512);
 /// The most inline requests, and their bytes together.
-const INLINE: (usize, usize) = (1_000, 3 * 1024 * 1024);
+const INLINE: (usize, usize) = (INLINE_MAX_REQUESTS, INLINE_MAX_BYTES);
 /// The most bytes of a chunk of an upload.
 const CHUNK: usize = 1024 * 1024;
 
@@ -156,7 +157,7 @@ pub(super) fn chunk(of: pb::UploadFileRequest) -> Result<Bytes, Status> {
 #[derive(Debug)]
 pub(super) enum BatchInput {
     File(FileId),
-    Inline(Vec<(String, Bytes)>),
+    Inline(Vec<InlineRequest>),
 }
 
 /// A new batch.
@@ -208,13 +209,13 @@ pub(super) fn create_batch(of: pb::CreateBatchRequest) -> Result<CreateBatch, St
 }
 
 /// How many and how large they are; what is in them is for ingest to judge.
-fn inline_requests(of: pb::InlineRequests, wrong: &mut Violations) -> Vec<(String, Bytes)> {
+fn inline_requests(of: pb::InlineRequests, wrong: &mut Violations) -> Vec<InlineRequest> {
     let (most, bytes) = INLINE;
     let count = of.requests.len();
     wrong.check((1..=most).contains(&count), "inline_requests.requests", format!("must be 1 to {most}, are {count}"));
     let size: usize = of.requests.iter().map(|request| request.custom_id.len() + request.body.len()).sum();
     wrong.check(size <= bytes, "inline_requests", "must be 3 MiB together: upload a file instead");
-    of.requests.into_iter().map(|request| (request.custom_id, request.body)).collect()
+    of.requests.into_iter().map(|request| InlineRequest { custom_id: request.custom_id, body: request.body }).collect()
 }
 
 /// Names an inline request in the violations.

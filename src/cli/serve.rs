@@ -76,10 +76,7 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     }
     let shutdown = on_signal()?;
     let app = App::start(config).await?;
-    tracing::info!(url = %app.url(), "serving gRPC and HTTP");
-    app.run_until(shutdown).await;
-    tracing::info!("stopped");
-    Ok(())
+    Ok(app.run_until(shutdown).await?)
 }
 
 /// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process.
