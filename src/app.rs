@@ -103,7 +103,10 @@ impl App {
         let background = TaskTracker::new();
         let urls: Vec<String> = config.worker.iter().map(ToString::to_string).collect();
         Fleet::configure(&store, &urls).await?;
-        let fleet = FleetOptions { limit: config.worker_max_in_flight, api_key: None };
+        let fleet = FleetOptions {
+            limit: config.worker_max_in_flight,
+            api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
+        };
         let fleet = Fleet::start(store.clone(), fleet, &background, watching.clone()).await?;
         let scheduler = Scheduler::new(
             store.clone(),

@@ -7,7 +7,7 @@ use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
 use super::error;
@@ -38,6 +38,12 @@ pub struct ClientArgs {
     /// PEM certificates of the authorities that may vouch for the server. Default: the system's.
     #[arg(long, global = true, env = "TIDEMILL_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
+    /// PEM certificate chain of this client, for a server with --tls-client-ca. With --tls-client-key.
+    #[arg(long, global = true, env = "TIDEMILL_TLS_CLIENT_CERT", value_name = "FILE", requires = "tls_client_key")]
+    pub tls_client_cert: Option<PathBuf>,
+    /// PEM private key of --tls-client-cert.
+    #[arg(long, global = true, env = "TIDEMILL_TLS_CLIENT_KEY", value_name = "FILE", requires = "tls_client_cert")]
+    pub tls_client_key: Option<PathBuf>,
     /// Print JSON: one object per line for lists and events.
     #[arg(long, global = true)]
     pub json: bool,
@@ -68,7 +74,15 @@ impl ClientArgs {
     /// Options for a server of this process, as the demo's.
     #[must_use]
     pub fn of(server: String) -> Self {
-        Self { server, token: None, token_file: None, tls_ca: None, json: false }
+        Self {
+            server,
+            token: None,
+            token_file: None,
+            tls_ca: None,
+            tls_client_cert: None,
+            tls_client_key: None,
+            json: false,
+        }
     }
 
     /// Prepares the connection; nothing is sent yet.
@@ -97,13 +111,16 @@ impl ClientArgs {
     }
 
     fn tls(&self) -> anyhow::Result<ClientTlsConfig> {
-        match &self.tls_ca {
-            Some(file) => {
-                let pem = fs::read(file).with_context(|| format!("--tls-ca {}", file.display()))?;
-                Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)))
-            }
-            None => Ok(ClientTlsConfig::new().with_native_roots()),
-        }
+        let read = |flag: &str, file: &PathBuf| fs::read(file).with_context(|| format!("{flag} {}", file.display()));
+        let config = match &self.tls_ca {
+            Some(file) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("--tls-ca", file)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        Ok(match (&self.tls_client_cert, &self.tls_client_key) {
+            (Some(cert), Some(key)) => config
+                .identity(Identity::from_pem(read("--tls-client-cert", cert)?, read("--tls-client-key", key)?)),
+            _ => config,
+        })
     }
 
     fn bearer(&self) -> anyhow::Result<Option<MetadataValue<Ascii>>> {

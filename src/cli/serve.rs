@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{meter::note, out};
 use crate::{
     app::App,
-    config::{BlobStore, Database, DatabaseUrl, ServeConfig, parse_database_url},
+    config::{BlobStore, Database, Secret, ServeConfig, parse_database_url},
     sim::{Sim, SimConfig},
     store::Store,
 };
@@ -27,7 +27,7 @@ pub struct MigrateArgs {
     /// PostgreSQL: postgres://user:password@host/database. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true,
         value_parser = parse_database_url)]
-    database_url: Option<DatabaseUrl>,
+    database_url: Option<Secret>,
     /// Change nothing; only show which migrations are applied.
     #[arg(long)]
     status: bool,

@@ -64,21 +64,21 @@ pub enum ConfigError {
     },
 }
 
-/// A URL that may hold a password, so it is never printed whole.
+/// A setting that is, or may hold, a password, so it is never printed.
 #[derive(Clone, PartialEq, Eq)]
-pub struct DatabaseUrl(String);
+pub struct Secret(String);
 
-impl DatabaseUrl {
-    /// The URL, password and all.
+impl Secret {
+    /// The text itself.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
     }
 }
 
-impl fmt::Debug for DatabaseUrl {
+impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("DatabaseUrl(…)")
+        f.write_str("(hidden)")
     }
 }
 
@@ -97,7 +97,7 @@ pub enum Database {
     /// A SQLite file: one node.
     Sqlite(PathBuf),
     /// A PostgreSQL URL: any number of nodes.
-    Postgres(DatabaseUrl),
+    Postgres(Secret),
 }
 
 /// Where objects are kept.
@@ -137,6 +137,12 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
     pub worker_max_in_flight: u32,
 
+    /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
+    /// file: a flag is seen by everybody on the machine.
+    #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",
+        value_parser = parse_secret)]
+    pub worker_api_key: Option<Secret>,
+
     /// How long one request to a worker may take.
     #[arg(long, env = "TIDEMILL_REQUEST_TIMEOUT", value_name = "SPAN", default_value = "600s", help_heading = "Workers",
         value_parser = humantime::parse_duration)]
@@ -155,7 +161,7 @@ pub struct ServeConfig {
     /// too. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
         value_parser = parse_database_url)]
-    pub database_url: Option<DatabaseUrl>,
+    pub database_url: Option<Secret>,
 
     /// Connections to PostgreSQL, 2 to 1000.
     #[arg(long, env = "TIDEMILL_DATABASE_CONNECTIONS", value_name = "N", default_value = "10", help_heading = "Storage",
@@ -279,7 +285,7 @@ impl ServeConfig {
 impl Database {
     /// The one of these settings.
     #[must_use]
-    pub fn of(url: Option<&DatabaseUrl>, data_dir: &std::path::Path) -> Self {
+    pub fn of(url: Option<&Secret>, data_dir: &std::path::Path) -> Self {
         match url {
             Some(url) => Self::Postgres(url.clone()),
             None => Self::Sqlite(data_dir.join("tidemill.db")),
@@ -297,7 +303,7 @@ impl Default for ServeConfig {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn parse_database_url(text: &str) -> Result<DatabaseUrl, String> {
+pub fn parse_database_url(text: &str) -> Result<Secret, String> {
     // The URL itself stays out of the message: it may hold a password.
     let url = Url::parse(text).map_err(|error| format!("not a URL: {error}"))?;
     if !matches!(url.scheme(), "postgres" | "postgresql") {
@@ -306,7 +312,12 @@ pub fn parse_database_url(text: &str) -> Result<DatabaseUrl, String> {
             url.scheme()
         ));
     }
-    Ok(DatabaseUrl(text.to_owned()))
+    Ok(Secret(text.to_owned()))
+}
+
+fn parse_secret(text: &str) -> Result<Secret, String> {
+    let printable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
+    printable.then(|| Secret(text.to_owned())).ok_or_else(|| "expected printable ASCII without spaces".to_owned())
 }
 
 fn parse_blobs(text: &str) -> Result<String, String> {

@@ -90,7 +90,7 @@ impl Store {
                 |sqlite| {
                     sqlite
                         .pragma("journal_mode", "WAL")
-                        .pragma("synchronous", "NORMAL")
+                        .pragma("synchronous", "FULL")
                         .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())
                         .pragma("temp_store", "MEMORY")
                 },

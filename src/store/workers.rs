@@ -49,23 +49,28 @@ impl Store {
         self.upsert(url, false).await
     }
 
-    /// Makes the workers named by the configuration known; those it named before and names no more are forgotten.
+    /// Makes the workers named by the configuration known. With SQLite, where there is one configuration, those it named
+    /// before and names no more are forgotten; with PostgreSQL, where other nodes may name others, they are as if
+    /// registered.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn configure_workers(&self, urls: &[String]) -> Result<(), StoreError> {
-        worker::Entity::delete_many()
-            .filter(worker::Column::FromConfig.eq(true))
-            .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
-            .exec(&self.inner.write)
-            .await?;
+        if self.is_sqlite() {
+            worker::Entity::delete_many()
+                .filter(worker::Column::FromConfig.eq(true))
+                .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
+                .exec(&self.inner.write)
+                .await?;
+        }
         for url in urls {
             self.upsert(url, true).await?;
         }
         Ok(())
     }
 
-    async fn upsert(&self, url: &str, from_config: bool) -> Result<WorkerRecord, StoreError> {
+    async fn upsert(&self, url: &str, configured: bool) -> Result<WorkerRecord, StoreError> {
+        let from_config = configured && self.is_sqlite();
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let row = worker::ActiveModel {
@@ -82,7 +87,7 @@ impl Store {
         let found = worker::Entity::find().filter(worker::Column::Url.eq(url)).one(&tx).await?;
         let mut row = found.ok_or_else(|| StoreError::Corrupt("no worker after its insert".into()))?;
         // A restart keeps a configured worker draining; registering it again says that it is wanted.
-        row.draining &= from_config;
+        row.draining &= configured;
         row.from_config |= from_config;
         let change = worker::ActiveModel {
             id: Set(row.id.clone()),

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::Path,
     process::{ExitStatus, Output, Stdio},
     sync::Arc,
     time::Duration,
@@ -44,10 +44,9 @@ impl Server {
         server
     }
 
-    fn command(&self) -> Command {
+    fn command(&self, address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
-        let address = self.shared.address.to_string();
-        command.arg("serve").args(["--listen", &address]).arg("--data-dir").arg(self.shared.folder.path());
+        command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.shared.folder.path());
         command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
         command
     }
@@ -59,7 +58,7 @@ impl Server {
             .append(true)
             .open(self.shared.folder.path().join("server.log"))
             .unwrap();
-        let mut child = self.command().stderr(log).spawn().unwrap();
+        let mut child = self.command(&self.shared.address.to_string()).stderr(log).spawn().unwrap();
         for _ in 0..600 {
             if let Some(status) = child.try_wait().unwrap() {
                 let log = std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap();
@@ -90,8 +89,7 @@ impl Server {
 
     /// A second process on the same data, on another port.
     pub async fn second(&self) -> Output {
-        let mut command = self.command();
-        command.args(["--listen", "127.0.0.1:0"]);
+        let mut command = self.command("127.0.0.1:0");
         tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it refuses to start").unwrap()
     }
 
@@ -108,11 +106,6 @@ impl Server {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-    }
-
-    #[allow(dead_code)]
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.shared.folder.path().join(name)
     }
 }
 
