@@ -83,12 +83,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be opened.
     pub async fn sqlite_unmigrated(file: &Path) -> Result<Self, StoreError> {
-        let url = format!("sqlite://{}?mode=rwc", file.display());
         let connect = |connections: u32| {
-            let mut options = ConnectOptions::new(url.clone());
+            // The file is not named in the URL: there a `%` or a `?` in its path would mean something else.
+            let mut options = ConnectOptions::new("sqlite://");
+            let file = file.to_owned();
             options.max_connections(connections).min_connections(1).sqlx_logging(false).map_sqlx_sqlite_opts(
-                |sqlite| {
+                move |sqlite| {
                     sqlite
+                        .filename(&file)
+                        .create_if_missing(true)
                         .pragma("journal_mode", "WAL")
                         .pragma("synchronous", "FULL")
                         .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())

@@ -36,3 +36,16 @@ async fn many_start_at_once_on_an_empty_postgres_database() {
     // One connection must be enough: nothing may wait for a second one while it holds the first.
     all_start(&url, async || Store::postgres(&url, 1).await).await;
 }
+
+#[tokio::test]
+async fn a_data_directory_may_have_any_name() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["with space", "100%", "a%20b", "what?", "#1", "zürich"] {
+        let file = folder.path().join(name).join("tidemill.db");
+        std::fs::create_dir(file.parent().unwrap()).unwrap();
+        let store = Store::sqlite(&file).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        store.ping().await.unwrap();
+        store.close().await;
+        assert!(file.exists(), "{name}");
+    }
+}
