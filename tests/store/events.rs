@@ -24,9 +24,12 @@ async fn cancelling_twice_is_cancelling_once(db: Db) {
         CancelledBatch::Batch(batch) => *batch,
         other => panic!("{other:?}"),
     };
+    let mut changes = db.store.changes();
     let once = cancel().await;
+    assert_eq!(changes.try_recv().as_ref(), Ok(&batch.id));
     assert_eq!(once.status, BatchStatus::Cancelling);
     assert_eq!(cancel().await, once);
+    assert!(changes.try_recv().is_err(), "nothing changed");
     assert_eq!(db.get(&batch.id).await, once);
     // What is answered already counts still.
     assert_eq!(db.store.commit_part(&one.segment, one.epoch, &part(0..2, [])).await.unwrap(), Commit::Done);
@@ -91,6 +94,9 @@ async fn windows_close_once_their_time_is_up(db: Db) {
 }
 
 async fn no_more_windows_close_than_asked_for(db: Db) {
+    for _ in 0..3 {
+        db.batch(1).await;
+    }
     for _ in 0..5 {
         let batch = db.batch(1).await;
         db.store.set_expiry(&batch.id, batch.created_at).await.unwrap();

@@ -1,5 +1,7 @@
 //! Parts and ends: every answer counts once, and the last one ends the batch.
 
+use std::time::Duration;
+
 use futures::future::join_all;
 use tidemill::{
     domain::{BatchStatus, FileKind, NodeId, SegmentIndex, TokenUsage},
@@ -64,6 +66,10 @@ async fn parts_are_read_in_commit_order_by_page(db: Db) {
 }
 
 async fn the_last_segment_ends_the_batch(db: Db) {
+    let other = db.batch(2).await;
+    for _ in 0..2 {
+        db.finish(&db.claim(&other.id).await).await;
+    }
     let batch = db.batch(2).await;
     let (one, two) = (db.claim(&batch.id).await, db.claim(&batch.id).await);
     let first = part(0..6, 6..8);
@@ -103,7 +109,7 @@ async fn the_last_segment_ends_the_batch(db: Db) {
     let error = db.store.file(&error).await.unwrap().unwrap();
     assert_eq!((error.bytes, error.line_count, &error.owner), (100, 2, &batch.owner));
     assert_eq!(error.kind, FileKind::Error(batch.id.clone()));
-    assert_eq!(db.number("SELECT COUNT(*) FROM files").await, 3);
+    assert_eq!(db.number("SELECT COUNT(*) FROM files").await, 2 + 3);
 
     let events = db.events(&batch.id).await;
     use BatchStatus::{Completed, Finalizing, InProgress, Validating};
@@ -152,6 +158,34 @@ async fn dropped_parts_are_counted_back_once(db: Db) {
     assert_eq!(db.get(&batch.id).await.counts.completed, 9);
 }
 
+/// A client that goes away drops the call wherever it is: it is done or not, never half, and the next call works.
+async fn a_call_given_up_half_way_is_whole_or_nothing(db: Db) {
+    let batch = db.batch(1).await;
+    let claimed = db.claim(&batch.id).await;
+    let mut given_up = 0;
+    for step in 0..200 {
+        let answered = part([], [step % 10]);
+        let commit = async || db.store.commit_part(&claimed.segment, claimed.epoch, &answered).await;
+        let mut first = Box::pin(commit());
+        let mut done = false;
+        for _ in 0..step {
+            if futures::poll!(&mut first).is_ready() {
+                done = true;
+                break;
+            }
+            tokio::time::sleep(Duration::from_micros(50)).await;
+        }
+        drop(first);
+        given_up += i32::from(!done);
+        let seen = db.store.parts_of(&claimed.segment).await.unwrap().len();
+        let counted = db.get(&batch.id).await.counts.failed;
+        assert!(i64::try_from(seen).unwrap() <= counted, "a part without its count");
+        assert_eq!(commit().await.unwrap(), Commit::Done);
+        assert_eq!(db.get(&batch.id).await.counts.failed, i64::from(step) + 1);
+    }
+    assert!(given_up > 1, "{given_up}");
+}
+
 /// The whole engine at once: claims, parts, renewals, cancellations and ends from many nodes. Lock orders that differ
 /// would be a deadlock here on PostgreSQL.
 async fn many_nodes_finish_many_batches_together(db: Db) {
@@ -160,10 +194,12 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
     let held = db.claim(&batches[2].id).await;
     let mut stores = vec![db.store.clone()];
     stores.extend([db.another().await, db.another().await]);
-    let nodes = join_all((0..6).map(|turn| {
+    // The first that fails ends the others.
+    let mut nodes = tokio::task::JoinSet::new();
+    for turn in 0..6 {
         let (held, store, node) = (held.clone(), stores[turn % 3].clone(), NodeId::generate());
         let ids: Vec<_> = batches.iter().map(|batch| batch.id.clone()).collect();
-        tokio::spawn(async move {
+        nodes.spawn(async move {
             for step in 0.. {
                 let Some(id) = ids.get((turn + step) % ids.len()) else { break };
                 store.renew_leases(&node, LEASE).await?;
@@ -194,9 +230,9 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
                 assert_eq!(end, Commit::Done);
             }
             Ok::<(), StoreError>(())
-        })
-    }));
-    for node in nodes.await {
+        });
+    }
+    while let Some(node) = nodes.join_next().await {
         node.unwrap().unwrap();
     }
     for (place, batch) in batches.iter().enumerate() {
@@ -217,5 +253,6 @@ on_both_databases!(
     the_last_segment_ends_the_batch,
     a_batch_without_errors_has_no_error_file,
     dropped_parts_are_counted_back_once,
+    a_call_given_up_half_way_is_whole_or_nothing,
     many_nodes_finish_many_batches_together,
 );
