@@ -118,7 +118,7 @@ async fn a_renewal_tells_of_endings(db: Db) {
     let error = BatchError { code: "input_missing".into(), message: "gone".into(), line: 0, param: String::new() };
     db.store.fail_batch(&failed.id, error).await.unwrap();
     db.store.set_expiry(&late.id, late.created_at).await.unwrap();
-    assert_eq!(db.store.close_windows(10).await.unwrap(), [late.id.clone()]);
+    assert_eq!(db.store.close_windows(10).await.unwrap(), std::slice::from_ref(&late.id));
     let held = db.store.renew_leases(&node, LEASE).await.unwrap().held;
     let of = |id: &BatchId| held.iter().find(|one| one.segment.batch == *id).map(|one| (one.ending, one.batch_ended));
     assert_eq!(of(&cancelled.id), Some((Some(Ending::Cancelled), false)));

@@ -82,7 +82,7 @@ async fn windows_close_once_their_time_is_up(db: Db) {
     db.store.set_expiry(&late.id, late.created_at).await.unwrap();
     let other = db.another().await;
     let (one, two) = tokio::join!(db.store.close_windows(10), other.close_windows(10));
-    assert_eq!([one.unwrap(), two.unwrap()].concat(), [late.id.clone()], "by one of two nodes");
+    assert_eq!([one.unwrap(), two.unwrap()].concat(), std::slice::from_ref(&late.id), "by one of two nodes");
     assert!(db.store.close_windows(10).await.unwrap().is_empty());
     assert_eq!(db.get(&late.id).await.status, BatchStatus::Finalizing);
     assert_eq!(db.get(&early.id).await.status, BatchStatus::InProgress);

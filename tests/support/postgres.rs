@@ -68,6 +68,7 @@ fn skip(why: &str) -> Option<Cluster> {
     None
 }
 
+#[allow(clippy::zombie_processes)] // it ends after this process, by design
 fn start() -> Option<Cluster> {
     let Some(programs) = programs() else {
         return skip("it is not installed (pg_config --bindir names no folder with initdb)");
