@@ -1,0 +1,179 @@
+//! Files over the wire.
+
+use futures::TryStreamExt;
+use tidemill::pb;
+use tonic::{Code, codec::CompressionEncoding};
+use tonic_types::StatusExt;
+
+use crate::support::{Server, chunk, expect, fields, inline, lines, spec, upload};
+
+#[tokio::test]
+async fn an_upload_begins_with_its_spec_and_goes_on_in_chunks() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let mut send = async |messages: Vec<pb::UploadFileRequest>| client.upload_file(tokio_stream::iter(messages)).await;
+    let start = || spec(pb::FileSpec { filename: "f.jsonl".into(), ..Default::default() });
+    assert_eq!(fields(send(vec![]).await), ["spec"]);
+    assert_eq!(fields(send(vec![chunk(lines(1))]).await), ["spec"]);
+    assert_eq!(fields(send(vec![start(), start()]).await), ["spec"]);
+    assert_eq!(fields(send(vec![start(), chunk("")]).await), ["chunk"]);
+    assert_eq!(fields(send(vec![start(), pb::UploadFileRequest::default()]).await), ["chunk"]);
+    assert_eq!(fields(send(vec![start(), chunk(vec![b'x'; 1_048_577])]).await), ["chunk"]);
+    let bad = pb::FileSpec {
+        filename: "x".repeat(256),
+        purpose: "fine-tune".into(),
+        total_bytes: -1,
+        request_id: "x".repeat(129),
+    };
+    let expected = ["spec.filename", "spec.purpose", "spec.total_bytes", "spec.request_id"];
+    assert_eq!(fields(send(vec![spec(bad)]).await), expected);
+    expect(send(vec![start()]).await, Code::InvalidArgument, "FILE_EMPTY");
+    let short = spec(pb::FileSpec { total_bytes: 5, ..Default::default() });
+    expect(send(vec![short, chunk(lines(1))]).await, Code::InvalidArgument, "FILE_SIZE_MISMATCH");
+
+    let bytes = lines(500);
+    let mut messages = vec![start()];
+    messages.extend(bytes.chunks(1_000).map(|piece| chunk(piece.to_vec())));
+    let file = send(messages).await.unwrap().into_inner();
+    assert_eq!((file.filename.as_str(), file.line_count, file.purpose.as_str()), ("f.jsonl", 500, "batch"));
+    let got = client.get_file(pb::GetFileRequest { file_id: file.id.clone() }).await.unwrap().into_inner();
+    assert_eq!(got, file);
+}
+
+#[tokio::test]
+async fn an_upload_with_the_same_request_id_is_the_same_file() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let start = || spec(pb::FileSpec { request_id: "r".into(), ..Default::default() });
+    let mut send = async || {
+        let messages = tokio_stream::iter([start(), chunk(lines(2))]);
+        client.upload_file(messages).await.unwrap().into_inner()
+    };
+    let (first, second) = (send().await, send().await);
+    assert_eq!(first, second);
+}
+
+#[tokio::test]
+async fn bad_lines_come_back_with_their_numbers() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let mut bytes = lines(2);
+    bytes.extend(b"{}\n".repeat(5_000));
+    let messages = tokio_stream::iter([spec(pb::FileSpec::default()), chunk(bytes)]);
+    let status = client.upload_file(messages).await.unwrap_err();
+    assert!(status.message().starts_with("5000 bad lines"), "{}", status.message());
+    assert!(status.details().len() < 5_500, "{}", status.details().len());
+    let bad = status.get_details_bad_request().unwrap().field_violations;
+    assert!(bad.len() > 30, "{}", bad.len());
+    assert_eq!((bad[0].field.as_str(), bad[1].field.as_str()), ("line 3", "line 4"));
+    expect::<()>(Err(status), Code::InvalidArgument, "INVALID_FILE");
+    assert!(server.store.files(&Default::default(), None, 10).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_download_resumes_anywhere_up_to_the_end() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let bytes = lines(30_000);
+    let pieces = bytes.chunks(1 << 20).map(|piece| chunk(piece.to_vec()));
+    let messages: Vec<_> = std::iter::once(spec(pb::FileSpec::default())).chain(pieces).collect();
+    let file = client.upload_file(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let size = i64::try_from(bytes.len()).unwrap();
+    assert!(size > 2 << 20);
+    let from = |offset: i64| pb::DownloadFileRequest { file_id: file.id.clone(), offset };
+    for offset in [0, 1, 1 << 20, size - 1, size] {
+        let chunks: Vec<_> = client.download_file(from(offset)).await.unwrap().into_inner().try_collect().await.unwrap();
+        let mut at = offset;
+        let mut got = Vec::new();
+        for chunk in chunks {
+            assert_eq!(chunk.offset, at);
+            assert!(chunk.data.len() <= 1 << 20);
+            at += i64::try_from(chunk.data.len()).unwrap();
+            got.extend(chunk.data);
+        }
+        assert!(got == bytes[usize::try_from(offset).unwrap()..], "from {offset}");
+    }
+    expect(client.download_file(from(size + 1)).await, Code::OutOfRange, "OFFSET_OUT_OF_RANGE");
+    assert_eq!(fields(client.download_file(from(-1)).await), ["offset"]);
+    let missing = pb::DownloadFileRequest { file_id: "file-none".into(), offset: 0 };
+    expect(client.download_file(missing).await, Code::NotFound, "FILE_NOT_FOUND");
+}
+
+#[tokio::test]
+async fn a_reader_that_stands_still_does_not_stop_another_on_its_connection() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let bytes = lines(80_000);
+    let pieces = bytes.chunks(1 << 20).map(|piece| chunk(piece.to_vec()));
+    let messages: Vec<_> = std::iter::once(spec(pb::FileSpec::default())).chain(pieces).collect();
+    let file = client.upload_file(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let request = pb::DownloadFileRequest { file_id: file.id, offset: 0 };
+    // Far more than a stream's window, so the one that stands still fills its own.
+    assert!(bytes.len() > 6 << 20);
+    let mut still = client.download_file(request.clone()).await.unwrap().into_inner();
+    still.message().await.unwrap().unwrap();
+    let chunks: Vec<_> = client.download_file(request).await.unwrap().into_inner().try_collect().await.unwrap();
+    assert_eq!(chunks.iter().map(|chunk| chunk.data.len()).sum::<usize>(), bytes.len());
+    let rest: Vec<_> = still.try_collect().await.unwrap();
+    assert!(rest.len() > 1);
+}
+
+#[tokio::test]
+async fn an_upload_that_breaks_off_leaves_no_file() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let (send, receive) = tokio::sync::mpsc::channel(4);
+    let mut other = client.clone();
+    let call =
+        tokio::spawn(async move { other.upload_file(tokio_stream::wrappers::ReceiverStream::new(receive)).await });
+    send.send(spec(pb::FileSpec::default())).await.unwrap();
+    for _ in 0..20 {
+        send.send(chunk(lines(10))).await.unwrap();
+    }
+    // The client goes away in the middle: its stream is reset, not ended.
+    call.abort();
+    assert!(call.await.unwrap_err().is_cancelled());
+    drop(send);
+    // Another call on the same connection comes after the reset.
+    let mut client = client;
+    upload(&mut client, lines(1)).await;
+    let files = client.list_files(pb::ListFilesRequest::default()).await.unwrap().into_inner().files;
+    assert_eq!(files.len(), 1);
+}
+
+#[tokio::test]
+async fn results_are_files_of_their_own_purpose() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let batch = client.create_batch(inline(3)).await.unwrap().into_inner();
+    server.run_batch(&batch.id, 2).await;
+    let purpose = |purpose: &str| pb::ListFilesRequest { purpose: purpose.into(), ..Default::default() };
+    let results = client.list_files(purpose("batch_output")).await.unwrap().into_inner().files;
+    assert_eq!(results.len(), 2);
+    let inputs = client.list_files(purpose("batch")).await.unwrap().into_inner().files;
+    assert_eq!(inputs.iter().map(|file| &file.id).collect::<Vec<_>>(), [&batch.input_file_id]);
+    assert_eq!(fields(client.list_files(purpose("other")).await), ["purpose"]);
+    let mut request = inline(1);
+    request.input = Some(pb::create_batch_request::Input::InputFileId(results[0].id.clone()));
+    assert_eq!(fields(client.create_batch(request).await), ["input_file_id"]);
+}
+
+#[tokio::test]
+async fn messages_may_be_compressed_and_must_not_be_too_large() {
+    let server = Server::start().await;
+    for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
+        let client = server.client().await;
+        let mut client = client.send_compressed(encoding).accept_compressed(encoding);
+        let file = upload(&mut client, lines(100)).await;
+        assert_eq!(file.line_count, 100);
+    }
+    let mut client = server.client().await;
+    let messages = tokio_stream::iter([spec(pb::FileSpec::default()), chunk(vec![b'x'; 5 << 20])]);
+    let status = client.upload_file(messages).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    // A kilobyte that would become 64 MiB is refused too.
+    let mut client = server.client().await.send_compressed(CompressionEncoding::Gzip);
+    let messages = tokio_stream::iter([spec(pb::FileSpec::default()), chunk(vec![b'x'; 64 << 20])]);
+    let status = client.upload_file(messages).await.unwrap_err();
+    assert!(matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted), "{status:?}");
+}

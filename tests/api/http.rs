@@ -1,0 +1,142 @@
+//! What probes, proxies, browsers and generic clients see.
+
+use futures::StreamExt;
+use prost::Message;
+use tidemill::pb;
+use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use crate::support::{Server, expect, inline};
+
+#[tokio::test]
+async fn plain_http_is_answered_on_the_same_port() {
+    let server = Server::start().await;
+    let http = reqwest::Client::new();
+    let get = async |path: &str| {
+        let answer = http.get(server.url(path)).send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    assert_eq!(get("/healthz").await, (200, "ok\n".into()));
+    assert_eq!(get("/readyz").await, (200, "ready\n".into()));
+    assert_eq!(get("/metrics").await, (200, "tidemill_up 1\n".into()));
+    assert_eq!(get("/else").await.0, 404);
+    server.store.close().await;
+    assert_eq!(get("/healthz").await.0, 200);
+    assert_eq!(get("/readyz").await, (503, "the database is not available\n".into()));
+    let mut client = server.client().await;
+    expect(client.create_batch(inline(1)).await, Code::Unavailable, "DATABASE_UNAVAILABLE");
+}
+
+#[tokio::test]
+async fn health_is_told_by_service() {
+    let server = Server::start().await;
+    let mut client = HealthClient::new(server.channel().await);
+    for service in ["", "tidemill.v1.BatchService", "tidemill.v1.WorkerAdmin", "tidemill.v1.WebhookAdmin"] {
+        let answer = client.check(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving, "{service}");
+    }
+    let status = client.check(HealthCheckRequest { service: "x".into() }).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn reflection_tells_of_every_service() {
+    let server = Server::start().await;
+    let expected = [
+        "grpc.health.v1.Health",
+        "tidemill.v1.BatchService",
+        "tidemill.v1.WebhookAdmin",
+        "tidemill.v1.WorkerAdmin",
+    ];
+    macro_rules! services {
+        ($version:ident) => {{
+            use tonic_reflection::pb::$version::{
+                ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+                server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+            };
+            let ask = |message: MessageRequest| {
+                let request =
+                    ServerReflectionRequest { host: String::new(), message_request: Some(message) };
+                tokio_stream::iter([request])
+            };
+            let mut client = ServerReflectionClient::new(server.channel().await);
+            let list = ask(MessageRequest::ListServices(String::new()));
+            let mut answers = client.server_reflection_info(list).await.unwrap().into_inner();
+            let answer = answers.next().await.unwrap().unwrap().message_response.unwrap();
+            let MessageResponse::ListServicesResponse(list) = answer else { panic!("{answer:?}") };
+            let symbol = ask(MessageRequest::FileContainingSymbol("tidemill.v1.BatchService".into()));
+            let mut answers = client.server_reflection_info(symbol).await.unwrap().into_inner();
+            let answer = answers.next().await.unwrap().unwrap().message_response.unwrap();
+            assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
+            list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+        }};
+    }
+    for mut listed in [services!(v1), services!(v1alpha)] {
+        listed.retain(|name| !name.starts_with("grpc.reflection."));
+        listed.sort();
+        assert_eq!(listed, expected);
+    }
+}
+
+/// A grpc-web call over HTTP/1.1, as a browser makes it: the code, and the messages.
+async fn web(server: &Server, method: &str, request: &impl Message) -> (i32, Vec<Vec<u8>>) {
+    let mut body = vec![0];
+    let bytes = request.encode_to_vec();
+    body.extend(u32::try_from(bytes.len()).unwrap().to_be_bytes());
+    body.extend(bytes);
+    let answer = reqwest::Client::new()
+        .post(server.url(method))
+        .header("content-type", "application/grpc-web+proto")
+        .body(body)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 200);
+    let in_headers = answer.headers().get("grpc-status").map(|value| value.to_str().unwrap().parse().unwrap());
+    let bytes = answer.bytes().await.unwrap();
+    let (mut rest, mut messages, mut code) = (&bytes[..], Vec::new(), in_headers);
+    while let Some((head, tail)) = rest.split_at_checked(5) {
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize;
+        let (frame, tail) = tail.split_at(length);
+        rest = tail;
+        if head[0] & 0x80 == 0 {
+            messages.push(frame.to_vec());
+        } else {
+            let trailers = String::from_utf8(frame.to_vec()).unwrap();
+            let status = trailers.lines().find_map(|line| line.strip_prefix("grpc-status:")).unwrap();
+            code = Some(status.trim().parse().unwrap());
+        }
+    }
+    (code.unwrap(), messages)
+}
+
+#[tokio::test]
+async fn a_browser_speaks_grpc_web() {
+    let server = Server::start().await;
+    let (code, messages) = web(&server, "/tidemill.v1.BatchService/CreateBatch", &inline(2)).await;
+    assert_eq!((code, messages.len()), (0, 1));
+    let batch = pb::Batch::decode(&messages[0][..]).unwrap();
+    assert_eq!(batch.request_counts.unwrap().total, 2);
+    let request = pb::StreamResultsRequest { batch_id: batch.id.clone(), ..Default::default() };
+    server.run_batch(&batch.id, 1).await;
+    let (code, messages) = web(&server, "/tidemill.v1.BatchService/StreamResults", &request).await;
+    assert_eq!((code, messages.len()), (0, 2));
+    let missing = pb::GetBatchRequest { batch_id: "batch_x".into() };
+    assert_eq!(web(&server, "/tidemill.v1.BatchService/GetBatch", &missing).await.0, Code::NotFound as i32);
+    let guarded = Server::guarded().await;
+    let refused = web(&guarded, "/tidemill.v1.BatchService/GetBatch", &missing).await;
+    assert_eq!(refused.0, Code::Unauthenticated as i32);
+}
+
+#[tokio::test]
+async fn unknown_methods_are_told_in_grpcs_way() {
+    let server = Server::start().await;
+    let mut grpc = tonic::client::Grpc::new(server.channel().await);
+    for path in ["/tidemill.v2.BatchService/GetBatch", "/tidemill.v1.BatchService/Unheard"] {
+        grpc.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<pb::GetBatchRequest, pb::Batch>::default();
+        let request = tonic::Request::new(pb::GetBatchRequest::default());
+        let status = grpc.unary(request, path.parse().unwrap(), codec).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unimplemented, "{path}");
+    }
+}
