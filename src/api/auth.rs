@@ -67,14 +67,18 @@ impl Caller {
     pub fn require_admin(&self) -> Result<(), Status> {
         match self.role {
             Role::Admin => Ok(()),
-            Role::Submit => Err(error(Code::PermissionDenied, "ADMIN_ONLY", "this call needs a token with the role admin")),
+            Role::Submit => {
+                Err(error(Code::PermissionDenied, "ADMIN_ONLY", "this call needs a token with the role admin"))
+            }
         }
     }
 }
 
 /// A line of the token file that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("line {line} of the token file: {problem}; expected \"name role sha256:<64 hex digits>\" with role submit or admin")]
+#[error(
+    "line {line} of the token file: {problem}; expected \"name role sha256:<64 hex digits>\" with role submit or admin"
+)]
 pub struct TokensError {
     /// From 1.
     pub line: usize,

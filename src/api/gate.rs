@@ -21,7 +21,10 @@ use prost::Message;
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
 
-use super::auth::{Caller, Tokens};
+use super::{
+    auth::{Caller, Tokens},
+    status::error,
+};
 use crate::pb;
 
 /// Counts RPCs that have ended, by `method` and `code`.
@@ -49,11 +52,15 @@ impl Gate {
         Self { tokens, methods: methods() }
     }
 
-    fn method(&self, path: &str) -> Arc<str> {
-        self.methods.get(path).cloned().unwrap_or_else(|| "unknown".into())
+    /// The method's name, and whether there is one.
+    fn method(&self, path: &str) -> (Arc<str>, bool) {
+        self.methods.get(path).map_or_else(|| ("unknown".into(), false), |name| (name.clone(), true))
     }
 
-    fn caller(&self, path: &str, headers: &HeaderMap) -> Result<Caller, Status> {
+    fn caller(&self, path: &str, known: bool, headers: &HeaderMap) -> Result<Caller, Status> {
+        if !known {
+            return Err(unknown_method());
+        }
         match &self.tokens {
             Some(tokens) if !OPEN.iter().any(|open| path.starts_with(open)) => tokens.authenticate(headers),
             // With client certificates only, TLS has already refused whoever has none.
@@ -62,11 +69,17 @@ impl Gate {
     }
 }
 
+/// There is no such method.
+pub(super) fn unknown_method() -> Status {
+    let message = "this server has no such method; its reflection lists those that it has";
+    error(Code::Unimplemented, "METHOD_UNKNOWN", message)
+}
+
 /// The gate, as a layer around the gRPC services.
 pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let method = gate.method(path);
-    let caller = gate.caller(path, request.headers());
+    let (method, known) = gate.method(path);
+    let caller = gate.caller(path, known, request.headers());
     let trace: Arc<str> = trace_id(request.headers()).into();
     let span = tracing::info_span!(
         "rpc",
@@ -221,8 +234,27 @@ mod tests {
     #[test]
     fn only_known_methods_become_labels() {
         let gate = Gate::new(None);
-        assert_eq!(&*gate.method("/tidemill.v1.BatchService/GetBatch"), "tidemill.v1.BatchService/GetBatch");
-        assert_eq!(&*gate.method("/grpc.health.v1.Health/Watch"), "grpc.health.v1.Health/Watch");
-        assert_eq!(&*gate.method("/tidemill.v1.BatchService/Made-up"), "unknown");
+        let method = |path: &str| gate.method(path).0.to_string();
+        assert_eq!(method("/tidemill.v1.BatchService/GetBatch"), "tidemill.v1.BatchService/GetBatch");
+        assert_eq!(method("/grpc.health.v1.Health/Watch"), "grpc.health.v1.Health/Watch");
+        assert_eq!(method("/tidemill.v1.BatchService/Made-up"), "unknown");
+    }
+
+    #[test]
+    fn every_end_is_counted() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        metrics::with_local_recorder(&recorder, || {
+            let gate = Gate::new(None);
+            for code in [Some(Code::Ok), Some(Code::NotFound), Some(Code::NotFound), None] {
+                let (method, _) = gate.method("/tidemill.v1.BatchService/GetBatch");
+                drop(Record { span: Span::none(), method, began: Instant::now(), code });
+            }
+        });
+        let text = recorder.handle().render();
+        for (code, count) in [("Ok", 1), ("NotFound", 2), ("Cancelled", 1)] {
+            let line = format!(r#"{REQUESTS}{{method="tidemill.v1.BatchService/GetBatch",code="{code}"}} {count}"#);
+            assert!(text.contains(&line), "{line} in {text}");
+        }
+        assert!(text.contains(SECONDS));
     }
 }

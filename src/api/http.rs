@@ -10,12 +10,11 @@ use axum::{
 };
 use http::{HeaderMap, StatusCode, header};
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
 
 use super::{
     Services,
     auth::{Role, Tokens},
-    status::error,
+    gate::unknown_method,
 };
 
 /// How long the database may take to answer before this node counts as not ready.
@@ -69,10 +68,12 @@ async fn metrics(State(http): State<Arc<Http>>, headers: HeaderMap) -> Response 
 
 /// A gRPC client is told in gRPC's way.
 async fn nothing(request: Request) -> Response {
-    let grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    let grpc = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
     if grpc {
-        let message = "this server has no such method; its reflection lists those that it has";
-        return error(Code::Unimplemented, "METHOD_UNKNOWN", message).into_http();
+        return unknown_method().into_http();
     }
     (StatusCode::NOT_FOUND, "nothing here but gRPC, /healthz, /readyz and /metrics\n").into_response()
 }

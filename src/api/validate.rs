@@ -71,8 +71,10 @@ fn request_id(text: String, wrong: &mut Violations, field: &str) -> Option<Strin
     (!text.is_empty()).then_some(text)
 }
 
+/// None: negative, or not as a Duration must be. (prost's own conversion overflows at `i64::MIN`.)
 fn duration(of: prost_types::Duration) -> Option<Duration> {
-    Duration::try_from(of).ok()
+    let nanos = u32::try_from(of.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    Some(Duration::new(u64::try_from(of.seconds).ok()?, nanos))
 }
 
 fn window(of: Option<prost_types::Duration>, wrong: &mut Violations) -> Duration {
@@ -187,7 +189,11 @@ pub(super) fn create_batch(of: pb::CreateBatchRequest) -> Result<CreateBatch, St
     let request_id = request_id(of.request_id, &mut wrong, "request_id");
     let input = match of.input {
         Some(Input::InputFileId(id)) => {
-            wrong.check(!id.is_empty() && storable(&id, NAME), "input_file_id", "must be a file that UploadFile returned");
+            wrong.check(
+                !id.is_empty() && storable(&id, NAME),
+                "input_file_id",
+                "must be a file that UploadFile returned",
+            );
             Some(BatchInput::File(FileId::from_text(id)))
         }
         Some(Input::InlineRequests(of)) => Some(BatchInput::Inline(inline_requests(of, &mut wrong))),
@@ -332,15 +338,8 @@ mod tests {
             ..Default::default()
         };
         let status = create_batch(request).unwrap_err();
-        let expected = [
-            "endpoint",
-            "completion_window",
-            "priority",
-            "metadata[\"\"]",
-            "metadata[\"\"]",
-            "request_id",
-            "input",
-        ];
+        let expected =
+            ["endpoint", "completion_window", "priority", "metadata[\"\"]", "metadata[\"\"]", "request_id", "input"];
         assert_eq!(fields(&status), expected);
     }
 
@@ -354,6 +353,8 @@ mod tests {
             (false, seconds(-1, 0)),
             (false, seconds(i64::MAX, 0)),
             (false, seconds(i64::MIN, i32::MIN)),
+            (false, seconds(7_200, -1)),
+            (false, seconds(7_200, 1_000_000_000)),
         ] {
             assert_eq!(retry(window, String::new()).is_ok(), good, "{window:?}");
         }
@@ -372,13 +373,20 @@ mod tests {
 
     #[test]
     fn a_request_to_run_now_names_its_model_and_wants_no_stream() {
-        let of = |body: &str| {
-            infer(pb::InferRequest { endpoint: "/v1/completions".into(), body: body.to_owned().into() })
-        };
+        let of =
+            |body: &str| infer(pb::InferRequest { endpoint: "/v1/completions".into(), body: body.to_owned().into() });
         let (_, model, body) = of(r#"{"a":[1.0e5], "model":"\u006d"}"#).unwrap();
         assert_eq!((model.as_str(), &body[..]), ("m", &br#"{"a":[1.0e5], "model":"\u006d"}"#[..]));
         assert!(of(r#"{"model":"m","stream":false}"#).is_ok());
-        for bad in ["", "[]", "{}", r#"{"model":1}"#, r#"{"model":""}"#, r#"{"model":"m","stream":true}"#, "{\"model\":\"m\"} x"] {
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"model":1}"#,
+            r#"{"model":""}"#,
+            r#"{"model":"m","stream":true}"#,
+            "{\"model\":\"m\"} x",
+        ] {
             assert_eq!(fields(&of(bad).unwrap_err()), ["body"], "{bad}");
         }
     }

@@ -38,10 +38,7 @@ impl WebhookAdmin for Webhooks {
         Err(not_yet(&request))
     }
 
-    async fn delete_dead_letter(
-        &self,
-        request: Request<pb::DeleteDeadLetterRequest>,
-    ) -> Result<Response<()>, Status> {
+    async fn delete_dead_letter(&self, request: Request<pb::DeleteDeadLetterRequest>) -> Result<Response<()>, Status> {
         Err(not_yet(&request))
     }
 

@@ -191,9 +191,10 @@ async fn whoever_drops_the_stream_after_every_event_misses_no_state() {
         }
         world.finish(&lease).await;
     };
-    let (told, ()) = tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(follower, driver) })
-        .await
-        .expect("the end");
+    let (told, ()) =
+        tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(Box::pin(follower), Box::pin(driver)) })
+            .await
+            .expect("the end");
     let mut expected: Vec<_> =
         world.history(&id).await.iter().map(|event| (event.batch.status, event.batch.revision.0)).collect();
     // The first event is the state in which the batch was found.
@@ -310,7 +311,9 @@ async fn what_is_not_there_is_refused() {
     assert!(matches!(refused, Some(WatchError::NotFound(_))));
     let newest = world.store.batch(&id).await.unwrap().unwrap().revision.0;
     let refused = world.hub.watch(&id, Revision(newest + 1), DEFAULT_INTERVAL).await.err();
-    assert!(matches!(refused, Some(WatchError::Ahead { asked, newest: known }) if asked == newest + 1 && known == newest));
+    assert!(
+        matches!(refused, Some(WatchError::Ahead { asked, newest: known }) if asked == newest + 1 && known == newest)
+    );
     let refused = world.hub.watch_all(None, Sequence(99), DEFAULT_INTERVAL).await.err();
     assert!(matches!(refused, Some(WatchError::Ahead { asked: 99, newest: 2 })));
 }

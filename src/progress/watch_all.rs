@@ -69,13 +69,8 @@ impl Hub {
             return Err(WatchError::Ahead { asked: after.0, newest: newest.0 });
         }
         let fresh = after == Sequence(0);
-        let mut all = All {
-            hub: self.clone(),
-            owner,
-            after: if fresh { newest } else { after },
-            shown: HashMap::new(),
-            states,
-        };
+        let mut all =
+            All { hub: self.clone(), owner, after: if fresh { newest } else { after }, shown: HashMap::new(), states };
         let shutdown = self.shutdown().clone();
         Ok(async_stream::try_stream! {
             if fresh {
@@ -166,7 +161,7 @@ impl All {
             }
         }
         Ok(ids)
-   }
+    }
 
     /// The event that begins with a batch's present state.
     fn first(&mut self, id: &BatchId) -> Option<Event> {

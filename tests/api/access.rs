@@ -11,7 +11,11 @@ async fn without_a_good_token_nothing_is_told() {
     let server = Server::guarded().await;
     let mut nobody = server.client_of(None).await;
     expect(nobody.create_batch(inline(1)).await, Code::Unauthenticated, "TOKEN_MISSING");
-    expect(server.workers(None).await.list_workers(pb::ListWorkersRequest {}).await, Code::Unauthenticated, "TOKEN_MISSING");
+    expect(
+        server.workers(None).await.list_workers(pb::ListWorkersRequest {}).await,
+        Code::Unauthenticated,
+        "TOKEN_MISSING",
+    );
     let mut wrong = server.client_of(Some("rot")).await;
     expect(wrong.create_batch(inline(1)).await, Code::Unauthenticated, "TOKEN_UNKNOWN");
     let mut health = tonic_health::pb::health_client::HealthClient::new(server.channel().await);

@@ -82,7 +82,8 @@ async fn a_download_resumes_anywhere_up_to_the_end() {
     assert!(size > 2 << 20);
     let from = |offset: i64| pb::DownloadFileRequest { file_id: file.id.clone(), offset };
     for offset in [0, 1, 1 << 20, size - 1, size] {
-        let chunks: Vec<_> = client.download_file(from(offset)).await.unwrap().into_inner().try_collect().await.unwrap();
+        let chunks: Vec<_> =
+            client.download_file(from(offset)).await.unwrap().into_inner().try_collect().await.unwrap();
         let mut at = offset;
         let mut got = Vec::new();
         for chunk in chunks {

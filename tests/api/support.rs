@@ -40,7 +40,7 @@ pub struct Server {
     pub address: SocketAddr,
     pub store: Store,
     pub blobs: Blobs,
-    pub folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<Result<(), ServeError>>,
 }
@@ -104,7 +104,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let running = tokio::spawn(serve(listener, services, options, shutdown.clone()));
-        Self { address, store, blobs, folder, shutdown, running }
+        Self { address, store, blobs, _folder: folder, shutdown, running }
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -178,10 +178,7 @@ impl Server {
             error_lines: part.failed.len() as u64,
             crc32c: 0,
         };
-        assert_eq!(
-            self.store.finish_segment(&lease.0, lease.1, None, &object, &[]).await.unwrap(),
-            Commit::Done
-        );
+        assert_eq!(self.store.finish_segment(&lease.0, lease.1, None, &object, &[]).await.unwrap(), Commit::Done);
     }
 }
 
@@ -257,4 +254,3 @@ pub fn fields<T: std::fmt::Debug>(answer: Result<T, Status>) -> Vec<String> {
     let bad = status.get_details_bad_request().expect("a BadRequest");
     bad.field_violations.into_iter().map(|one| one.field).collect()
 }
-

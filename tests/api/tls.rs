@@ -45,8 +45,7 @@ impl Authority {
 }
 
 async fn list(server: &Server, tls: ClientTlsConfig) -> Result<usize, Box<dyn std::error::Error>> {
-    let channel =
-        Endpoint::from_shared(format!("https://{}", server.address))?.tls_config(tls)?.connect().await?;
+    let channel = Endpoint::from_shared(format!("https://{}", server.address))?.tls_config(tls)?.connect().await?;
     let mut client = WorkerAdminClient::new(channel);
     Ok(client.list_workers(pb::ListWorkersRequest {}).await?.into_inner().workers.len())
 }
