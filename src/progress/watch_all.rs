@@ -81,11 +81,13 @@ impl Hub {
                 }
             }
             let mut begun = fresh;
+            // There may be states that have not been read.
+            let mut look = true;
             let mut due = Instant::now() + interval;
             let mut heartbeat = Instant::now() + HEARTBEAT;
             loop {
-                all.states.mark_unchanged();
-                loop {
+                while look {
+                    all.states.mark_unchanged();
                     let before = all.after;
                     let (events, reached) = all.read_states().await?;
                     for event in events {
@@ -96,9 +98,7 @@ impl Hub {
                     }
                     // Other owners' events are passed over.
                     all.after = reached;
-                    if reached == before {
-                        break;
-                    }
+                    look = reached != before;
                 }
                 if !begun {
                     begun = true;
@@ -107,14 +107,18 @@ impl Hub {
                 let woken = tokio::select! {
                     biased;
                     () = shutdown.cancelled() => Woken::Shutdown,
-                    _ = all.states.changed() => Woken::States,
+                    // Before the states: on a busy node there is always word of some.
                     () = tokio::time::sleep_until(due) => Woken::ProgressDue,
                     () = tokio::time::sleep_until(heartbeat) => Woken::Silence,
+                    _ = all.states.changed() => Woken::States,
                 };
                 match woken {
                     Woken::Shutdown => Err(WatchError::ShuttingDown)?,
                     // Changes come in bursts: one look for each.
-                    Woken::States => tokio::time::sleep(READ_GAP).await,
+                    Woken::States => {
+                        tokio::time::sleep(READ_GAP).await;
+                        look = true;
+                    }
                     Woken::ProgressDue => {
                         due = Instant::now() + interval;
                         for event in all.new_progress() {
