@@ -74,7 +74,8 @@ fn body(number: usize) -> String {
 
 async fn bare_loop(worker: SocketAddr, requests: usize) {
     tidemill::telemetry::install_tls_provider();
-    let client = reqwest::Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(usize::MAX).build().unwrap();
+    let client =
+        reqwest::Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(usize::MAX).build().unwrap();
     let url: reqwest::Url = format!("http://{worker}/v1/chat/completions").parse().unwrap();
     let mut in_flight = FuturesUnordered::new();
     let mut next = 0;
@@ -94,7 +95,8 @@ async fn prepare(folder: &Path, worker: SocketAddr) -> (Store, Ingest) {
     let store = Store::sqlite(&folder.join("db")).await.unwrap();
     Fleet::configure(&store, &[format!("http://{worker}")]).await.unwrap();
     let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
-    let ingest = Ingest::new(store.clone(), blobs, Limits { max_lines: u64::MAX, ..Limits::default() }, folder.to_owned());
+    let ingest =
+        Ingest::new(store.clone(), blobs, Limits { max_lines: u64::MAX, ..Limits::default() }, folder.to_owned());
     (store, ingest)
 }
 

@@ -88,7 +88,8 @@ impl App {
     /// [`AppError`].
     pub async fn start(config: ServeConfig) -> Result<Self, AppError> {
         let lock = lock(&config.data_dir)?;
-        let listener = TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
+        let listener =
+            TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
         let addr = listener.local_addr().map_err(|error| AppError::Listen(config.listen, error))?;
         let blobs = match config.blob_store() {
             BlobStore::Directory(path) => Blobs::directory(&path)?,
@@ -135,7 +136,8 @@ impl App {
         let options = server_options(&config)?;
         let tls = options.tls.is_some();
         let server = tokio::spawn(api::serve(listener, services, options, serving.clone()));
-        let app = Self { addr, tls, serving, server, scheduling, scheduler, watching, background, store, node, _lock: lock };
+        let app =
+            Self { addr, tls, serving, server, scheduling, scheduler, watching, background, store, node, _lock: lock };
         tracing::info!(url = app.url(), node = %app.node, version = env!("CARGO_PKG_VERSION"), "serving gRPC and HTTP");
         Ok(app)
     }
@@ -183,7 +185,8 @@ impl App {
         self.scheduling.cancel();
         // Both have deadlines of their own.
         let (server, scheduler) = tokio::join!(self.server, self.scheduler);
-        if let Err(error) = server.map_err(|panic| panic.to_string()).and_then(|ended| ended.map_err(|error| error.to_string()))
+        if let Err(error) =
+            server.map_err(|panic| panic.to_string()).and_then(|ended| ended.map_err(|error| error.to_string()))
         {
             tracing::error!(error, "the API ended with an error");
         }

@@ -22,9 +22,12 @@ use crate::{
 pub const DOMAIN: &str = "tidemill";
 /// The most bytes of the field violations of one error. They travel base64-coded (a third more) in the trailers, beside the
 /// message, percent-coded, and many clients refuse more than 8 KiB of trailers (gRPC's default limit on metadata).
-const VIOLATIONS_LIMIT: usize = 3_600;
-/// The longest message, in bytes: it travels percent-coded beside the details.
+/// A hundred bad lines of a file fit, each in about 30 characters.
+const VIOLATIONS_LIMIT: usize = 4_700;
+/// The longest message, in bytes: it travels percent-coded beside the details, and once more in them.
 const MESSAGE_LIMIT: usize = 600;
+/// The longest message beside violations.
+const INVALID_MESSAGE_LIMIT: usize = 300;
 /// The longest description of one field violation, in characters.
 const DESCRIPTION_LIMIT: usize = 100;
 
@@ -57,15 +60,15 @@ pub fn invalid(reason: &'static str, message: impl Into<String>, mut violations:
     violations.truncate(fitting(&violations));
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     details.set_bad_request(violations);
-    with_details(Code::InvalidArgument, message.into(), details)
+    with_details(Code::InvalidArgument, cut(message.into(), INVALID_MESSAGE_LIMIT), details)
 }
 
 /// How many of these can be told.
 fn fitting(violations: &[FieldViolation]) -> usize {
     let mut room = VIOLATIONS_LIMIT;
     let fits = |one: &&FieldViolation| {
-        // Two tags and lengths, and those of the violation itself.
-        let size = one.field.len() + one.description.len() + 12;
+        // Three tags and lengths: of the violation and its two texts.
+        let size = one.field.len() + one.description.len() + 8;
         let fits = size <= room;
         room = room.saturating_sub(size);
         fits
@@ -206,9 +209,7 @@ pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
         IngestError::TooManyLines { .. } => {
             self::error(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", error.to_string())
         }
-        IngestError::TooManyBytes { .. } => {
-            self::error(Code::ResourceExhausted, "FILE_TOO_LARGE", error.to_string())
-        }
+        IngestError::TooManyBytes { .. } => self::error(Code::ResourceExhausted, "FILE_TOO_LARGE", error.to_string()),
         IngestError::Empty => invalid("FILE_EMPTY", "the file holds no request", Vec::new()),
         IngestError::SizeMismatch { .. } => {
             let violation = FieldViolation::new("spec.total_bytes", error.to_string());
@@ -379,10 +380,26 @@ mod tests {
         assert!(size(&status) < LIMIT, "{}", size(&status));
     }
 
+    #[test]
+    fn a_hundred_bad_lines_are_all_listed() {
+        let message = "url is /v1/embeddings; expected /v1/chat/completions as in line 1: one file, one url";
+        let errors = (999_900..1_000_000)
+            .map(|line| LineReport { line, custom_id: Some(format!("request-{line}")), message: message.into() })
+            .collect();
+        let status = ingest(IngestError::Invalid { errors, total: 250_000 }, line_name);
+        assert!(size(&status) < LIMIT, "{}", size(&status));
+        let listed = status.get_details_bad_request().unwrap().field_violations;
+        assert_eq!((listed.len(), listed[99].field.as_str()), (100, "line 999999"));
+        assert!(listed[99].description.starts_with("url is /v1/embeddings; e"), "{}", listed[99].description);
+        assert!(
+            status.message().starts_with("250000 bad lines; 249900 more than are listed here; line 999900: url is")
+        );
+    }
+
     proptest! {
         #[test]
         fn bad_lines_fit_into_the_trailers(
-            messages in proptest::collection::vec(("\\PC{0,120}", proptest::option::of("\\PC{0,90}")), 1..60),
+            messages in proptest::collection::vec(("\\PC{0,120}", proptest::option::of("\\PC{0,90}")), 1..100),
             more in 0u64..1_000_000,
         ) {
             let total = messages.len() as u64 + more;

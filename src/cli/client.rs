@@ -117,8 +117,9 @@ impl ClientArgs {
             None => ClientTlsConfig::new().with_native_roots(),
         };
         Ok(match (&self.tls_client_cert, &self.tls_client_key) {
-            (Some(cert), Some(key)) => config
-                .identity(Identity::from_pem(read("--tls-client-cert", cert)?, read("--tls-client-key", key)?)),
+            (Some(cert), Some(key)) => {
+                config.identity(Identity::from_pem(read("--tls-client-cert", cert)?, read("--tls-client-key", key)?))
+            }
             _ => config,
         })
     }

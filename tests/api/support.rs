@@ -6,8 +6,8 @@ use tidemill::{
     api::{ServeError, ServerOptions, Services, Tokens, hash_token, serve},
     blobs::Blobs,
     domain::{BatchId, Epoch, LineSet, NodeId, SegmentRef, TokenUsage},
-    fleet::Fleet,
-    ingest::Ingest,
+    fleet::{Fleet, FleetOptions},
+    ingest::{Ingest, Limits},
     pb::{
         self, batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
         worker_admin_client::WorkerAdminClient,
@@ -17,7 +17,7 @@ use tidemill::{
     store::{Commit, FinalObject, Store},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{
     Code, Request, Status,
     metadata::MetadataValue,
@@ -26,14 +26,9 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-/// The one place that knows how a fleet without workers is made.
-fn no_workers(store: &Store) -> Fleet {
-    Fleet::placeholder(store.clone())
-}
-
-/// The one place that knows how ingest is made.
-fn ingest(store: &Store, blobs: &Blobs) -> Ingest {
-    Ingest::new(store.clone(), blobs.clone())
+async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
+    let options = FleetOptions { limit: 1, api_key: None };
+    Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
 }
 
 pub struct Server {
@@ -87,7 +82,7 @@ impl Server {
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
         let blobs = Blobs::directory(&folder.path().join("blobs")).unwrap();
         let shutdown = CancellationToken::new();
-        let fleet = no_workers(&store);
+        let fleet = no_workers(&store, &shutdown).await;
         let hub = Hub::new(store.clone(), fleet.clone(), shutdown.clone());
         tokio::spawn({
             let hub = hub.clone();
@@ -95,7 +90,8 @@ impl Server {
         });
         let services = Services {
             store: store.clone(),
-            ingest: ingest(&store, &blobs),
+            blobs: blobs.clone(),
+            ingest: Ingest::new(store.clone(), blobs.clone(), Limits::default(), folder.path().to_owned()),
             reader: Reader::new(store.clone(), blobs.clone()),
             hub,
             fleet,

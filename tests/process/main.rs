@@ -9,8 +9,8 @@ use serde_json::Value;
 use tidemill::{
     pb::{
         BatchStatus, CreateBatchRequest, DownloadFileRequest, FileSpec, GetBatchRequest, GetFileRequest,
-        StreamResultsRequest, UploadFileRequest, WatchBatchRequest, batch_event::Event,
-        create_batch_request::Input, upload_file_request::Payload,
+        StreamResultsRequest, UploadFileRequest, WatchBatchRequest, batch_event::Event, create_batch_request::Input,
+        upload_file_request::Payload,
     },
     sim::{Sim, SimConfig},
 };
@@ -58,8 +58,11 @@ async fn create(client: &mut Client, file: &str, request_id: &str) -> String {
 }
 
 async fn download(client: &mut Client, file_id: &str) -> Vec<Value> {
-    let mut stream =
-        client.download_file(DownloadFileRequest { file_id: file_id.to_owned(), offset: 0 }).await.unwrap().into_inner();
+    let mut stream = client
+        .download_file(DownloadFileRequest { file_id: file_id.to_owned(), offset: 0 })
+        .await
+        .unwrap()
+        .into_inner();
     let mut bytes = Vec::new();
     while let Some(chunk) = stream.message().await.unwrap() {
         assert_eq!(chunk.offset, bytes.len() as i64);
@@ -102,7 +105,8 @@ async fn assert_complete(client: &mut Client, batch_id: &str, count: usize) {
     let ids: Vec<&str> = output.iter().map(|line| line["custom_id"].as_str().unwrap()).collect();
     let wanted: Vec<String> = (0..count).map(|number| format!("r{number}")).collect();
     assert_eq!(ids, wanted, "every line once, in input order");
-    let total: i64 = output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
+    let total: i64 =
+        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
     assert_eq!(batch.usage.unwrap().total_tokens, total);
     let counts = batch.request_counts.unwrap();
     assert_eq!((counts.total, counts.completed, counts.failed), (count as i64, count as i64, 0));
