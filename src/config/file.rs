@@ -134,6 +134,7 @@ mod tests {
             request_timeout = "1m 30s"
             max_tries = 2
             data_dir = "/d"
+            worker_api_key = "key"
             database_url = "postgres://u:p@h/d"
             database_connections = 20
             blobs = "s3://bucket/prefix"
