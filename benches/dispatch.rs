@@ -5,6 +5,8 @@
 //!
 //! The two take turns; medians are compared. Writes `target/bench/dispatch.json`.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 use std::{
     collections::BTreeMap,
     net::SocketAddr,

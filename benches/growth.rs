@@ -6,6 +6,8 @@
 //! upload, the run and the download of the results are all in the time, and the server's peak resident set (`VmHWM`) is
 //! read at the end. Writes `target/bench/growth.json`.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 use std::{
     net::TcpListener,
     path::Path,

@@ -86,7 +86,7 @@ fn usage_of(json: &str) -> TokenUsage {
         cached_input: count(usage.prompt_tokens_details.and_then(|details| details.cached_tokens)),
         output,
         reasoning: count(usage.completion_tokens_details.and_then(|details| details.reasoning_tokens)),
-        total: usage.total_tokens.map_or(input.saturating_add(output), |total| total.max(0)),
+        total: usage.total_tokens.map_or_else(|| input.saturating_add(output), |total| total.max(0)),
     }
 }
 

@@ -140,9 +140,9 @@ impl Run {
             };
             let object = checkpoint.patiently("read a part", read).await?;
             if object.is_some_and(|object| is_whole(&part.content, &object)) {
-                whole.push(part)
+                whole.push(part);
             } else {
-                torn.push(part)
+                torn.push(part);
             }
         }
         if !torn.is_empty() {

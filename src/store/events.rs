@@ -124,7 +124,8 @@ pub(super) async fn append(tx: &DatabaseTransaction, row: &batch::Model, at: Tim
 /// The output and error files: rows that stand for the batch's segments in order. Nothing is copied.
 async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at: Timestamp) -> Result<(), StoreError> {
     let sum = |column: segment::Column| Expr::col(column).sum().cast_as("bigint");
-    let sums: Option<(Option<i64>, Option<i64>, Option<i64>, Option<i64>)> = segment::Entity::find()
+    type Sum = Option<i64>;
+    let sums: Option<(Sum, Sum, Sum, Sum)> = segment::Entity::find()
         .select_only()
         .expr_as(sum(segment::Column::OutputBytes), "output_bytes")
         .expr_as(sum(segment::Column::OutputLines), "output_lines")
@@ -229,6 +230,7 @@ impl Store {
 }
 
 /// The batch as it was at an event, from the batch as it is.
+#[allow(clippy::needless_pass_by_value)] // the event is used up
 fn state_event(now: &Batch, event: batch_event::Model) -> Result<StateEvent, StoreError> {
     let snapshot: Snapshot = convert::json("event snapshot", &event.snapshot)?;
     let at = Timestamp(event.created_at);

@@ -1,5 +1,7 @@
 //! The engine by promise: store, blobs, fleet and scheduler together, against simulated workers over real sockets.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 mod faults;
 mod harness;
 mod lifecycle;

@@ -1,6 +1,8 @@
 //! The real program, killed with SIGKILL and started again on the same data: nothing that was answered is lost, nothing
 //! is doubled, and a watcher that comes back with its last revision misses no state change.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 mod server;
 
 use std::{collections::BTreeMap, time::Duration};
