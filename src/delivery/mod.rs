@@ -1,1 +1,5 @@
-//! Webhooks: what to tell, signed, retried, dead-lettered.
+//! Webhooks: which event to whom, signed, retried, dead-lettered.
+
+pub mod fairness;
+pub mod schedule;
+pub mod signature;

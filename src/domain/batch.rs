@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use super::{BatchId, BatchStatus, Endpoint, FileId, Revision, Timestamp, TokenUsage, lifecycle::Ending};
+use super::{
+    BatchId, BatchStatus, Endpoint, FileId, Revision, Timestamp, TokenUsage, WebhookEndpointId, lifecycle::Ending,
+    webhook::WebhookTarget,
+};
 
 /// The least and the most that a completion window may be.
 pub const WINDOW_RANGE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(14 * 24 * 3_600));
@@ -106,6 +109,10 @@ pub struct NewBatch {
     pub metadata: BTreeMap<String, String>,
     /// The client's idempotency key.
     pub request_id: Option<String>,
+    /// Where its webhooks go.
+    pub webhook: Option<WebhookTarget>,
+    /// Or the registered endpoint that they go to.
+    pub webhook_endpoint_id: Option<WebhookEndpointId>,
 }
 
 /// A batch.
@@ -151,6 +158,10 @@ pub struct Batch {
     pub segments: i32,
     /// Segments whose results are final.
     pub segments_done: i32,
+    /// Where its webhooks go.
+    pub webhook: Option<WebhookTarget>,
+    /// Or the registered endpoint that they go to.
+    pub webhook_endpoint_id: Option<WebhookEndpointId>,
     /// Grows with every durable change.
     pub revision: Revision,
 }

@@ -64,6 +64,26 @@ text_id!(
     NodeId,
     "node_"
 );
+text_id!(
+    /// One event for one target: `msg_…`, the `webhook-id` header of every attempt. The receiver's key against duplicates.
+    DeliveryId,
+    "msg_"
+);
+text_id!(
+    /// A webhook that could not be delivered: `dl_…`.
+    DeadLetterId,
+    "dl_"
+);
+text_id!(
+    /// A registered webhook target: `we_…`.
+    WebhookEndpointId,
+    "we_"
+);
+text_id!(
+    /// A job that retries many dead letters: `rj_…`.
+    RetryJobId,
+    "rj_"
+);
 
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident, $inner:ty) => {

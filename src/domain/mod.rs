@@ -10,11 +10,15 @@ pub mod request_line;
 pub mod segment;
 pub mod time;
 pub mod usage;
+pub mod webhook;
 
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
 pub use endpoint::Endpoint;
 pub use file::{File, FileKind};
-pub use ids::{BatchId, Epoch, FileId, NodeId, Revision, SegmentIndex, SegmentRef, Sequence, WorkerId};
+pub use ids::{
+    BatchId, DeadLetterId, DeliveryId, Epoch, FileId, NodeId, RetryJobId, Revision, SegmentIndex, SegmentRef, Sequence,
+    WebhookEndpointId, WorkerId,
+};
 pub use lifecycle::BatchStatus;
 pub use line_set::LineSet;
 pub use segment::SegmentSpan;

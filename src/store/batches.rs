@@ -16,7 +16,9 @@ use super::{
     now,
 };
 use crate::domain::{
-    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp, lifecycle::Input,
+    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp,
+    lifecycle::Input,
+    webhook::{ProgressMark, WebhookTarget},
 };
 
 /// Which batches to list.
@@ -329,8 +331,8 @@ fn new_row(
         priority: Priority::value(new.priority),
         completion_window: i64::try_from(new.completion_window.as_micros()).unwrap_or(i64::MAX),
         request_id: new.request_id.clone(),
-        webhook: None,
-        webhook_endpoint_id: None,
+        webhook: new.webhook.as_ref().map(|webhook| to_json(&with_start(webhook, at))).transpose()?,
+        webhook_endpoint_id: new.webhook_endpoint_id.as_ref().map(|id| id.as_str().to_owned()),
         created_at: at.0,
         expires_at: at.plus(new.completion_window).0,
         in_progress_at: None,
@@ -344,6 +346,11 @@ fn new_row(
         segments_done: 0,
         revision: 1,
     })
+}
+
+/// Progress is counted from the start.
+fn with_start(webhook: &WebhookTarget, at: Timestamp) -> WebhookTarget {
+    WebhookTarget { progress: ProgressMark { done: 0, at: at.0 }, ..webhook.clone() }
 }
 
 async fn insert_filter_rows<C: ConnectionTrait>(

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{StoreError, entity};
 use crate::domain::{
     Batch, BatchId, BatchStatus, Counts, File, FileId, FileKind, Priority, Revision, Timestamp, TokenUsage,
-    batch::StateTimes, lifecycle::Ending,
+    WebhookEndpointId, batch::StateTimes, lifecycle::Ending,
 };
 
 fn corrupt(what: &str, value: &str) -> StoreError {
@@ -96,6 +96,8 @@ impl TryFrom<entity::batch::Model> for Batch {
             times,
             segments: row.segments,
             segments_done: row.segments_done,
+            webhook: row.webhook.map(|text| json("webhook", &text)).transpose()?,
+            webhook_endpoint_id: row.webhook_endpoint_id.map(WebhookEndpointId::from_text),
             revision: Revision(row.revision),
         })
     }

@@ -1,0 +1,158 @@
+//! Signing secrets, in the open and sealed.
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use zeroize::Zeroizing;
+
+/// How a Standard Webhooks secret begins; the rest is the key in base64.
+const STANDARD_PREFIX: &str = "whsec_";
+/// Random bytes of a generated secret, within the 24 to 64 that Standard Webhooks allows.
+const GENERATED_BYTES: usize = 32;
+
+/// A signing secret. Wiped from memory when dropped, and never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Zeroizing<String>);
+
+/// Why a text can't be a secret. Says nothing of the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadSecret {
+    /// Empty or too long.
+    #[error("a secret has 1 to 128 bytes, not {0}")]
+    Length(usize),
+    /// Something else than printable ASCII.
+    #[error("a secret is printable ASCII")]
+    NotPrintable,
+    /// `whsec_` and then no base64. Receivers would take other bytes for the key than the server, so it is refused.
+    #[error("a secret that begins with whsec_ goes on in padded base64, as Standard Webhooks has it")]
+    NotBase64,
+}
+
+impl Secret {
+    /// Takes a secret as given.
+    ///
+    /// # Errors
+    /// [`BadSecret`].
+    pub fn try_new(text: impl Into<String>) -> Result<Self, BadSecret> {
+        let text = Zeroizing::new(text.into());
+        if text.is_empty() || text.len() > 128 {
+            return Err(BadSecret::Length(text.len()));
+        }
+        if !text.bytes().all(|byte| (0x20..=0x7e).contains(&byte)) {
+            return Err(BadSecret::NotPrintable);
+        }
+        if let Some(key) = text.strip_prefix(STANDARD_PREFIX)
+            && !STANDARD.decode(key).is_ok_and(|key| !Zeroizing::new(key).is_empty())
+        {
+            return Err(BadSecret::NotBase64);
+        }
+        Ok(Self(text))
+    }
+
+    /// A new `whsec_…` secret from 32 random bytes.
+    #[must_use]
+    pub fn generate() -> Self {
+        let key = Zeroizing::new(rand::random::<[u8; GENERATED_BYTES]>());
+        let mut text = Zeroizing::new(String::with_capacity(STANDARD_PREFIX.len() + 44));
+        text.push_str(STANDARD_PREFIX);
+        STANDARD.encode_string(key.as_slice(), &mut text);
+        Self(text)
+    }
+
+    /// The secret itself: to be signed with, sealed, or shown once to its owner.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// The key of `X-Webhook-Signature`: the whole text.
+    #[must_use]
+    pub fn body_key(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// The key of `webhook-signature`: what follows `whsec_`, decoded; without `whsec_`, the whole text.
+    #[must_use]
+    pub fn standard_key(&self) -> Zeroizing<Vec<u8>> {
+        let decoded = self.0.strip_prefix(STANDARD_PREFIX).and_then(|key| STANDARD.decode(key).ok());
+        Zeroizing::new(decoded.unwrap_or_else(|| self.0.as_bytes().to_vec()))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// A secret as it is stored: only `delivery::secrets` can open it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SealedSecret(Vec<u8>);
+
+impl SealedSecret {
+    /// From stored bytes.
+    #[must_use]
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// To be stored.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for SealedSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without a master key it is as good as open.
+        f.write_str("SealedSecret(..)")
+    }
+}
+
+impl serde::Serialize for SealedSecret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for SealedSecret {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text: String = serde::Deserialize::deserialize(deserializer)?;
+        STANDARD.decode(text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_a_secret() {
+        assert!(Secret::try_new("x").is_ok());
+        assert!(Secret::try_new("It's a Secret to Everybody").is_ok());
+        assert!(Secret::try_new("s".repeat(128)).is_ok());
+        assert!(Secret::try_new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").is_ok());
+        assert_eq!(Secret::try_new(""), Err(BadSecret::Length(0)));
+        assert_eq!(Secret::try_new("s".repeat(129)), Err(BadSecret::Length(129)));
+        for bad in ["caf\u{e9}", "a\nb", "a\0b", "\u{7f}"] {
+            assert_eq!(Secret::try_new(bad), Err(BadSecret::NotPrintable));
+        }
+        for bad in ["whsec_", "whsec_!!!!", "whsec_abc"] {
+            assert_eq!(Secret::try_new(bad), Err(BadSecret::NotBase64));
+        }
+    }
+
+    #[test]
+    fn a_generated_one_is_a_standard_one_and_new_each_time() {
+        let (one, two) = (Secret::generate(), Secret::generate());
+        assert_ne!(one, two);
+        assert_eq!(one.standard_key().len(), GENERATED_BYTES);
+        assert_eq!(Secret::try_new(one.expose()), Ok(one));
+    }
+
+    #[test]
+    fn it_is_never_printed() {
+        let secret = Secret::try_new("canary-9f2b").unwrap();
+        let sealed = SealedSecret::from_bytes(b"canary-9f2b".to_vec());
+        assert!(!format!("{secret:?} {sealed:?} {:?}", Some((&secret, &sealed))).contains("canary"));
+    }
+}

@@ -1,0 +1,242 @@
+//! A delivery's life as one pure function: `(delivery, input) -> (delivery, effect)`, or a refusal.
+
+/// The states of a delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeliveryState {
+    /// Waits for its time.
+    Pending,
+    /// Somebody is sending it.
+    Leased,
+    /// The receiver has it.
+    Delivered,
+    /// It will not be sent again by itself: a dead letter.
+    Dead,
+    /// Nobody needs it any more.
+    Cancelled,
+}
+
+impl DeliveryState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Pending, Self::Leased, Self::Delivered, Self::Dead, Self::Cancelled];
+
+    /// Its name, as stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Leased => "leased",
+            Self::Delivered => "delivered",
+            Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// The state of that name.
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == text)
+    }
+}
+
+/// What the state machine knows of a delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// Its state.
+    pub state: DeliveryState,
+    /// Attempts begun.
+    pub attempts: i32,
+    /// Attempts that it may have in all.
+    pub max_attempts: i32,
+    /// It never becomes a dead letter ([`super::WebhookEvent::is_disposable`]).
+    pub disposable: bool,
+}
+
+/// What can happen to a delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// Somebody takes it, to send it.
+    Claimed,
+    /// Whoever took it has sent nothing, and stops.
+    Released,
+    /// The receiver answered 2xx.
+    Succeeded,
+    /// Anything else; later it may work.
+    Failed,
+    /// It can't ever work: 410, a forbidden address, no valid URL, a secret that can't be opened.
+    FailedForGood,
+    /// Whoever took it is gone: nobody knows whether the receiver has it.
+    LeaseExpired,
+    /// A newer event makes it pointless, or it is too old.
+    Superseded,
+    /// Its target is gone.
+    TargetGone,
+}
+
+/// What has to be done with a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// Wait, then it is due again.
+    Retry,
+    /// Write a dead letter.
+    DeadLetter,
+}
+
+/// Where an input leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The state after it.
+    pub state: DeliveryState,
+    /// The attempts begun, after it.
+    pub attempts: i32,
+    /// What has to be done.
+    pub effect: Effect,
+}
+
+/// An input that the state does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a delivery that is {} can't take the input {input:?}", from.as_str())]
+pub struct Refused {
+    /// The state.
+    pub from: DeliveryState,
+    /// The input.
+    pub input: Input,
+}
+
+/// The delivery's state machine.
+///
+/// # Errors
+/// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
+#[allow(clippy::match_same_arms)] // read as a table: one block an input
+pub fn apply(of: Delivery, input: Input) -> Result<Step, Refused> {
+    use DeliveryState::{Cancelled, Dead, Delivered, Leased, Pending};
+    let refused = Err(Refused { from: of.state, input });
+    let attempts = of.attempts;
+    let to = |state, effect| Ok(Step { state, attempts, effect });
+    let end = if of.disposable { to(Cancelled, Effect::None) } else { to(Dead, Effect::DeadLetter) };
+    let try_again = if attempts < of.max_attempts { to(Pending, Effect::Retry) } else { end };
+    match (of.state, input) {
+        // Counted before it is sent: a body that crashes its sender can't do so for ever.
+        (Pending, Input::Claimed) if attempts < of.max_attempts => {
+            Ok(Step { state: Leased, attempts: attempts + 1, effect: Effect::None })
+        }
+        (Pending | Leased | Delivered | Dead | Cancelled, Input::Claimed) => refused,
+
+        (Leased, Input::Released) => Ok(Step { state: Pending, attempts: attempts - 1, effect: Effect::None }),
+        (Pending | Delivered | Dead | Cancelled, Input::Released) => refused,
+
+        (Leased, Input::Succeeded) => to(Delivered, Effect::None),
+        (Pending | Delivered | Dead | Cancelled, Input::Succeeded) => refused,
+
+        (Leased, Input::Failed | Input::LeaseExpired) => try_again,
+        (Pending | Delivered | Dead | Cancelled, Input::Failed | Input::LeaseExpired) => refused,
+
+        (Leased, Input::FailedForGood) => end,
+        (Pending | Delivered | Dead | Cancelled, Input::FailedForGood) => refused,
+
+        // Only what can be missed is ever superseded. What is being sent finishes.
+        (Pending, Input::Superseded) if of.disposable => to(Cancelled, Effect::None),
+        (Pending | Leased | Delivered | Dead | Cancelled, Input::Superseded) => refused,
+
+        (Pending, Input::TargetGone) => end,
+        (Leased | Delivered | Dead | Cancelled, Input::TargetGone) => refused,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const INPUTS: [Input; 8] = [
+        Input::Claimed,
+        Input::Released,
+        Input::Succeeded,
+        Input::Failed,
+        Input::FailedForGood,
+        Input::LeaseExpired,
+        Input::Superseded,
+        Input::TargetGone,
+    ];
+
+    fn new(max_attempts: i32, disposable: bool) -> Delivery {
+        Delivery { state: DeliveryState::Pending, attempts: 0, max_attempts, disposable }
+    }
+
+    fn run(mut delivery: Delivery, inputs: &[Input]) -> Delivery {
+        for input in inputs {
+            let step = apply(delivery, *input).unwrap();
+            delivery = Delivery { state: step.state, attempts: step.attempts, ..delivery };
+        }
+        delivery
+    }
+
+    #[test]
+    fn three_failures_are_a_dead_letter() {
+        use Input::{Claimed, Failed, LeaseExpired};
+        let last = run(new(3, false), &[Claimed, Failed, Claimed, LeaseExpired, Claimed]);
+        assert_eq!((last.state, last.attempts), (DeliveryState::Leased, 3));
+        let step = apply(last, Failed).unwrap();
+        assert_eq!((step.state, step.effect), (DeliveryState::Dead, Effect::DeadLetter));
+    }
+
+    #[test]
+    fn a_release_costs_nothing() {
+        use Input::{Claimed, Released};
+        let after = run(new(1, false), &[Claimed, Released, Claimed, Released, Claimed]);
+        assert_eq!((after.state, after.attempts), (DeliveryState::Leased, 1));
+    }
+
+    #[test]
+    fn disposable_ones_end_without_a_dead_letter() {
+        use Input::{Claimed, Failed, FailedForGood};
+        for end in [Failed, FailedForGood] {
+            assert_eq!(run(new(1, true), &[Claimed, end]).state, DeliveryState::Cancelled);
+        }
+        assert_eq!(run(new(1, true), &[Input::Superseded]).state, DeliveryState::Cancelled);
+        assert!(apply(new(1, false), Input::Superseded).is_err());
+        let sending = run(new(1, true), &[Claimed]);
+        assert!(apply(sending, Input::Superseded).is_err());
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for state in DeliveryState::ALL {
+            assert_eq!(DeliveryState::from_text(state.as_str()), Some(state));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_never_leaves_its_edges(
+            max_attempts in 1i32..=10,
+            disposable: bool,
+            picks in proptest::collection::vec(0usize..INPUTS.len(), 0..80),
+        ) {
+            use DeliveryState::{Cancelled, Dead, Delivered, Leased, Pending};
+            let mut delivery = new(max_attempts, disposable);
+            let (mut dead_letters, mut sent) = (0, 0);
+            for pick in picks {
+                let Ok(step) = apply(delivery, INPUTS[pick]) else { continue };
+                let allowed: &[DeliveryState] = match delivery.state {
+                    Pending => &[Leased, Cancelled, Dead],
+                    Leased => &[Delivered, Pending, Dead, Cancelled],
+                    Delivered | Dead | Cancelled => &[],
+                };
+                prop_assert!(allowed.contains(&step.state), "{delivery:?} {step:?}");
+                prop_assert!((0..=max_attempts).contains(&step.attempts));
+                prop_assert_eq!(step.effect == Effect::DeadLetter, step.state == Dead);
+                prop_assert!(!(step.effect == Effect::Retry && step.attempts >= max_attempts), "no attempt is left");
+                dead_letters += i32::from(step.effect == Effect::DeadLetter);
+                sent += i32::from(INPUTS[pick] == Input::Claimed) - i32::from(INPUTS[pick] == Input::Released);
+                delivery = Delivery { state: step.state, attempts: step.attempts, ..delivery };
+            }
+            prop_assert!(sent <= max_attempts);
+            prop_assert!(dead_letters <= 1 && !(disposable && dead_letters > 0));
+            // What is told as a real event is never dropped.
+            prop_assert!(disposable || delivery.state != Cancelled);
+        }
+    }
+}
