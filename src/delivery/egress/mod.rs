@@ -1,0 +1,313 @@
+//! Where webhooks may go. A URL comes from a client, and the server has a place in a network that the client has not: so
+//! nothing is sent to an address that is not public, unless the operator has opened it.
+//!
+//! One guard serves create, update, test and send. What counts is the address that is connected to: names are resolved by
+//! [`Guard`] inside the HTTP client, so a name that resolves to something else the second time gains nothing. The client
+//! skips its resolver where the host is an address, so those are checked from the URL; the URL parser has by then turned
+//! `0x7f.1` and `2130706433` into what they mean.
+
+mod ranges;
+
+use std::{
+    error::Error,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use futures::future::BoxFuture;
+use ipnet::IpNet;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use url::{Host, Url};
+
+/// What webhooks may be sent to.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Ranges that are open although they are not public.
+    pub allow: Vec<IpNet>,
+    /// Refuses `http://`.
+    pub https_only: bool,
+}
+
+/// Why nothing may be sent there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Forbidden {
+    /// No URL that can be sent to.
+    #[error("this is no URL that webhooks can be sent to")]
+    Url,
+    /// Plain HTTP, where the operator wants none.
+    #[error("this server sends webhooks over https only")]
+    Insecure,
+    /// An address that is not public. Which one is not said: a name's addresses are the network's secret.
+    #[error(
+        "the host is, or resolves to, an address that webhooks are not sent to; the operator can open it with --webhook-allow-cidr"
+    )]
+    Address,
+}
+
+type Lookup = Arc<dyn Fn(String) -> BoxFuture<'static, std::io::Result<Vec<IpAddr>>> + Send + Sync>;
+
+/// Checks where webhooks go. Cheap to clone.
+#[derive(Clone)]
+pub struct Guard {
+    policy: Arc<Policy>,
+    lookup: Lookup,
+}
+
+impl Guard {
+    /// A guard that resolves names as the system does.
+    #[must_use]
+    pub fn new(policy: Policy) -> Self {
+        Self::with_lookup(
+            policy,
+            Arc::new(|name| {
+                Box::pin(async move {
+                    let found = tokio::net::lookup_host((name, 0)).await?;
+                    Ok(found.map(|address| address.ip()).collect())
+                })
+            }),
+        )
+    }
+
+    /// A guard with a name service of its own.
+    #[must_use]
+    pub fn with_lookup(policy: Policy, lookup: Lookup) -> Self {
+        Self { policy: Arc::new(policy), lookup }
+    }
+
+    /// Checks all that can be known of a URL without asking anybody.
+    ///
+    /// # Errors
+    /// [`Forbidden`].
+    pub fn check_url(&self, url: &str) -> Result<Url, Forbidden> {
+        let url = Url::parse(url).map_err(|_| Forbidden::Url)?;
+        match url.scheme() {
+            "https" => {}
+            "http" if self.policy.https_only => return Err(Forbidden::Insecure),
+            "http" => {}
+            _ => return Err(Forbidden::Url),
+        }
+        if !url.username().is_empty() || url.password().is_some() || url.port() == Some(0) {
+            return Err(Forbidden::Url);
+        }
+        match url.host() {
+            Some(Host::Ipv4(address)) => self.check_address(address.into())?,
+            Some(Host::Ipv6(address)) => self.check_address(address.into())?,
+            Some(Host::Domain(name)) if !name.is_empty() => {}
+            Some(Host::Domain(_)) | None => return Err(Forbidden::Url),
+        }
+        Ok(url)
+    }
+
+    /// Checks a URL, for a name its present addresses too. A name that does not resolve now may do so later: it passes.
+    ///
+    /// # Errors
+    /// [`Forbidden`].
+    pub async fn check(&self, url: &str) -> Result<(), Forbidden> {
+        let url = self.check_url(url)?;
+        match url.host() {
+            Some(Host::Domain(name)) => match self.addresses(name.to_owned()).await {
+                Ok(_) | Err(ResolveError::Lookup(_)) => Ok(()),
+                Err(ResolveError::Forbidden(forbidden)) => Err(forbidden),
+            },
+            Some(Host::Ipv4(_) | Host::Ipv6(_)) | None => Ok(()),
+        }
+    }
+
+    fn check_address(&self, address: IpAddr) -> Result<(), Forbidden> {
+        if ranges::is_allowed(address, &self.policy.allow) { Ok(()) } else { Err(Forbidden::Address) }
+    }
+
+    /// A name's addresses. If any is forbidden the whole name is: which one is used would be left to chance.
+    async fn addresses(&self, name: String) -> Result<Vec<IpAddr>, ResolveError> {
+        let addresses = (self.lookup)(name).await?;
+        for address in &addresses {
+            self.check_address(*address)?;
+        }
+        Ok(addresses)
+    }
+}
+
+impl std::fmt::Debug for Guard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guard").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+impl Resolve for Guard {
+    fn resolve(&self, name: Name) -> Resolving {
+        let guard = self.clone();
+        Box::pin(async move {
+            let addresses = guard.addresses(name.as_str().to_owned()).await?;
+            // The client fills in the URL's port.
+            Ok(Box::new(addresses.into_iter().map(|address| SocketAddr::new(address, 0))) as Addrs)
+        })
+    }
+}
+
+/// Why a name has no addresses.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// Some of its addresses are forbidden.
+    #[error(transparent)]
+    Forbidden(#[from] Forbidden),
+    /// The name service has none.
+    #[error("the name does not resolve: {0}")]
+    Lookup(#[from] std::io::Error),
+}
+
+impl ResolveError {
+    /// The guard's reason among the causes of a client's error.
+    pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            if let Some(found) = error.downcast_ref() {
+                return Some(found);
+            }
+            cause = error.source();
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guard(allow: &[&str], https_only: bool, names: &'static [(&str, &[&str])]) -> Guard {
+        let allow = allow.iter().map(|range| range.parse().unwrap()).collect();
+        let lookup = move |name: String| -> BoxFuture<'static, std::io::Result<Vec<IpAddr>>> {
+            let found = names.iter().find(|(known, _)| *known == name);
+            Box::pin(async move {
+                let (_, addresses) = found.ok_or_else(|| std::io::Error::other("no such name"))?;
+                Ok(addresses.iter().map(|address| address.parse().unwrap()).collect())
+            })
+        };
+        Guard::with_lookup(Policy { allow, https_only }, Arc::new(lookup))
+    }
+
+    /// 127.0.0.1 and the metadata address in every spelling that some client or other understands.
+    #[test]
+    fn no_spelling_of_an_address_gets_through() {
+        let guard = guard(&[], false, &[]);
+        for host in [
+            "127.0.0.1",
+            "127.1",
+            "127.0.1",
+            "0x7f.1",
+            "0x7f.0.0.1",
+            "0x7f000001",
+            "0X7F000001",
+            "2130706433",
+            "017700000001",
+            "0177.0.0.1",
+            "0177.1",
+            "127.0.0.1.",
+            "127.1.",
+            "%31%32%37.0.0.1",
+            "１２７.0.0.1",
+            "①②⑦.0.0.1",
+            "127。0。0。1",
+            "[::1]",
+            "[0:0:0:0:0:0:0:1]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[0:0:0:0:0:ffff:7f00:1]",
+            "[::127.0.0.1]",
+            "[::]",
+            "0",
+            "0.0.0.0",
+            "169.254.169.254",
+            "0xa9fea9fe",
+            "2852039166",
+            "0xa9.0xfe.0xa9.0xfe",
+            "[::ffff:a9fe:a9fe]",
+            "[64:ff9b::7f00:1]",
+            "[64:ff9b:1::7f00:1]",
+            "[2002:7f00:1::]",
+            "[2001:0:7f00:1::]",
+            "[fe80::1]",
+            "[fd00:ec2::254]",
+            "[fec0::1]",
+            "[ff02::1]",
+            "10.1.2.3",
+            "192.168.0.1",
+            "172.16.0.1",
+            "100.64.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+        ] {
+            let url = format!("http://{host}:8080/hook");
+            assert_eq!(guard.check_url(&url).map(|_| ()), Err(Forbidden::Address), "{host}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_url_to_send_to() {
+        let guard = guard(&[], false, &[]);
+        for url in [
+            "",
+            "example.com",
+            "ftp://example.com/",
+            "file:///etc/passwd",
+            "gopher://example.com/",
+            "http://",
+            "http://a@example.com/",
+            "http://a:b@example.com/",
+            "http://example.com:0/",
+            "http://1.2.3.4.5/",
+            "http://256.1.1.1/",
+            "http://[::1%25eth0]/",
+            "http://exa mple.com/",
+            "unix:/var/run/docker.sock",
+        ] {
+            assert_eq!(guard.check_url(url).map(|_| ()), Err(Forbidden::Url), "{url}");
+        }
+        for url in
+            ["http://example.com/", "https://example.com:8443/a?b", "https://1.1.1.1/", "http://[2606:4700::1111]/"]
+        {
+            assert!(guard.check_url(url).is_ok(), "{url}");
+        }
+    }
+
+    #[test]
+    fn https_only() {
+        let guard = guard(&["127.0.0.0/8"], true, &[]);
+        assert_eq!(guard.check_url("http://127.0.0.1/").map(|_| ()), Err(Forbidden::Insecure));
+        assert!(guard.check_url("https://127.0.0.1/").is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_name_with_one_forbidden_address_is_forbidden() {
+        let guard = guard(
+            &["10.1.0.0/16"],
+            false,
+            &[
+                ("good.test", &["1.1.1.1", "2606:4700::1111"]),
+                ("mixed.test", &["1.1.1.1", "127.0.0.1"]),
+                ("local.test", &["::1"]),
+                ("mapped.test", &["::ffff:169.254.169.254"]),
+                ("opened.test", &["10.1.2.3"]),
+                ("closed.test", &["10.2.2.3"]),
+            ],
+        );
+        for (name, expected) in [
+            ("good.test", Ok(())),
+            ("opened.test", Ok(())),
+            ("nowhere.test", Ok(())),
+            ("mixed.test", Err(Forbidden::Address)),
+            ("local.test", Err(Forbidden::Address)),
+            ("mapped.test", Err(Forbidden::Address)),
+            ("closed.test", Err(Forbidden::Address)),
+        ] {
+            assert_eq!(guard.check(&format!("https://{name}/")).await, expected, "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn localhost_is_no_back_door() {
+        assert_eq!(Guard::new(Policy::default()).check("http://localhost:4080/").await, Err(Forbidden::Address));
+        let open =
+            Policy { allow: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()], https_only: false };
+        assert_eq!(Guard::new(open).check("http://localhost:4080/").await, Ok(()));
+    }
+}
