@@ -46,6 +46,11 @@ impl Table {
         self
     }
 
+    pub(crate) fn opt_int(mut self, column: &'static str) -> Self {
+        self.create.col(ColumnDef::new(Alias::new(column)).integer().null());
+        self
+    }
+
     pub(crate) fn flag(mut self, column: &'static str) -> Self {
         self.create.col(ColumnDef::new(Alias::new(column)).boolean().not_null().default(false));
         self

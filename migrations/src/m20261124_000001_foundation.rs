@@ -84,6 +84,8 @@ impl MigrationTrait for Migration {
             .opt_text("request_id")
             .opt_text("webhook")
             .opt_text("webhook_endpoint_id")
+            .count("progress_done")
+            .count("progress_at")
             .big("created_at")
             .big("expires_at")
             .opt_big("in_progress_at")

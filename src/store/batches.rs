@@ -16,9 +16,7 @@ use super::{
     now,
 };
 use crate::domain::{
-    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp,
-    lifecycle::Input,
-    webhook::{ProgressMark, WebhookTarget},
+    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp, lifecycle::Input,
 };
 
 /// Which batches to list.
@@ -331,8 +329,10 @@ fn new_row(
         priority: Priority::value(new.priority),
         completion_window: i64::try_from(new.completion_window.as_micros()).unwrap_or(i64::MAX),
         request_id: new.request_id.clone(),
-        webhook: new.webhook.as_ref().map(|webhook| to_json(&with_start(webhook, at))).transpose()?,
+        webhook: new.webhook.as_ref().map(to_json).transpose()?,
         webhook_endpoint_id: new.webhook_endpoint_id.as_ref().map(|id| id.as_str().to_owned()),
+        progress_done: 0,
+        progress_at: at.0,
         created_at: at.0,
         expires_at: at.plus(new.completion_window).0,
         in_progress_at: None,
@@ -346,11 +346,6 @@ fn new_row(
         segments_done: 0,
         revision: 1,
     })
-}
-
-/// Progress is counted from the start.
-fn with_start(webhook: &WebhookTarget, at: Timestamp) -> WebhookTarget {
-    WebhookTarget { progress: ProgressMark { done: 0, at: at.0 }, ..webhook.clone() }
 }
 
 async fn insert_filter_rows<C: ConnectionTrait>(

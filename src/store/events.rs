@@ -10,6 +10,7 @@ use super::{
     Store, StoreError,
     convert::{self, to_json},
     entity::{batch, batch_event, counter, file, segment},
+    webhooks,
 };
 use crate::domain::{
     Batch, BatchId, BatchStatus, FileId, Revision, Sequence, Timestamp, TokenUsage,
@@ -86,7 +87,8 @@ async fn enter(
     if status.is_terminal() && status != BatchStatus::Failed {
         write_result_files(tx, row, at).await?;
     }
-    append(tx, row, at).await
+    append(tx, row, at).await?;
+    webhooks::enqueue_state(tx, row, status, at).await
 }
 
 /// Appends the event of the state that `row` has just entered.

@@ -15,6 +15,7 @@ mod garbage;
 mod nodes;
 mod parts;
 mod queue;
+mod webhooks;
 mod workers;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -31,6 +32,11 @@ pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord}
 pub use events::StateEvent;
 pub use files::{DeletedFile, FileFilter, InsertedFile};
 pub use parts::{Commit, FinalObject, NewPart, Part};
+pub use webhooks::{
+    AttemptRecord, BeginRetry, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter, DeletedDeadLetter,
+    DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, EndpointChange, EndpointRecord, NewEndpoint, Reaped,
+    RetryJob, RetryJobState, Settled, SettledAs, Settlement, Signing,
+};
 pub use workers::{RemovedWorker, WorkerRecord};
 
 use crate::domain::{BatchId, Timestamp};

@@ -11,7 +11,7 @@ use super::{
     convert,
     entity::{batch, part, segment},
     events::{lock_batch, transition},
-    garbage, now,
+    garbage, now, webhooks,
 };
 use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::Input};
 
@@ -98,6 +98,7 @@ impl Store {
         }
         let at = now(&tx).await?;
         insert(&tx, &mut row, of, epoch, new, at).await?;
+        webhooks::enqueue_progress(&tx, &mut row, at).await?;
         row.into_active_model().reset_all().update(&tx).await?;
         tx.commit().await?;
         self.changed(&of.batch);
@@ -155,6 +156,7 @@ impl Store {
             && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
         if !ended {
             row.revision += 1;
+            webhooks::enqueue_progress(&tx, &mut row, at).await?;
             row.into_active_model().reset_all().update(&tx).await?;
         }
         tx.commit().await?;

@@ -6,7 +6,7 @@ use url::Url;
 use validator::{Validate, ValidationError, ValidationErrors, ValidationErrorsKind};
 use zeroize::Zeroizing;
 
-use super::{EventFilter, ProgressMark, SealedSecret, Secret};
+use super::{EventFilter, SealedSecret, Secret};
 
 /// The longest URL, in bytes.
 pub const MAX_URL_BYTES: usize = 2_048;
@@ -93,9 +93,6 @@ pub struct WebhookTarget {
     pub timeout: Duration,
     /// What it wants to hear of.
     pub events: EventFilter,
-    /// How far the batch was at its last progress event.
-    #[serde(default)]
-    pub progress: ProgressMark,
 }
 
 impl WebhookConfig {
@@ -156,7 +153,6 @@ impl WebhookConfig {
             max_attempts: self.max_retries.and_then(|number| number.try_into().ok()).unwrap_or(defaults.max_attempts),
             timeout: self.timeout.unwrap_or(defaults.timeout),
             url: self.url,
-            progress: ProgressMark::default(),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! Webhooks, as far as the store must know them: what they tell of, to whom, with which bytes, and a delivery's life. No IO.
 
+mod attempt;
 mod canonical;
 mod config;
 mod event;
@@ -8,6 +9,7 @@ mod progress;
 mod secret;
 mod state;
 
+pub use attempt::{AttemptError, AttemptResult, ErrorKind};
 pub use canonical::Json;
 pub use config::{
     DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT, Defaults, Invalid, MAX_ATTEMPTS, MAX_URL_BYTES, OLD_URL_KEY, TIMEOUT_RANGE,

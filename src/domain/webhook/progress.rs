@@ -12,7 +12,7 @@ pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(30);
 pub const PROGRESS_LIFETIME: Duration = Duration::from_secs(600);
 
 /// How far a batch was at its last progress webhook; to begin with: nowhere, at its start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProgressMark {
     /// Requests that had ended.
     pub done: i64,

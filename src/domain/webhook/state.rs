@@ -68,8 +68,6 @@ pub enum Input {
     LeaseExpired,
     /// A newer event makes it pointless, or it is too old.
     Superseded,
-    /// Its target is gone.
-    TargetGone,
 }
 
 /// What has to be done with a step.
@@ -138,9 +136,6 @@ pub fn apply(of: Delivery, input: Input) -> Result<Step, Refused> {
         // Only what can be missed is ever superseded. What is being sent finishes.
         (Pending, Input::Superseded) if of.disposable => to(Cancelled, Effect::None),
         (Pending | Leased | Delivered | Dead | Cancelled, Input::Superseded) => refused,
-
-        (Pending, Input::TargetGone) => end,
-        (Leased | Delivered | Dead | Cancelled, Input::TargetGone) => refused,
     }
 }
 
@@ -150,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    const INPUTS: [Input; 8] = [
+    const INPUTS: [Input; 7] = [
         Input::Claimed,
         Input::Released,
         Input::Succeeded,
@@ -158,7 +153,6 @@ mod tests {
         Input::FailedForGood,
         Input::LeaseExpired,
         Input::Superseded,
-        Input::TargetGone,
     ];
 
     fn new(max_attempts: i32, disposable: bool) -> Delivery {
@@ -221,7 +215,7 @@ mod tests {
             for pick in picks {
                 let Ok(step) = apply(delivery, INPUTS[pick]) else { continue };
                 let allowed: &[DeliveryState] = match delivery.state {
-                    Pending => &[Leased, Cancelled, Dead],
+                    Pending => &[Leased, Cancelled],
                     Leased => &[Delivered, Pending, Dead, Cancelled],
                     Delivered | Dead | Cancelled => &[],
                 };

@@ -31,6 +31,8 @@ pub struct Model {
     pub request_id: Option<String>,
     pub webhook: Option<String>,
     pub webhook_endpoint_id: Option<String>,
+    pub progress_done: i64,
+    pub progress_at: i64,
     pub created_at: i64,
     pub expires_at: i64,
     pub in_progress_at: Option<i64>,

@@ -1,0 +1,112 @@
+//! What comes of an attempt.
+
+/// Why an attempt failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The receiver answered something else than 2xx.
+    Status,
+    /// The receiver answered 410: it wants no more of this.
+    Gone,
+    /// It took too long.
+    Timeout,
+    /// The name did not resolve.
+    Dns,
+    /// There was no connection.
+    Connect,
+    /// The connection broke, or what came was no HTTP.
+    Transport,
+    /// The address is none that webhooks are sent to.
+    ForbiddenAddress,
+    /// The URL is none that can be sent to.
+    InvalidUrl,
+    /// The secret can't be opened.
+    SecretUnopenable,
+    /// The registered endpoint is gone.
+    EndpointDeleted,
+    /// The server stopped before it knew.
+    Unknown,
+}
+
+impl ErrorKind {
+    const ALL: [Self; 11] = [
+        Self::Status,
+        Self::Gone,
+        Self::Timeout,
+        Self::Dns,
+        Self::Connect,
+        Self::Transport,
+        Self::ForbiddenAddress,
+        Self::InvalidUrl,
+        Self::SecretUnopenable,
+        Self::EndpointDeleted,
+        Self::Unknown,
+    ];
+
+    /// Its name, as stored and as in metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Gone => "gone",
+            Self::Timeout => "timeout",
+            Self::Dns => "dns",
+            Self::Connect => "connect",
+            Self::Transport => "transport",
+            Self::ForbiddenAddress => "forbidden_address",
+            Self::InvalidUrl => "invalid_url",
+            Self::SecretUnopenable => "secret_unopenable",
+            Self::EndpointDeleted => "endpoint_deleted",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// The kind of that name.
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+
+    /// Whether trying again can't help.
+    #[must_use]
+    pub fn is_for_good(self) -> bool {
+        match self {
+            Self::Gone | Self::ForbiddenAddress | Self::InvalidUrl | Self::SecretUnopenable | Self::EndpointDeleted => {
+                true
+            }
+            Self::Status | Self::Timeout | Self::Dns | Self::Connect | Self::Transport | Self::Unknown => false,
+        }
+    }
+}
+
+/// What came of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttemptResult {
+    /// Why it failed; none if it did not.
+    pub error: Option<AttemptError>,
+    /// What the receiver answered, if it did.
+    pub http_status: Option<u16>,
+    /// The first characters of its answer.
+    pub response_excerpt: Option<String>,
+}
+
+/// Why an attempt failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttemptError {
+    /// In one word.
+    pub kind: ErrorKind,
+    /// For people. Holds no secret and no control character.
+    pub message: String,
+}
+
+impl AttemptResult {
+    /// It failed before the receiver answered.
+    pub fn failed(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { error: Some(AttemptError { kind, message: message.into() }), http_status: None, response_excerpt: None }
+    }
+
+    /// Whether the receiver has it.
+    #[must_use]
+    pub fn succeeded(&self) -> bool {
+        self.error.is_none()
+    }
+}

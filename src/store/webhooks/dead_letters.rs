@@ -1,0 +1,407 @@
+//! Dead letters: written with the last failed attempt, retried by hand, deleted.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, Condition, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait,
+    QueryFilter, QueryOrder, QuerySelect, sea_query::Expr,
+};
+use uuid::Uuid;
+
+use super::{
+    LEASE_MARGIN_MICROS,
+    claims::{ClaimedDelivery, Signing, signing, started},
+    event_of,
+    log::AttemptRecord,
+    outcome,
+    settle::finish_attempt,
+};
+use crate::{
+    domain::{
+        BatchId, DeadLetterId, DeliveryId, Timestamp,
+        webhook::{AttemptError, AttemptResult, ErrorKind, WebhookEvent, target_of},
+    },
+    store::{
+        Store, StoreError,
+        entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
+        now,
+    },
+};
+
+/// A webhook that could not be delivered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Its id.
+    pub id: DeadLetterId,
+    /// Whose it is.
+    pub owner: String,
+    /// The batch that it tells of.
+    pub batch_id: Option<BatchId>,
+    /// The delivery that failed.
+    pub delivery_id: DeliveryId,
+    /// Where it was to go.
+    pub url: String,
+    /// What it tells.
+    pub event: WebhookEvent,
+    /// The exact bytes.
+    pub payload: Vec<u8>,
+    /// Why the last attempt failed, in one word.
+    pub error_kind: ErrorKind,
+    /// Why the last attempt failed.
+    pub error_message: String,
+    /// Attempts of the automatic chain.
+    pub attempts: i32,
+    /// When the last of those was made.
+    pub last_attempt_at: Timestamp,
+    /// When it became a dead letter.
+    pub created_at: Timestamp,
+    /// When it was last retried by hand.
+    pub retried_at: Option<Timestamp>,
+    /// Whether a retry by hand has succeeded.
+    pub retry_success: bool,
+    /// Retries by hand.
+    pub retry_count: i64,
+}
+
+/// Which dead letters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DeadLetterFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only those of this batch.
+    pub batch_id: Option<String>,
+    /// Only those of this event.
+    pub event: Option<String>,
+    /// Only those to this host.
+    pub host: Option<String>,
+    /// Only those that a retry has, or has not, delivered.
+    pub delivered: Option<bool>,
+    /// Only those that became one at this time (microseconds since the Unix epoch) or later.
+    pub created_from: Option<i64>,
+    /// Only those that became one before this time.
+    pub created_before: Option<i64>,
+}
+
+/// What became of a retry that is to begin.
+#[derive(Debug)]
+pub enum BeginRetry {
+    /// It is this caller's to send. `forced`: it had been delivered before.
+    Started {
+        /// What to send.
+        claim: Box<ClaimedDelivery>,
+        /// It had been delivered before.
+        forced: bool,
+    },
+    /// The same request id has retried it before: this came of it.
+    Repeated(Box<DeadLetter>, Box<AttemptRecord>),
+    /// An earlier retry has delivered it, and force was not asked for.
+    AlreadyDelivered,
+    /// Somebody else is retrying it.
+    Busy,
+    /// There is none.
+    NotFound,
+    /// Its endpoint was deleted, so there is neither an address nor a secret any more.
+    EndpointDeleted,
+}
+
+/// What became of a deletion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeletedDeadLetter {
+    /// It is gone.
+    Deleted,
+    /// There was none.
+    NotFound,
+    /// Somebody is retrying it.
+    Busy,
+}
+
+impl DeadLetterFilter {
+    pub(super) fn condition(&self) -> Condition {
+        use webhook_dead_letter::Column;
+        Condition::all()
+            .add_option(self.owner.as_ref().map(|owner| Column::Owner.eq(owner)))
+            .add_option(self.batch_id.as_ref().map(|id| Column::BatchId.eq(id)))
+            .add_option(self.event.as_ref().map(|event| Column::Event.eq(event)))
+            .add_option(self.host.as_ref().map(|host| Column::Host.eq(host)))
+            .add_option(self.delivered.map(|delivered| Column::RetrySuccess.eq(delivered)))
+            .add_option(self.created_from.map(|from| Column::CreatedAt.gte(from)))
+            .add_option(self.created_before.map(|before| Column::CreatedAt.lt(before)))
+    }
+}
+
+impl Store {
+    /// Dead letters, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn dead_letters(
+        &self,
+        filter: &DeadLetterFilter,
+        after: Option<&DeadLetterId>,
+        limit: u64,
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let mut find = webhook_dead_letter::Entity::find()
+            .filter(filter.condition())
+            .order_by_desc(webhook_dead_letter::Column::Id)
+            .limit(limit);
+        if let Some(after) = after {
+            find = find.filter(webhook_dead_letter::Column::Id.lt(after.as_str()));
+        }
+        find.all(self.read()).await?.into_iter().map(DeadLetter::try_from).collect()
+    }
+
+    /// How many there are.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<i64, StoreError> {
+        let count = webhook_dead_letter::Entity::find().filter(filter.condition()).count(self.read()).await?;
+        Ok(i64::try_from(count).unwrap_or(i64::MAX))
+    }
+
+    /// One dead letter; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn dead_letter(&self, id: &DeadLetterId, owner: Option<&str>) -> Result<Option<DeadLetter>, StoreError> {
+        find(self.read(), id, owner).await?.map(DeadLetter::try_from).transpose()
+    }
+
+    /// Takes a dead letter for one retry and writes its attempt, a generation of its own.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn begin_retry(
+        &self,
+        id: &DeadLetterId,
+        owner: Option<&str>,
+        force: bool,
+        request_id: Option<&str>,
+    ) -> Result<BeginRetry, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(BeginRetry::NotFound) };
+        if let Some(request_id) = request_id
+            && let Some(attempt) = webhook_attempt::Entity::find()
+                .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
+                .filter(webhook_attempt::Column::RequestId.eq(request_id))
+                .one(&tx)
+                .await?
+        {
+            if attempt.finished_at.is_none() {
+                return Ok(BeginRetry::Busy);
+            }
+            return Ok(BeginRetry::Repeated(Box::new(row.try_into()?), Box::new(attempt.try_into()?)));
+        }
+        if row.lease_expires_at.is_some_and(|until| until >= at.0) {
+            return Ok(BeginRetry::Busy);
+        }
+        if row.retry_success && !force {
+            return Ok(BeginRetry::AlreadyDelivered);
+        }
+        let endpoint = match &row.endpoint_id {
+            Some(endpoint) => webhook_endpoint::Entity::find_by_id(endpoint).one(&tx).await?,
+            None => None,
+        };
+        let delivery = webhook_delivery::Entity::find_by_id(&row.delivery_id)
+            .one(&tx)
+            .await?
+            .ok_or_else(|| StoreError::Corrupt("a dead letter without its delivery".into()))?;
+        let signing = signing(row.endpoint_id.as_deref(), endpoint.as_ref(), delivery.secret, at);
+        if signing == Signing::EndpointDeleted {
+            return Ok(BeginRetry::EndpointDeleted);
+        }
+        // An endpoint that has moved since: there.
+        let url = endpoint.as_ref().map_or(&row.webhook_url, |endpoint| &endpoint.url).clone();
+        let timeout = endpoint.as_ref().map_or(delivery.timeout, |endpoint| endpoint.timeout);
+        let lease = Uuid::new_v4().simple().to_string();
+        let forced = row.retry_success;
+        row.retry_count += 1;
+        row.retried_at = Some(at.0);
+        row.lease_token = Some(lease.clone());
+        row.lease_expires_at = Some(at.0 + timeout + LEASE_MARGIN_MICROS);
+        let generation = i32::try_from(row.retry_count).map_err(|_| StoreError::Corrupt("too many retries".into()))?;
+        let delivery_id = DeliveryId::from_text(&row.delivery_id);
+        let mut attempt = started(&delivery_id, generation, 1, at);
+        attempt.request_id = request_id.map(str::to_owned);
+        attempt.forced = forced;
+        webhook_attempt::Entity::insert(attempt.into_active_model()).exec_without_returning(&tx).await?;
+        let claim = ClaimedDelivery {
+            id: delivery_id,
+            batch_id: row.batch_id.clone().map(BatchId::from_text),
+            event: event_of(&row.event)?,
+            target: target_of(&url),
+            url,
+            signing,
+            body: Bytes::from(row.payload.clone()),
+            generation,
+            attempt: 1,
+            number: i64::from(row.attempts) + row.retry_count,
+            timeout: Duration::from_micros(u64::try_from(timeout).unwrap_or(0)),
+            lease,
+            created_at: Timestamp(delivery.created_at),
+        };
+        row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(BeginRetry::Started { claim: Box::new(claim), forced })
+    }
+
+    /// Writes down what came of a retry. None if the lease was lost or the dead letter is gone: nothing was written.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn finish_retry(
+        &self,
+        id: &DeadLetterId,
+        claim: &ClaimedDelivery,
+        result: &AttemptResult,
+    ) -> Result<Option<DeadLetter>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(mut row) = lock(&tx, id, None).await? else { return Ok(None) };
+        if row.lease_token.as_deref() != Some(&claim.lease) {
+            return Ok(None);
+        }
+        finish_attempt(&tx, &claim.id, claim.generation, claim.attempt, result, at).await?;
+        row.lease_token = None;
+        row.lease_expires_at = None;
+        match &result.error {
+            // Delivered stays delivered, whatever a forced retry brings.
+            None => row.retry_success = true,
+            Some(error) => {
+                row.error_kind = error.kind.as_str().to_owned();
+                row.error_message.clone_from(&error.message);
+            }
+        }
+        let row = row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(Some(row.try_into()?))
+    }
+
+    /// Deletes a dead letter that nobody is retrying.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delete_dead_letter(
+        &self,
+        id: &DeadLetterId,
+        owner: Option<&str>,
+    ) -> Result<DeletedDeadLetter, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(row) = lock(&tx, id, owner).await? else { return Ok(DeletedDeadLetter::NotFound) };
+        if row.lease_expires_at.is_some_and(|until| until >= at.0) {
+            return Ok(DeletedDeadLetter::Busy);
+        }
+        webhook_dead_letter::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+        tx.commit().await?;
+        Ok(DeletedDeadLetter::Deleted)
+    }
+}
+
+/// Writes a delivery's dead letter, in the transaction that gives the delivery up.
+pub(super) async fn insert(
+    tx: &DatabaseTransaction,
+    of: &webhook_delivery::Model,
+    error: &AttemptError,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    let host = url::Url::parse(&of.url).ok().and_then(|url| url.host_str().map(str::to_owned)).unwrap_or_default();
+    let row = webhook_dead_letter::Model {
+        id: DeadLetterId::generate().into_string(),
+        owner: of.owner.clone(),
+        batch_id: of.batch_id.clone(),
+        delivery_id: of.id.clone(),
+        endpoint_id: of.endpoint_id.clone(),
+        webhook_url: of.url.clone(),
+        host,
+        event: of.event.clone(),
+        payload: of.body.clone(),
+        error_kind: error.kind.as_str().to_owned(),
+        error_message: error.message.clone(),
+        attempts: of.attempts,
+        last_attempt_at: at.0,
+        created_at: at.0,
+        retried_at: None,
+        retry_success: false,
+        retry_count: 0,
+        lease_token: None,
+        lease_expires_at: None,
+    };
+    webhook_dead_letter::Entity::insert(row.into_active_model()).exec_without_returning(tx).await?;
+    Ok(())
+}
+
+/// Ends the leases of retries whose sender is gone: of what came of them nobody will say.
+pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp) -> Result<(), StoreError> {
+    let mut find =
+        webhook_dead_letter::Entity::find().filter(webhook_dead_letter::Column::LeaseExpiresAt.is_not_null());
+    if !all {
+        find = find.filter(webhook_dead_letter::Column::LeaseExpiresAt.lt(at.0));
+    }
+    for mut row in find.order_by_asc(webhook_dead_letter::Column::Id).lock_exclusive().all(tx).await? {
+        webhook_attempt::Entity::update_many()
+            .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))
+            .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
+            .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(ErrorKind::Unknown.as_str()))
+            .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
+            .filter(webhook_attempt::Column::Generation.gt(0))
+            .filter(webhook_attempt::Column::Outcome.eq(outcome::STARTED))
+            .exec(tx)
+            .await?;
+        row.lease_token = None;
+        row.lease_expires_at = None;
+        row.into_active_model().reset_all().update(tx).await?;
+    }
+    Ok(())
+}
+
+async fn lock(
+    tx: &DatabaseTransaction,
+    id: &DeadLetterId,
+    owner: Option<&str>,
+) -> Result<Option<webhook_dead_letter::Model>, StoreError> {
+    let mut find = webhook_dead_letter::Entity::find_by_id(id.as_str()).lock_exclusive();
+    if let Some(owner) = owner {
+        find = find.filter(webhook_dead_letter::Column::Owner.eq(owner));
+    }
+    Ok(find.one(tx).await?)
+}
+
+async fn find<C: sea_orm::ConnectionTrait>(
+    connection: &C,
+    id: &DeadLetterId,
+    owner: Option<&str>,
+) -> Result<Option<webhook_dead_letter::Model>, StoreError> {
+    let mut find = webhook_dead_letter::Entity::find_by_id(id.as_str());
+    if let Some(owner) = owner {
+        find = find.filter(webhook_dead_letter::Column::Owner.eq(owner));
+    }
+    Ok(find.one(connection).await?)
+}
+
+impl TryFrom<webhook_dead_letter::Model> for DeadLetter {
+    type Error = StoreError;
+
+    fn try_from(row: webhook_dead_letter::Model) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: DeadLetterId::from_text(row.id),
+            owner: row.owner,
+            batch_id: row.batch_id.map(BatchId::from_text),
+            delivery_id: DeliveryId::from_text(row.delivery_id),
+            url: row.webhook_url,
+            event: event_of(&row.event)?,
+            payload: row.payload,
+            error_kind: ErrorKind::from_text(&row.error_kind)
+                .ok_or_else(|| StoreError::Corrupt(format!("an unknown error kind {:?}", row.error_kind)))?,
+            error_message: row.error_message,
+            attempts: row.attempts,
+            last_attempt_at: Timestamp(row.last_attempt_at),
+            created_at: Timestamp(row.created_at),
+            retried_at: row.retried_at.map(Timestamp),
+            retry_success: row.retry_success,
+            retry_count: row.retry_count,
+        })
+    }
+}

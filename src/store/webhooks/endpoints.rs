@@ -1,0 +1,373 @@
+//! Registered webhook endpoints.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, sea_query::Expr,
+};
+use uuid::Uuid;
+
+use super::{
+    LEASE_MARGIN_MICROS, NEVER,
+    claims::{ClaimedDelivery, take},
+    new_delivery,
+};
+use crate::{
+    domain::{
+        BatchStatus, Timestamp, WebhookEndpointId,
+        webhook::{DeliveryState, EventFilter, SealedSecret, WebhookEvent, target_of, test_payload},
+    },
+    store::{
+        Store, StoreError,
+        convert::{self, to_json},
+        entity::{batch, webhook_delivery, webhook_endpoint},
+        now,
+    },
+};
+
+/// An endpoint to register.
+#[derive(Clone, Debug)]
+pub struct NewEndpoint {
+    /// Its id: made by the caller, because its secret is sealed for it.
+    pub id: WebhookEndpointId,
+    /// Whose it is.
+    pub owner: String,
+    /// Where it is.
+    pub url: String,
+    /// What it wants to hear of.
+    pub events: EventFilter,
+    /// What signs. None: the server's own secret, if it has one.
+    pub secret: Option<SealedSecret>,
+    /// Attempts in all.
+    pub max_attempts: i32,
+    /// For one whole attempt.
+    pub timeout: Duration,
+}
+
+/// A registered endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointRecord {
+    /// Its id.
+    pub id: WebhookEndpointId,
+    /// Whose it is.
+    pub owner: String,
+    /// Where it is.
+    pub url: String,
+    /// What it wants to hear of.
+    pub events: EventFilter,
+    /// Whether it has a secret of its own.
+    pub has_secret: bool,
+    /// Until when the secret before signs too.
+    pub previous_secret_until: Option<Timestamp>,
+    /// Attempts in all.
+    pub max_attempts: i32,
+    /// For one whole attempt.
+    pub timeout: Duration,
+    /// Nothing is sent to it; what there is for it waits.
+    pub disabled: bool,
+    /// Why.
+    pub disabled_reason: Option<String>,
+    /// When it was registered.
+    pub created_at: Timestamp,
+    /// When it was last changed.
+    pub updated_at: Timestamp,
+}
+
+/// What to change of an endpoint: what is none stays.
+#[derive(Clone, Debug, Default)]
+pub struct EndpointChange {
+    /// Where it is. What waits for it goes there too.
+    pub url: Option<String>,
+    /// What it wants to hear of, from now on.
+    pub events: Option<EventFilter>,
+    /// Attempts in all, of events from now on.
+    pub max_attempts: Option<i32>,
+    /// For one whole attempt, of events from now on.
+    pub timeout: Option<Duration>,
+    /// Whether it is disabled, and why.
+    pub disabled: Option<(bool, Option<String>)>,
+}
+
+/// What became of a deletion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeletedEndpoint {
+    /// It is gone.
+    Deleted,
+    /// There was none.
+    NotFound,
+    /// Unfinished batches name it, or deliveries wait for it: so many.
+    InUse {
+        /// Unfinished batches.
+        batches: u64,
+        /// Deliveries that are neither delivered nor given up.
+        deliveries: u64,
+    },
+}
+
+impl Store {
+    /// Registers an endpoint.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn create_endpoint(&self, new: NewEndpoint) -> Result<EndpointRecord, StoreError> {
+        let at = now(&self.inner.write).await?;
+        let row = webhook_endpoint::Model {
+            id: new.id.into_string(),
+            owner: new.owner,
+            url: new.url,
+            events: to_json(&new.events)?,
+            secret: new.secret.map(|secret| secret.as_bytes().to_vec()),
+            previous_secret: None,
+            previous_secret_until: None,
+            max_attempts: new.max_attempts,
+            timeout: i64::try_from(new.timeout.as_micros()).unwrap_or(i64::MAX),
+            disabled: false,
+            disabled_reason: None,
+            created_at: at.0,
+            updated_at: at.0,
+        };
+        webhook_endpoint::Entity::insert(row.clone().into_active_model())
+            .exec_without_returning(&self.inner.write)
+            .await?;
+        row.try_into()
+    }
+
+    /// Endpoints, newest first, those after `after` in that order, at most `limit`; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn endpoints(
+        &self,
+        owner: Option<&str>,
+        after: Option<&WebhookEndpointId>,
+        limit: u64,
+    ) -> Result<Vec<EndpointRecord>, StoreError> {
+        let mut find = webhook_endpoint::Entity::find().order_by_desc(webhook_endpoint::Column::Id).limit(limit);
+        if let Some(owner) = owner {
+            find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
+        }
+        if let Some(after) = after {
+            find = find.filter(webhook_endpoint::Column::Id.lt(after.as_str()));
+        }
+        find.all(self.read()).await?.into_iter().map(EndpointRecord::try_from).collect()
+    }
+
+    /// One endpoint; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn endpoint(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<Option<EndpointRecord>, StoreError> {
+        let mut find = webhook_endpoint::Entity::find_by_id(id.as_str());
+        if let Some(owner) = owner {
+            find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
+        }
+        find.one(self.read()).await?.map(EndpointRecord::try_from).transpose()
+    }
+
+    /// Changes an endpoint. None if there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn update_endpoint(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+        change: EndpointChange,
+    ) -> Result<Option<EndpointRecord>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
+        if let Some(url) = change.url {
+            row.url = url;
+            waiting(id)
+                .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
+                .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
+                .exec(&tx)
+                .await?;
+        }
+        if let Some((disabled, reason)) = change.disabled {
+            if disabled != row.disabled {
+                let due = if disabled { NEVER } else { at.0 };
+                waiting(id).col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due)).exec(&tx).await?;
+            }
+            row.disabled = disabled;
+            row.disabled_reason = reason.filter(|_| disabled);
+        }
+        if let Some(events) = change.events {
+            row.events = to_json(&events)?;
+        }
+        row.max_attempts = change.max_attempts.unwrap_or(row.max_attempts);
+        if let Some(timeout) = change.timeout {
+            row.timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
+        }
+        row.updated_at = at.0;
+        let row = row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(Some(row.try_into()?))
+    }
+
+    /// Gives an endpoint a new secret; the one before signs too for `overlap`. None if there is no such endpoint.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rotate_secret(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+        secret: &SealedSecret,
+        overlap: Duration,
+    ) -> Result<Option<EndpointRecord>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
+        let previous = row.secret.replace(secret.as_bytes().to_vec()).filter(|_| !overlap.is_zero());
+        row.previous_secret_until = previous.is_some().then(|| at.plus(overlap).0);
+        row.previous_secret = previous;
+        row.updated_at = at.0;
+        let row = row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(Some(row.try_into()?))
+    }
+
+    /// Deletes an endpoint that nothing waits for.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delete_endpoint(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<DeletedEndpoint, StoreError> {
+        let tx = self.begin().await?;
+        if lock(&tx, id, owner).await?.is_none() {
+            return Ok(DeletedEndpoint::NotFound);
+        }
+        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+        let batches = batch::Entity::find()
+            .filter(batch::Column::Status.is_in(unfinished))
+            .filter(batch::Column::WebhookEndpointId.eq(id.as_str()))
+            .count(&tx)
+            .await?;
+        let deliveries = webhook_delivery::Entity::find()
+            .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
+            .filter(
+                webhook_delivery::Column::State
+                    .is_in([DeliveryState::Pending.as_str(), DeliveryState::Leased.as_str()]),
+            )
+            .count(&tx)
+            .await?;
+        if batches > 0 || deliveries > 0 {
+            return Ok(DeletedEndpoint::InUse { batches, deliveries });
+        }
+        webhook_endpoint::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+        tx.commit().await?;
+        Ok(DeletedEndpoint::Deleted)
+    }
+
+    /// Writes a test event for an endpoint and claims it for the caller, who sends and settles it as any other. None if there
+    /// is no such endpoint. A disabled one can be tested too: that is how one finds out whether to enable it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn begin_test(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<Option<ClaimedDelivery>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let Some(endpoint) = lock(&tx, id, owner).await? else { return Ok(None) };
+        let mut row = new_delivery(WebhookEvent::Test, test_payload(at), at);
+        super::address(&mut row, &endpoint);
+        row.owner.clone_from(&endpoint.owner);
+        row.max_attempts = 1;
+        row.next_attempt_at = at.0.saturating_add(LEASE_MARGIN_MICROS);
+        webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
+        let lease = Uuid::new_v4().simple().to_string();
+        let endpoints = [(endpoint.id.clone(), endpoint)].into();
+        let claimed = take(&tx, vec![row], &endpoints, &lease, at).await?.pop();
+        tx.commit().await?;
+        Ok(claimed)
+    }
+
+    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped. Returns
+    /// how many.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn reseal_endpoints(
+        &self,
+        mut reseal: impl FnMut(&WebhookEndpointId, &SealedSecret) -> Option<SealedSecret>,
+    ) -> Result<u64, StoreError> {
+        let mut changed = 0;
+        let ids: Vec<String> = webhook_endpoint::Entity::find()
+            .select_only()
+            .column(webhook_endpoint::Column::Id)
+            .into_tuple()
+            .all(self.read())
+            .await?;
+        for id in ids.into_iter().map(WebhookEndpointId::from_text) {
+            let tx = self.begin().await?;
+            let Some(mut row) = lock(&tx, &id, None).await? else { continue };
+            let mut anew = |secret: &Option<Vec<u8>>| {
+                let sealed = SealedSecret::from_bytes(secret.clone()?);
+                reseal(&id, &sealed).map(|sealed| sealed.as_bytes().to_vec())
+            };
+            let (current, previous) = (anew(&row.secret), anew(&row.previous_secret));
+            if current.is_none() && previous.is_none() {
+                continue;
+            }
+            row.secret = current.or(row.secret);
+            row.previous_secret = previous.or(row.previous_secret);
+            row.into_active_model().reset_all().update(&tx).await?;
+            tx.commit().await?;
+            changed += 1;
+        }
+        Ok(changed)
+    }
+}
+
+/// An update of the deliveries that wait for an endpoint.
+fn waiting(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Entity> {
+    webhook_delivery::Entity::update_many()
+        .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
+        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+}
+
+async fn lock(
+    tx: &DatabaseTransaction,
+    id: &WebhookEndpointId,
+    owner: Option<&str>,
+) -> Result<Option<webhook_endpoint::Model>, StoreError> {
+    let mut find = webhook_endpoint::Entity::find_by_id(id.as_str()).lock_exclusive();
+    if let Some(owner) = owner {
+        find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
+    }
+    Ok(find.one(tx).await?)
+}
+
+impl TryFrom<webhook_endpoint::Model> for EndpointRecord {
+    type Error = StoreError;
+
+    fn try_from(row: webhook_endpoint::Model) -> Result<Self, StoreError> {
+        Ok(Self {
+            id: WebhookEndpointId::from_text(row.id),
+            owner: row.owner,
+            url: row.url,
+            events: convert::json("event list", &row.events)?,
+            has_secret: row.secret.is_some(),
+            previous_secret_until: row.previous_secret_until.map(Timestamp),
+            max_attempts: row.max_attempts,
+            timeout: Duration::from_micros(u64::try_from(row.timeout).unwrap_or(0)),
+            disabled: row.disabled,
+            disabled_reason: row.disabled_reason,
+            created_at: Timestamp(row.created_at),
+            updated_at: Timestamp(row.updated_at),
+        })
+    }
+}

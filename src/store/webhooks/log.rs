@@ -1,0 +1,215 @@
+//! What people ask about deliveries and their attempts.
+
+use sea_orm::{
+    ColumnTrait, Condition, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect,
+    sea_query::{Expr, ExprTrait},
+};
+
+use super::{NEVER, event_of, state_of};
+use crate::{
+    domain::{
+        BatchId, DeliveryId, Timestamp, WebhookEndpointId,
+        webhook::{DeliveryState, ErrorKind, WebhookEvent},
+    },
+    store::{
+        Store, StoreError,
+        entity::{webhook_attempt, webhook_delivery},
+        now,
+    },
+};
+
+/// A delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeliveryRecord {
+    /// Its id, the `webhook-id`.
+    pub id: DeliveryId,
+    /// Whose it is.
+    pub owner: String,
+    /// The batch that it tells of.
+    pub batch_id: Option<BatchId>,
+    /// The registered endpoint that it goes to.
+    pub endpoint_id: Option<WebhookEndpointId>,
+    /// What it tells.
+    pub event: WebhookEvent,
+    /// Where it goes.
+    pub url: String,
+    /// The exact bytes.
+    pub body: Vec<u8>,
+    /// Its state.
+    pub state: DeliveryState,
+    /// Attempts begun.
+    pub attempts: i32,
+    /// Attempts that it may have.
+    pub max_attempts: i32,
+    /// When the next attempt is due, while there is one to come and its endpoint is not disabled.
+    pub next_attempt_at: Option<Timestamp>,
+    /// Why the last attempt failed.
+    pub error_message: Option<String>,
+    /// When the event happened.
+    pub created_at: Timestamp,
+    /// When it was delivered or given up.
+    pub settled_at: Option<Timestamp>,
+}
+
+/// Which deliveries.
+#[derive(Clone, Debug, Default)]
+pub struct DeliveryFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only those of this batch.
+    pub batch_id: Option<BatchId>,
+    /// Only those to this endpoint.
+    pub endpoint_id: Option<WebhookEndpointId>,
+    /// Only those of this event.
+    pub event: Option<WebhookEvent>,
+    /// Only those in this state.
+    pub state: Option<DeliveryState>,
+}
+
+/// An attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttemptRecord {
+    /// 0 for the automatic chain, then one for each retry by hand.
+    pub generation: i32,
+    /// Which of its generation, from 1.
+    pub attempt: i32,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it ended, if that is known.
+    pub finished_at: Option<Timestamp>,
+    /// started, succeeded, failed or unknown.
+    pub outcome: String,
+    /// Why it failed.
+    pub error_kind: Option<ErrorKind>,
+    /// Why it failed, for people.
+    pub error_message: Option<String>,
+    /// What the receiver answered, if it did.
+    pub http_status: Option<u16>,
+    /// The first characters of its answer.
+    pub response_excerpt: Option<String>,
+    /// A retry of what had been delivered.
+    pub forced: bool,
+}
+
+#[derive(FromQueryResult)]
+struct OldestDue {
+    due: Option<i64>,
+}
+
+impl Store {
+    /// Deliveries, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn deliveries(
+        &self,
+        filter: &DeliveryFilter,
+        after: Option<&DeliveryId>,
+        limit: u64,
+    ) -> Result<Vec<DeliveryRecord>, StoreError> {
+        use webhook_delivery::Column;
+        let condition = Condition::all()
+            .add_option(filter.owner.as_ref().map(|owner| Column::Owner.eq(owner)))
+            .add_option(filter.batch_id.as_ref().map(|id| Column::BatchId.eq(id.as_str())))
+            .add_option(filter.endpoint_id.as_ref().map(|id| Column::EndpointId.eq(id.as_str())))
+            .add_option(filter.event.map(|event| Column::Event.eq(event.as_str())))
+            .add_option(filter.state.map(|state| Column::State.eq(state.as_str())))
+            .add_option(after.map(|after| Column::Id.lt(after.as_str())));
+        let rows = webhook_delivery::Entity::find()
+            .filter(condition)
+            .order_by_desc(Column::Id)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        rows.into_iter().map(DeliveryRecord::try_from).collect()
+    }
+
+    /// One delivery; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delivery(&self, id: &DeliveryId, owner: Option<&str>) -> Result<Option<DeliveryRecord>, StoreError> {
+        let mut find = webhook_delivery::Entity::find_by_id(id.as_str());
+        if let Some(owner) = owner {
+            find = find.filter(webhook_delivery::Column::Owner.eq(owner));
+        }
+        find.one(self.read()).await?.map(DeliveryRecord::try_from).transpose()
+    }
+
+    /// A delivery's attempts, in order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn attempts(&self, of: &DeliveryId) -> Result<Vec<AttemptRecord>, StoreError> {
+        let rows = webhook_attempt::Entity::find()
+            .filter(webhook_attempt::Column::DeliveryId.eq(of.as_str()))
+            .order_by_asc(webhook_attempt::Column::Generation)
+            .order_by_asc(webhook_attempt::Column::Attempt)
+            .all(self.read())
+            .await?;
+        rows.into_iter().map(AttemptRecord::try_from).collect()
+    }
+
+    /// For how long the delivery that has been due longest has been so. None if none is due.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn oldest_due(&self) -> Result<Option<std::time::Duration>, StoreError> {
+        let at = now(self.read()).await?;
+        let oldest = webhook_delivery::Entity::find()
+            .select_only()
+            .expr_as(Expr::col(webhook_delivery::Column::NextAttemptAt).min(), "due")
+            .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+            .into_model::<OldestDue>()
+            .one(self.read())
+            .await?;
+        Ok(oldest.and_then(|oldest| oldest.due).filter(|due| *due <= at.0).map(|due| at.since(Timestamp(due))))
+    }
+}
+
+impl TryFrom<webhook_delivery::Model> for DeliveryRecord {
+    type Error = StoreError;
+
+    fn try_from(row: webhook_delivery::Model) -> Result<Self, StoreError> {
+        let state = state_of(&row.state)?;
+        let waits = state == DeliveryState::Pending && row.next_attempt_at != NEVER;
+        Ok(Self {
+            id: DeliveryId::from_text(row.id),
+            owner: row.owner,
+            batch_id: row.batch_id.map(BatchId::from_text),
+            endpoint_id: row.endpoint_id.map(WebhookEndpointId::from_text),
+            event: event_of(&row.event)?,
+            url: row.url,
+            body: row.body,
+            state,
+            attempts: row.attempts,
+            max_attempts: row.max_attempts,
+            next_attempt_at: waits.then_some(Timestamp(row.next_attempt_at)),
+            error_message: row.error_message,
+            created_at: Timestamp(row.created_at),
+            settled_at: row.settled_at.map(Timestamp),
+        })
+    }
+}
+
+impl TryFrom<webhook_attempt::Model> for AttemptRecord {
+    type Error = StoreError;
+
+    fn try_from(row: webhook_attempt::Model) -> Result<Self, StoreError> {
+        let kind = |text: String| {
+            ErrorKind::from_text(&text).ok_or_else(|| StoreError::Corrupt(format!("an unknown error kind {text:?}")))
+        };
+        Ok(Self {
+            generation: row.generation,
+            attempt: row.attempt,
+            started_at: Timestamp(row.started_at),
+            finished_at: row.finished_at.map(Timestamp),
+            outcome: row.outcome,
+            error_kind: row.error_kind.map(kind).transpose()?,
+            error_message: row.error_message,
+            http_status: row.http_status.and_then(|status| u16::try_from(status).ok()),
+            response_excerpt: row.response_excerpt,
+            forced: row.forced,
+        })
+    }
+}

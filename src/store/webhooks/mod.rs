@@ -1,0 +1,216 @@
+//! The webhook outbox. What a batch's change is told to whom is decided and written in the transaction that changes it;
+//! everything else works on those rows.
+//!
+//! Locks are taken in this order: batch, event counter, deliveries (by id where there are many), dead letters. Claims and
+//! the reaper skip rows that somebody else has locked.
+
+mod claims;
+mod dead_letters;
+mod endpoints;
+mod log;
+mod retention;
+mod retry_jobs;
+mod settle;
+
+use sea_orm::{
+    ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr,
+};
+
+pub use claims::{ClaimedDelivery, Due, Signing};
+pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};
+pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint};
+pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
+pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
+pub use settle::{Reaped, Settled, SettledAs, Settlement};
+
+use super::{
+    StoreError, convert,
+    entity::{batch, webhook_delivery, webhook_endpoint},
+};
+use crate::domain::{
+    Batch, BatchStatus, DeliveryId, Timestamp,
+    webhook::{
+        AttemptError, DeliveryState, ErrorKind, EventFilter, PROGRESS_LIFETIME, Payload, ProgressMark, WebhookEvent,
+        WebhookTarget, target_of,
+    },
+};
+
+/// How long a lease outlives the time of its attempt: long enough to write down what came of it.
+pub(super) const LEASE_MARGIN_MICROS: i64 = 30_000_000;
+/// When a delivery to a disabled endpoint is due: not before somebody enables it.
+pub(super) const NEVER: i64 = i64::MAX;
+
+/// An attempt's outcome, as stored. `started` becomes `unknown` when whoever started it is gone.
+pub(super) mod outcome {
+    pub(in crate::store) const STARTED: &str = "started";
+    pub(in crate::store) const SUCCEEDED: &str = "succeeded";
+    pub(in crate::store) const FAILED: &str = "failed";
+    pub(in crate::store) const UNKNOWN: &str = "unknown";
+}
+
+/// Writes the delivery that tells of the state `row` has entered, if its webhook wants to hear of it. Progress that is
+/// still waiting is dropped: nobody wants it after the end.
+pub(super) async fn enqueue_state(
+    tx: &DatabaseTransaction,
+    row: &batch::Model,
+    status: BatchStatus,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    let Some(event) = WebhookEvent::of(status) else { return Ok(()) };
+    let Some(receiver) = Receiver::of(tx, row).await? else { return Ok(()) };
+    supersede_progress(tx, row, at).await?;
+    if receiver.events().wants(event) {
+        enqueue(tx, row, &receiver, event, at).await?;
+    }
+    Ok(())
+}
+
+/// Writes the delivery that tells how far the batch is, if it has got far enough since the last one. It takes the place of
+/// one that is still waiting. The caller writes `row`, which remembers it.
+pub(super) async fn enqueue_progress(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    let last = ProgressMark { done: row.progress_done, at: row.progress_at };
+    let Some(mark) = last.next(row.completed + row.failed, row.total, at) else { return Ok(()) };
+    let Some(receiver) = Receiver::of(tx, row).await? else { return Ok(()) };
+    if !receiver.events().wants(WebhookEvent::Progress) {
+        return Ok(());
+    }
+    row.progress_done = mark.done;
+    row.progress_at = mark.at;
+    supersede_progress(tx, row, at).await?;
+    enqueue(tx, row, &receiver, WebhookEvent::Progress, at).await
+}
+
+/// Who is to hear of a batch.
+enum Receiver {
+    Webhook(WebhookTarget),
+    Endpoint(Box<webhook_endpoint::Model>, EventFilter),
+    /// The endpoint that the batch names was deleted.
+    Gone(String),
+}
+
+impl Receiver {
+    async fn of(tx: &DatabaseTransaction, row: &batch::Model) -> Result<Option<Self>, StoreError> {
+        if let Some(id) = &row.webhook_endpoint_id {
+            return Ok(Some(match webhook_endpoint::Entity::find_by_id(id).one(tx).await? {
+                Some(endpoint) => {
+                    let events = convert::json("event list", &endpoint.events)?;
+                    Self::Endpoint(Box::new(endpoint), events)
+                }
+                None => Self::Gone(id.clone()),
+            }));
+        }
+        row.webhook.as_deref().map(|text| convert::json("webhook", text).map(Self::Webhook)).transpose()
+    }
+
+    fn events(&self) -> EventFilter {
+        match self {
+            Self::Webhook(webhook) => webhook.events,
+            Self::Endpoint(_, events) => *events,
+            Self::Gone(_) => EventFilter::default(),
+        }
+    }
+}
+
+async fn enqueue(
+    tx: &DatabaseTransaction,
+    row: &batch::Model,
+    receiver: &Receiver,
+    event: WebhookEvent,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    let batch = Batch::try_from(row.clone())?;
+    let body = Payload { event, batch: &batch }.body();
+    let mut delivery = webhook_delivery::Model {
+        batch_id: Some(row.id.clone()),
+        owner: row.owner.clone(),
+        ..new_delivery(event, body, at)
+    };
+    match receiver {
+        Receiver::Webhook(webhook) => {
+            delivery.target = target_of(&webhook.url);
+            delivery.url.clone_from(&webhook.url);
+            delivery.secret = webhook.secret.as_ref().map(|secret| secret.as_bytes().to_vec());
+            delivery.max_attempts = webhook.max_attempts;
+            delivery.timeout = i64::try_from(webhook.timeout.as_micros()).unwrap_or(i64::MAX);
+        }
+        Receiver::Endpoint(endpoint, _) => address(&mut delivery, endpoint),
+        Receiver::Gone(id) => delivery.endpoint_id = Some(id.clone()),
+    }
+    if event.is_disposable() {
+        delivery.max_attempts = 1;
+    }
+    if let Receiver::Gone(_) = receiver {
+        // Nobody can be told, and that must not go unnoticed.
+        delivery.state = DeliveryState::Dead.as_str().to_owned();
+        delivery.settled_at = Some(at.0);
+        let error = AttemptError {
+            kind: ErrorKind::EndpointDeleted,
+            message: "the webhook endpoint was deleted before the batch ended".into(),
+        };
+        dead_letters::insert(tx, &delivery, &error, at).await?;
+    }
+    webhook_delivery::Entity::insert(delivery.into_active_model()).exec_without_returning(tx).await?;
+    Ok(())
+}
+
+/// A delivery that is due at once; whom it goes to is still to be filled in.
+fn new_delivery(event: WebhookEvent, body: Vec<u8>, at: Timestamp) -> webhook_delivery::Model {
+    webhook_delivery::Model {
+        id: DeliveryId::generate().into_string(),
+        batch_id: None,
+        endpoint_id: None,
+        owner: String::new(),
+        event: event.as_str().to_owned(),
+        url: String::new(),
+        target: String::new(),
+        secret: None,
+        body,
+        max_attempts: 1,
+        timeout: 0,
+        state: DeliveryState::Pending.as_str().to_owned(),
+        attempts: 0,
+        next_attempt_at: at.0,
+        expires_at: (event == WebhookEvent::Progress).then(|| at.plus(PROGRESS_LIFETIME).0),
+        lease_token: None,
+        lease_expires_at: None,
+        http_status: None,
+        error_message: None,
+        created_at: at.0,
+        settled_at: None,
+    }
+}
+
+/// Addresses a delivery to an endpoint.
+fn address(delivery: &mut webhook_delivery::Model, endpoint: &webhook_endpoint::Model) {
+    delivery.endpoint_id = Some(endpoint.id.clone());
+    delivery.target = target_of(&endpoint.url);
+    delivery.url.clone_from(&endpoint.url);
+    delivery.max_attempts = endpoint.max_attempts;
+    delivery.timeout = endpoint.timeout;
+    if endpoint.disabled {
+        delivery.next_attempt_at = NEVER;
+    }
+}
+
+async fn supersede_progress(tx: &DatabaseTransaction, row: &batch::Model, at: Timestamp) -> Result<(), StoreError> {
+    let waiting = webhook_delivery::Entity::update_many()
+        .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
+        .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
+        .filter(webhook_delivery::Column::BatchId.eq(&row.id))
+        .filter(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()))
+        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()));
+    waiting.exec(tx).await?;
+    Ok(())
+}
+
+fn event_of(text: &str) -> Result<WebhookEvent, StoreError> {
+    WebhookEvent::from_text(text).ok_or_else(|| StoreError::Corrupt(format!("an unknown webhook event {text:?}")))
+}
+
+fn state_of(text: &str) -> Result<DeliveryState, StoreError> {
+    DeliveryState::from_text(text).ok_or_else(|| StoreError::Corrupt(format!("an unknown delivery state {text:?}")))
+}

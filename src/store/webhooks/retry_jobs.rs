@@ -1,0 +1,306 @@
+//! Jobs that retry many dead letters: durable, counted, resumed by whoever is next when their runner is gone.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
+    sea_query::{Expr, ExprTrait, LockBehavior, LockType},
+};
+use uuid::Uuid;
+
+use super::dead_letters::{DeadLetter, DeadLetterFilter};
+use crate::{
+    domain::{DeadLetterId, RetryJobId, Timestamp},
+    store::{
+        Store, StoreError,
+        convert::{self, to_json},
+        entity::{webhook_dead_letter, webhook_retry_job},
+        now,
+    },
+};
+
+/// The states of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RetryJobState {
+    /// There are dead letters left to look at.
+    Running,
+    /// It has looked at all of them.
+    Done,
+    /// Somebody has stopped it.
+    Cancelled,
+}
+
+impl RetryJobState {
+    /// Its name, as stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    fn from_text(text: &str) -> Option<Self> {
+        [Self::Running, Self::Done, Self::Cancelled].into_iter().find(|state| state.as_str() == text)
+    }
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetryJob {
+    /// Its id.
+    pub id: RetryJobId,
+    /// Whose it is.
+    pub owner: String,
+    /// Which dead letters it is for.
+    pub filter: DeadLetterFilter,
+    /// Its state.
+    pub state: RetryJobState,
+    /// How many there were when it was made.
+    pub matched: i64,
+    /// Delivered by it.
+    pub succeeded: i64,
+    /// Tried and failed again.
+    pub failed: i64,
+    /// Not tried: gone, delivered or being retried by somebody else.
+    pub skipped: i64,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+}
+
+/// A job that this node runs.
+#[derive(Clone, Debug)]
+pub struct ClaimedJob {
+    /// The job.
+    pub job: RetryJob,
+    /// The last dead letter looked at.
+    pub position: DeadLetterId,
+    /// The newest one that the job is for.
+    pub last: DeadLetterId,
+    /// The fencing token.
+    pub lease: String,
+}
+
+impl Store {
+    /// Makes a job for the dead letters there are now that match and were not delivered since.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn create_retry_job(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+        let filter = DeadLetterFilter { delivered: Some(false), ..filter };
+        let matched = self.count_dead_letters(&filter).await?;
+        let newest = self.dead_letters(&filter, None, 1).await?.pop();
+        let at = now(&self.inner.write).await?;
+        let done = newest.is_none();
+        let state = if done { RetryJobState::Done } else { RetryJobState::Running };
+        let row = webhook_retry_job::Model {
+            id: RetryJobId::generate().into_string(),
+            owner: owner.to_owned(),
+            filter: to_json(&filter)?,
+            state: state.as_str().to_owned(),
+            position: String::new(),
+            last: newest.map_or(String::new(), |newest| newest.id.into_string()),
+            matched,
+            succeeded: 0,
+            failed: 0,
+            skipped: 0,
+            lease_token: None,
+            lease_expires_at: None,
+            created_at: at.0,
+            finished_at: done.then_some(at.0),
+        };
+        webhook_retry_job::Entity::insert(row.clone().into_active_model())
+            .exec_without_returning(&self.inner.write)
+            .await?;
+        row.try_into()
+    }
+
+    /// One job; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn retry_job(&self, id: &RetryJobId, owner: Option<&str>) -> Result<Option<RetryJob>, StoreError> {
+        let mut find = webhook_retry_job::Entity::find_by_id(id.as_str());
+        if let Some(owner) = owner {
+            find = find.filter(webhook_retry_job::Column::Owner.eq(owner));
+        }
+        find.one(self.read()).await?.map(RetryJob::try_from).transpose()
+    }
+
+    /// Jobs, newest first, those after `after` in that order, at most `limit`; of one owner's, if one is given.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn retry_jobs(
+        &self,
+        owner: Option<&str>,
+        after: Option<&RetryJobId>,
+        limit: u64,
+    ) -> Result<Vec<RetryJob>, StoreError> {
+        let mut find = webhook_retry_job::Entity::find().order_by_desc(webhook_retry_job::Column::Id).limit(limit);
+        if let Some(owner) = owner {
+            find = find.filter(webhook_retry_job::Column::Owner.eq(owner));
+        }
+        if let Some(after) = after {
+            find = find.filter(webhook_retry_job::Column::Id.lt(after.as_str()));
+        }
+        find.all(self.read()).await?.into_iter().map(RetryJob::try_from).collect()
+    }
+
+    /// Stops a job after what it has in flight. None if there is no such job.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn cancel_retry_job(&self, id: &RetryJobId, owner: Option<&str>) -> Result<Option<RetryJob>, StoreError> {
+        let at = now(&self.inner.write).await?;
+        let mut stop = webhook_retry_job::Entity::update_many()
+            .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Cancelled.as_str()))
+            .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
+            .filter(webhook_retry_job::Column::Id.eq(id.as_str()))
+            .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()));
+        if let Some(owner) = owner {
+            stop = stop.filter(webhook_retry_job::Column::Owner.eq(owner));
+        }
+        stop.exec(&self.inner.write).await?;
+        self.retry_job(id, owner).await
+    }
+
+    /// Takes the oldest job that nobody runs.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn claim_retry_job(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
+        let free = |at: Timestamp| {
+            Condition::any()
+                .add(webhook_retry_job::Column::LeaseExpiresAt.is_null())
+                .add(webhook_retry_job::Column::LeaseExpiresAt.lt(at.0))
+        };
+        let open = |at: Timestamp| {
+            webhook_retry_job::Entity::find()
+                .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()))
+                .filter(free(at))
+                .order_by_asc(webhook_retry_job::Column::Id)
+                .limit(1)
+        };
+        // Nearly always there is none: that is found out without a write transaction.
+        let at = now(self.read()).await?;
+        if open(at).one(self.read()).await?.is_none() {
+            return Ok(None);
+        }
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let found = open(at).lock_with_behavior(LockType::Update, LockBehavior::SkipLocked).one(&tx).await?;
+        let Some(mut row) = found else { return Ok(None) };
+        let token = Uuid::new_v4().simple().to_string();
+        row.lease_token = Some(token.clone());
+        row.lease_expires_at = Some(at.plus(lease).0);
+        let row = row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        let (position, last) = (DeadLetterId::from_text(&row.position), DeadLetterId::from_text(&row.last));
+        Ok(Some(ClaimedJob { job: row.try_into()?, position, last, lease: token }))
+    }
+
+    /// The next dead letters of a job, oldest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn retry_job_page(&self, of: &ClaimedJob, limit: u64) -> Result<Vec<DeadLetter>, StoreError> {
+        let rows = webhook_dead_letter::Entity::find()
+            .filter(of.job.filter.condition())
+            .filter(webhook_dead_letter::Column::Id.gt(of.position.as_str()))
+            .filter(webhook_dead_letter::Column::Id.lte(of.last.as_str()))
+            .order_by_asc(webhook_dead_letter::Column::Id)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        rows.into_iter().map(DeadLetter::try_from).collect()
+    }
+
+    /// Counts what a page brought and renews the lease; `done`: there are no more. False if the job is no longer this node's,
+    /// or somebody has stopped it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn advance_retry_job(
+        &self,
+        of: &ClaimedJob,
+        [succeeded, failed, skipped]: [i64; 3],
+        done: bool,
+        lease: Duration,
+    ) -> Result<bool, StoreError> {
+        let at = now(&self.inner.write).await?;
+        let add = |column: webhook_retry_job::Column, count: i64| (column, Expr::col(column).add(count));
+        let mut update = webhook_retry_job::Entity::update_many()
+            .col_expr(webhook_retry_job::Column::Position, Expr::val(of.position.as_str()))
+            .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0));
+        for (column, sum) in [
+            add(webhook_retry_job::Column::Succeeded, succeeded),
+            add(webhook_retry_job::Column::Failed, failed),
+            add(webhook_retry_job::Column::Skipped, skipped),
+        ] {
+            update = update.col_expr(column, sum);
+        }
+        let mine = update
+            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
+            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
+            .exec(&self.inner.write)
+            .await?
+            .rows_affected
+            > 0;
+        let mut running = webhook_retry_job::Entity::update_many();
+        running = if done {
+            running
+                .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Done.as_str()))
+                .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
+        } else {
+            running.col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(of.lease.as_str()))
+        };
+        let running = running
+            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
+            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
+            .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()))
+            .exec(&self.inner.write)
+            .await?
+            .rows_affected
+            > 0;
+        Ok(mine && running)
+    }
+
+    /// Gives a job back, to be claimed by whoever is next.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn release_retry_job(&self, of: &ClaimedJob) -> Result<(), StoreError> {
+        webhook_retry_job::Entity::update_many()
+            .col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(Option::<String>::None))
+            .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
+            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
+            .exec(&self.inner.write)
+            .await?;
+        Ok(())
+    }
+}
+
+impl TryFrom<webhook_retry_job::Model> for RetryJob {
+    type Error = StoreError;
+
+    fn try_from(row: webhook_retry_job::Model) -> Result<Self, StoreError> {
+        Ok(Self {
+            state: RetryJobState::from_text(&row.state)
+                .ok_or_else(|| StoreError::Corrupt(format!("an unknown job state {:?}", row.state)))?,
+            id: RetryJobId::from_text(row.id),
+            owner: row.owner,
+            filter: convert::json("dead letter filter", &row.filter)?,
+            matched: row.matched,
+            succeeded: row.succeeded,
+            failed: row.failed,
+            skipped: row.skipped,
+            created_at: Timestamp(row.created_at),
+            finished_at: row.finished_at.map(Timestamp),
+        })
+    }
+}

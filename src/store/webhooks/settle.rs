@@ -1,0 +1,284 @@
+//! What came of attempts, written down; and attempts of which nobody will say.
+
+use std::{collections::HashMap, time::Duration};
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
+    QuerySelect,
+    sea_query::{Expr, LockBehavior, LockType},
+};
+
+use super::{claims::delivery_of, dead_letters, outcome};
+use crate::{
+    domain::{
+        DeliveryId, Timestamp,
+        webhook::{AttemptError, AttemptResult, DeliveryState, Effect, ErrorKind, Input, WebhookEvent, apply},
+    },
+    store::{
+        Store, StoreError,
+        entity::{webhook_attempt, webhook_delivery},
+        now,
+    },
+};
+
+/// How many rows one transaction of the reaper takes.
+const REAPED_AT_ONCE: u64 = 100;
+
+/// What came of a claimed delivery.
+#[derive(Clone, Debug)]
+pub struct Settlement {
+    /// Which.
+    pub id: DeliveryId,
+    /// The claim's.
+    pub lease: String,
+    /// The claim's.
+    pub attempt: i32,
+    /// None: nothing was sent, and the attempt is given back.
+    pub result: Option<AttemptResult>,
+    /// How long to wait before the next attempt, if there is one.
+    pub wait: Duration,
+}
+
+/// What a settlement made of a delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// Which.
+    pub id: DeliveryId,
+    /// What it is now.
+    pub now: SettledAs,
+}
+
+/// What a delivery is after a settlement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SettledAs {
+    /// The receiver has it.
+    Delivered,
+    /// It waits for the next attempt, or to be claimed again.
+    Pending,
+    /// It is a dead letter.
+    Dead,
+    /// Nobody misses it.
+    Cancelled,
+    /// The lease was lost: nothing was written.
+    LeaseLost,
+}
+
+/// What the reaper found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reaped {
+    /// Deliveries whose sender is gone, to be tried again.
+    pub pending: u64,
+    /// Those that had no attempt left.
+    pub dead: u64,
+    /// Progress that nobody wants any more.
+    pub expired: u64,
+}
+
+impl Store {
+    /// Writes down what came of attempts, all in one transaction. Whoever lost its lease changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`]. Nothing is written then; the same call again is right.
+    pub async fn settle_deliveries(&self, settlements: &[Settlement]) -> Result<Vec<Settled>, StoreError> {
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let mut rows: HashMap<String, webhook_delivery::Model> = webhook_delivery::Entity::find()
+            .filter(webhook_delivery::Column::Id.is_in(settlements.iter().map(|one| one.id.as_str())))
+            .order_by_asc(webhook_delivery::Column::Id)
+            .lock_exclusive()
+            .all(&tx)
+            .await?
+            .into_iter()
+            .map(|row| (row.id.clone(), row))
+            .collect();
+        let mut settled = Vec::with_capacity(settlements.len());
+        let mut delivered = Vec::new();
+        for one in settlements {
+            let mine = |row: &webhook_delivery::Model| row.lease_token.as_deref() == Some(&one.lease);
+            let Some(row) = rows.remove(one.id.as_str()).filter(mine) else {
+                settled.push(Settled { id: one.id.clone(), now: SettledAs::LeaseLost });
+                continue;
+            };
+            let now = settle(&tx, row, one, at).await?;
+            if now == SettledAs::Delivered {
+                delivered.push(one.id.as_str());
+            }
+            settled.push(Settled { id: one.id.clone(), now });
+        }
+        if !delivered.is_empty() {
+            webhook_delivery::Entity::update_many()
+                .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Delivered.as_str()))
+                .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
+                .col_expr(webhook_delivery::Column::LeaseToken, Expr::val(Option::<String>::None))
+                .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+                .col_expr(webhook_delivery::Column::ErrorMessage, Expr::val(Option::<String>::None))
+                .filter(webhook_delivery::Column::Id.is_in(delivered))
+                .exec(&tx)
+                .await?;
+        }
+        tx.commit().await?;
+        Ok(settled)
+    }
+
+    /// Ends the leases of senders that are gone, and progress that nobody wants any more. `all`: every lease, not only those
+    /// that have run out; only for a database that no other node has, at its start. `wait` is the wait after so many
+    /// attempts.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn reap_deliveries(
+        &self,
+        all: bool,
+        mut wait: impl FnMut(i32) -> Duration,
+    ) -> Result<Reaped, StoreError> {
+        let mut reaped = Reaped { expired: self.expire_progress().await?, ..Reaped::default() };
+        loop {
+            let tx = self.begin().await?;
+            let at = now(&tx).await?;
+            let mut find = webhook_delivery::Entity::find()
+                .filter(webhook_delivery::Column::State.eq(DeliveryState::Leased.as_str()))
+                .order_by_asc(webhook_delivery::Column::Id)
+                .limit(REAPED_AT_ONCE)
+                .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
+            if !all {
+                find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
+            }
+            let rows = find.all(&tx).await?;
+            let last = (rows.len() as u64) < REAPED_AT_ONCE;
+            for row in rows {
+                let attempts = row.attempts;
+                match reap(&tx, row, wait(attempts), at).await? {
+                    DeliveryState::Pending => reaped.pending += 1,
+                    DeliveryState::Dead => reaped.dead += 1,
+                    DeliveryState::Leased | DeliveryState::Delivered | DeliveryState::Cancelled => {}
+                }
+            }
+            dead_letters::reap(&tx, all, at).await?;
+            tx.commit().await?;
+            if last {
+                return Ok(reaped);
+            }
+        }
+    }
+
+    async fn expire_progress(&self) -> Result<u64, StoreError> {
+        let at = now(self.read()).await?;
+        let expired = webhook_delivery::Entity::update_many()
+            .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
+            .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
+            .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+            .filter(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()))
+            .filter(webhook_delivery::Column::ExpiresAt.lte(at.0))
+            .exec(&self.inner.write)
+            .await?;
+        Ok(expired.rows_affected)
+    }
+}
+
+/// Settles one locked delivery, of which the caller holds the lease. Those that are delivered the caller writes itself, many
+/// at once.
+async fn settle(
+    tx: &DatabaseTransaction,
+    row: webhook_delivery::Model,
+    one: &Settlement,
+    at: Timestamp,
+) -> Result<SettledAs, StoreError> {
+    let Some(result) = &one.result else {
+        webhook_attempt::Entity::delete_by_id((row.id.clone(), 0, one.attempt)).exec(tx).await?;
+        put(tx, row, Input::Released, None, Duration::ZERO, at).await?;
+        return Ok(SettledAs::Pending);
+    };
+    finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;
+    let Some(error) = &result.error else {
+        return match apply(delivery_of(&row)?, Input::Succeeded) {
+            Ok(_) => Ok(SettledAs::Delivered),
+            Err(refused) => Err(StoreError::Corrupt(refused.to_string())),
+        };
+    };
+    let input = if error.kind.is_for_good() { Input::FailedForGood } else { Input::Failed };
+    let row = webhook_delivery::Model { http_status: result.http_status.map(i32::from), ..row };
+    Ok(match put(tx, row, input, Some(error), one.wait, at).await? {
+        DeliveryState::Pending | DeliveryState::Leased => SettledAs::Pending,
+        DeliveryState::Delivered => SettledAs::Delivered,
+        DeliveryState::Dead => SettledAs::Dead,
+        DeliveryState::Cancelled => SettledAs::Cancelled,
+    })
+}
+
+async fn reap(
+    tx: &DatabaseTransaction,
+    row: webhook_delivery::Model,
+    wait: Duration,
+    at: Timestamp,
+) -> Result<DeliveryState, StoreError> {
+    let error = AttemptError {
+        kind: ErrorKind::Unknown,
+        message: "the server stopped during the attempt; the receiver may have it".into(),
+    };
+    webhook_attempt::Entity::update_many()
+        .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))
+        .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
+        .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(error.kind.as_str()))
+        .col_expr(webhook_attempt::Column::ErrorMessage, Expr::val(error.message.as_str()))
+        .filter(webhook_attempt::Column::DeliveryId.eq(&row.id))
+        .filter(webhook_attempt::Column::Generation.eq(0))
+        .filter(webhook_attempt::Column::Outcome.eq(outcome::STARTED))
+        .exec(tx)
+        .await?;
+    put(tx, row, Input::LeaseExpired, Some(&error), wait, at).await
+}
+
+/// Takes a leased delivery where the input leads, with its dead letter if it leads there.
+async fn put(
+    tx: &DatabaseTransaction,
+    mut row: webhook_delivery::Model,
+    input: Input,
+    error: Option<&AttemptError>,
+    wait: Duration,
+    at: Timestamp,
+) -> Result<DeliveryState, StoreError> {
+    let step = apply(delivery_of(&row)?, input).map_err(|refused| StoreError::Corrupt(refused.to_string()))?;
+    row.state = step.state.as_str().to_owned();
+    row.attempts = step.attempts;
+    row.lease_token = None;
+    row.lease_expires_at = None;
+    row.error_message = error.map(|error| error.message.clone());
+    match step.effect {
+        Effect::Retry => row.next_attempt_at = at.plus(wait).0,
+        Effect::None | Effect::DeadLetter => {}
+    }
+    if step.state != DeliveryState::Pending {
+        row.settled_at = Some(at.0);
+    }
+    if let (Effect::DeadLetter, Some(error)) = (step.effect, error) {
+        dead_letters::insert(tx, &row, error, at).await?;
+    }
+    row.into_active_model().reset_all().update(tx).await?;
+    Ok(step.state)
+}
+
+/// Closes an attempt.
+pub(super) async fn finish_attempt(
+    tx: &DatabaseTransaction,
+    id: &DeliveryId,
+    generation: i32,
+    attempt: i32,
+    result: &AttemptResult,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    let outcome = if result.succeeded() { outcome::SUCCEEDED } else { outcome::FAILED };
+    let error = result.error.as_ref();
+    webhook_attempt::Entity::update_many()
+        .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome))
+        .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
+        .col_expr(webhook_attempt::Column::HttpStatus, Expr::val(result.http_status.map(i32::from)))
+        .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(error.map(|error| error.kind.as_str())))
+        .col_expr(webhook_attempt::Column::ErrorMessage, Expr::val(error.map(|error| error.message.clone())))
+        .col_expr(webhook_attempt::Column::ResponseExcerpt, Expr::val(result.response_excerpt.clone()))
+        .filter(webhook_attempt::Column::DeliveryId.eq(id.as_str()))
+        .filter(webhook_attempt::Column::Generation.eq(generation))
+        .filter(webhook_attempt::Column::Attempt.eq(attempt))
+        .exec(tx)
+        .await?;
+    Ok(())
+}
