@@ -1,7 +1,22 @@
 //! Webhooks: which event to whom, signed, retried, dead-lettered.
+//!
+//! What the store must know to write its outbox is in [`crate::domain::webhook`]: events and their filter, the canonical
+//! body, a delivery's state machine. Here is the rest, pure first: [`signature`], [`schedule`] and [`fairness`] decide,
+//! [`secrets`] and [`egress`] guard, `send` makes one attempt, [`deliverer`] is the loop over the outbox, [`dead_letter`]
+//! and `jobs` retry by hand. [`Webhooks`] is what the API holds, [`Deliverer`] what the application runs.
 
+pub mod dead_letter;
+pub mod deliverer;
 pub mod egress;
 pub mod fairness;
+mod jobs;
+mod metrics;
 pub mod schedule;
 pub mod secrets;
+mod send;
 pub mod signature;
+mod webhooks;
+
+pub use dead_letter::{Retried, RetryError};
+pub use deliverer::Deliverer;
+pub use webhooks::{AcceptError, DEFAULT_OVERLAP, MAX_OVERLAP, Options, Tested, Webhooks};

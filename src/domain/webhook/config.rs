@@ -135,25 +135,22 @@ impl WebhookConfig {
         self
     }
 
-    /// Checks every field, fills in the defaults and seals the secret.
+    /// Checks every field and fills in the defaults. The secret comes apart, for the caller to seal.
     ///
     /// # Errors
     /// Every [`Invalid`] field, by name.
-    pub fn resolve(
-        self,
-        defaults: Defaults,
-        seal: impl FnOnce(&Secret) -> SealedSecret,
-    ) -> Result<WebhookTarget, Vec<Invalid>> {
+    pub fn resolve(self, defaults: Defaults) -> Result<(WebhookTarget, Option<Secret>), Vec<Invalid>> {
         self.validate().map_err(|errors| invalid(&errors))?;
         let refused = |field: &str, message: String| vec![Invalid { field: field.to_owned(), message }];
         let secret = self.secret.map(|secret| Secret::try_new(secret.0.as_str())).transpose();
-        Ok(WebhookTarget {
-            secret: secret.map_err(|error| refused("secret", error.to_string()))?.as_ref().map(seal),
+        let target = WebhookTarget {
+            secret: None,
             events: EventFilter::parse(&self.events).map_err(|error| refused("events", error.to_string()))?,
             max_attempts: self.max_retries.and_then(|number| number.try_into().ok()).unwrap_or(defaults.max_attempts),
             timeout: self.timeout.unwrap_or(defaults.timeout),
             url: self.url,
-        })
+        };
+        Ok((target, secret.map_err(|error| refused("secret", error.to_string()))?))
     }
 }
 
@@ -258,8 +255,8 @@ mod milliseconds {
 mod tests {
     use super::*;
 
-    fn resolve(config: WebhookConfig) -> Result<WebhookTarget, Vec<Invalid>> {
-        config.resolve(Defaults::default(), |secret| SealedSecret::from_bytes(secret.expose().bytes().rev().collect()))
+    fn resolve(config: WebhookConfig) -> Result<(WebhookTarget, Option<Secret>), Vec<Invalid>> {
+        config.resolve(Defaults::default())
     }
 
     fn refused(config: WebhookConfig) -> (String, String) {
@@ -271,8 +268,8 @@ mod tests {
 
     #[test]
     fn each_unset_field_has_its_default() {
-        let target = resolve(WebhookConfig::new("https://example.com/hook")).unwrap();
-        assert_eq!(target.secret, None);
+        let (target, secret) = resolve(WebhookConfig::new("https://example.com/hook")).unwrap();
+        assert_eq!((&target.secret, secret), (&None, None));
         assert_eq!(target.max_attempts, 3);
         assert_eq!(target.timeout, Duration::from_secs(30));
         assert_eq!(target.events, EventFilter::default());
@@ -285,8 +282,9 @@ mod tests {
             .max_retries(Some(10))
             .timeout(Some(Duration::from_secs(300)))
             .events(vec!["progress".into()]);
-        let target = resolve(config).unwrap();
-        assert_eq!(target.secret, Some(SealedSecret::from_bytes(b"cba".to_vec())));
+        let (mut target, secret) = resolve(config).unwrap();
+        assert_eq!(secret, Some(Secret::try_new("abc").unwrap()));
+        target.secret = Some(SealedSecret::from_bytes(vec![1, 2, 3]));
         assert_eq!((target.max_attempts, target.timeout), (10, Duration::from_secs(300)));
         assert_eq!(target.events.names(), ["progress"]);
         let stored = serde_json::to_string(&target).unwrap();
@@ -363,7 +361,7 @@ mod tests {
     #[test]
     fn the_old_form() {
         let metadata = BTreeMap::from([("webhook_url".to_owned(), "https://example.com/old".to_owned())]);
-        let target = resolve(WebhookConfig::from_metadata(&metadata).unwrap()).unwrap();
+        let (target, _) = resolve(WebhookConfig::from_metadata(&metadata).unwrap()).unwrap();
         assert_eq!(target.url, "https://example.com/old");
         assert!(WebhookConfig::from_metadata(&BTreeMap::new()).is_none());
     }

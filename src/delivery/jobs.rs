@@ -1,0 +1,159 @@
+//! Retries of many dead letters: a durable job, run page by page, by one node at a time.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use futures::{StreamExt, stream};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{Webhooks, dead_letter::RetryError, fairness::PER_TARGET};
+use crate::{
+    domain::{DeadLetterId, webhook::target_of},
+    store::{ClaimedJob, DeadLetterFilter, RetryJob, StoreError},
+};
+
+/// Dead letters between two records of a job's position.
+const PAGE: u64 = 100;
+/// Targets that a job sends to at the same time.
+const TARGETS: usize = 8;
+const LEASE: Duration = Duration::from_secs(60);
+const RENEW: Duration = Duration::from_secs(20);
+/// How often jobs of other nodes that are gone are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+impl Webhooks {
+    /// Makes a job that retries every dead letter that matches and was not delivered since.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn retry_all(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+        let job = self.inner.store.create_retry_job(owner, filter).await?;
+        self.inner.jobs.notify_one();
+        Ok(job)
+    }
+}
+
+/// What came of a dead letter in a job.
+enum Outcome {
+    Succeeded,
+    Failed,
+    Skipped,
+}
+
+/// Runs jobs until the shutdown.
+pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
+    while !shutdown.is_cancelled() {
+        match webhooks.inner.store.claim_retry_job(LEASE).await {
+            Ok(Some(job)) => {
+                if let Err(error) = run_one(webhooks, job, shutdown).await {
+                    warn!(%error, "a retry job can't go on now");
+                } else {
+                    continue;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => warn!(%error, "retry jobs can't be looked at"),
+        }
+        tokio::select! {
+            () = webhooks.inner.jobs.notified() => {}
+            () = sleep(LOOK_EVERY) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+}
+
+async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &CancellationToken) -> Result<(), StoreError> {
+    let store = &webhooks.inner.store;
+    loop {
+        let page = store.retry_job_page(&job, PAGE).await?;
+        let Some(newest) = page.last().map(|dead_letter| dead_letter.id.clone()) else {
+            store.advance_retry_job(&job, [0; 3], true, LEASE).await?;
+            info!(job = %job.job.id, "a retry job is done");
+            return Ok(());
+        };
+        let mut targets: BTreeMap<String, Vec<DeadLetterId>> = BTreeMap::new();
+        for dead_letter in page {
+            targets.entry(target_of(&dead_letter.url)).or_default().push(dead_letter.id);
+        }
+        // Nothing new is begun once the server stops, or the job is stopped or taken over. What is in flight ends.
+        let stop = shutdown.child_token();
+        let counts = {
+            let sends = send_page(webhooks, &job, targets, &stop);
+            tokio::pin!(sends);
+            let mut renew_at = Instant::now() + RENEW;
+            loop {
+                tokio::select! {
+                    counts = &mut sends => break counts,
+                    () = sleep_until(renew_at) => {
+                        renew_at = Instant::now() + RENEW;
+                        match store.advance_retry_job(&job, [0; 3], false, LEASE).await {
+                            Ok(true) => {}
+                            Ok(false) => stop.cancel(),
+                            Err(error) => warn!(%error, job = %job.job.id, "a retry job's lease can't be renewed"),
+                        }
+                    }
+                }
+            }
+        };
+        if !stop.is_cancelled() {
+            job.position = newest;
+        }
+        let mine = store.advance_retry_job(&job, counts, false, LEASE).await?;
+        if shutdown.is_cancelled() {
+            // The next runner finds what this one has sent by the job's id, and does not send it again.
+            return store.release_retry_job(&job).await;
+        }
+        if !mine {
+            return Ok(());
+        }
+    }
+}
+
+/// Sends a page, the targets beside each other, and counts what succeeded, failed and was skipped.
+async fn send_page(
+    webhooks: &Webhooks,
+    job: &ClaimedJob,
+    targets: BTreeMap<String, Vec<DeadLetterId>>,
+    stop: &CancellationToken,
+) -> [i64; 3] {
+    let outcomes: Vec<Vec<Outcome>> = stream::iter(targets.into_values())
+        .map(|dead_letters| {
+            stream::iter(dead_letters)
+                .take_while(|_| std::future::ready(!stop.is_cancelled()))
+                .map(|id| retry(webhooks, job, id))
+                .buffer_unordered(PER_TARGET)
+                .collect::<Vec<_>>()
+        })
+        .buffer_unordered(TARGETS)
+        .collect()
+        .await;
+    let mut counts = [0; 3];
+    for outcome in outcomes.into_iter().flatten() {
+        counts[match outcome {
+            Outcome::Succeeded => 0,
+            Outcome::Failed => 1,
+            Outcome::Skipped => 2,
+        }] += 1;
+    }
+    counts
+}
+
+async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Outcome {
+    // The job's id as request id: whatever is looked at twice is sent once.
+    match webhooks.retry(id, None, false, Some(job.job.id.to_string())).await {
+        Ok(retried) if retried.success => Outcome::Succeeded,
+        Ok(_) | Err(RetryError::LeaseLost) => Outcome::Failed,
+        Err(
+            RetryError::NotFound
+            | RetryError::AlreadyDelivered
+            | RetryError::Busy
+            | RetryError::EndpointDeleted
+            | RetryError::Stopped,
+        ) => Outcome::Skipped,
+        Err(RetryError::Store(error)) => {
+            warn!(%error, job = %job.job.id, "a dead letter can't be retried now");
+            Outcome::Skipped
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! One attempt: signs, sends, reads the answer, says what came of it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{
+    egress::{Forbidden, Guard, ResolveError},
+    schedule,
+    secrets::Vault,
+    signature::{self, BODY_SIGNATURE, STANDARD_ID, STANDARD_SIGNATURE, STANDARD_TIMESTAMP, TIMESTAMP},
+};
+use crate::{
+    domain::{
+        Timestamp,
+        webhook::{AttemptError, AttemptResult, ErrorKind, Secret},
+    },
+    store::{ClaimedDelivery, Signing},
+};
+
+const ID: HeaderName = HeaderName::from_static("x-webhook-id");
+const EVENT: HeaderName = HeaderName::from_static("x-webhook-event");
+const ATTEMPT: HeaderName = HeaderName::from_static("x-webhook-attempt");
+
+/// At most so much of an answer is read, in bytes.
+const MAX_ANSWER: usize = 64 * 1_024;
+/// So much of it is kept, in characters.
+const EXCERPT: usize = 200;
+/// For the connection alone; the attempt's own timeout may be shorter.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection waits for its next use: soon enough for a changed name or policy to take hold.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Sends webhooks. One for the process: it holds the connections.
+pub(super) struct Sender {
+    client: reqwest::Client,
+    guard: Guard,
+    vault: Arc<Vault>,
+    /// Sign where neither batch nor endpoint has a secret; the newest first.
+    secrets: Vec<Secret>,
+}
+
+/// What came of an attempt, and how long the receiver wants to be left alone.
+pub(super) struct Sent {
+    pub(super) result: AttemptResult,
+    pub(super) retry_after: Option<Duration>,
+}
+
+impl Sent {
+    fn failed(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { result: AttemptResult::failed(kind, message), retry_after: None }
+    }
+}
+
+impl Sender {
+    pub(super) fn new(guard: Guard, vault: Arc<Vault>, secrets: Vec<Secret>) -> Result<Self, reqwest::Error> {
+        // Whoever comes first installs it; it is the same everywhere in this process.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder()
+            .user_agent(concat!("tidemill/", env!("CARGO_PKG_VERSION")))
+            // A redirect would lead past the guard's check of literals, and turn the POST into a GET.
+            .redirect(reqwest::redirect::Policy::none())
+            // A proxy would resolve names itself.
+            .no_proxy()
+            // Every request is an attempt that is counted.
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .dns_resolver(Arc::new(guard.clone()))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .build()?;
+        Ok(Self { client, guard, vault, secrets })
+    }
+
+    /// Makes one attempt. Never takes longer than the delivery's timeout.
+    pub(super) async fn send(&self, claim: &ClaimedDelivery) -> Sent {
+        let url = match self.guard.check_url(&claim.url) {
+            Ok(url) => url,
+            Err(forbidden) => return refused(&forbidden),
+        };
+        let secrets = match self.open(claim) {
+            Ok(secrets) => secrets,
+            Err(sent) => return sent,
+        };
+        let headers = match headers(claim, &secrets, Timestamp::now().unix_seconds()) {
+            Ok(headers) => headers,
+            Err(_) => return Sent::failed(ErrorKind::InvalidUrl, "the delivery's id can't be sent as a header"),
+        };
+        let request = self.client.post(url).headers(headers).body(claim.body.clone());
+        // The status is kept outside: once it is 2xx the receiver has the event, even if its answer never ends.
+        let mut answer = None;
+        let attempt = async {
+            let mut response = request.send().await?;
+            answer = Some((response.status(), retry_after(response.headers()), Vec::new()));
+            let Some((_, _, body)) = &mut answer else { return Ok(()) };
+            while body.len() < MAX_ANSWER {
+                let Some(chunk) = response.chunk().await? else { break };
+                body.extend_from_slice(&chunk[..chunk.len().min(MAX_ANSWER - body.len())]);
+            }
+            Ok(())
+        };
+        let ended = timeout(claim.timeout, attempt).await;
+        match (answer, ended) {
+            (Some((status, retry_after, body)), _) => answered(status, retry_after, &body),
+            (None, Ok(Err(error))) => failed(&error),
+            (None, Err(_) | Ok(Ok(()))) => {
+                Sent::failed(ErrorKind::Timeout, format!("no answer within {} s", claim.timeout.as_secs_f64()))
+            }
+        }
+    }
+
+    /// The secrets that sign a delivery, the newest first; none if it goes unsigned.
+    fn open(&self, claim: &ClaimedDelivery) -> Result<Vec<Secret>, Sent> {
+        let unopenable = |error| Sent::failed(ErrorKind::SecretUnopenable, format!("{error}"));
+        match &claim.signing {
+            Signing::Global => Ok(self.secrets.clone()),
+            Signing::Batch(sealed) => {
+                self.vault.open(sealed, &batch_context(&claim.url)).map(|secret| vec![secret]).map_err(unopenable)
+            }
+            Signing::Endpoint(id, sealed) => {
+                let mut opened = Vec::with_capacity(sealed.len());
+                for (at, one) in sealed.iter().enumerate() {
+                    match self.vault.open(one, id.as_str()) {
+                        Ok(secret) => opened.push(secret),
+                        Err(error) if at == 0 => return Err(unopenable(error)),
+                        // The new secret signs; only receivers that still have the old one will notice.
+                        Err(error) => warn!(endpoint = %id, %error, "the previous secret can't be opened"),
+                    }
+                }
+                Ok(opened)
+            }
+            Signing::EndpointDeleted => {
+                Err(Sent::failed(ErrorKind::EndpointDeleted, "the webhook endpoint was deleted"))
+            }
+        }
+    }
+}
+
+/// What a batch's secret is sealed for.
+pub(super) fn batch_context(url: &str) -> String {
+    format!("batch webhook {url}")
+}
+
+fn headers(
+    claim: &ClaimedDelivery,
+    secrets: &[Secret],
+    timestamp: i64,
+) -> Result<HeaderMap, header::InvalidHeaderValue> {
+    let mut headers = HeaderMap::with_capacity(9);
+    let id = HeaderValue::from_str(claim.id.as_str())?;
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(ID, id.clone());
+    headers.insert(STANDARD_ID, id);
+    headers.insert(EVENT, HeaderValue::from_static(claim.event.as_str()));
+    headers.insert(ATTEMPT, claim.number.into());
+    headers.insert(TIMESTAMP, timestamp.into());
+    headers.insert(STANDARD_TIMESTAMP, timestamp.into());
+    if let Some(newest) = secrets.first() {
+        headers.insert(BODY_SIGNATURE, HeaderValue::from_str(&signature::sign_body(newest, &claim.body))?);
+        let signatures = signature::sign_standard(secrets, claim.id.as_str(), timestamp, &claim.body);
+        headers.insert(STANDARD_SIGNATURE, HeaderValue::from_str(&signatures)?);
+    }
+    Ok(headers)
+}
+
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    schedule::retry_after(headers.get(header::RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
+}
+
+fn answered(status: StatusCode, retry_after: Option<Duration>, body: &[u8]) -> Sent {
+    let error = match status {
+        status if status.is_success() => None,
+        StatusCode::GONE => Some((ErrorKind::Gone, "the receiver answered 410: it wants no more of this".to_owned())),
+        status => Some((ErrorKind::Status, format!("the receiver answered {}", status.as_u16()))),
+    };
+    let retry_after = retry_after.filter(|_| error.is_some());
+    let error = error.map(|(kind, message)| AttemptError { kind, message });
+    let response_excerpt = excerpt(body);
+    Sent { result: AttemptResult { error, http_status: Some(status.as_u16()), response_excerpt }, retry_after }
+}
+
+/// The beginning of an answer, fit to be stored and shown anywhere.
+fn excerpt(body: &[u8]) -> Option<String> {
+    // A character has at most 4 bytes.
+    let start = &body[..body.len().min(EXCERPT * 4)];
+    let text: String = String::from_utf8_lossy(start)
+        .chars()
+        .map(|char| if char.is_control() { ' ' } else { char })
+        .take(EXCERPT)
+        .collect();
+    (!text.is_empty()).then_some(text)
+}
+
+fn refused(forbidden: &Forbidden) -> Sent {
+    let kind = match forbidden {
+        Forbidden::Url | Forbidden::Insecure => ErrorKind::InvalidUrl,
+        Forbidden::Address => ErrorKind::ForbiddenAddress,
+    };
+    Sent::failed(kind, forbidden.to_string())
+}
+
+fn failed(error: &reqwest::Error) -> Sent {
+    match ResolveError::find(error) {
+        Some(ResolveError::Forbidden(forbidden)) => return refused(forbidden),
+        Some(lookup @ ResolveError::Lookup(_)) => return Sent::failed(ErrorKind::Dns, lookup.to_string()),
+        None => {}
+    }
+    let kind = if error.is_timeout() {
+        ErrorKind::Timeout
+    } else if error.is_connect() {
+        ErrorKind::Connect
+    } else if error.is_builder() {
+        ErrorKind::InvalidUrl
+    } else {
+        ErrorKind::Transport
+    };
+    Sent::failed(kind, innermost(error))
+}
+
+/// The first cause: what the layers above it add is where it happened, and the URL, which may hold what is nobody's business.
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    let mut text = None;
+    while let Some(inner) = cause.source() {
+        text = Some(inner.to_string());
+        cause = inner;
+    }
+    text.unwrap_or_else(|| "the request failed".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{DeliveryId, webhook::WebhookEvent};
+
+    fn claim(signing: Signing) -> ClaimedDelivery {
+        ClaimedDelivery {
+            id: DeliveryId::from_text("msg_1"),
+            batch_id: None,
+            event: WebhookEvent::Completed,
+            url: "https://example.com/".into(),
+            target: "https://example.com/".into(),
+            signing,
+            body: "{}".into(),
+            generation: 0,
+            attempt: 2,
+            number: 2,
+            timeout: Duration::from_secs(5),
+            lease: "lease".into(),
+            created_at: Timestamp(0),
+        }
+    }
+
+    #[test]
+    fn both_families_on_every_attempt() {
+        let secrets = [Secret::try_new("new").unwrap(), Secret::try_new("old").unwrap()];
+        let headers = headers(&claim(Signing::Global), &secrets, 1_700_000_000).unwrap();
+        let text = |name: &str| headers.get(name).unwrap().to_str().unwrap();
+        assert_eq!(text("content-type"), "application/json");
+        assert_eq!((text("x-webhook-id"), text("webhook-id")), ("msg_1", "msg_1"));
+        assert_eq!((text("x-webhook-event"), text("x-webhook-attempt")), ("completed", "2"));
+        assert_eq!((text("x-webhook-timestamp"), text("webhook-timestamp")), ("1700000000", "1700000000"));
+        assert_eq!(text("x-webhook-signature"), signature::sign_body(&secrets[0], b"{}"));
+        assert_eq!(text("webhook-signature").split(' ').count(), 2);
+        for secret in secrets {
+            assert!(signature::verify(&[secret], &headers, b"{}", 1_700_000_000).is_ok());
+        }
+    }
+
+    #[test]
+    fn without_a_secret_there_is_no_signature() {
+        let headers = headers(&claim(Signing::Global), &[], 1).unwrap();
+        assert!(!headers.contains_key("webhook-signature") && !headers.contains_key("x-webhook-signature"));
+    }
+
+    #[test]
+    fn excerpts_are_short_and_printable() {
+        assert_eq!(excerpt(b""), None);
+        assert_eq!(excerpt(b"a\0b\nc\xff"), Some("a b c\u{fffd}".into()));
+        assert_eq!(excerpt("é".repeat(70_000).as_bytes()).unwrap().chars().count(), 200);
+        assert_eq!(excerpt("😀".repeat(300).as_bytes()).unwrap(), "😀".repeat(200));
+    }
+
+    #[test]
+    fn what_an_answer_means() {
+        for (status, kind) in [
+            (200, None),
+            (204, None),
+            (299, None),
+            (301, Some(ErrorKind::Status)),
+            (304, Some(ErrorKind::Status)),
+            (404, Some(ErrorKind::Status)),
+            (410, Some(ErrorKind::Gone)),
+            (503, Some(ErrorKind::Status)),
+        ] {
+            let sent = answered(StatusCode::from_u16(status).unwrap(), Some(Duration::from_secs(9)), b"x");
+            assert_eq!(sent.result.error.as_ref().map(|error| error.kind), kind, "{status}");
+            assert_eq!(sent.retry_after.is_some(), kind.is_some());
+        }
+    }
+}
