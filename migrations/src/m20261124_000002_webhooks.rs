@@ -82,6 +82,7 @@ impl MigrationTrait for Migration {
             .key(&["delivery_id", "generation", "attempt"])
             .create(manager)
             .await?;
+        index(manager, "webhook_attempts", &["request_id"], false).await?;
 
         Table::new("webhook_dead_letters")
             .text("id")

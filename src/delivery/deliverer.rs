@@ -52,7 +52,13 @@ impl Deliverer {
         }
         let keeping = Housekeeping { webhooks: self.webhooks.clone(), shutdown: self.shutdown.clone() };
         let outbox = Outbox::new(self.webhooks.clone(), self.shutdown.clone());
-        tokio::join!(outbox.run(), keeping.run(), jobs::run(&self.webhooks, &self.shutdown));
+        let jobs = async {
+            tokio::select! {
+                () = jobs::run(&self.webhooks, &self.shutdown) => {}
+                () = overdue(&self.shutdown, self.webhooks.inner.options.drain) => {}
+            }
+        };
+        tokio::join!(outbox.run(), keeping.run(), jobs);
     }
 }
 
@@ -333,6 +339,12 @@ async fn changed(changes: &mut broadcast::Receiver<BatchId>) {
         // The store lives as long as this loop.
         Err(RecvError::Closed) => std::future::pending().await,
     }
+}
+
+/// Waits until what is in flight at the shutdown has had its time.
+async fn overdue(shutdown: &CancellationToken, drain: Duration) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(drain).await;
 }
 
 /// What targets on the same host and port share.

@@ -34,13 +34,6 @@ impl Webhooks {
     }
 }
 
-/// What came of a dead letter in a job.
-enum Outcome {
-    Succeeded,
-    Failed,
-    Skipped,
-}
-
 /// Runs jobs until the shutdown.
 pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
     while !shutdown.is_cancelled() {
@@ -68,7 +61,7 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
     loop {
         let page = store.retry_job_page(&job, PAGE).await?;
         let Some(newest) = page.last().map(|dead_letter| dead_letter.id.clone()) else {
-            store.advance_retry_job(&job, [0; 3], true, LEASE).await?;
+            store.advance_retry_job(&job, 0, true, LEASE).await?;
             info!(job = %job.job.id, "a retry job is done");
             return Ok(());
         };
@@ -78,16 +71,16 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
         }
         // Nothing new is begun once the server stops, or the job is stopped or taken over. What is in flight ends.
         let stop = shutdown.child_token();
-        let counts = {
+        let skipped = {
             let sends = send_page(webhooks, &job, targets, &stop);
             tokio::pin!(sends);
             let mut renew_at = Instant::now() + RENEW;
             loop {
                 tokio::select! {
-                    counts = &mut sends => break counts,
+                    skipped = &mut sends => break skipped,
                     () = sleep_until(renew_at) => {
                         renew_at = Instant::now() + RENEW;
-                        match store.advance_retry_job(&job, [0; 3], false, LEASE).await {
+                        match store.advance_retry_job(&job, 0, false, LEASE).await {
                             Ok(true) => {}
                             Ok(false) => stop.cancel(),
                             Err(error) => warn!(%error, job = %job.job.id, "a retry job's lease can't be renewed"),
@@ -99,7 +92,7 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
         if !stop.is_cancelled() {
             job.position = newest;
         }
-        let mine = store.advance_retry_job(&job, counts, false, LEASE).await?;
+        let mine = store.advance_retry_job(&job, skipped, false, LEASE).await?;
         if shutdown.is_cancelled() {
             // The next runner finds what this one has sent by the job's id, and does not send it again.
             return store.release_retry_job(&job).await;
@@ -110,50 +103,37 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
     }
 }
 
-/// Sends a page, the targets beside each other, and counts what succeeded, failed and was skipped.
+/// Sends a page, the targets beside each other. Returns how many there was nothing to send of.
 async fn send_page(
     webhooks: &Webhooks,
     job: &ClaimedJob,
     targets: BTreeMap<String, Vec<DeadLetterId>>,
     stop: &CancellationToken,
-) -> [i64; 3] {
-    let outcomes: Vec<Vec<Outcome>> = stream::iter(targets.into_values())
+) -> i64 {
+    stream::iter(targets.into_values())
         .map(|dead_letters| {
             stream::iter(dead_letters)
                 .take_while(|_| std::future::ready(!stop.is_cancelled()))
                 .map(|id| retry(webhooks, job, id))
                 .buffer_unordered(PER_TARGET)
-                .collect::<Vec<_>>()
+                .fold(0, |skipped, sent| std::future::ready(skipped + i64::from(!sent)))
         })
         .buffer_unordered(TARGETS)
-        .collect()
-        .await;
-    let mut counts = [0; 3];
-    for outcome in outcomes.into_iter().flatten() {
-        counts[match outcome {
-            Outcome::Succeeded => 0,
-            Outcome::Failed => 1,
-            Outcome::Skipped => 2,
-        }] += 1;
-    }
-    counts
+        .fold(0, |sum, skipped| std::future::ready(sum + skipped))
+        .await
 }
 
-async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Outcome {
+/// Retries one dead letter. Returns whether there was something to send.
+async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> bool {
     // The job's id as request id: whatever is looked at twice is sent once.
     match webhooks.retry(id, None, false, Some(job.job.id.to_string())).await {
-        Ok(retried) if retried.success => Outcome::Succeeded,
-        Ok(_) | Err(RetryError::LeaseLost) => Outcome::Failed,
-        Err(
-            RetryError::NotFound
-            | RetryError::AlreadyDelivered
-            | RetryError::Busy
-            | RetryError::EndpointDeleted
-            | RetryError::Stopped,
-        ) => Outcome::Skipped,
+        Ok(_) | Err(RetryError::LeaseLost | RetryError::Stopped) => true,
+        Err(RetryError::NotFound | RetryError::AlreadyDelivered | RetryError::Busy | RetryError::EndpointDeleted) => {
+            false
+        }
         Err(RetryError::Store(error)) => {
             warn!(%error, job = %job.job.id, "a dead letter can't be retried now");
-            Outcome::Skipped
+            false
         }
     }
 }

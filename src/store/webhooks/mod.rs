@@ -12,9 +12,7 @@ mod retention;
 mod retry_jobs;
 mod settle;
 
-use sea_orm::{
-    ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr,
-};
+use sea_orm::{ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr};
 
 pub use claims::{ClaimedDelivery, Due, Signing};
 pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};

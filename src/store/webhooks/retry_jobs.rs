@@ -3,18 +3,22 @@
 use std::time::Duration;
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
-    sea_query::{Expr, ExprTrait, LockBehavior, LockType},
+    ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect,
+    sea_query::{Expr, LockBehavior, LockType},
 };
 use uuid::Uuid;
 
-use super::dead_letters::{DeadLetter, DeadLetterFilter};
+use super::{
+    dead_letters::{DeadLetter, DeadLetterFilter},
+    outcome,
+};
 use crate::{
     domain::{DeadLetterId, RetryJobId, Timestamp},
     store::{
         Store, StoreError,
         convert::{self, to_json},
-        entity::{webhook_dead_letter, webhook_retry_job},
+        entity::{webhook_attempt, webhook_dead_letter, webhook_retry_job},
         now,
     },
 };
@@ -219,54 +223,46 @@ impl Store {
         rows.into_iter().map(DeadLetter::try_from).collect()
     }
 
-    /// Counts what a page brought and renews the lease; `done`: there are no more. False if the job is no longer this node's,
-    /// or somebody has stopped it.
+    /// Records how far a job is, what came of the attempts that carry its id, `skipped` more, and renews the lease; `done`:
+    /// there are no more. False if the job is no longer this node's, or somebody has stopped it.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn advance_retry_job(
         &self,
         of: &ClaimedJob,
-        [succeeded, failed, skipped]: [i64; 3],
+        skipped: i64,
         done: bool,
         lease: Duration,
     ) -> Result<bool, StoreError> {
-        let at = now(&self.inner.write).await?;
-        let add = |column: webhook_retry_job::Column, count: i64| (column, Expr::col(column).add(count));
-        let mut update = webhook_retry_job::Entity::update_many()
-            .col_expr(webhook_retry_job::Column::Position, Expr::val(of.position.as_str()))
-            .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0));
-        for (column, sum) in [
-            add(webhook_retry_job::Column::Succeeded, succeeded),
-            add(webhook_retry_job::Column::Failed, failed),
-            add(webhook_retry_job::Column::Skipped, skipped),
-        ] {
-            update = update.col_expr(column, sum);
-        }
-        let mine = update
-            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let found = webhook_retry_job::Entity::find_by_id(of.job.id.as_str())
             .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
-            .exec(&self.inner.write)
-            .await?
-            .rows_affected
-            > 0;
-        let mut running = webhook_retry_job::Entity::update_many();
-        running = if done {
-            running
-                .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Done.as_str()))
-                .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
-        } else {
-            running.col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(of.lease.as_str()))
+            .lock_exclusive()
+            .one(&tx)
+            .await?;
+        let Some(mut row) = found else { return Ok(false) };
+        // Counted from the attempts, so that what a crash cut off is neither lost nor counted twice.
+        let ended = |outcomes: Vec<&str>| {
+            webhook_attempt::Entity::find()
+                .filter(webhook_attempt::Column::RequestId.eq(of.job.id.as_str()))
+                .filter(webhook_attempt::Column::Outcome.is_in(outcomes))
         };
-        let running = running
-            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
-            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
-            .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()))
-            .exec(&self.inner.write)
-            .await?
-            .rows_affected
-            > 0;
-        Ok(mine && running)
+        let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        row.succeeded = count(ended(vec![outcome::SUCCEEDED]).count(&tx).await?);
+        row.failed = count(ended(vec![outcome::FAILED, outcome::UNKNOWN]).count(&tx).await?);
+        row.skipped += skipped;
+        of.position.as_str().clone_into(&mut row.position);
+        row.lease_expires_at = Some(at.plus(lease).0);
+        let running = row.state == RetryJobState::Running.as_str();
+        if running && done {
+            RetryJobState::Done.as_str().clone_into(&mut row.state);
+            row.finished_at = Some(at.0);
+        }
+        row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(running)
     }
 
     /// Gives a job back, to be claimed by whoever is next.

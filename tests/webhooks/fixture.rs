@@ -1,0 +1,262 @@
+//! A store on either database, batches with webhooks, and a deliverer on them.
+
+use std::{future::Future, time::Duration};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
+use tempfile::TempDir;
+use tidemill::{
+    delivery::{
+        Deliverer, Options, Webhooks,
+        egress::{Guard, Policy},
+        schedule::Backoff,
+        secrets::{MasterKey, Vault},
+    },
+    domain::{
+        Batch, BatchError, BatchId, DeliveryId, Endpoint, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority,
+        SegmentIndex, SegmentSpan, Timestamp, TokenUsage, WebhookEndpointId,
+        webhook::{EventFilter, WebhookConfig, WebhookTarget},
+    },
+    store::{
+        AttemptRecord, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord, FinalObject, NewPart,
+        Store,
+    },
+};
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::support::postgres;
+
+/// Lines of each batch.
+pub const LINES: i32 = 100;
+/// A secret that must not be found anywhere.
+pub const CANARY: &str = "canary-4f1d0c";
+
+/// Runs a test on both databases; on PostgreSQL only where there is one.
+#[macro_export]
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name($crate::fixture::Db::sqlite().await).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                if let Some(db) = $crate::fixture::Db::postgres().await {
+                    super::$name(db).await;
+                }
+            })*
+        }
+    };
+}
+
+pub struct Db {
+    pub store: Store,
+    /// Past the store: for what a store has no business to offer.
+    pub raw: DatabaseConnection,
+    pub folder: Option<TempDir>,
+}
+
+impl Db {
+    pub async fn sqlite() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tidemill.db");
+        let store = Store::sqlite(&file).await.unwrap();
+        let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+        Self { store, raw, folder: Some(folder) }
+    }
+
+    pub async fn postgres() -> Option<Self> {
+        let url = postgres::database().await?;
+        let store = Store::postgres(&url, 8).await.unwrap();
+        Some(Self { store, raw: Database::connect(&url).await.unwrap(), folder: None })
+    }
+
+    pub async fn execute(&self, sql: &str) -> u64 {
+        self.raw.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// A running batch.
+    pub async fn batch(&self, webhook: Option<WebhookTarget>, endpoint: Option<&WebhookEndpointId>) -> Batch {
+        let id = FileId::generate();
+        let file = File {
+            object_key: Some(format!("inputs/{id}")),
+            id: id.clone(),
+            owner: String::new(),
+            kind: FileKind::Input,
+            filename: "in.jsonl".into(),
+            bytes: 1_000,
+            line_count: LINES.into(),
+            models: vec!["m".into()],
+            endpoint: Some(Endpoint::ChatCompletions),
+            created_at: Timestamp::now(),
+            expires_at: None,
+        };
+        let span = SegmentSpan {
+            index: SegmentIndex(0),
+            first_line: 1,
+            line_span: LINES,
+            requests: LINES,
+            offset: 0,
+            length: 1_000,
+            models: 1,
+        };
+        self.store.insert_file(&file, None, &[span]).await.unwrap();
+        let new = NewBatch {
+            owner: String::new(),
+            input_file_id: id,
+            endpoint: Endpoint::ChatCompletions,
+            completion_window: Duration::from_secs(86_400),
+            priority: Priority::default(),
+            metadata: [("name".to_owned(), "café 😀 \"q\"".to_owned())].into(),
+            request_id: None,
+            webhook,
+            webhook_endpoint_id: endpoint.cloned(),
+        };
+        match self.store.create_batch(new).await.unwrap() {
+            CreatedBatch::New(batch) => *batch,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Answers some lines of a batch; the rest stays.
+    pub async fn part(&self, id: &BatchId, lines: std::ops::Range<u32>) {
+        let claimed = self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        let part = NewPart {
+            object_key: format!("parts/{}", uuid::Uuid::new_v4()),
+            output_bytes: 1,
+            error_bytes: 0,
+            crc32c: 0,
+            completed: lines.collect::<LineSet>(),
+            failed: LineSet::default(),
+            usage: TokenUsage::default(),
+        };
+        self.store.commit_part(&claimed.segment, claimed.epoch, &part).await.unwrap();
+        self.store.release_segment(&claimed.segment, claimed.epoch, 1).await.unwrap();
+    }
+
+    pub async fn complete(&self, id: &BatchId) {
+        let claimed = self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        let object = FinalObject {
+            object_key: format!("results/{id}"),
+            output_bytes: 10,
+            error_bytes: 5,
+            output_lines: 98,
+            error_lines: 2,
+            crc32c: 0,
+        };
+        self.store.finish_segment(&claimed.segment, claimed.epoch, None, &object, &[]).await.unwrap();
+    }
+
+    pub async fn fail(&self, id: &BatchId) {
+        let error = BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
+        self.store.fail_batch(id, error).await.unwrap();
+    }
+
+    pub async fn deliveries(&self, id: &BatchId) -> Vec<DeliveryRecord> {
+        let filter = DeliveryFilter { batch_id: Some(id.clone()), ..DeliveryFilter::default() };
+        let mut all = self.store.deliveries(&filter, None, 1_000).await.unwrap();
+        all.reverse();
+        all
+    }
+
+    pub async fn attempts(&self, id: &DeliveryId) -> Vec<AttemptRecord> {
+        self.store.attempts(id).await.unwrap()
+    }
+
+    pub async fn dead_letters(&self) -> Vec<DeadLetter> {
+        self.store.dead_letters(&DeadLetterFilter::default(), None, 1_000).await.unwrap()
+    }
+
+    pub fn options(&self) -> Options {
+        let policy = Policy { allow: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()], https_only: false };
+        let key = MasterKey::from_base64(&STANDARD.encode([7; 32])).unwrap();
+        let millis = Duration::from_millis;
+        Options {
+            backoff: Backoff::try_new(millis(10), 2.0, millis(100), 0.2).unwrap(),
+            poll: millis(50),
+            drain: Duration::from_secs(10),
+            sole_node: true,
+            seed: Some(1),
+            ..Options::new(Guard::new(policy), Vault::new(Some(key), None))
+        }
+    }
+
+    pub fn webhooks(&self) -> Webhooks {
+        Webhooks::new(self.store.clone(), self.options()).unwrap()
+    }
+
+    pub fn start(&self) -> Running {
+        Running::start(self.webhooks())
+    }
+}
+
+/// A deliverer that runs until it is dropped.
+pub struct Running {
+    pub webhooks: Webhooks,
+    stop: DropGuard,
+    task: JoinHandle<()>,
+}
+
+impl Running {
+    pub fn start(webhooks: Webhooks) -> Self {
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(Deliverer::new(webhooks.clone(), shutdown.clone()).run());
+        Self { webhooks, stop: shutdown.drop_guard(), task }
+    }
+
+    /// Stops in order.
+    pub async fn stop(self) {
+        self.stop.disarm().cancel();
+        self.task.await.unwrap();
+    }
+
+    /// Gone from one moment to the next, as by `kill -9`.
+    pub async fn kill(self) {
+        let _not_told = self.stop.disarm();
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+}
+
+/// A webhook with quick retries.
+pub fn target(url: String) -> WebhookTarget {
+    WebhookTarget {
+        url,
+        secret: None,
+        max_attempts: 3,
+        timeout: Duration::from_millis(1_000),
+        events: EventFilter::default(),
+    }
+}
+
+/// The same, signed with [`CANARY`].
+pub async fn signed(webhooks: &Webhooks, url: String) -> WebhookTarget {
+    let config = WebhookConfig::new(url).secret(Some(CANARY.into()));
+    webhooks.accept(config).await.unwrap()
+}
+
+/// Asks again and again until there is an answer.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
+    let asked = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            if let Some(answer) = ask().await {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    asked.await.unwrap_or_else(|_| panic!("never: {what}"))
+}
+
+/// Waits until nothing of a batch waits or is being sent.
+pub async fn settled(db: &Db, id: &BatchId) -> Vec<DeliveryRecord> {
+    eventually("settled", || async {
+        let all = db.deliveries(id).await;
+        (!all.is_empty() && all.iter().all(|one| one.settled_at.is_some())).then_some(all)
+    })
+    .await
+}

@@ -1,0 +1,12 @@
+//! Webhooks over real sockets, on both databases: what is promised of signing, retrying, dead letters and egress.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod delivery;
+mod endpoints;
+mod fixture;
+mod outbox;
+mod receiver;
+mod retries;
+mod zoo;
