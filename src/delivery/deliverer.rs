@@ -52,6 +52,11 @@ impl Deliverer {
         }
         let keeping = Housekeeping { webhooks: self.webhooks.clone(), shutdown: self.shutdown.clone() };
         let outbox = Outbox::new(self.webhooks.clone(), self.shutdown.clone());
+        // Before anything is leased here: afterwards it would take this process's own leases for its predecessor's.
+        if self.webhooks.inner.options.sole_node {
+            keeping.reap(true).await;
+        }
+        keeping.reseal().await;
         let jobs = async {
             tokio::select! {
                 () = jobs::run(&self.webhooks, &self.shutdown) => {}
@@ -269,15 +274,9 @@ struct Housekeeping {
 
 impl Housekeeping {
     async fn run(self) {
-        let inner = &self.webhooks.inner;
-        let mut all = inner.options.sole_node;
-        self.reseal().await;
         let mut purge_at = Instant::now();
         loop {
-            match self.reap(all).await {
-                Ok(()) => all = false,
-                Err(error) => warn!(%error, "leases of webhooks can't be looked at"),
-            }
+            self.reap(false).await;
             if Instant::now() >= purge_at {
                 purge_at = Instant::now() + PURGE_EVERY;
                 if let Err(error) = self.purge().await {
@@ -291,7 +290,13 @@ impl Housekeeping {
         }
     }
 
-    async fn reap(&self, all: bool) -> Result<(), StoreError> {
+    async fn reap(&self, all: bool) {
+        if let Err(error) = self.try_reap(all).await {
+            warn!(%error, "leases of webhooks can't be looked at");
+        }
+    }
+
+    async fn try_reap(&self, all: bool) -> Result<(), StoreError> {
         let inner = &self.webhooks.inner;
         let backoff = inner.options.backoff;
         let reaped = inner.store.reap_deliveries(all, |attempts| backoff.nominal(attempts)).await?;

@@ -1,1 +1,178 @@
+//! Registered endpoints: their own events, rotation, holding back, trying out.
 
+use std::time::Duration;
+
+use tidemill::{
+    delivery::{
+        AcceptError, Options, Webhooks,
+        egress::{Guard, Policy},
+    },
+    domain::webhook::{DeliveryState, EventFilter, Secret, WebhookConfig, WebhookEvent},
+    store::{DeletedEndpoint, EndpointChange, EndpointRecord},
+};
+
+use crate::{
+    fixture::{Db, settled},
+    receiver::Receiver,
+};
+
+crate::on_both!(
+    an_endpoint_hears_what_it_wants_signed_with_its_own_secret,
+    during_a_rotation_both_secrets_sign,
+    what_comes_for_a_disabled_endpoint_waits,
+    a_moved_endpoint_gets_what_waited,
+    a_test_event_takes_the_common_way,
+    an_endpoint_in_use_stays,
+);
+
+async fn create(webhooks: &Webhooks, url: String) -> (EndpointRecord, Secret) {
+    webhooks.create_endpoint("", WebhookConfig::new(url)).await.unwrap()
+}
+
+async fn an_endpoint_hears_what_it_wants_signed_with_its_own_secret(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::always(200).await;
+    let config = WebhookConfig::new(receiver.url("/")).events(vec!["completed".into()]);
+    let (endpoint, secret) = running.webhooks.create_endpoint("", config).await.unwrap();
+    assert!(secret.expose().starts_with("whsec_"));
+    assert!(endpoint.has_secret && !endpoint.disabled);
+    let failed = db.batch(None, Some(&endpoint.id)).await;
+    db.fail(&failed.id).await;
+    let completed = db.batch(None, Some(&endpoint.id)).await;
+    db.complete(&completed.id).await;
+    assert_eq!(settled(&db, &completed.id).await[0].event, WebhookEvent::Completed);
+    assert!(db.deliveries(&failed.id).await.is_empty());
+    assert_eq!(receiver.requests().len(), 1);
+    assert!(receiver.requests()[0].verify(secret.expose()).is_ok());
+    running.stop().await;
+}
+
+async fn during_a_rotation_both_secrets_sign(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::always(200).await;
+    let (endpoint, old) = create(&running.webhooks, receiver.url("/")).await;
+    let hour = Duration::from_secs(3_600);
+    let (record, new) = running.webhooks.rotate_secret(&endpoint.id, None, None, hour).await.unwrap().unwrap();
+    assert!(record.previous_secret_until.is_some());
+    let tell = || async {
+        let batch = db.batch(None, Some(&endpoint.id)).await;
+        db.complete(&batch.id).await;
+        settled(&db, &batch.id).await;
+        receiver.requests().pop().unwrap()
+    };
+    let both = tell().await;
+    assert!(both.verify(old.expose()).is_ok() && both.verify(new.expose()).is_ok());
+    assert_eq!(both.header("x-webhook-signature"), tidemill::delivery::signature::sign_body(&new, &both.body));
+    db.execute("UPDATE webhook_endpoints SET previous_secret_until = 1").await;
+    let after = tell().await;
+    assert!(after.verify(old.expose()).is_err() && after.verify(new.expose()).is_ok());
+    // Without overlap the old one is gone at once: it was stolen.
+    let (record, newest) =
+        running.webhooks.rotate_secret(&endpoint.id, None, Some("mine".into()), Duration::ZERO).await.unwrap().unwrap();
+    assert_eq!((record.previous_secret_until, newest.expose()), (None, "mine"));
+    let last = tell().await;
+    assert!(last.verify(new.expose()).is_err() && last.verify("mine").is_ok());
+    let long = running.webhooks.rotate_secret(&endpoint.id, None, None, hour * 24 * 8).await;
+    assert!(matches!(long, Err(AcceptError::Invalid(_))));
+    running.stop().await;
+}
+
+async fn what_comes_for_a_disabled_endpoint_waits(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::always(200).await;
+    let (endpoint, _) = create(&running.webhooks, receiver.url("/")).await;
+    let set = |disabled: bool| {
+        let change =
+            EndpointChange { disabled: Some((disabled, Some("maintenance".into()))), ..EndpointChange::default() };
+        running.webhooks.update_endpoint(&endpoint.id, None, change)
+    };
+    let off = set(true).await.unwrap().unwrap();
+    assert_eq!((off.disabled, off.disabled_reason.as_deref()), (true, Some("maintenance")));
+    let batch = db.batch(None, Some(&endpoint.id)).await;
+    db.complete(&batch.id).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let waiting = db.deliveries(&batch.id).await.remove(0);
+    assert_eq!((waiting.state, waiting.attempts, waiting.next_attempt_at), (DeliveryState::Pending, 0, None));
+    assert!(receiver.requests().is_empty());
+    let on = set(false).await.unwrap().unwrap();
+    assert_eq!((on.disabled, on.disabled_reason), (false, None));
+    assert_eq!(settled(&db, &batch.id).await[0].state, DeliveryState::Delivered);
+    running.stop().await;
+}
+
+async fn a_moved_endpoint_gets_what_waited(db: Db) {
+    let running = db.start();
+    let (old, new) = (Receiver::always(503).await, Receiver::always(200).await);
+    let (endpoint, _) = create(&running.webhooks, old.url("/")).await;
+    let batch = db.batch(None, Some(&endpoint.id)).await;
+    db.complete(&batch.id).await;
+    assert_eq!(settled(&db, &batch.id).await[0].state, DeliveryState::Dead);
+    let change = EndpointChange { url: Some(new.url("/")), ..EndpointChange::default() };
+    running.webhooks.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    let dead = db.dead_letters().await.remove(0);
+    assert!(running.webhooks.retry(dead.id, None, false, None).await.unwrap().success, "a dead letter follows it");
+    assert_eq!(new.requests().len(), 1);
+    running.stop().await;
+}
+
+async fn a_test_event_takes_the_common_way(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| crate::receiver::Reply::Status(if n == 1 { 200 } else { 500 })).await;
+    let (endpoint, secret) = create(&running.webhooks, receiver.url("/")).await;
+    let tested = running.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    assert!(tested.result.succeeded());
+    let request = receiver.requests().remove(0);
+    assert!(request.verify(secret.expose()).is_ok());
+    assert_eq!((request.header("x-webhook-event"), &request.json()["type"]), ("test", &"batch.test".into()));
+    let record = db.store.delivery(&tested.claim.id, None).await.unwrap().unwrap();
+    assert_eq!(record.state, DeliveryState::Delivered);
+    let failed = running.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    assert_eq!(failed.result.http_status, Some(500));
+    let record = db.store.delivery(&failed.claim.id, None).await.unwrap().unwrap();
+    assert_eq!((record.state, record.attempts), (DeliveryState::Cancelled, 1));
+    assert!(db.dead_letters().await.is_empty(), "nobody misses a test event");
+    running.stop().await;
+}
+
+async fn an_endpoint_in_use_stays(db: Db) {
+    let webhooks = db.webhooks();
+    let (endpoint, _) = create(&webhooks, "http://127.0.0.1:9/".into()).await;
+    let batch = db.batch(None, Some(&endpoint.id)).await;
+    let delete = || webhooks.delete_endpoint(&endpoint.id, None);
+    assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 1, deliveries: 0 });
+    db.complete(&batch.id).await;
+    assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 0, deliveries: 1 });
+    db.execute("UPDATE webhook_deliveries SET state = 'delivered'").await;
+    assert_eq!(webhooks.delete_endpoint(&endpoint.id, Some("other")).await.unwrap(), DeletedEndpoint::NotFound);
+    assert_eq!(delete().await.unwrap(), DeletedEndpoint::Deleted);
+    assert_eq!(delete().await.unwrap(), DeletedEndpoint::NotFound);
+    // One that names it all the same, because both happened at the same time: nobody is told, and that is noticed.
+    let late = db.batch(None, Some(&endpoint.id)).await;
+    db.complete(&late.id).await;
+    assert_eq!(db.deliveries(&late.id).await[0].state, DeliveryState::Dead);
+    assert_eq!(db.dead_letters().await.len(), 1);
+}
+
+#[tokio::test]
+async fn one_guard_for_every_way_in() {
+    let db = Db::sqlite().await;
+    let open = db.webhooks();
+    let (endpoint, _) = create(&open, "http://127.0.0.1:9/".into()).await;
+    let guarded =
+        Webhooks::new(db.store.clone(), Options { guard: Guard::new(Policy::default()), ..db.options() }).unwrap();
+    let refused = |result: Result<(), AcceptError>| match result {
+        Err(AcceptError::Invalid(fields)) => assert_eq!(fields[0].field, "url"),
+        other => panic!("{other:?}"),
+    };
+    for url in ["http://127.0.0.1/", "http://localhost/", "http://[::ffff:10.0.0.1]/", "http://169.254.169.254/"] {
+        refused(guarded.accept(WebhookConfig::new(url)).await.map(|_| ()));
+        refused(guarded.create_endpoint("", WebhookConfig::new(url)).await.map(|_| ()));
+        let change = EndpointChange { url: Some(url.into()), ..EndpointChange::default() };
+        refused(guarded.update_endpoint(&endpoint.id, None, change).await.map(|_| ()));
+    }
+    let tested = guarded.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    assert!(tested.result.error.is_some_and(|error| error.message.contains("--webhook-allow-cidr")));
+    let change = EndpointChange { events: Some(EventFilter::parse(&["failed"]).unwrap()), ..EndpointChange::default() };
+    let changed = guarded.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    assert_eq!(changed.events.names(), ["failed"]);
+}

@@ -18,8 +18,8 @@ use tidemill::{
         webhook::{EventFilter, WebhookConfig, WebhookTarget},
     },
     store::{
-        AttemptRecord, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord, FinalObject, NewPart,
-        Store,
+        AttemptRecord, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord, FinalObject,
+        NewPart, Store,
     },
 };
 use tokio::task::JoinHandle;
@@ -124,7 +124,8 @@ impl Db {
 
     /// Answers some lines of a batch; the rest stays.
     pub async fn part(&self, id: &BatchId, lines: std::ops::Range<u32>) {
-        let claimed = self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        let claimed =
+            self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
         let part = NewPart {
             object_key: format!("parts/{}", uuid::Uuid::new_v4()),
             output_bytes: 1,
@@ -139,7 +140,8 @@ impl Db {
     }
 
     pub async fn complete(&self, id: &BatchId) {
-        let claimed = self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        let claimed =
+            self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
         let object = FinalObject {
             object_key: format!("results/{id}"),
             output_bytes: 10,
@@ -152,7 +154,8 @@ impl Db {
     }
 
     pub async fn fail(&self, id: &BatchId) {
-        let error = BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
+        let error =
+            BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
         self.store.fail_batch(id, error).await.unwrap();
     }
 
@@ -172,7 +175,8 @@ impl Db {
     }
 
     pub fn options(&self) -> Options {
-        let policy = Policy { allow: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()], https_only: false };
+        let policy =
+            Policy { allow: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()], https_only: false };
         let key = MasterKey::from_base64(&STANDARD.encode([7; 32])).unwrap();
         let millis = Duration::from_millis;
         Options {

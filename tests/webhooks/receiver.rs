@@ -8,7 +8,7 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tidemill::{
-    delivery::signature::{VerifyError, Verified, verify},
+    delivery::signature::{Verified, VerifyError, verify},
     domain::{Timestamp, webhook::Secret},
 };
 use tokio::{

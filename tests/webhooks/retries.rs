@@ -1,1 +1,192 @@
+//! Dead letters, retried by hand, one and many.
 
+use std::time::Duration;
+
+use tidemill::{
+    delivery::RetryError,
+    domain::{DeadLetterId, webhook::DeliveryState},
+    store::{DeadLetter, DeadLetterFilter, DeletedDeadLetter, RetryJobState},
+};
+
+use crate::{
+    fixture::{CANARY, Db, Running, eventually, settled, signed},
+    receiver::{Receiver, Reply},
+};
+
+crate::on_both!(
+    a_retry_is_sent_once_and_not_again_unless_forced,
+    of_two_retries_at_the_same_time_one_sends,
+    a_request_id_makes_a_retry_idempotent,
+    a_failed_retry_can_be_retried,
+    a_retry_that_was_cut_off_can_be_retried,
+    a_job_retries_what_matches_and_counts,
+    a_job_goes_on_where_it_was_cut_off,
+);
+
+/// The dead letter of a batch whose receiver answered `500` as long as it was asked.
+async fn dead_letter(db: &Db, running: &Running, url: String) -> DeadLetter {
+    let webhook = signed(&running.webhooks, url).await;
+    let batch = db.batch(Some(webhook), None).await;
+    db.complete(&batch.id).await;
+    assert_eq!(settled(db, &batch.id).await[0].state, DeliveryState::Dead);
+    let all = db.dead_letters().await;
+    all.into_iter().find(|one| one.batch_id.as_ref() == Some(&batch.id)).unwrap()
+}
+
+async fn a_retry_is_sent_once_and_not_again_unless_forced(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 200 })).await;
+    let dead = dead_letter(&db, &running, receiver.url("/")).await;
+    let retry = |force| running.webhooks.retry(dead.id.clone(), None, force, None);
+    let retried = retry(false).await.unwrap();
+    assert_eq!((retried.success, retried.forced, retried.http_status), (true, false, Some(200)));
+    assert_eq!((retried.dead_letter.retry_success, retried.dead_letter.retry_count), (true, 1));
+    assert!(retried.dead_letter.retried_at.is_some());
+    assert!(matches!(retry(false).await, Err(RetryError::AlreadyDelivered)));
+    let forced = retry(true).await.unwrap();
+    assert_eq!((forced.success, forced.forced), (true, true));
+    let requests = receiver.requests();
+    assert_eq!(requests.len(), 5);
+    for (n, request) in (1..).zip(&requests) {
+        assert_eq!(request.header("webhook-id"), dead.delivery_id.as_str(), "always the same id");
+        assert_eq!(request.header("x-webhook-attempt"), n.to_string());
+        assert_eq!(request.body, dead.payload);
+        assert!(request.verify(CANARY).is_ok(), "signed anew");
+    }
+    let generations: Vec<_> =
+        db.attempts(&dead.delivery_id).await.iter().map(|one| (one.generation, one.attempt, one.forced)).collect();
+    assert_eq!(generations, [(0, 1, false), (0, 2, false), (0, 3, false), (1, 1, false), (2, 1, true)]);
+    let unknown = running.webhooks.retry(DeadLetterId::from_text("dl_none"), None, true, None).await;
+    assert!(matches!(unknown, Err(RetryError::NotFound)));
+    let other = running.webhooks.retry(dead.id.clone(), Some("somebody else".into()), true, None).await;
+    assert!(matches!(other, Err(RetryError::NotFound)));
+    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Deleted);
+    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::NotFound);
+    running.stop().await;
+}
+
+async fn of_two_retries_at_the_same_time_one_sends(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| match n {
+        1..=3 => Reply::Status(500),
+        _ => Reply::Slow(200, Duration::from_millis(300)),
+    })
+    .await;
+    let dead = dead_letter(&db, &running, receiver.url("/")).await;
+    let retries = (0..5).map(|_| running.webhooks.retry(dead.id.clone(), None, true, None));
+    let all = futures::future::join_all(retries).await;
+    assert_eq!(all.iter().filter(|one| one.is_ok()).count(), 1);
+    assert_eq!(all.iter().filter(|one| matches!(one, Err(RetryError::Busy))).count(), 4);
+    assert_eq!(receiver.requests().len(), 4);
+    // While it is being sent it can't be deleted.
+    let again = {
+        let (webhooks, id) = (running.webhooks.clone(), dead.id.clone());
+        tokio::spawn(async move { webhooks.retry(id, None, true, None).await.unwrap() })
+    };
+    receiver.wait(5).await;
+    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Busy);
+    again.await.unwrap();
+    running.stop().await;
+}
+
+async fn a_request_id_makes_a_retry_idempotent(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 202 })).await;
+    let dead = dead_letter(&db, &running, receiver.url("/")).await;
+    let retry = |id: &str| running.webhooks.retry(dead.id.clone(), None, false, Some(id.to_owned()));
+    let first = retry("once").await.unwrap();
+    let again = retry("once").await.unwrap();
+    assert_eq!((first.success, first.http_status), (again.success, again.http_status));
+    assert_eq!(again.http_status, Some(202));
+    assert_eq!(receiver.requests().len(), 4);
+    assert!(matches!(retry("other").await, Err(RetryError::AlreadyDelivered)));
+    running.stop().await;
+}
+
+async fn a_failed_retry_can_be_retried(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| Reply::Status(if n <= 4 { 503 } else { 200 })).await;
+    let dead = dead_letter(&db, &running, receiver.url("/")).await;
+    let retry = || running.webhooks.retry(dead.id.clone(), None, false, None);
+    let failed = retry().await.unwrap();
+    assert_eq!((failed.success, failed.http_status), (false, Some(503)));
+    assert_eq!(failed.error_message.as_deref(), Some("the receiver answered 503"));
+    assert_eq!((failed.dead_letter.retry_success, failed.dead_letter.attempts), (false, 3));
+    assert!(retry().await.unwrap().success);
+    running.stop().await;
+}
+
+async fn a_retry_that_was_cut_off_can_be_retried(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 200 })).await;
+    let dead = dead_letter(&db, &running, receiver.url("/")).await;
+    // Begun by a process that is then gone.
+    db.store.begin_retry(&dead.id, None, false, None).await.unwrap();
+    assert!(matches!(running.webhooks.retry(dead.id.clone(), None, false, None).await, Err(RetryError::Busy)));
+    db.execute("UPDATE webhook_dead_letters SET lease_expires_at = 1").await;
+    db.store.reap_deliveries(false, |_| Duration::ZERO).await.unwrap();
+    assert!(running.webhooks.retry(dead.id.clone(), None, false, None).await.unwrap().success);
+    let outcomes: Vec<_> = db.attempts(&dead.delivery_id).await.into_iter().map(|one| one.outcome).skip(3).collect();
+    assert_eq!(outcomes, ["unknown", "succeeded"]);
+    running.stop().await;
+}
+
+async fn a_job_retries_what_matches_and_counts(db: Db) {
+    let running = db.start();
+    let up = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let is_up = up.clone();
+    let status = move |path: &str| match path {
+        "/bad" => 500,
+        _ if is_up.load(std::sync::atomic::Ordering::SeqCst) => 200,
+        _ => 500,
+    };
+    let receiver = Receiver::start(move |_, request| Reply::Status(status(&request.path))).await;
+    let mut all = Vec::new();
+    for path in ["/good", "/good", "/good", "/bad"] {
+        all.push(dead_letter(&db, &running, receiver.url(path)).await);
+    }
+    up.store(true, std::sync::atomic::Ordering::SeqCst);
+    let sent = receiver.requests().len();
+    let none = DeadLetterFilter { batch_id: Some("batch_none".into()), ..DeadLetterFilter::default() };
+    let empty = running.webhooks.retry_all("", none).await.unwrap();
+    assert_eq!((empty.matched, empty.state), (0, RetryJobState::Done));
+    let job = running.webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    assert_eq!(job.matched, 4);
+    let done = eventually("done", || async {
+        db.store.retry_job(&job.id, None).await.unwrap().filter(|job| job.state != RetryJobState::Running)
+    })
+    .await;
+    assert_eq!((done.state, done.succeeded, done.failed, done.skipped), (RetryJobState::Done, 3, 1, 0));
+    assert_eq!(receiver.requests().len(), sent + 4);
+    assert_eq!(db.dead_letters().await.iter().filter(|one| one.retry_success).count(), 3);
+    // What was delivered is not sent again.
+    let again = running.webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    assert_eq!(again.matched, 1);
+    running.stop().await;
+}
+
+async fn a_job_goes_on_where_it_was_cut_off(db: Db) {
+    let running = db.start();
+    let receiver = Receiver::start(|n, _| Reply::Status(if n <= 9 { 500 } else { 200 })).await;
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(dead_letter(&db, &running, receiver.url("/")).await.id);
+    }
+    running.stop().await;
+    let webhooks = db.webhooks();
+    let job = webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    // A runner took it, sent the first and was gone.
+    let claimed = db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().unwrap();
+    assert_eq!(claimed.job.id, job.id);
+    assert!(webhooks.retry(ids[0].clone(), None, false, Some(job.id.to_string())).await.unwrap().success);
+    assert!(db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().is_none());
+    db.execute("UPDATE webhook_retry_jobs SET lease_expires_at = 1").await;
+    let running = db.start();
+    let done = eventually("done", || async {
+        db.store.retry_job(&job.id, None).await.unwrap().filter(|job| job.state == RetryJobState::Done)
+    })
+    .await;
+    assert_eq!((done.succeeded, done.failed, done.skipped), (3, 0, 0));
+    assert_eq!(receiver.requests().len(), 9 + 3, "none twice");
+    running.stop().await;
+}
