@@ -142,7 +142,7 @@ async fn a_job_retries_what_matches_and_counts(db: Db) {
     };
     let receiver = Receiver::start(move |_, request| Reply::Status(status(&request.path))).await;
     let mut all = Vec::new();
-    for path in ["/good", "/good", "/good", "/bad"] {
+    for path in ["/good/1", "/good/2", "/good/3", "/bad"] {
         all.push(dead_letter(&db, &running, receiver.url(path)).await);
     }
     up.store(true, std::sync::atomic::Ordering::SeqCst);
@@ -169,8 +169,9 @@ async fn a_job_goes_on_where_it_was_cut_off(db: Db) {
     let running = db.start();
     let receiver = Receiver::start(|n, _| Reply::Status(if n <= 9 { 500 } else { 200 })).await;
     let mut ids = Vec::new();
-    for _ in 0..3 {
-        ids.push(dead_letter(&db, &running, receiver.url("/")).await.id);
+    // Targets of their own: one that fails again and again would only be probed.
+    for path in ["/1", "/2", "/3"] {
+        ids.push(dead_letter(&db, &running, receiver.url(path)).await.id);
     }
     running.stop().await;
     let webhooks = db.webhooks();
