@@ -126,6 +126,8 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
         priority: Priority::default(),
         metadata: BTreeMap::new(),
         request_id: None,
+        webhook: None,
+        webhook_endpoint_id: None,
     };
     match store.create_batch(new).await.unwrap() {
         CreatedBatch::New(batch) => batch.id,

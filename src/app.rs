@@ -7,11 +7,17 @@ use std::{fs::File, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duratio
 
 use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use zeroize::Zeroizing;
 
 use crate::{
     api::{self, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
     blobs::{BlobError, Blobs},
     config::{BlobStore, Database, ServeConfig},
+    delivery::{
+        Deliverer, Options as WebhookOptions, Webhooks,
+        egress::{Guard, Policy},
+        secrets::{BadMasterKey, MasterKey, Vault},
+    },
     domain::NodeId,
     fleet::{Fleet, FleetError, FleetOptions},
     ingest::{Ingest, Limits},
@@ -54,6 +60,15 @@ pub enum AppError {
     /// The workers.
     #[error(transparent)]
     Fleet(#[from] FleetError),
+    /// The master key is none.
+    #[error("the master key: {0}")]
+    MasterKey(#[source] BadMasterKey),
+    /// The master key's file can't be read.
+    #[error("master key file {0}: {1}")]
+    ReadMasterKey(PathBuf, #[source] io::Error),
+    /// The webhooks' HTTP client.
+    #[error("webhooks: {0}")]
+    Webhooks(#[source] reqwest::Error),
     /// The gRPC server.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -72,6 +87,9 @@ pub struct App {
     /// Ends the scheduler, once calls are over.
     scheduling: CancellationToken,
     scheduler: JoinHandle<()>,
+    /// Ends the delivery of webhooks.
+    delivering: CancellationToken,
+    deliverer: JoinHandle<()>,
     /// Ends the watch over the workers, once nothing is sent to them any more.
     watching: CancellationToken,
     background: TaskTracker,
@@ -123,6 +141,10 @@ impl App {
         background.spawn(async move { hub_runs.run().await });
         background.spawn(heartbeat(store.clone(), node.clone(), watching.clone()));
 
+        let webhooks = Webhooks::new(store.clone(), webhook_options(&config)?).map_err(AppError::Webhooks)?;
+        let delivering = CancellationToken::new();
+        let deliverer = tokio::spawn(Deliverer::new(webhooks.clone(), delivering.clone()).run());
+
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
         let services = Services {
             store: store.clone(),
@@ -131,13 +153,27 @@ impl App {
             reader: Reader::new(store.clone(), blobs),
             hub,
             fleet,
+            webhooks,
             metrics: Arc::new(telemetry::render),
         };
         let options = server_options(&config)?;
         let tls = options.tls.is_some();
         let server = tokio::spawn(api::serve(listener, services, options, serving.clone()));
-        let app =
-            Self { addr, tls, serving, server, scheduling, scheduler, watching, background, store, node, _lock: lock };
+        let app = Self {
+            addr,
+            tls,
+            serving,
+            server,
+            scheduling,
+            scheduler,
+            delivering,
+            deliverer,
+            watching,
+            background,
+            store,
+            node,
+            _lock: lock,
+        };
         tracing::info!(url = app.url(), node = %app.node, version = env!("CARGO_PKG_VERSION"), "serving gRPC and HTTP");
         Ok(app)
     }
@@ -170,6 +206,7 @@ impl App {
         };
         self.serving.cancel();
         self.scheduling.cancel();
+        self.delivering.cancel();
         self.watching.cancel();
         match ended {
             Ok(Ok(())) => Err(AppError::Crashed("it stopped without being told to".into())),
@@ -185,6 +222,11 @@ impl App {
         self.scheduling.cancel();
         // Both have deadlines of their own.
         let (server, scheduler) = tokio::join!(self.server, self.scheduler);
+        // After both: what they ended is still told, if there is time, and else at the next start.
+        self.delivering.cancel();
+        if let Err(panic) = self.deliverer.await {
+            tracing::error!(%panic, "the delivery of webhooks has crashed");
+        }
         if let Err(error) =
             server.map_err(|panic| panic.to_string()).and_then(|ended| ended.map_err(|error| error.to_string()))
         {
@@ -234,6 +276,26 @@ fn lock(data_dir: &std::path::Path) -> Result<File, AppError> {
         Err(std::fs::TryLockError::WouldBlock) => Err(AppError::InUse(data_dir.to_owned())),
         Err(std::fs::TryLockError::Error(error)) => Err(failed(error)),
     }
+}
+
+/// How webhooks are delivered.
+fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
+    let key = |text: &str| MasterKey::from_base64(text).map_err(AppError::MasterKey);
+    let current = match (&config.master_key, &config.master_key_file) {
+        (Some(text), _) => Some(key(text.expose())?),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path).map(Zeroizing::new);
+            Some(key(&text.map_err(|error| AppError::ReadMasterKey(path.clone(), error))?)?)
+        }
+        (None, None) => None,
+    };
+    let previous = config.previous_master_key.as_ref().map(|text| key(text.expose())).transpose()?;
+    let policy = Policy { allow: config.webhook_allow_cidr.clone(), https_only: config.webhook_https_only };
+    Ok(WebhookOptions {
+        secrets: config.webhook_secret.iter().cloned().collect(),
+        sole_node: matches!(config.database(), Database::Sqlite(_)),
+        ..WebhookOptions::new(Guard::new(policy), Vault::new(current, previous))
+    })
 }
 
 fn scheduler_options(config: &ServeConfig) -> SchedulerOptions {

@@ -12,6 +12,7 @@ use super::{
     service::Api,
     status::{self, error, invalid_field},
     validate::{self, BatchInput, inline_name},
+    webhooks::webhook_of_batch,
 };
 use crate::{
     domain::{Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch},
@@ -30,15 +31,19 @@ const INLINE_NAME: &str = "inline.jsonl";
 const RETRY_KEY: &str = "\u{1}retry:";
 
 impl Api {
-    pub(super) async fn create(&self, caller: &Caller, request: pb::CreateBatchRequest) -> Result<pb::Batch, Status> {
-        if request.webhook.is_some() || !request.webhook_endpoint_id.is_empty() {
-            return Err(error(Code::Unimplemented, "WEBHOOKS_NOT_IMPLEMENTED", "webhooks are not implemented yet"));
-        }
+    pub(super) async fn create(
+        &self,
+        caller: &Caller,
+        mut request: pb::CreateBatchRequest,
+    ) -> Result<pb::Batch, Status> {
+        let (webhook, webhook_endpoint_id) = (request.webhook.take(), std::mem::take(&mut request.webhook_endpoint_id));
         let new = validate::create_batch(request)?;
         // First of all: the same call again answers the same, whatever has become of its file since.
         if let Some(existing) = self.by_request_id(caller, new.request_id.as_deref()).await? {
             return self.show(existing).await;
         }
+        let (webhook, webhook_endpoint_id) =
+            webhook_of_batch(&self.services.webhooks, caller, webhook, webhook_endpoint_id, &new.metadata).await?;
         let (file, endpoint, inline) = match new.input {
             BatchInput::File(id) => {
                 let file = self.input_file(caller, &id).await?;
@@ -66,6 +71,8 @@ impl Api {
             priority: new.priority,
             metadata: new.metadata,
             request_id: new.request_id,
+            webhook,
+            webhook_endpoint_id,
         };
         self.insert(new, inline).await
     }
@@ -113,7 +120,7 @@ impl Api {
     /// A batch with its progress.
     async fn show(&self, batch: Batch) -> Result<pb::Batch, Status> {
         let progress = self.services.hub.progress(&batch).await.map_err(status::store)?;
-        Ok(convert::batch(batch, Some(progress)))
+        Ok(convert::batch(batch, Some(progress), &self.services.webhooks))
     }
 
     pub(super) async fn batch(&self, caller: &Caller, request: &pb::GetBatchRequest) -> Result<pb::Batch, Status> {
@@ -137,7 +144,9 @@ impl Api {
         let after = page.after.clone().map(BatchId::from_text);
         let found = self.services.store.batches(&filter, after.as_ref(), page.size + 1).await.map_err(status::store)?;
         let progress = self.services.hub.progresses(&found).await.map_err(status::store)?;
-        let found = found.into_iter().zip(progress).map(|(batch, progress)| convert::batch(batch, Some(progress)));
+        let webhooks = &self.services.webhooks;
+        let found = found.into_iter().zip(progress);
+        let found = found.map(|(batch, progress)| convert::batch(batch, Some(progress), webhooks));
         let (batches, next_page_token) = page.finish(found.collect(), |batch| &batch.id);
         Ok(pb::ListBatchesResponse { batches, next_page_token })
     }
@@ -178,6 +187,9 @@ impl Api {
             priority: batch.priority,
             metadata: batch.metadata,
             request_id,
+            // Whoever waits for the lines waits for these too.
+            webhook: batch.webhook,
+            webhook_endpoint_id: batch.webhook_endpoint_id,
         };
         self.insert(new, true).await
     }

@@ -1,12 +1,14 @@
 //! Domain types to wire types.
 
-use std::time::Duration;
-
 use tonic::Status;
 
-use super::status;
+use super::{
+    status,
+    webhooks::{span, webhook_to_proto},
+};
 use crate::{
-    domain::{Batch, BatchStatus, Counts, File, Timestamp, TokenUsage},
+    delivery::Webhooks,
+    domain::{Batch, BatchStatus, Counts, File, Timestamp, TokenUsage, WebhookEndpointId},
     fleet::{WorkerState, WorkerView},
     pb,
     progress::{Event, EventKind, Progress},
@@ -15,13 +17,6 @@ use crate::{
 
 fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
     at.map(Timestamp::to_proto)
-}
-
-fn span(of: Duration) -> prost_types::Duration {
-    prost_types::Duration {
-        seconds: i64::try_from(of.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(of.subsec_nanos()).unwrap_or(0),
-    }
 }
 
 pub(super) fn file(of: File) -> pb::File {
@@ -78,7 +73,8 @@ fn progress(of: Progress) -> pb::BatchProgress {
 }
 
 /// A batch. Without `known` progress, what its own numbers say.
-pub(super) fn batch(of: Batch, known: Option<Progress>) -> pb::Batch {
+pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> pb::Batch {
+    let webhook = of.webhook.as_ref().map(|webhook| webhook_to_proto(webhook, webhooks));
     let known = known.unwrap_or_else(|| Progress { counts: of.counts, usage: of.usage, ..Progress::default() });
     let text = |id: Option<crate::domain::FileId>| id.map(crate::domain::FileId::into_string).unwrap_or_default();
     pb::Batch {
@@ -115,12 +111,13 @@ pub(super) fn batch(of: Batch, known: Option<Progress>) -> pb::Batch {
         expire_time: Some(of.expires_at.to_proto()),
         waiting_reason: known.waiting_reason.clone().unwrap_or_default(),
         progress: Some(progress(known)),
-        webhook: None,
+        webhook,
+        webhook_endpoint_id: of.webhook_endpoint_id.map(WebhookEndpointId::into_string).unwrap_or_default(),
         revision: of.revision.0,
     }
 }
 
-pub(super) fn event(of: Event) -> pb::BatchEvent {
+pub(super) fn event(of: Event, webhooks: &Webhooks) -> pb::BatchEvent {
     use pb::batch_event::Event as Wire;
     pb::BatchEvent {
         batch_id: of.batch.map(crate::domain::BatchId::into_string).unwrap_or_default(),
@@ -129,7 +126,7 @@ pub(super) fn event(of: Event) -> pb::BatchEvent {
         sequence: of.sequence.0,
         event: Some(match of.kind {
             EventKind::StateChanged { batch: of, progress } => {
-                Wire::StateChanged(batch(*of, progress.map(|progress| *progress)))
+                Wire::StateChanged(batch(*of, progress.map(|progress| *progress), webhooks))
             }
             EventKind::Progress(of) => Wire::Progress(progress(*of)),
             EventKind::Heartbeat => Wire::Heartbeat(pb::Heartbeat {}),

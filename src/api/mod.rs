@@ -3,7 +3,7 @@
 //! - [`serve`] assembles the server and stops it in order.
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
 //! - `auth`: access tokens and roles. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
-//! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`: `WebhookAdmin`.
+//! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`.
 
 mod auth;
@@ -21,6 +21,7 @@ mod status;
 mod streams;
 mod validate;
 mod webhook_admin;
+mod webhooks;
 mod workers;
 
 use std::sync::Arc;
@@ -29,7 +30,9 @@ pub use auth::{Caller, Role, Tokens, TokensError, hash_token};
 pub use gate::TraceId;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
-use crate::{blobs::Blobs, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store};
+use crate::{
+    blobs::Blobs, delivery::Webhooks, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store,
+};
 
 /// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an
 /// answer that does not fit is refused with a reason.
@@ -50,6 +53,8 @@ pub struct Services {
     pub hub: Hub,
     /// The workers.
     pub fleet: Fleet,
+    /// Whom to tell of batches.
+    pub webhooks: Webhooks,
     /// Renders this process's metrics in Prometheus's text format.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
 }

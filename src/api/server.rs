@@ -23,7 +23,7 @@ use super::{
     health::{self, Healthy},
     http,
     service::Api,
-    webhook_admin::Webhooks,
+    webhook_admin::Admin,
     workers::Workers,
 };
 use crate::pb::{
@@ -201,9 +201,10 @@ fn routes(
     };
     let batches = Api { services: services.clone(), shutdown: shutdown.clone() };
     let workers = Workers { fleet: services.fleet.clone() };
+    let hooks = Admin { webhooks: services.webhooks.clone() };
     let grpc = Routes::new(sized!(BatchServiceServer::new(batches)))
         .add_service(sized!(WorkerAdminServer::new(workers)))
-        .add_service(sized!(WebhookAdminServer::new(Webhooks)))
+        .add_service(sized!(WebhookAdminServer::new(hooks)))
         .add_service(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())))
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)

@@ -32,7 +32,9 @@ impl Api {
         self.find(caller, &id).await?;
         let events = self.services.hub.watch(&id, after, interval).await;
         let events = events.map_err(|error| status::watch(error, FIELD))?;
-        Ok(events.map(|event| event.map(convert::event).map_err(|error| status::watch(error, FIELD))).boxed())
+        let webhooks = self.services.webhooks.clone();
+        let wire = move |event| convert::event(event, &webhooks);
+        Ok(events.map(move |event| event.map(&wire).map_err(|error| status::watch(error, FIELD))).boxed())
     }
 
     pub(super) async fn watch_all(
@@ -45,7 +47,9 @@ impl Api {
         let interval = validate::min_interval(request.min_interval)?;
         let events = self.services.hub.watch_all(caller.scope(), after, interval).await;
         let events = events.map_err(|error| status::watch(error, FIELD))?;
-        Ok(events.map(|event| event.map(convert::event).map_err(|error| status::watch(error, FIELD))).boxed())
+        let webhooks = self.services.webhooks.clone();
+        let wire = move |event| convert::event(event, &webhooks);
+        Ok(events.map(move |event| event.map(&wire).map_err(|error| status::watch(error, FIELD))).boxed())
     }
 
     pub(super) async fn results(

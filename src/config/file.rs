@@ -148,6 +148,11 @@ mod tests {
             tokens = "t"
             insecure_allow_anonymous = true
             webhook_allow_cidr = "10.0.0.0/8"
+            webhook_https_only = true
+            webhook_secret = "canary"
+            master_key = "canary"
+            master_key_file = "m"
+            previous_master_key = "canary"
             max_connection_age = "1h"
             drain_timeout = "5s"
             log_format = "json"
@@ -161,7 +166,8 @@ mod tests {
         assert_eq!(config.request_timeout.as_secs(), 90);
         assert!(config.insecure_allow_anonymous);
         assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");
-        assert!(!format!("{config:?}").contains("u:p"), "no password in logs");
+        let shown = format!("{config:?}");
+        assert!(!shown.contains("u:p") && !shown.contains("canary"), "no password in logs");
     }
 
     #[test]

@@ -15,6 +15,8 @@ use url::Url;
 
 pub use file::ConfigFile;
 
+use crate::domain::webhook::{BadSecret, Secret};
+
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -225,6 +227,31 @@ pub struct ServeConfig {
     )]
     pub webhook_allow_cidr: Vec<IpNet>,
 
+    /// Sends webhooks over https only, and refuses other URLs.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_HTTPS_ONLY", help_heading = "Security", value_parser = BoolishValueParser::new())]
+    pub webhook_https_only: bool,
+
+    /// Signs the webhooks of batches that have no secret of their own. Better in the environment: others can see command
+    /// lines. Default: those go unsigned.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", help_heading = "Security", hide_env_values = true,
+        value_parser = secret)]
+    pub webhook_secret: Option<Secret>,
+
+    /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
+    /// environment or a file. Default: they are stored as they are.
+    #[arg(long, env = "TIDEMILL_MASTER_KEY", value_name = "BASE64", help_heading = "Security", hide_env_values = true,
+        value_parser = secret, conflicts_with = "master_key_file")]
+    pub master_key: Option<Secret>,
+
+    /// File that holds the master key.
+    #[arg(long, env = "TIDEMILL_MASTER_KEY_FILE", value_name = "FILE", help_heading = "Security")]
+    pub master_key_file: Option<PathBuf>,
+
+    /// The master key before this one: opens what it sealed, while the key is being replaced.
+    #[arg(long, env = "TIDEMILL_PREVIOUS_MASTER_KEY", value_name = "BASE64", help_heading = "Security",
+        hide_env_values = true, value_parser = secret)]
+    pub previous_master_key: Option<Secret>,
+
     /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance.
     #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
         value_parser = humantime::parse_duration)]
@@ -329,4 +356,8 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     let size: bytesize::ByteSize =
         text.parse().map_err(|_| "expected a number of bytes, such as 500000, 10GB or 4GiB".to_owned())?;
     Ok(size.as_u64())
+}
+
+fn secret(text: &str) -> Result<Secret, BadSecret> {
+    Secret::try_new(text)
 }

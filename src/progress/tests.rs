@@ -85,6 +85,8 @@ impl World {
             priority: Priority::default(),
             metadata: BTreeMap::new(),
             request_id: None,
+            webhook: None,
+            webhook_endpoint_id: None,
         };
         match self.store.create_batch(new).await.unwrap() {
             CreatedBatch::New(batch) => batch.id,

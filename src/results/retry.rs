@@ -159,6 +159,8 @@ mod tests {
                 priority: Priority::default(),
                 metadata: [].into(),
                 request_id: None,
+                webhook: None,
+                webhook_endpoint_id: None,
             };
             match self.store.create_batch(new).await.unwrap() {
                 CreatedBatch::New(batch) => *batch,

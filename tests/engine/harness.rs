@@ -122,6 +122,8 @@ impl Node {
             priority: Priority::new(priority).unwrap(),
             metadata: BTreeMap::new(),
             request_id: None,
+            webhook: None,
+            webhook_endpoint_id: None,
         };
         match self.store.create_batch(new).await.unwrap() {
             CreatedBatch::New(batch) => batch.id,

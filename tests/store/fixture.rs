@@ -175,6 +175,8 @@ pub fn new_batch(file: &FileId) -> NewBatch {
         priority: Priority::default(),
         metadata: [("team".to_owned(), "a".to_owned())].into(),
         request_id: None,
+        webhook: None,
+        webhook_endpoint_id: None,
     }
 }
 
