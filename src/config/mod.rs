@@ -15,7 +15,7 @@ use url::Url;
 
 pub use file::ConfigFile;
 
-use crate::domain::webhook::{BadSecret, Secret};
+use crate::domain::webhook::{BadSecret, Secret as WebhookSecret};
 
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -235,13 +235,13 @@ pub struct ServeConfig {
     /// lines. Default: those go unsigned.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", help_heading = "Security", hide_env_values = true,
         value_parser = secret)]
-    pub webhook_secret: Option<Secret>,
+    pub webhook_secret: Option<WebhookSecret>,
 
     /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
     /// environment or a file. Default: they are stored as they are.
     #[arg(long, env = "TIDEMILL_MASTER_KEY", value_name = "BASE64", help_heading = "Security", hide_env_values = true,
         value_parser = secret, conflicts_with = "master_key_file")]
-    pub master_key: Option<Secret>,
+    pub master_key: Option<WebhookSecret>,
 
     /// File that holds the master key.
     #[arg(long, env = "TIDEMILL_MASTER_KEY_FILE", value_name = "FILE", help_heading = "Security")]
@@ -250,7 +250,7 @@ pub struct ServeConfig {
     /// The master key before this one: opens what it sealed, while the key is being replaced.
     #[arg(long, env = "TIDEMILL_PREVIOUS_MASTER_KEY", value_name = "BASE64", help_heading = "Security",
         hide_env_values = true, value_parser = secret)]
-    pub previous_master_key: Option<Secret>,
+    pub previous_master_key: Option<WebhookSecret>,
 
     /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance.
     #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
@@ -358,6 +358,6 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     Ok(size.as_u64())
 }
 
-fn secret(text: &str) -> Result<Secret, BadSecret> {
-    Secret::try_new(text)
+fn secret(text: &str) -> Result<WebhookSecret, BadSecret> {
+    WebhookSecret::try_new(text)
 }

@@ -179,13 +179,3 @@ async fn a_request_to_run_now_needs_a_worker() {
     assert_eq!(fields(client.infer(infer(r#"{"model":"m","stream":true}"#)).await), ["body"]);
     assert_eq!(fields(client.infer(pb::InferRequest::default()).await), ["endpoint", "body"]);
 }
-
-#[tokio::test]
-async fn webhooks_are_refused_rather_than_forgotten() {
-    let server = Server::start().await;
-    let mut client = server.client().await;
-    let request = pb::CreateBatchRequest { webhook: Some(pb::WebhookConfig::default()), ..inline(1) };
-    expect(client.create_batch(request).await, Code::Unimplemented, "WEBHOOKS_NOT_IMPLEMENTED");
-    let listed = server.webhooks(None).await.list_dead_letters(pb::ListDeadLettersRequest::default()).await;
-    expect(listed, Code::Unimplemented, "NOT_IMPLEMENTED_YET");
-}

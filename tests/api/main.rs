@@ -9,3 +9,4 @@ mod shutdown;
 mod streams;
 mod support;
 mod tls;
+mod webhooks;

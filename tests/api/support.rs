@@ -5,6 +5,11 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 use tidemill::{
     api::{ServeError, ServerOptions, Services, Tokens, hash_token, serve},
     blobs::Blobs,
+    delivery::{
+        Options, Webhooks,
+        egress::{Guard, Policy},
+        secrets::Vault,
+    },
     domain::{BatchId, Epoch, LineSet, NodeId, SegmentRef, TokenUsage},
     fleet::{Fleet, FleetOptions},
     ingest::{Ingest, Limits},
@@ -95,6 +100,7 @@ impl Server {
             reader: Reader::new(store.clone(), blobs.clone()),
             hub,
             fleet,
+            webhooks: webhooks(&store),
             metrics: Arc::new(|| "tidemill_up 1\n".to_owned()),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -249,4 +255,10 @@ pub fn fields<T: std::fmt::Debug>(answer: Result<T, Status>) -> Vec<String> {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     let bad = status.get_details_bad_request().expect("a BadRequest");
     bad.field_violations.into_iter().map(|one| one.field).collect()
+}
+
+/// Webhooks may go to this machine.
+fn webhooks(store: &Store) -> Webhooks {
+    let policy = Policy { allow: vec!["127.0.0.0/8".parse().unwrap()], https_only: false };
+    Webhooks::new(store.clone(), Options::new(Guard::new(policy), Vault::default())).unwrap()
 }
