@@ -11,7 +11,7 @@ use tonic::{
 };
 
 use super::error;
-use crate::pb::{batch_service_client::BatchServiceClient, worker_admin_client::WorkerAdminClient};
+use crate::pb::{batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient, worker_admin_client::WorkerAdminClient};
 
 /// More than the largest page of batches with full metadata.
 const MAX_MESSAGE: usize = 64 * 1024 * 1024;
@@ -151,6 +151,12 @@ impl Client {
     #[must_use]
     pub fn batches(&self) -> BatchServiceClient<InterceptedService<Channel, Bearer>> {
         BatchServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// Webhooks.
+    #[must_use]
+    pub fn webhooks(&self) -> WebhookAdminClient<InterceptedService<Channel, Bearer>> {
+        WebhookAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Workers.

@@ -102,6 +102,7 @@ fn webhook(webhook: &pb::WebhookConfig) -> Value {
         "max_retries": webhook.max_retries,
         "timeout": seconds(webhook.timeout.as_ref()),
         "events": webhook.events,
+        "retry_horizon": seconds(webhook.retry_horizon.as_ref()),
     }))
 }
 
@@ -142,6 +143,7 @@ pub fn batch(batch: &pb::Batch) -> Value {
         "expire_time": time(batch.expire_time.as_ref()),
         "progress": batch.progress.as_ref().map(progress),
         "webhook": batch.webhook.as_ref().map(webhook),
+        "webhook_endpoint_id": batch.webhook_endpoint_id,
         "waiting_reason": batch.waiting_reason,
         "revision": batch.revision,
     }))
@@ -252,6 +254,7 @@ mod tests {
             output_file_id: "o".into(),
             error_file_id: "x".into(),
             waiting_reason: "w".into(),
+            webhook_endpoint_id: "h".into(),
             completion_window: Some(prost_types::Duration::default()),
             create_time: now,
             in_progress_time: now,
@@ -266,7 +269,7 @@ mod tests {
             webhook: Some(pb::WebhookConfig::default()),
             ..pb::Batch::default()
         };
-        assert_eq!(batch(&batch_sent).as_object().unwrap().len(), 26, "the proto's number of fields");
+        assert_eq!(batch(&batch_sent).as_object().unwrap().len(), 27, "the proto's number of fields");
         let worker_sent = pb::Worker {
             id: "w".into(),
             url: "u".into(),

@@ -17,6 +17,7 @@ mod submit;
 mod token;
 mod upload;
 mod watch;
+mod webhooks;
 mod workers;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
@@ -75,6 +76,9 @@ enum Command {
     /// Show and manage workers.
     #[command(subcommand)]
     Workers(workers::WorkersCommand),
+    /// Look after webhooks: dead letters, deliveries, endpoints; verify them, receive them.
+    #[command(subcommand)]
+    Webhooks(webhooks::WebhooksCommand),
     /// Make access tokens.
     #[command(subcommand)]
     Token(token::TokenCommand),
@@ -190,6 +194,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Batch(command) => batch::run(command, &cli.client.client()?).await,
         Command::Files(command) => done(files::run(command, &cli.client.client()?).await),
         Command::Infer(args) => infer::run(args, &cli.client.client()?).await,
+        Command::Webhooks(command) => done(webhooks::run(command, &cli.client.client()?).await),
         Command::Workers(command) => done(workers::run(command, &cli.client.client()?).await),
         Command::Token(command) => done(token::run(command)),
         Command::Migrate(args) => done(serve::migrate(args).await),
@@ -250,6 +255,14 @@ mod tests {
             "tidemill infer --endpoint /v1/embeddings --body {}",
             "tidemill workers register http://127.0.0.1:8000",
             "tidemill workers drain worker_1",
+            "tidemill webhooks dead-letters list --batch batch_1 --host h --json",
+            "tidemill webhooks dead-letters retry dl_1 --force",
+            "tidemill webhooks dead-letters retry-all --event failed --dry-run",
+            "tidemill webhooks dead-letters purge --older-than 30d",
+            "tidemill webhooks endpoints create http://h/ --events completed,failed",
+            "tidemill webhooks endpoints rotate-secret we_1 --overlap 0s",
+            "tidemill webhooks verify --headers h --secret whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "tidemill webhooks listen --secret s",
             "tidemill token new --name n --role admin",
             "tidemill token hash",
             "tidemill migrate --data-dir /d --status",

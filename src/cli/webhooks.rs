@@ -1,0 +1,457 @@
+//! `tidemill webhooks …`
+
+use std::{fs, io::Read, net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use axum::{Router, body::Bytes, extract::State, http::HeaderMap, routing::post};
+use clap::{Args, Subcommand};
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::{
+    client::{Client, retry},
+    json::time,
+    out,
+};
+use crate::{
+    delivery::signature::{Verified, verify},
+    domain::{Timestamp, webhook::Secret},
+    pb,
+};
+
+/// The most that `listen` takes of a body.
+const MAX_BODY: usize = 1024 * 1024;
+
+/// What to do with webhooks.
+#[derive(Debug, Subcommand)]
+pub enum WebhooksCommand {
+    /// Webhooks that could not be delivered.
+    #[command(subcommand)]
+    DeadLetters(DeadLettersCommand),
+    /// Every event for every receiver, and what came of it.
+    #[command(subcommand)]
+    Deliveries(DeliveriesCommand),
+    /// Registered receivers.
+    #[command(subcommand)]
+    Endpoints(EndpointsCommand),
+    /// Check a request's signature: headers from a file, the body from a file or stdin.
+    #[command(after_help = "Example:\n  tidemill webhooks verify --headers headers.txt --secret whsec_… < body.json")]
+    Verify(VerifyArgs),
+    /// Run a small receiver that verifies and prints what comes, for trying things out.
+    #[command(
+        after_help = "Example:\n  tidemill webhooks listen --secret whsec_… &\n  tidemill batch submit in.jsonl \
+                            --webhook-url http://127.0.0.1:9000/ --webhook-secret whsec_…"
+    )]
+    Listen(ListenArgs),
+}
+
+/// What to do with dead letters.
+#[derive(Debug, Subcommand)]
+pub enum DeadLettersCommand {
+    /// List them, newest first.
+    List(DeadLetterFilter),
+    /// Show one, with all attempts.
+    Get(Id),
+    /// Send one again, now, once.
+    Retry {
+        /// The dead letter: dl_…
+        #[arg(value_name = "ID")]
+        id: String,
+        /// Also if an earlier retry has delivered it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Delete one.
+    Delete(Id),
+    /// Send all that match again, in the background.
+    RetryAll {
+        #[command(flatten)]
+        filter: DeadLetterFilter,
+        /// Only count them.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Delete all that are older than a span.
+    Purge {
+        /// Such as 30d.
+        #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+        older_than: Duration,
+    },
+    /// Show how far a retry-all is.
+    Job(Id),
+}
+
+/// Which dead letters.
+#[derive(Debug, Args)]
+pub struct DeadLetterFilter {
+    /// Only those of this batch.
+    #[arg(long, value_name = "BATCH", default_value = "", hide_default_value = true)]
+    batch: String,
+    /// Only those of this event.
+    #[arg(long, value_name = "EVENT", default_value = "", hide_default_value = true)]
+    event: String,
+    /// Only those to this host.
+    #[arg(long, value_name = "HOST", default_value = "", hide_default_value = true)]
+    host: String,
+}
+
+/// What to do with deliveries.
+#[derive(Debug, Subcommand)]
+pub enum DeliveriesCommand {
+    /// List the newest.
+    List {
+        /// Only those of this batch.
+        #[arg(long, value_name = "BATCH", default_value = "", hide_default_value = true)]
+        batch: String,
+    },
+    /// Show one, with its body and all attempts.
+    Get(Id),
+}
+
+/// What to do with endpoints.
+#[derive(Debug, Subcommand)]
+pub enum EndpointsCommand {
+    /// Register one. Its secret is printed once, now.
+    Create {
+        /// Where it is.
+        url: String,
+        /// What it wants to hear of. Default: every end of a batch.
+        #[arg(long, value_name = "EVENT,…", value_delimiter = ',')]
+        events: Vec<String>,
+    },
+    /// List them.
+    List,
+    /// Show one.
+    Get(Id),
+    /// Hold everything back that is for one.
+    Disable {
+        /// The endpoint: we_…
+        #[arg(value_name = "ID")]
+        id: String,
+        /// Why.
+        #[arg(long, default_value = "", hide_default_value = true)]
+        reason: String,
+    },
+    /// Send to one again, at once what waited.
+    Enable(Id),
+    /// Delete one that nothing waits for.
+    Delete(Id),
+    /// Give one a new secret, printed once, now. The old one signs too for a while.
+    RotateSecret {
+        /// The endpoint: we_…
+        #[arg(value_name = "ID")]
+        id: String,
+        /// How long the old one signs too. 0s if it was stolen.
+        #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = humantime::parse_duration)]
+        overlap: Duration,
+    },
+    /// Send one a test event.
+    Test(Id),
+}
+
+/// Which one.
+#[derive(Debug, Args)]
+pub struct Id {
+    /// Its id.
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// What to verify.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// File with the request's headers, one "name: value" a line.
+    #[arg(long, value_name = "FILE")]
+    headers: PathBuf,
+    /// File with the body, byte for byte. Default: stdin.
+    #[arg(long, value_name = "FILE")]
+    body: Option<PathBuf>,
+    /// The secret.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, value_parser = secret)]
+    secret: Secret,
+    /// The receiver's clock in Unix seconds. Default: now.
+    #[arg(long, value_name = "SECONDS")]
+    at: Option<i64>,
+}
+
+/// Where to listen.
+#[derive(Debug, Args)]
+pub struct ListenArgs {
+    /// The address.
+    #[arg(long, default_value = "127.0.0.1:9000")]
+    listen: SocketAddr,
+    /// The secret. Without one nothing is verified.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, value_parser = secret)]
+    secret: Option<Secret>,
+}
+
+fn secret(text: &str) -> Result<Secret, crate::domain::webhook::BadSecret> {
+    Secret::try_new(text)
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What went wrong, for people.
+pub async fn run(command: WebhooksCommand, client: &Client) -> anyhow::Result<()> {
+    match command {
+        WebhooksCommand::DeadLetters(command) => dead_letters(command, client).await,
+        WebhooksCommand::Deliveries(command) => deliveries(command, client).await,
+        WebhooksCommand::Endpoints(command) => endpoints(command, client).await,
+        WebhooksCommand::Verify(args) => check(args),
+        WebhooksCommand::Listen(args) => listen(args).await,
+    }
+}
+
+async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::Result<()> {
+    let mut hooks = client.webhooks();
+    match command {
+        DeadLettersCommand::List(filter) => {
+            let mut request = pb::ListDeadLettersRequest {
+                batch_id: filter.batch,
+                event: filter.event,
+                url_host: filter.host,
+                page_size: 1_000,
+                ..Default::default()
+            };
+            let mut all = Vec::new();
+            loop {
+                let page = retry(|| async { client.webhooks().list_dead_letters(request.clone()).await }).await?;
+                all.extend(page.dead_letters);
+                if page.next_page_token.is_empty() {
+                    break;
+                }
+                request.page_token = page.next_page_token;
+            }
+            if client.json {
+                return Ok(all.iter().try_for_each(|one| out::line(dead_letter(one)))?);
+            }
+            let rows: Vec<_> = all
+                .into_iter()
+                .map(|one| {
+                    let delivered = if one.retry_success { "yes" } else { "no" };
+                    [one.id, one.batch_id, one.event, one.attempts.to_string(), delivered.into(), one.error_message]
+                })
+                .collect();
+            out::table(["DEAD LETTER", "BATCH", "EVENT", "ATTEMPTS", "DELIVERED SINCE", "ERROR"], &rows)?;
+        }
+        DeadLettersCommand::Get(Id { id }) => {
+            let request = pb::GetDeadLetterRequest { dead_letter_id: id };
+            out::line(pretty(&dead_letter(&hooks.get_dead_letter(request).await?.into_inner()))?)?;
+        }
+        DeadLettersCommand::Retry { id, force } => {
+            // A lost answer must not send it twice.
+            let request_id = uuid::Uuid::new_v4().to_string();
+            let request = pb::RetryDeadLetterRequest { dead_letter_id: id, force, request_id };
+            let came = retry(|| async { client.webhooks().retry_dead_letter(request.clone()).await }).await?;
+            let shown = json!({"retry_success": came.retry_success, "forced": came.forced,
+                "http_status": came.http_status, "error_message": came.error_message});
+            out::line(shown)?;
+            if !came.retry_success {
+                bail!("the receiver did not take it: {}", came.error_message);
+            }
+        }
+        DeadLettersCommand::Delete(Id { id }) => {
+            hooks.delete_dead_letter(pb::DeleteDeadLetterRequest { dead_letter_id: id }).await?;
+        }
+        DeadLettersCommand::RetryAll { filter, dry_run } => {
+            let request = pb::RetryDeadLettersRequest {
+                batch_id: filter.batch,
+                event: filter.event,
+                url_host: filter.host,
+                dry_run,
+                ..Default::default()
+            };
+            let made = hooks.retry_dead_letters(request).await?.into_inner();
+            out::line(json!({"matched": made.matched, "job": made.job.as_ref().map(job)}))?;
+        }
+        DeadLettersCommand::Purge { older_than } => {
+            let older_than = Some(prost_types::Duration::try_from(older_than)?);
+            let purged = hooks.purge_dead_letters(pb::PurgeDeadLettersRequest { older_than }).await?.into_inner();
+            out::line(json!({"purged": purged.purged}))?;
+        }
+        DeadLettersCommand::Job(Id { id }) => {
+            out::line(job(&hooks.get_retry_job(pb::GetRetryJobRequest { retry_job_id: id }).await?.into_inner()))?;
+        }
+    }
+    Ok(())
+}
+
+async fn deliveries(command: DeliveriesCommand, client: &Client) -> anyhow::Result<()> {
+    match command {
+        DeliveriesCommand::List { batch } => {
+            let request = pb::ListDeliveriesRequest { batch_id: batch, page_size: 100, ..Default::default() };
+            let page = retry(|| async { client.webhooks().list_deliveries(request.clone()).await }).await?;
+            if client.json {
+                return Ok(page.deliveries.iter().try_for_each(|one| out::line(delivery(one)))?);
+            }
+            let rows: Vec<_> = page
+                .deliveries
+                .into_iter()
+                .map(|one| {
+                    let attempts = format!("{}/{}", one.attempts, one.max_attempts);
+                    [delivery_state(&one).to_owned(), one.id, one.event, attempts, one.webhook_url, one.error_message]
+                })
+                .collect();
+            out::table(["STATE", "DELIVERY", "EVENT", "ATTEMPTS", "URL", "ERROR"], &rows)?;
+        }
+        DeliveriesCommand::Get(Id { id }) => {
+            let request = pb::GetDeliveryRequest { delivery_id: id };
+            out::line(pretty(&delivery(&client.webhooks().get_delivery(request).await?.into_inner()))?)?;
+        }
+    }
+    Ok(())
+}
+
+async fn endpoints(command: EndpointsCommand, client: &Client) -> anyhow::Result<()> {
+    let mut hooks = client.webhooks();
+    match command {
+        EndpointsCommand::Create { url, events } => {
+            let request = pb::CreateEndpointRequest { url, events, ..Default::default() };
+            let made = hooks.create_endpoint(request).await?.into_inner();
+            out::line(json!({"endpoint": made.endpoint.as_ref().map(endpoint), "secret": made.secret}))?;
+        }
+        EndpointsCommand::List => {
+            let request = pb::ListEndpointsRequest { page_size: 1_000, ..Default::default() };
+            let page = hooks.list_endpoints(request).await?.into_inner();
+            page.endpoints.iter().try_for_each(|one| out::line(endpoint(one)))?;
+        }
+        EndpointsCommand::Get(Id { id }) => {
+            out::line(endpoint(&hooks.get_endpoint(pb::GetEndpointRequest { endpoint_id: id }).await?.into_inner()))?;
+        }
+        EndpointsCommand::Disable { id, reason } => {
+            out::line(endpoint(&switch(client, id, true, reason).await?))?;
+        }
+        EndpointsCommand::Enable(Id { id }) => out::line(endpoint(&switch(client, id, false, String::new()).await?))?,
+        EndpointsCommand::Delete(Id { id }) => {
+            hooks.delete_endpoint(pb::DeleteEndpointRequest { endpoint_id: id }).await?;
+        }
+        EndpointsCommand::RotateSecret { id, overlap } => {
+            let overlap = Some(prost_types::Duration::try_from(overlap)?);
+            let request = pb::RotateSecretRequest { endpoint_id: id, overlap, ..Default::default() };
+            let made = hooks.rotate_secret(request).await?.into_inner();
+            out::line(json!({"endpoint": made.endpoint.as_ref().map(endpoint), "secret": made.secret}))?;
+        }
+        EndpointsCommand::Test(Id { id }) => {
+            let came = hooks.send_test_event(pb::SendTestEventRequest { endpoint_id: id }).await?.into_inner();
+            out::line(json!({"success": came.success, "http_status": came.http_status,
+                "error_message": came.error_message, "delivery_id": came.delivery_id}))?;
+            if !came.success {
+                bail!("the endpoint did not take it: {}", came.error_message);
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn switch(client: &Client, id: String, off: bool, reason: String) -> anyhow::Result<pb::WebhookEndpoint> {
+    let request = pb::UpdateEndpointRequest {
+        endpoint_id: id,
+        disabled: Some(off),
+        disabled_reason: reason,
+        ..Default::default()
+    };
+    Ok(client.webhooks().update_endpoint(request).await?.into_inner())
+}
+
+fn check(args: VerifyArgs) -> anyhow::Result<()> {
+    let text = fs::read_to_string(&args.headers).with_context(|| args.headers.display().to_string())?;
+    let mut headers = HeaderMap::new();
+    for line in text.lines().filter(|line| line.contains(':')) {
+        let (name, value) = line.split_once(':').unwrap_or_default();
+        headers.insert(name.trim().parse::<HeaderName>()?, HeaderValue::from_str(value.trim())?);
+    }
+    let mut body = Vec::new();
+    match &args.body {
+        Some(path) => body = fs::read(path).with_context(|| path.display().to_string())?,
+        None => {
+            std::io::stdin().read_to_end(&mut body)?;
+        }
+    }
+    let now = args.at.unwrap_or_else(|| Timestamp::now().unix_seconds());
+    out::line(describe(verify(&[args.secret], &headers, &body, now)?))?;
+    Ok(())
+}
+
+fn describe(verified: Verified) -> &'static str {
+    match verified {
+        Verified::Standard => "valid: webhook-signature covers id, timestamp and body",
+        Verified::BodyOnly => "valid: X-Webhook-Signature covers the body; nothing covers the timestamp",
+    }
+}
+
+async fn listen(args: ListenArgs) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(args.listen).await.with_context(|| args.listen.to_string())?;
+    out::line(format!("listening on http://{}/", listener.local_addr()?))?;
+    let app = Router::new()
+        .route("/", post(receive))
+        .route("/{*path}", post(receive))
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
+        .with_state(args.secret);
+    axum::serve(listener, app).await?;
+    Ok(())
+}
+
+async fn receive(State(secret): State<Option<Secret>>, headers: HeaderMap, body: Bytes) -> StatusCode {
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("-").to_owned();
+    let verdict = match secret {
+        None => "not verified: no --secret".to_owned(),
+        Some(secret) => match verify(&[secret], &headers, &body, Timestamp::now().unix_seconds()) {
+            Ok(verified) => describe(verified).to_owned(),
+            Err(error) => format!("INVALID: {error}"),
+        },
+    };
+    let bad = verdict.starts_with("INVALID");
+    let (event, id, attempt) = (header("x-webhook-event"), header("webhook-id"), header("x-webhook-attempt"));
+    let printed = out::line(format!("{event} {id} attempt {attempt}: {verdict}"))
+        .and_then(|()| out::line(String::from_utf8_lossy(&body)));
+    // Whoever sent it must not learn that this terminal is gone.
+    let _ = printed;
+    if bad { StatusCode::UNAUTHORIZED } else { StatusCode::NO_CONTENT }
+}
+
+fn pretty(value: &Value) -> serde_json::Result<String> {
+    serde_json::to_string_pretty(value)
+}
+
+fn dead_letter(of: &pb::DeadLetter) -> Value {
+    json!({"id": of.id, "batch_id": of.batch_id, "delivery_id": of.delivery_id, "webhook_url": of.webhook_url,
+        "event": of.event, "payload": of.payload, "error_kind": of.error_kind, "error_message": of.error_message,
+        "attempts": of.attempts, "last_attempt_time": time(of.last_attempt_time.as_ref()),
+        "create_time": time(of.create_time.as_ref()), "retried_time": time(of.retried_time.as_ref()),
+        "retry_success": of.retry_success, "retry_count": of.retry_count,
+        "attempt_log": of.attempt_log.iter().map(attempt).collect::<Vec<_>>()})
+}
+
+fn attempt(of: &pb::DeliveryAttempt) -> Value {
+    json!({"generation": of.generation, "attempt": of.attempt, "outcome": of.outcome, "error_kind": of.error_kind,
+        "error_message": of.error_message, "http_status": of.http_status, "response_excerpt": of.response_excerpt,
+        "start_time": time(of.start_time.as_ref()), "end_time": time(of.end_time.as_ref()), "forced": of.forced})
+}
+
+fn delivery_state(of: &pb::Delivery) -> &'static str {
+    of.state().as_str_name().trim_start_matches("DELIVERY_STATE_")
+}
+
+fn delivery(of: &pb::Delivery) -> Value {
+    json!({"id": of.id, "batch_id": of.batch_id, "endpoint_id": of.endpoint_id, "event": of.event,
+        "webhook_url": of.webhook_url, "state": delivery_state(of), "attempts": of.attempts,
+        "max_attempts": of.max_attempts, "next_attempt_time": time(of.next_attempt_time.as_ref()),
+        "error_message": of.error_message, "create_time": time(of.create_time.as_ref()),
+        "settle_time": time(of.settle_time.as_ref()), "payload": of.payload,
+        "attempt_log": of.attempt_log.iter().map(attempt).collect::<Vec<_>>()})
+}
+
+fn endpoint(of: &pb::WebhookEndpoint) -> Value {
+    json!({"id": of.id, "url": of.url, "events": of.events, "max_retries": of.max_retries,
+        "disabled": of.disabled, "disabled_reason": of.disabled_reason,
+        "previous_secret_expire_time": time(of.previous_secret_expire_time.as_ref()),
+        "create_time": time(of.create_time.as_ref()), "update_time": time(of.update_time.as_ref())})
+}
+
+fn job(of: &pb::RetryJob) -> Value {
+    json!({"id": of.id, "state": of.state().as_str_name().trim_start_matches("RETRY_JOB_STATE_"),
+        "matched": of.matched, "succeeded": of.succeeded, "failed": of.failed, "skipped": of.skipped,
+        "create_time": time(of.create_time.as_ref()), "end_time": time(of.end_time.as_ref())})
+}
