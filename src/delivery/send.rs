@@ -87,9 +87,8 @@ impl Sender {
             Ok(secrets) => secrets,
             Err(sent) => return sent,
         };
-        let headers = match headers(claim, &secrets, Timestamp::now().unix_seconds()) {
-            Ok(headers) => headers,
-            Err(_) => return Sent::failed(ErrorKind::InvalidUrl, "the delivery's id can't be sent as a header"),
+        let Ok(headers) = headers(claim, &secrets, Timestamp::now().unix_seconds()) else {
+            return Sent::failed(ErrorKind::InvalidUrl, "the delivery's id can't be sent as a header");
         };
         let request = self.client.post(url).headers(headers).body(claim.body.clone());
         // The status is kept outside: once it is 2xx the receiver has the event, even if its answer never ends.

@@ -81,9 +81,8 @@ impl Guard {
     pub fn check_url(&self, url: &str) -> Result<Url, Forbidden> {
         let url = Url::parse(url).map_err(|_| Forbidden::Url)?;
         match url.scheme() {
-            "https" => {}
             "http" if self.policy.https_only => return Err(Forbidden::Insecure),
-            "http" => {}
+            "http" | "https" => {}
             _ => return Err(Forbidden::Url),
         }
         if !url.username().is_empty() || url.password().is_some() || url.port() == Some(0) {

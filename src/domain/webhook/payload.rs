@@ -1,7 +1,7 @@
 //! The body of a webhook.
 
 use super::{Json, WebhookEvent};
-use crate::domain::{Batch, Counts, Timestamp};
+use crate::domain::{Batch, Counts, FileId, Timestamp};
 
 /// What a webhook says.
 #[derive(Clone, Debug)]
@@ -30,8 +30,8 @@ impl Payload<'_> {
                     batch.metadata.iter().map(|(name, value)| (name.clone(), value.as_str().into())).collect(),
                 ),
             ),
-            ("output_file_id", output.map(|file| file.as_str()).into()),
-            ("error_file_id", error.map(|file| file.as_str()).into()),
+            ("output_file_id", output.map(FileId::as_str).into()),
+            ("error_file_id", error.map(FileId::as_str).into()),
             ("output_file_url", output.map(|_| format!("/v1/batches/{id}/results")).as_deref().into()),
             ("error_file_url", error.map(|_| format!("/v1/batches/{id}/errors")).as_deref().into()),
             // Of two bodies about one batch, the later one has the larger number.
@@ -91,7 +91,7 @@ mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
     use super::*;
-    use crate::domain::{BatchId, BatchStatus, Endpoint, FileId, Priority, Revision, TokenUsage, batch::StateTimes};
+    use crate::domain::{BatchId, BatchStatus, Endpoint, Priority, Revision, TokenUsage, batch::StateTimes};
 
     fn batch() -> Batch {
         Batch {
