@@ -11,7 +11,10 @@ use tonic::{
 };
 
 use super::error;
-use crate::pb::{batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient, worker_admin_client::WorkerAdminClient};
+use crate::pb::{
+    batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
+    worker_admin_client::WorkerAdminClient,
+};
 
 /// More than the largest page of batches with full metadata.
 const MAX_MESSAGE: usize = 64 * 1024 * 1024;
