@@ -150,10 +150,8 @@ async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
     sorted.dedup();
     assert_eq!(sorted.len(), 120);
     for result in &all {
-        assert_eq!(
-            lines[usize::try_from(result.line_number).unwrap() - 1].contains(&format!("\"{}\"", result.custom_id)),
-            true
-        );
+        let line = &lines[usize::try_from(result.line_number).unwrap() - 1];
+        assert!(line.contains(&format!("\"{}\"", result.custom_id)));
         assert_eq!(result.succeeded, result.custom_id != "r50");
     }
     // By now the parts are merged; every cursor still leads to the rest.

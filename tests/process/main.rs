@@ -196,7 +196,7 @@ async fn an_upload_that_is_killed_leaves_nothing_behind() {
         client.upload_file(tokio_stream::wrappers::ReceiverStream::new(receiver)).await.map(|_| ())
     });
     let inputs = server.folder().join("blobs/inputs");
-    let staged = || std::fs::read_dir(&inputs).map(|entries| entries.count()).unwrap_or(0);
+    let staged = || std::fs::read_dir(&inputs).map(Iterator::count).unwrap_or(0);
     for _ in 0..500 {
         if staged() > 0 {
             break;

@@ -47,6 +47,10 @@ impl Db {
         Some(Self { store, raw: Database::connect(&url).await.unwrap(), url, folder: None })
     }
 
+    pub fn is_sqlite(&self) -> bool {
+        self.folder.is_some()
+    }
+
     /// Another node's store on the same database.
     pub async fn another(&self) -> Store {
         match &self.folder {

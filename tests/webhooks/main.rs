@@ -1,5 +1,7 @@
 //! Webhooks over real sockets, on both databases: what is promised of signing, retrying, dead letters and egress.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 #[path = "../support/mod.rs"]
 mod support;
 
