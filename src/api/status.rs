@@ -28,8 +28,8 @@ const VIOLATIONS_LIMIT: usize = 4_700;
 const MESSAGE_LIMIT: usize = 600;
 /// The longest message beside violations.
 const INVALID_MESSAGE_LIMIT: usize = 300;
-/// The longest description of one field violation, in characters.
-const DESCRIPTION_LIMIT: usize = 100;
+/// The longest description of one bad line, in characters: the longest there is, with a `custom_id` as [`short`] makes it.
+const DESCRIPTION_LIMIT: usize = 280;
 
 /// How long to wait before trying again what failed because something is briefly away.
 const SOON: Duration = Duration::from_secs(1);
@@ -85,6 +85,22 @@ pub fn invalid_field(field: &str, description: impl Into<String>) -> Status {
 /// The server stops; another one, or this one in a moment, goes on.
 pub fn shutting_down() -> Status {
     retry(Code::Unavailable, "SHUTTING_DOWN", "the server is shutting down; go on where you were in a moment", SOON)
+}
+
+/// What tonic itself answers to a message that can't be read, which it calls an internal error although the client made it.
+/// Every other status stays as it is.
+pub fn unreadable(status: Status) -> Status {
+    if !status.details().is_empty() {
+        return status;
+    }
+    match status.code() {
+        Code::Internal => error(Code::InvalidArgument, "MESSAGE_UNREADABLE", status.message()),
+        Code::OutOfRange | Code::ResourceExhausted => {
+            let message = format!("a message is larger than {} bytes", super::MESSAGE_LIMIT);
+            error(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", message)
+        }
+        _ => status,
+    }
 }
 
 /// There is no such batch, or it is not the caller's.
@@ -260,7 +276,7 @@ fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> 
         errors.iter().map(|error| FieldViolation::new(name(error.line), describe(error, most))).collect()
     };
     // Better all of them in few words than a few of them in many: the first is told in full in the message.
-    let violations = [DESCRIPTION_LIMIT, 80, 60, 45, 35]
+    let violations = [DESCRIPTION_LIMIT, 140, 100, 80, 60, 45, 35]
         .into_iter()
         .map(all)
         .find(|violations| fitting(violations) == violations.len())
@@ -378,6 +394,17 @@ mod tests {
         assert!(size(&status) < LIMIT, "{}", size(&status));
         let status = invalid_field("cursor", text);
         assert!(size(&status) < LIMIT, "{}", size(&status));
+    }
+
+    #[test]
+    fn one_bad_line_is_told_in_full() {
+        let message = "url is \"/v1/foo\"; expected one of /v1/chat/completions, /v1/completions, /v1/embeddings, \
+                       /v1/responses, /v1/score, /v1/rerank";
+        let report = LineReport { line: 7, custom_id: Some("request-7".into()), message: message.into() };
+        let status = ingest(IngestError::Invalid { errors: vec![report], total: 1 }, line_name);
+        let description = format!("{message} (custom_id \"request-7\")");
+        assert_eq!(status.message(), format!("1 bad line; line 7: {description}"));
+        assert_eq!(status.get_details_bad_request().unwrap().field_violations[0].description, description);
     }
 
     #[test]
