@@ -1,6 +1,6 @@
 //! Files: upload, show, list, delete.
 
-use std::time::Duration;
+use std::{error::Error, time::Duration};
 
 use tonic::{Code, Status, Streaming};
 
@@ -94,5 +94,12 @@ async fn next(messages: &mut Streaming<pb::UploadFileRequest>) -> Result<Option<
         let message = format!("nothing has come for {} s", IDLE.as_secs());
         return Err(error(Code::DeadlineExceeded, "UPLOAD_IDLE", message));
     };
-    message
+    message.map_err(|status| {
+        if status.source().is_some() {
+            // The stream broke: nobody is there to read this, but it is no failure of the server.
+            error(Code::Cancelled, "UPLOAD_BROKEN_OFF", "the upload broke off before its end")
+        } else {
+            status::unreadable(status)
+        }
+    })
 }

@@ -23,7 +23,7 @@ use tracing::{Instrument, Span};
 
 use super::{
     auth::{Caller, Tokens},
-    status::error,
+    status::{error, unreadable},
 };
 use crate::pb;
 
@@ -92,7 +92,12 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, ne
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             request.extensions_mut().insert(TraceId(trace));
-            next.run(request).instrument(span).await
+            let response = next.run(request).instrument(span).await;
+            // An error before the first message has everything in the headers.
+            match Status::from_header_map(response.headers()) {
+                Some(status) if status.details().is_empty() => unreadable(status).into_http(),
+                _ => response,
+            }
         }
         Err(status) => status.into_http(),
     };

@@ -129,8 +129,8 @@ pub(super) struct Spec {
 
 pub(super) fn spec(of: pb::FileSpec) -> Result<Spec, Status> {
     let mut wrong = Violations::default();
-    let good = storable(&of.filename, FILENAME);
-    wrong.check(good, "spec.filename", format!("must be at most {FILENAME} bytes without NUL"));
+    let good = of.filename.len() <= FILENAME && !of.filename.chars().any(char::is_control);
+    wrong.check(good, "spec.filename", format!("must be at most {FILENAME} bytes without control characters"));
     wrong.check(matches!(of.purpose.as_str(), "" | "batch"), "spec.purpose", "must be \"batch\" or empty");
     wrong.check(of.total_bytes >= 0, "spec.total_bytes", "must not be negative");
     let request_id = request_id(of.request_id, &mut wrong, "spec.request_id");

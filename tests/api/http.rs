@@ -135,3 +135,15 @@ async fn unknown_methods_are_told_in_grpcs_way() {
         expect(answer, Code::Unimplemented, "METHOD_UNKNOWN");
     }
 }
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_is_the_clients_mistake() {
+    let server = Server::start().await;
+    let mut grpc = tonic::client::Grpc::new(server.channel().await);
+    grpc.ready().await.unwrap();
+    // Its first field is a number, that of GetBatchRequest a string.
+    let codec = tonic_prost::ProstCodec::<pb::ListFilesRequest, pb::Batch>::default();
+    let request = tonic::Request::new(pb::ListFilesRequest { page_size: 7, ..Default::default() });
+    let answer = grpc.unary(request, "/tidemill.v1.BatchService/GetBatch".parse().unwrap(), codec).await;
+    expect(answer, Code::InvalidArgument, "MESSAGE_UNREADABLE");
+}
