@@ -1,7 +1,12 @@
 //! Logs on stderr, Prometheus metrics, and the process's one TLS provider. Everything here may be called any number of
 //! times: the first call counts.
 
-use std::{sync::OnceLock, thread, time::Duration};
+use std::{
+    io::{IsTerminal, stderr},
+    sync::OnceLock,
+    thread,
+    time::Duration,
+};
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, prelude::*, registry};
@@ -29,9 +34,11 @@ static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 /// The filter can't be parsed.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let filter = EnvFilter::try_new(filter)?;
+    // Files and journals get no escape codes; nor do people who ask for none (https://no-color.org).
+    let colours = stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let (text, json) = match format {
-        LogFormat::Text => (Some(fmt::layer().with_writer(std::io::stderr)), None),
-        LogFormat::Json => (None, Some(fmt::layer().json().flatten_event(true).with_writer(std::io::stderr))),
+        LogFormat::Text => (Some(fmt::layer().with_ansi(colours).with_writer(stderr)), None),
+        LogFormat::Json => (None, Some(fmt::layer().json().flatten_event(true).with_writer(stderr))),
     };
     // A subscriber that is already there, such as a test's, stays.
     let _ = registry().with(filter).with(text).with(json).try_init();

@@ -109,8 +109,17 @@ impl Scheduler {
         Self { store, blobs, fleet, node, options, shutdown, running: HashMap::new(), runs: TaskTracker::new() }
     }
 
+    /// Says what this module's metrics are.
+    fn describe_metrics() {
+        metrics::describe_counter!("tidemill_requests_total", "requests that got their line here, by outcome");
+        metrics::describe_counter!("tidemill_tries_failed_total", "failed tries of requests, by kind");
+        metrics::describe_counter!("tidemill_parts_total", "parts committed before their segment was finished");
+        metrics::describe_gauge!("tidemill_segments_running", "segments that this server runs");
+    }
+
     /// Runs until the shutdown, and then until every segment is finished or given back.
     pub async fn run(mut self) {
+        Self::describe_metrics();
         let sweeps = tokio::spawn(sweeps::run(self.store.clone(), self.blobs.clone(), self.shutdown.clone()));
         let (ended, mut endings) = mpsc::unbounded_channel();
         let mut changes = self.store.changes();
