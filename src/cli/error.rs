@@ -64,6 +64,13 @@ fn describe(status: &Status) -> String {
 
 fn hint(status: &Status) -> Option<&'static str> {
     match status.code() {
+        _ if is_lost_connection(status) && status.message().contains("certificate") => {
+            Some("name who vouches for the server: --tls-ca FILE; and who vouches for you: --tls-client-cert FILE")
+        }
+        Code::Internal | Code::Cancelled if is_lost_connection(status) => Some(
+            "does the server have TLS? then name it https://…, else http://…; does it want a client certificate? then \
+             --tls-client-cert FILE",
+        ),
         _ if is_lost_connection(status) => {
             Some("is the server running? start it with `tidemill serve`, or name another: --server URL")
         }
@@ -164,6 +171,25 @@ mod tests {
         assert!(report(&Status::unauthenticated("no token").into()).unwrap().contains("--token-file"));
         assert!(!is_transient(&Status::internal("bug")));
         assert_eq!(report(&Status::not_found("").into()).unwrap(), "Some requested entity was not found (NOT_FOUND)");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_speaks_otherwise_is_no_server_that_is_away() {
+        use tokio::io::AsyncWriteExt as _;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            // A TLS alert, as a TLS server answers plain text.
+            while let Ok((mut client, _)) = listener.accept().await {
+                let _ = client.write_all(&[0x15, 3, 3, 0, 2, 2, 0x32, 0, 0, 0, 0, 0]).await;
+            }
+        });
+        let answer = super::super::fake::client(&url).batches().get_batch(pb::GetBatchRequest::default()).await;
+        let text = report(&answer.unwrap_err().into()).unwrap();
+        assert!(text.contains("https://"), "{text}");
+        let refused = io::Error::new(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer");
+        let status = Status::from_error(Box::new(refused));
+        assert!(report(&status.into()).unwrap().contains("--tls-ca"));
     }
 
     #[test]
