@@ -3,7 +3,11 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod again;
+mod nodes;
 mod server;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::{collections::BTreeMap, time::Duration};
 
