@@ -42,6 +42,7 @@ impl MigrationTrait for Migration {
             .await?;
         index(manager, "files", &["owner", "request_id"], true).await?;
         index(manager, "files", &["owner", "id"], false).await?;
+        index(manager, "files", &["batch_id"], false).await?;
         index(manager, "files", &["expires_at"], false).await?;
 
         // The segment index of an input file: copied into `segments` when a batch is created from it.

@@ -171,6 +171,7 @@ pub fn read(error: ReadError) -> Status {
     match error {
         ReadError::Store(error) => store(error),
         ReadError::Blob(error) => blob(error),
+        ReadError::Deleted(_) => self::error(Code::FailedPrecondition, "RESULTS_DELETED", error.to_string()),
         ReadError::Corrupt(_) => {
             tracing::error!(%error, "results can't be read");
             self::error(Code::DataLoss, "RESULTS_CORRUPT", "the stored results are damaged; the server's log says more")
@@ -253,6 +254,7 @@ pub fn retry_failed(error: RetryError) -> Status {
         RetryError::NotEnded => refused("BATCH_NOT_ENDED"),
         RetryError::NothingFailed => refused("NO_FAILED_REQUESTS"),
         RetryError::InputGone => refused("INPUT_FILE_GONE"),
+        RetryError::ResultsDeleted => refused("RESULTS_DELETED"),
         RetryError::Corrupt(_) => internal(&error),
         RetryError::Ingest(error) => ingest(error, line_name),
         RetryError::Store(error) => store(error),

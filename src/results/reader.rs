@@ -31,6 +31,9 @@ pub enum ReadError {
     /// An object is not what its row says.
     #[error("{0}")]
     Corrupt(String),
+    /// The results have been deleted.
+    #[error("the results of {0} have been deleted")]
+    Deleted(BatchId),
 }
 
 /// A place in a batch's stream of results: after a line.
@@ -110,10 +113,10 @@ impl Reader {
             }
             (FileKind::Input, None) => return Err(ReadError::Corrupt("an input file without an object".into())),
             (FileKind::Output(batch), _) => {
-                self.sections(batch.clone(), offset, |segment| 0..segment.output_bytes).boxed()
+                self.sections(batch.clone(), size, offset, |segment| 0..segment.output_bytes).boxed()
             }
             (FileKind::Error(batch), _) => self
-                .sections(batch.clone(), offset, |segment| {
+                .sections(batch.clone(), size, offset, |segment| {
                     segment.output_bytes..segment.output_bytes + segment.error_bytes
                 })
                 .boxed(),
@@ -121,19 +124,22 @@ impl Reader {
         Ok(stream)
     }
 
-    /// One section of each of a batch's final objects, in order.
+    /// One section of each of a batch's final objects, in order: `bytes` in all, from `skip` on.
     fn sections(
         &self,
         batch: BatchId,
+        bytes: u64,
         mut skip: u64,
         section: fn(&SegmentRecord) -> std::ops::Range<u64>,
     ) -> impl Stream<Item = Result<Bytes, ReadError>> + Send + 'static + use<> {
         let (store, blobs) = (self.store.clone(), self.blobs.clone());
         async_stream::try_stream! {
             let mut from = SegmentIndex(0);
-            loop {
+            let mut left = bytes.saturating_sub(skip);
+            while left > 0 {
                 let page = store.segments(&batch, from, SEGMENT_PAGE).await?;
-                let Some(last) = page.last() else { break };
+                // The end would look like the end of the file.
+                let Some(last) = page.last() else { Err(ReadError::Deleted(batch.clone()))? };
                 from = SegmentIndex(last.span.index.0 + 1);
                 for segment in page {
                     let range = section(&segment);
@@ -142,11 +148,14 @@ impl Reader {
                         skip -= length;
                         continue;
                     }
-                    let key = segment.object_key.ok_or_else(|| ReadError::Corrupt("a segment without its object".into()))?;
+                    let key =
+                        segment.object_key.ok_or_else(|| ReadError::Corrupt("a segment without its object".into()))?;
                     let mut pieces = blobs.stream(key, range.start + skip..range.end).boxed();
                     skip = 0;
                     while let Some(piece) = pieces.next().await {
-                        yield piece?;
+                        let piece = piece?;
+                        left = left.saturating_sub(piece.len() as u64);
+                        yield piece;
                     }
                 }
             }
@@ -199,6 +208,10 @@ impl Reader {
                     }
                     // The next page starts behind the last part.
                     place = Cursor { seq: place.seq + 1, lines: 0 };
+                }
+                // Silence would look like a batch without results.
+                if ended && reader.store.segments(&batch, SegmentIndex(0), 1).await?.is_empty() {
+                    Err(ReadError::Deleted(batch.clone()))?;
                 }
                 if ended || !follow {
                     break;

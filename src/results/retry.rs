@@ -24,6 +24,9 @@ pub enum RetryError {
     /// The input file has been deleted.
     #[error("the batch's input file is gone; upload the requests again")]
     InputGone,
+    /// The result files have been deleted, and with them what failed.
+    #[error("the batch's results have been deleted: which requests failed is not known any more")]
+    ResultsDeleted,
     /// The input object is not what its rows say.
     #[error("{0}")]
     Corrupt(String),
@@ -58,6 +61,9 @@ pub async fn failed_lines_file(
         return Err(RetryError::NothingFailed);
     }
     let input = store.file(&batch.input_file_id).await?.ok_or(RetryError::InputGone)?;
+    if store.segments(&batch.id, SegmentIndex(0), 1).await?.is_empty() {
+        return Err(RetryError::ResultsDeleted);
+    }
     let object_key = input.object_key.ok_or(RetryError::InputGone)?;
     let spec = NewUpload {
         owner: owner.to_owned(),

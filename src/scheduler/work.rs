@@ -297,6 +297,7 @@ impl Work<'_> {
                     Err(ReadError::Corrupt(message)) => Ok(Err(message)),
                     Err(ReadError::Blob(BlobError::Missing(key))) => Ok(Err(format!("{key} is missing"))),
                     Err(ReadError::Blob(error)) => Err(error),
+                    Err(error @ ReadError::Deleted(_)) => Ok(Err(error.to_string())),
                     Err(ReadError::Store(error)) => Ok(Err(error.to_string())),
                     Ok(object) => Ok(Ok(object)),
                 }

@@ -1,17 +1,17 @@
 //! Files and their segment index.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
-    sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, Set, sea_query::OnConflict,
 };
 
 use super::{
     Store, StoreError,
     convert::to_json,
-    entity::{batch, file, file_segment, garbage},
+    entity::{batch, file, file_segment, garbage, part, segment},
     now,
 };
-use crate::domain::{BatchId, BatchStatus, File, FileId, FileKind, SegmentSpan};
+use crate::domain::{BatchId, BatchStatus, File, FileId, FileKind, SegmentSpan, Timestamp};
 
 /// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
@@ -146,7 +146,8 @@ impl Store {
         Ok(InsertedFile::New)
     }
 
-    /// Deletes a file that no unfinished batch reads. Its object becomes garbage.
+    /// Deletes a file that no unfinished batch reads. Its object becomes garbage; a batch's results do with the last of its
+    /// two result files.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -164,8 +165,12 @@ impl Store {
         if let Some(user) = user {
             return Ok(DeletedFile::InUse(BatchId::from_text(user.id)));
         }
-        if let Some(key) = row.object_key {
-            super::garbage::add(&tx, [key], now(&tx).await?).await?;
+        let at = now(&tx).await?;
+        if let Some(key) = &row.object_key {
+            super::garbage::add(&tx, [key.clone()], at).await?;
+        }
+        if let Some(of) = &row.batch_id {
+            free_results(&tx, of, id, at).await?;
         }
         file_segment::Entity::delete_many().filter(file_segment::Column::FileId.eq(id.as_str())).exec(&tx).await?;
         file::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
@@ -204,6 +209,29 @@ impl Store {
     pub async fn count_files(&self) -> Result<u64, StoreError> {
         Ok(file::Entity::find().count(self.read()).await?)
     }
+}
+
+/// Output and errors share their objects: the last of a batch's two result files takes them along.
+async fn free_results(tx: &DatabaseTransaction, of: &str, deleted: &FileId, at: Timestamp) -> Result<(), StoreError> {
+    let other = file::Entity::find()
+        .filter(file::Column::BatchId.eq(of))
+        .filter(file::Column::Id.ne(deleted.as_str()))
+        .one(tx)
+        .await?;
+    if other.is_some() {
+        return Ok(());
+    }
+    let keys: Vec<Option<String>> = segment::Entity::find()
+        .select_only()
+        .column(segment::Column::ObjectKey)
+        .filter(segment::Column::BatchId.eq(of))
+        .into_tuple()
+        .all(tx)
+        .await?;
+    super::garbage::add(tx, keys.into_iter().flatten(), at).await?;
+    part::Entity::delete_many().filter(part::Column::BatchId.eq(of)).exec(tx).await?;
+    segment::Entity::delete_many().filter(segment::Column::BatchId.eq(of)).exec(tx).await?;
+    Ok(())
 }
 
 async fn find_by_request_id<C: ConnectionTrait>(

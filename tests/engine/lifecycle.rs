@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use tidemill::{
     domain::{BatchStatus, Timestamp},
-    results::ResultLine,
+    results::{ReadError, ResultLine},
     sim::SimConfig,
 };
 
@@ -176,5 +176,31 @@ async fn a_batch_of_higher_priority_goes_first() {
     assert!(behind.counts.completed < 1_000, "{:?}", behind.counts);
     node.store.cancel_batch(&low).await.unwrap();
     node.ended(&low).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_results_are_freed_and_say_so() {
+    let worker = Worker::start(SimConfig::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[&worker]).await;
+    let mut lines = chats(60);
+    lines[3] =
+        r#"{"custom_id":"r3","method":"POST","url":"/v1/chat/completions","body":{"model":"sim","messages":1}}"#.into();
+    let id = node.submit(&lines, 20).await;
+    let batch = node.ended(&id).await;
+    let (output, errors) = (batch.output_file_id.clone().unwrap(), batch.error_file_id.clone().unwrap());
+    let file = node.store.file(&errors).await.unwrap().unwrap();
+    node.store.delete_file(&output).await.unwrap();
+    let (_, left) = node.results(&tidemill::domain::Batch { output_file_id: None, ..batch.clone() }).await;
+    assert_eq!(ids(&left), ["r3"], "the errors are still there");
+    node.store.delete_file(&errors).await.unwrap();
+    let read: Result<Vec<_>, _> = node.reader.download(&file, 0).await.unwrap().try_collect::<Vec<_>>().await;
+    assert!(matches!(read, Err(ReadError::Deleted(_))), "a file that goes while it is read does not just end");
+    let read: Result<Vec<_>, _> = node.reader.results(&id, None, false).await.unwrap().try_collect::<Vec<_>>().await;
+    assert!(matches!(read, Err(ReadError::Deleted(_))));
+    assert_eq!(node.store.segments(&id, tidemill::domain::SegmentIndex(0), 9).await.unwrap(), []);
+    let objects = node.blobs.list("results").await.unwrap();
+    assert!(!objects.is_empty(), "whoever is reading has ten minutes");
     node.stop().await;
 }
