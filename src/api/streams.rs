@@ -60,7 +60,7 @@ impl Api {
         let id = validate::batch_id(&request.batch_id)?;
         let cursor = match request.cursor.as_str() {
             "" => None,
-            text => Some(text.parse::<Cursor>().map_err(|error| status::bad_cursor(&error))?),
+            text => Some(Cursor::parse(text, &id).map_err(|error| status::bad_cursor(&error))?),
         };
         self.find(caller, &id).await?;
         if self.shutdown.is_cancelled() {

@@ -37,22 +37,46 @@ pub enum ReadError {
 }
 
 /// A place in a batch's stream of results: after a line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cursor {
+    /// Tells batches apart: after another batch's cursor, results would be missing and nobody would know.
+    batch: u32,
     /// The part.
     seq: i64,
     /// Lines of it that have been delivered.
     lines: u32,
 }
 
-/// A text that is no cursor.
+/// A text that is no cursor of the batch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a cursor of this server: {0:?}")]
+#[error("not a cursor of this batch's results: {0:?}")]
 pub struct BadCursor(String);
+
+impl Cursor {
+    /// Before the first line.
+    fn start(batch: &BatchId) -> Self {
+        Self { batch: crc32c::crc32c(batch.as_str().as_bytes()), seq: 0, lines: 0 }
+    }
+
+    /// Reads a cursor of a batch.
+    ///
+    /// # Errors
+    /// [`BadCursor`], also for another batch's.
+    pub fn parse(text: &str, batch: &BatchId) -> Result<Self, BadCursor> {
+        let cursor: Self = text.parse()?;
+        if cursor.batch == Self::start(batch).batch { Ok(cursor) } else { Err(BadCursor::of(text)) }
+    }
+}
+
+impl BadCursor {
+    fn of(text: &str) -> Self {
+        Self(text.chars().take(80).collect())
+    }
+}
 
 impl fmt::Display for Cursor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "r1.{}.{}", self.seq, self.lines)
+        write!(f, "r1.{:08x}.{}.{}", self.batch, self.seq, self.lines)
     }
 }
 
@@ -60,10 +84,12 @@ impl FromStr for Cursor {
     type Err = BadCursor;
 
     fn from_str(text: &str) -> Result<Self, BadCursor> {
-        let bad = || BadCursor(text.chars().take(80).collect());
-        let (seq, lines) = text.strip_prefix("r1.").and_then(|rest| rest.split_once('.')).ok_or_else(bad)?;
+        let bad = || BadCursor::of(text);
+        let (batch, rest) = text.strip_prefix("r1.").and_then(|rest| rest.split_once('.')).ok_or_else(bad)?;
+        let (seq, lines) = rest.split_once('.').ok_or_else(bad)?;
         let seq = seq.parse().ok().filter(|seq| *seq >= 0).ok_or_else(bad)?;
-        Ok(Self { seq, lines: lines.parse().map_err(|_| bad())? })
+        let batch = u32::from_str_radix(batch, 16).map_err(|_| bad())?;
+        Ok(Self { batch, seq, lines: lines.parse().map_err(|_| bad())? })
     }
 }
 
@@ -174,7 +200,7 @@ impl Reader {
         follow: bool,
     ) -> Result<impl Stream<Item = Result<ResultLine, ReadError>> + Send + 'static + use<>, ReadError> {
         let (reader, batch) = (self.clone(), batch.clone());
-        let mut place = cursor.unwrap_or_default();
+        let mut place = cursor.unwrap_or_else(|| Cursor::start(&batch));
         let mut changes = self.store.changes();
         Ok(async_stream::try_stream! {
             let mut segments = HashMap::new();
@@ -191,7 +217,7 @@ impl Reader {
                         if skip < count {
                             let object = reader.part_lines(&batch, &part).await?;
                             for (at, (line, succeeded, text)) in (1..).zip(object).skip(skip as usize) {
-                                place = Cursor { seq: part.seq, lines: at };
+                                place = Cursor { seq: part.seq, lines: at, ..place };
                                 yield ResultLine {
                                     custom_id: custom_id(&text)?,
                                     cursor: place,
@@ -201,13 +227,13 @@ impl Reader {
                                 };
                             }
                         }
-                        place = Cursor { seq: part.seq, lines: count };
+                        place = Cursor { seq: part.seq, lines: count, ..place };
                     }
                     if !full {
                         break;
                     }
                     // The next page starts behind the last part.
-                    place = Cursor { seq: place.seq + 1, lines: 0 };
+                    place = Cursor { seq: place.seq + 1, lines: 0, ..place };
                 }
                 // Silence would look like a batch without results.
                 if ended && reader.store.segments(&batch, SegmentIndex(0), 1).await?.is_empty() {
@@ -324,9 +350,22 @@ mod tests {
 
     #[test]
     fn cursors_are_read_back_and_nonsense_is_not() {
-        let cursor = Cursor { seq: 17, lines: 3 };
-        assert_eq!(cursor.to_string().parse(), Ok(cursor));
-        for bad in ["", "r1.", "r1.1", "r1.-1.2", "r1.1.2.3", "r2.1.2", "r1.99999999999999999999.1", "é"] {
+        let (batch, other) = (BatchId::generate(), BatchId::generate());
+        let cursor = Cursor { seq: 17, lines: 3, ..Cursor::start(&batch) };
+        assert_eq!(Cursor::parse(&cursor.to_string(), &batch), Ok(cursor));
+        assert!(Cursor::parse(&cursor.to_string(), &other).is_err());
+        for bad in [
+            "",
+            "r1.",
+            "r1.1",
+            "r1.1.2",
+            "r1.a.-1.2",
+            "r1.a.1.2.3",
+            "r2.a.1.2",
+            "r1.g.1.2",
+            "r1.a.99999999999999999999.1",
+            "é",
+        ] {
             assert!(bad.parse::<Cursor>().is_err(), "{bad}");
         }
     }

@@ -95,4 +95,7 @@ async fn results_are_followed_and_resumed_by_cursor() {
     assert!(follower.message().await.unwrap().is_none());
     let refused: Result<(), Status> = client.stream_results(results("r1.x", false)).await.map(drop);
     assert_eq!(fields(refused), ["cursor"]);
+    let other = client.create_batch(inline(1)).await.unwrap().into_inner();
+    let mixed_up = pb::StreamResultsRequest { batch_id: other.id, ..results(&got[3].cursor, false) };
+    assert_eq!(fields(client.stream_results(mixed_up).await.map(drop)), ["cursor"]);
 }
