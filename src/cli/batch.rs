@@ -104,7 +104,7 @@ pub struct RetryArgs {
     #[arg(long)]
     watch: bool,
     /// How long the new batch may take, 1h to 14d [default: 24h].
-    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "SPAN", value_parser = super::submit::window)]
     window: Option<Duration>,
     /// Makes the call safe to repeat: the same id gives the same batch.
     #[arg(long, value_name = "ID")]

@@ -47,7 +47,11 @@ fn describe(status: &Status) -> String {
             let _ = write!(text, " ({code})");
         }
     }
-    for violation in details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default() {
+    let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
+    // One alone is most often in the message already.
+    let told = |one: &tonic_types::FieldViolation| text.contains(&format!("{}: {}", one.field, one.description));
+    let violations = if violations.len() == 1 && told(&violations[0]) { &[] } else { violations };
+    for violation in violations {
         let _ = match violation.field.as_str() {
             "" => write!(text, "\n  {}", violation.description),
             field => write!(text, "\n  {field}: {}", violation.description),
@@ -148,6 +152,14 @@ mod tests {
             "upload of in.jsonl\n  caused by: 2 bad lines (INVALID_ARGUMENT, INVALID_FILE)\n  line 17: custom_id is \
              missing\n  line 18: not JSON"
         );
+    }
+
+    #[test]
+    fn one_violation_is_not_said_twice() {
+        let mut details = ErrorDetails::with_error_info("INVALID_REQUEST", "tidemill", HashMap::new());
+        details.add_bad_request_violation("url", "is none");
+        let status = Status::with_error_details(Code::InvalidArgument, "url: is none", details);
+        assert_eq!(report(&status.into()).unwrap(), "url: is none (INVALID_ARGUMENT, INVALID_REQUEST)");
     }
 
     #[tokio::test]

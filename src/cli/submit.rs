@@ -36,7 +36,7 @@ pub struct SubmitArgs {
     #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
     endpoint: String,
     /// How long the batch may take, 1h to 14d [default: 24h].
-    #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "SPAN", value_parser = window)]
     window: Option<Duration>,
     /// -1, 0 or 1: higher goes first.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true,
@@ -107,6 +107,20 @@ pub fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Durati
     span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
 }
 
+/// `--window`: said here, not after the file has been uploaded.
+///
+/// # Errors
+/// It is no time span, or not 1 hour to 14 days.
+pub fn window(text: &str) -> Result<Duration, String> {
+    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let hours = 60 * 60;
+    if (Duration::from_secs(hours)..=Duration::from_secs(14 * 24 * hours)).contains(&span) {
+        Ok(span)
+    } else {
+        Err("expected 1h to 14d".to_owned())
+    }
+}
+
 /// `KEY=VALUE`.
 ///
 /// # Errors
@@ -121,6 +135,13 @@ pub fn pair(text: &str) -> Result<(String, String), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_is_an_hour_to_two_weeks() {
+        assert_eq!(window("90m"), Ok(Duration::from_secs(5_400)));
+        assert!(window("1h").is_ok() && window("14d").is_ok());
+        assert!(window("59m 59s").is_err() && window("14d 1s").is_err() && window("soon").is_err());
+    }
 
     #[test]
     fn pairs_are_read() {
