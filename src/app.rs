@@ -105,6 +105,9 @@ impl App {
     /// # Errors
     /// [`AppError`].
     pub async fn start(config: ServeConfig) -> Result<Self, AppError> {
+        // What can be wrong with files is found before anything is touched.
+        let options = server_options(&config)?;
+        options.check().await?;
         let lock = lock(&config.data_dir)?;
         let listener =
             TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
@@ -156,7 +159,6 @@ impl App {
             webhooks,
             metrics: Arc::new(telemetry::render),
         };
-        let options = server_options(&config)?;
         let tls = options.tls.is_some();
         let server = tokio::spawn(api::serve(listener, services, options, serving.clone()));
         let app = Self {

@@ -81,6 +81,19 @@ impl Default for ServerOptions {
     }
 }
 
+impl ServerOptions {
+    /// Reads the TLS files, and forgets them.
+    ///
+    /// # Errors
+    /// [`ServeError`] if they can't be used.
+    pub async fn check(&self) -> Result<(), ServeError> {
+        if let Some(files) = &self.tls {
+            Server::builder().tls_config(tls(files).await?)?;
+        }
+        Ok(())
+    }
+}
+
 /// Why the server can't serve.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {

@@ -43,6 +43,8 @@ use crate::domain::{BatchId, Timestamp};
 
 /// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
+/// How long a connection to PostgreSQL is waited for.
+const ACQUIRE: Duration = Duration::from_secs(10);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
 /// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
@@ -125,8 +127,16 @@ impl Store {
     /// [`StoreError`] if it can't be reached.
     pub async fn postgres_unmigrated(url: &str, connections: u32) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(url.to_owned());
-        options.max_connections(connections).sqlx_logging(false).acquire_timeout(Duration::from_secs(10));
-        let pool = Database::connect(options).await?;
+        options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE);
+        // A database that starts at the same time is waited for; the pool's own error does not say for what.
+        let pool = Database::connect(options).await.map_err(|error| match error {
+            DbErr::Conn(_) | DbErr::ConnectionAcquire(_) => StoreError::Open(format!(
+                "no connection to PostgreSQL within {} s: is the database URL right, and does the server accept connections? \
+                 ({error})",
+                ACQUIRE.as_secs()
+            )),
+            error => error.into(),
+        })?;
         Ok(Self::of(pool.clone(), pool))
     }
 
