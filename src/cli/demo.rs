@@ -1,9 +1,14 @@
-//! `tidemill demo`: a server and a simulated worker in this process, and a batch through the real gRPC API.
+//! `tidemill demo`: a server, a simulated worker and a webhook receiver in this process, and a batch through the real gRPC
+//! API.
 
-use std::{path::Path, time::Duration};
+mod receiver;
+
+use std::{net::IpAddr, path::Path, time::Duration};
 
 use anyhow::{Context, ensure};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use clap::Args;
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -17,9 +22,12 @@ use super::{
     upload::Upload,
     watch,
 };
+use receiver::Receiver;
+
 use crate::{
     app::App,
     config::ServeConfig,
+    domain::webhook::Secret,
     pb::{self, create_batch_request::Input},
     sim::{Sim, SimConfig},
 };
@@ -53,6 +61,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let folder = tempfile::Builder::new().prefix("tidemill-demo-").tempdir().context("temporary directory")?;
     let interrupted = on_signal()?;
     let worker = Worker::start(args.worker.as_ref()).await?;
+    let mut receiver = Receiver::start().await?;
     let app = App::start(config(folder.path(), &worker.url)?).await?;
     let url = app.url();
     let (at, kind) = (worker.url.as_str().trim_end_matches('/'), worker.kind());
@@ -60,15 +69,15 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
 
     let client = ClientArgs::of(url.clone()).client()?;
     let shown = tokio::select! {
-        shown = show(&client, folder.path(), &worker.model, args.requests) => shown,
+        shown = show(&client, folder.path(), &worker.model, args.requests, &mut receiver) => shown,
         () = interrupted.cancelled() => Ok(1),
     };
-    // The webhook part goes here: a receiver on a loopback port, and the signed deliveries that the batch caused.
     if shown.is_ok() && args.keep && !interrupted.is_cancelled() {
         out::line(keep_text(&url))?;
         interrupted.cancelled().await;
     }
     app.stop().await;
+    receiver.stop().await;
     worker.stop().await?;
     folder.close().context("temporary directory")?;
     let code = shown?;
@@ -79,13 +88,24 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
 }
 
 /// The steps that a user would take, with the same calls.
-async fn show(client: &Client, folder: &Path, model: &str, requests: u32) -> anyhow::Result<u8> {
+async fn show(
+    client: &Client,
+    folder: &Path,
+    model: &str,
+    requests: u32,
+    receiver: &mut Receiver,
+) -> anyhow::Result<u8> {
     let path = folder.join("hello.jsonl");
     std::fs::write(&path, example(model, requests)?)?;
     let file = Upload::open(&path).await?.send(client, None).await?;
     out::line(format!("upload  {} ({} requests, {} bytes)", file.id, file.line_count, file.bytes))?;
     let request = pb::CreateBatchRequest {
         input: Some(Input::InputFileId(file.id)),
+        webhook: Some(pb::WebhookConfig {
+            url: receiver.url().to_owned(),
+            secret: receiver.secret().expose().to_owned(),
+            ..pb::WebhookConfig::default()
+        }),
         request_id: Uuid::new_v4().to_string(),
         ..pb::CreateBatchRequest::default()
     };
@@ -98,6 +118,7 @@ async fn show(client: &Client, folder: &Path, model: &str, requests: u32) -> any
     if !batch.output_file_id.is_empty() {
         first_results(client, &batch.output_file_id).await?;
     }
+    out::line(format!("\n{}", receiver.wait().await?))?;
     Ok(watch::exit_code(&batch).unwrap_or(1))
 }
 
@@ -150,6 +171,10 @@ fn config(folder: &Path, worker: &Url) -> anyhow::Result<ServeConfig> {
         worker: vec![worker.clone()],
         // So that the bar moves: it counts what is durable.
         flush_interval: Duration::from_millis(200),
+        // Seals the webhook's secret, for as long as the database lives.
+        master_key: Some(Secret::try_new(STANDARD.encode(rand::random::<[u8; 32]>()))?),
+        // The demo's receiver is on this machine.
+        webhook_allow_cidr: vec![IpNet::from(IpAddr::from([127, 0, 0, 1]))],
         ..ServeConfig::default()
     };
     Ok(config.validate()?)
