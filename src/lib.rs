@@ -6,6 +6,7 @@
 //! - [`domain`]: ids, the batch lifecycle, request lines, counts. No IO, no async.
 //! - [`config`]: the one typed configuration: file, environment, flags.
 //! - [`telemetry`]: logs and metrics.
+//! - [`fault`]: where tests have the process die.
 //! - [`blobs`]: input, part and result objects, on a directory or an object store.
 //! - [`store`]: the database: every query and every transaction.
 //! - [`ingest`]: validates an upload while it streams in and cuts it into segments.
@@ -26,6 +27,7 @@ pub mod cli;
 pub mod config;
 pub mod delivery;
 pub mod domain;
+pub mod fault;
 pub mod fleet;
 pub mod ingest;
 pub mod progress;

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     domain::{BatchId, DeliveryId, Timestamp},
+    fault::{self, Fault},
     store::{ClaimedDelivery, Settled, SettledAs, Settlement, StoreError},
 };
 
@@ -242,6 +243,7 @@ impl Outbox {
         }
         let settlements: Vec<_> = self.unsettled.iter().map(|(settlement, _)| settlement.clone()).collect();
         let settled = self.webhooks.inner.store.settle_deliveries(&settlements).await?;
+        fault::point(Fault::DeliverySettled);
         let arrived = Timestamp::now();
         let known: HashMap<DeliveryId, (Settlement, Timestamp)> =
             self.unsettled.drain(..).map(|(one, created_at)| (one.id.clone(), (one, created_at))).collect();

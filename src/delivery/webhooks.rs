@@ -16,6 +16,7 @@ use crate::{
         WebhookEndpointId,
         webhook::{AttemptResult, Defaults, Invalid, Secret, WebhookConfig, WebhookTarget},
     },
+    fault::{self, Fault},
     store::{
         ClaimedDelivery, DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint, Settlement, Store, StoreError,
     },
@@ -266,8 +267,10 @@ impl Webhooks {
 
     /// One attempt, measured.
     pub(super) async fn send(&self, claim: &ClaimedDelivery) -> Sent {
+        fault::point(Fault::DeliveryAttempt);
         let began = Instant::now();
         let sent = self.inner.sender.send(claim).await;
+        fault::point(Fault::DeliveryAnswered);
         metrics::attempt(&sent.result, began.elapsed());
         sent
     }

@@ -9,6 +9,7 @@ use super::{IngestError, Limits, Validated, Validator};
 use crate::{
     blobs::{Blobs, ObjectWriter},
     domain::{File, FileId, FileKind, Timestamp},
+    fault::{self, Fault},
     store::{InsertedFile, Store},
 };
 
@@ -187,6 +188,7 @@ impl Upload {
         // still says that it is garbage.
         self.garbage = false;
         object.finish().await?;
+        fault::point(Fault::UploadObject);
         match self.inner.store.insert_file(&file, self.spec.request_id.as_deref(), &segments).await? {
             InsertedFile::New => Ok(file),
             InsertedFile::Existing(existing) => {

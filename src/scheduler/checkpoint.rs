@@ -9,6 +9,7 @@ use super::Control;
 use crate::{
     blobs::Blobs,
     domain::{Epoch, SegmentRef},
+    fault::{self, Fault},
     results::{self, PartBuilder},
     store::{Commit, FinalObject, NewPart, Store, StoreError},
 };
@@ -56,8 +57,10 @@ impl Checkpoint {
     /// [`Lost`].
     pub async fn part(self, builder: PartBuilder, number: u32) -> Result<NewPart, Lost> {
         let part = self.object(builder, number).await?;
+        fault::point(Fault::PartObject);
         let commit =
             self.patiently("commit a part", || self.store.commit_part(&self.segment, self.epoch, &part)).await?;
+        fault::point(Fault::PartRow);
         metrics::counter!("tidemill_parts_total").increment(1);
         match commit {
             Commit::Done => Ok(part),
@@ -85,8 +88,11 @@ impl Checkpoint {
         object: &FinalObject,
         superseded: &[String],
     ) -> Result<(), Lost> {
+        fault::point(Fault::SegmentFinish);
         let finish = || self.store.finish_segment(&self.segment, self.epoch, last, object, superseded);
-        match self.patiently("finish a segment", finish).await? {
+        let commit = self.patiently("finish a segment", finish).await?;
+        fault::point(Fault::SegmentFinished);
+        match commit {
             Commit::Done => Ok(()),
             Commit::Fenced => Err(Lost),
         }

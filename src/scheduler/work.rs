@@ -18,6 +18,7 @@ use super::{
 use crate::{
     blobs::BlobError,
     domain::{Endpoint, TokenUsage, lifecycle::Ending},
+    fault::{self, Fault},
     fleet::{Answer, Failure, FailureKind, Rank, Slot, Want, Worker},
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
@@ -305,6 +306,7 @@ impl Work<'_> {
         };
         match self.checkpoint.patiently("merge a segment's parts", merge).await? {
             Ok(object) => {
+                fault::point(Fault::MergedObject);
                 self.checkpoint.finish(last.as_ref(), &object, &superseded).await?;
                 Ok(Ended::Finished)
             }

@@ -16,6 +16,7 @@ use crate::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
         webhook::{Delivery, DeliveryState, Input, SealedSecret, WebhookEvent, apply},
     },
+    fault::{self, Fault},
     store::{
         Store, StoreError,
         entity::{webhook_attempt, webhook_delivery, webhook_endpoint},
@@ -190,6 +191,7 @@ pub(super) async fn take(
         .filter(webhook_delivery::Column::Id.is_in(claimed.iter().map(|one| one.id.as_str())))
         .exec(tx)
         .await?;
+    fault::point(Fault::DeliveryClaimed);
     let attempts = claimed.iter().map(|one| started(&one.id, one.generation, one.attempt, at).into_active_model());
     webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;
     Ok(claimed)

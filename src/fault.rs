@@ -1,0 +1,113 @@
+//! Named points at which a test has this process die, as by `kill -9`: no unwinding, nothing flushed, nothing told.
+//!
+//! `TIDEMILL_FAULT=part-object` aborts at the first visit of that point, `TIDEMILL_FAULT=part-object:3` at the third. Only
+//! builds with debug assertions know how: in a release build a point is nothing at all. No test has to hope that a signal
+//! hits the moment between two writes.
+
+/// Where the process can be made to die. Each is a moment at which one write is durable and the next is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// An upload's object is there, its row is not.
+    UploadObject,
+    /// A part's object is there, its row is not.
+    PartObject,
+    /// A part's row is there; the scheduler does not know yet.
+    PartRow,
+    /// All lines of a segment have their result; its end is not written.
+    SegmentFinish,
+    /// A segment's merged object is there; its end is not written.
+    MergedObject,
+    /// A segment's end, with the last one the batch's end and its webhooks, is there; nobody has been told.
+    SegmentFinished,
+    /// Within the transaction that claims deliveries: they are leased, their attempts are not written, nothing is committed.
+    DeliveryClaimed,
+    /// A delivery's claim and its attempt are there; nothing is sent.
+    DeliveryAttempt,
+    /// The receiver has answered; what it said is not written.
+    DeliveryAnswered,
+    /// What the receiver said is there.
+    DeliverySettled,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::UploadObject,
+        Self::PartObject,
+        Self::PartRow,
+        Self::SegmentFinish,
+        Self::MergedObject,
+        Self::SegmentFinished,
+        Self::DeliveryClaimed,
+        Self::DeliveryAttempt,
+        Self::DeliveryAnswered,
+        Self::DeliverySettled,
+    ];
+
+    /// Its name in `TIDEMILL_FAULT`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::UploadObject => "upload-object",
+            Self::PartObject => "part-object",
+            Self::PartRow => "part-row",
+            Self::SegmentFinish => "segment-finish",
+            Self::MergedObject => "merged-object",
+            Self::SegmentFinished => "segment-finished",
+            Self::DeliveryClaimed => "delivery-claimed",
+            Self::DeliveryAttempt => "delivery-attempt",
+            Self::DeliveryAnswered => "delivery-answered",
+            Self::DeliverySettled => "delivery-settled",
+        }
+    }
+}
+
+/// Dies here if the environment says so.
+#[cfg(debug_assertions)]
+pub(crate) fn point(fault: Fault) {
+    use std::sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering},
+    };
+    static ARMED: LazyLock<Option<(Fault, u32)>> = LazyLock::new(|| {
+        let text = std::env::var("TIDEMILL_FAULT").ok()?;
+        Some(parse(&text).unwrap_or_else(|| panic!("TIDEMILL_FAULT={text}: no such point")))
+    });
+    static VISITS: AtomicU32 = AtomicU32::new(0);
+    if let Some((armed, at)) = *ARMED
+        && armed == fault
+        && VISITS.fetch_add(1, Ordering::Relaxed) + 1 == at
+    {
+        eprintln!("dying at {}", fault.name());
+        std::process::abort();
+    }
+}
+
+/// Release builds know no faults.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub(crate) fn point(_: Fault) {}
+
+/// A point's name, and after a colon which visit of it; the first if it does not say.
+#[cfg(any(debug_assertions, test))]
+fn parse(text: &str) -> Option<(Fault, u32)> {
+    let (name, at) = text.split_once(':').unwrap_or((text, "1"));
+    let fault = Fault::ALL.into_iter().find(|fault| fault.name() == name)?;
+    Some((fault, at.parse().ok().filter(|at| *at > 0)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_are_named_and_counted() {
+        for fault in Fault::ALL {
+            assert_eq!(parse(fault.name()), Some((fault, 1)));
+            assert_eq!(parse(&format!("{}:7", fault.name())), Some((fault, 7)));
+        }
+        for bad in ["", "part", "part-row:", "part-row:0", "part-row:x", ":1"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}
