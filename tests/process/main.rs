@@ -4,7 +4,12 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod again;
+// Only debug builds have points to die at.
+#[cfg(debug_assertions)]
+mod faults;
 mod nodes;
+#[cfg(debug_assertions)]
+mod receiver;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
@@ -46,12 +51,16 @@ fn input(count: usize) -> String {
 }
 
 async fn upload(client: &mut Client, text: String) -> String {
-    let spec = FileSpec { filename: "input.jsonl".into(), ..FileSpec::default() };
+    try_upload(client, text, "").await.unwrap()
+}
+
+async fn try_upload(client: &mut Client, text: String, request_id: &str) -> Result<String, tonic::Status> {
+    let spec = FileSpec { filename: "input.jsonl".into(), request_id: request_id.to_owned(), ..FileSpec::default() };
     let mut messages = vec![UploadFileRequest { payload: Some(Payload::Spec(spec)) }];
     for chunk in text.into_bytes().chunks(100_000) {
         messages.push(UploadFileRequest { payload: Some(Payload::Chunk(chunk.to_vec().into())) });
     }
-    client.upload_file(tokio_stream::iter(messages)).await.unwrap().into_inner().id
+    Ok(client.upload_file(tokio_stream::iter(messages)).await?.into_inner().id)
 }
 
 async fn create(client: &mut Client, file: &str, request_id: &str) -> String {

@@ -2,13 +2,17 @@
 
 use std::{
     net::SocketAddr,
+    os::unix::process::ExitStatusExt,
     path::Path,
     process::{ExitStatus, Output, Stdio},
     sync::Arc,
     time::Duration,
 };
 
-use tidemill::pb::batch_service_client::BatchServiceClient;
+use tidemill::{
+    fault::Fault,
+    pb::{batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient},
+};
 use tokio::process::{Child, Command};
 use tonic::transport::{Channel, Endpoint};
 
@@ -35,30 +39,50 @@ impl Clone for Server {
 
 impl Server {
     pub async fn start(flags: &[&str]) -> Self {
+        let mut server = Self::new(flags);
+        server.restart().await;
+        server
+    }
+
+    /// A server that dies at the `visit`th visit of that point.
+    pub async fn armed(flags: &[&str], fault: Fault, visit: u32) -> Self {
+        let mut server = Self::new(flags);
+        server.run(Some(format!("{}:{visit}", fault.name()))).await;
+        server
+    }
+
+    fn new(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // Free at this moment; the server has to come back to the same one.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let mut server = Self { shared: Arc::new(Shared { folder, address, flags }), child: None };
-        server.restart().await;
-        server
+        Self { shared: Arc::new(Shared { folder, address, flags }), child: None }
     }
 
     fn command(&self, address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
         command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.shared.folder.path());
         command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
+        command.env_remove("TIDEMILL_FAULT");
         command
     }
 
     /// Starts the process and waits until it answers.
     pub async fn restart(&mut self) {
+        self.run(None).await;
+    }
+
+    async fn run(&mut self, fault: Option<String>) {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.shared.folder.path().join("server.log"))
             .unwrap();
-        let mut child = self.command(&self.shared.address.to_string()).stderr(log).spawn().unwrap();
+        let mut command = self.command(&self.shared.address.to_string());
+        if let Some(fault) = fault {
+            command.env("TIDEMILL_FAULT", fault);
+        }
+        let mut child = command.stderr(log).spawn().unwrap();
         for _ in 0..600 {
             if let Some(status) = child.try_wait().unwrap() {
                 let log = std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap();
@@ -77,6 +101,14 @@ impl Server {
     /// SIGKILL.
     pub async fn kill(&mut self) {
         self.child.take().unwrap().kill().await.unwrap();
+    }
+
+    /// Waits until the process has died where it was told to.
+    pub async fn died(&mut self) {
+        let mut child = self.child.take().unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
+        let status = ended.expect("it comes to the point where it has to die").unwrap();
+        assert_eq!(status.signal(), Some(6), "{status}");
     }
 
     /// SIGTERM, and how the process ended.
@@ -99,10 +131,19 @@ impl Server {
 
     /// A client, once the server can be reached.
     pub async fn client(&self) -> Client {
+        BatchServiceClient::new(self.channel().await).max_decoding_message_size(4 * 1024 * 1024)
+    }
+
+    /// The same for webhooks.
+    pub async fn webhooks(&self) -> WebhookAdminClient<Channel> {
+        WebhookAdminClient::new(self.channel().await)
+    }
+
+    async fn channel(&self) -> Channel {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.shared.address)).unwrap();
         loop {
             if let Ok(channel) = endpoint.connect().await {
-                return BatchServiceClient::new(channel).max_decoding_message_size(4 * 1024 * 1024);
+                return channel;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
