@@ -1,0 +1,251 @@
+//! Claim "webhooks": of 100 receivers one hangs, and the other 99 do not notice. And: deliveries/s, each claimed, signed, sent
+//! and written down, over a bare loop of the same HTTP client that keeps nothing.
+//!
+//!     cargo bench --bench webhooks [-- DELIVERIES [ROUNDS]]
+//!
+//! All deliveries are due at once, spread evenly over the receivers. A delivery's time is from the start of the deliverer
+//! to its arrival. The three variants take turns; medians of the rounds are compared. The receivers are one server with an
+//! address of 127.0.0.0/8 for each, on a thread of its own; the hanging one reads its requests and never answers. Writes
+//! `target/bench/webhooks.json`.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    routing::post,
+};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use futures::{StreamExt, stream::FuturesUnordered};
+use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use tidemill::{
+    delivery::{
+        Deliverer, Options, Webhooks,
+        egress::{Guard, Policy},
+        fairness::IN_FLIGHT,
+        secrets::{MasterKey, Vault},
+    },
+    domain::webhook::WebhookConfig,
+    store::Store,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+const RECEIVERS: usize = 100;
+/// The receiver that hangs, where one does.
+const DEAD: usize = 50;
+/// About as long as a batch's.
+const BODY: &str = r#"{"completed_at": 1699568400, "created_at": 1699564800, "endpoint": "/v1/chat/completions", "error_file_id": null, "error_file_url": null, "id": "batch_01a21033cf5e762b9c46b3202461ba0e", "metadata": {"name": "bench"}, "object": "batch", "output_file_id": "file-01a21033cf52773c9064c8b83e6fbbeb", "output_file_url": "/v1/batches/batch_01a21033cf5e762b9c46b3202461ba0e/results", "request_counts": {"completed": 98, "failed": 2, "total": 100}, "sequence": 7, "status": "completed", "type": "batch.completed"}"#;
+
+/// What the receivers saw.
+#[derive(Default)]
+struct Arrivals {
+    /// The hanging receiver hangs.
+    dead: bool,
+    wanted: usize,
+    times: Vec<Instant>,
+}
+
+#[derive(Clone, Default)]
+struct Receivers {
+    arrivals: Arc<Mutex<Arrivals>>,
+    all: Arc<Notify>,
+}
+
+impl Receivers {
+    fn expect(&self, wanted: usize, dead: bool) {
+        *self.arrivals.lock().unwrap() = Arrivals { dead, wanted, times: Vec::with_capacity(wanted) };
+    }
+}
+
+/// What a round of a variant came to.
+#[derive(Clone, Copy)]
+struct Round {
+    per_second: f64,
+    p50: Duration,
+    p99: Duration,
+}
+
+fn main() {
+    let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|word| word.parse().ok()).collect();
+    let (deliveries, rounds) = (numbers.first().copied().unwrap_or(10_000), numbers.get(1).copied().unwrap_or(5));
+    tidemill::telemetry::install_tls_provider();
+    let receivers = Receivers::default();
+    let address = serve(receivers.clone());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (mut healthy, mut with_dead, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        bare.push(runtime.block_on(bare_loop(address, &receivers, deliveries)));
+        healthy.push(runtime.block_on(deliver(address, &receivers, deliveries, false)));
+        with_dead.push(runtime.block_on(deliver(address, &receivers, deliveries, true)));
+    }
+    let (bare, healthy, with_dead) = (median(&bare), median(&healthy), median(&with_dead));
+    println!("webhooks: {deliveries} deliveries to {RECEIVERS} receivers, {rounds} rounds, one core each, SQLite");
+    println!("| | all answer | one hangs | ratio |\n| --- | --- | --- | --- |");
+    for (name, of) in [("p50", (|round: &Round| round.p50) as fn(&Round) -> Duration), ("p99", |round| round.p99)] {
+        let (without, with) = (of(&healthy), of(&with_dead));
+        let ratio = with.as_secs_f64() / without.as_secs_f64();
+        println!("| {name} of the other {} | {without:.2?} | {with:.2?} | {ratio:.2} |", RECEIVERS - 1);
+    }
+    println!("\n| delivered | bare loop | ratio |\n| --- | --- | --- |");
+    let ratio = healthy.per_second / bare.per_second;
+    println!("| {:.0}/s | {:.0}/s | {ratio:.2} |", healthy.per_second, bare.per_second);
+    std::fs::create_dir_all("target/bench").unwrap();
+    let seconds = |round: Round| serde_json::json!({"p50": round.p50.as_secs_f64(), "p99": round.p99.as_secs_f64()});
+    let report = serde_json::json!({
+        "claim": "webhooks", "deliveries": deliveries, "receivers": RECEIVERS, "rounds": rounds, "in_flight": IN_FLIGHT,
+        "all_answer_seconds": seconds(healthy), "one_hangs_seconds": seconds(with_dead),
+        "delivered_per_second": healthy.per_second, "bare_per_second": bare.per_second, "ratio": ratio,
+    });
+    std::fs::write("target/bench/webhooks.json", report.to_string()).unwrap();
+}
+
+/// All receivers, on every address of 127.0.0.0/8.
+fn serve(receivers: Receivers) -> SocketAddr {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
+            sender.send(listener.local_addr().unwrap()).unwrap();
+            let app = Router::new().route("/hook", post(receive)).with_state(receivers);
+            axum::serve(listener, app).await.unwrap();
+        });
+    });
+    receiver.recv().unwrap()
+}
+
+async fn receive(State(receivers): State<Receivers>, headers: HeaderMap, body: bytes::Bytes) -> StatusCode {
+    assert_eq!(body.len(), BODY.len());
+    let hangs = headers[header::HOST].to_str().unwrap().starts_with(&format!("{}:", ip(DEAD)));
+    let done = {
+        let mut arrivals = receivers.arrivals.lock().unwrap();
+        if hangs && arrivals.dead {
+            None
+        } else {
+            // The hanging one's are not counted where it answers, so that the variants count the same.
+            if !hangs {
+                arrivals.times.push(Instant::now());
+            }
+            Some(arrivals.times.len() == arrivals.wanted)
+        }
+    };
+    match done {
+        None => std::future::pending::<()>().await,
+        Some(true) => receivers.all.notify_one(),
+        Some(false) => {}
+    }
+    StatusCode::NO_CONTENT
+}
+
+fn ip(receiver: usize) -> String {
+    format!("127.0.1.{}", receiver + 1)
+}
+
+fn url(address: SocketAddr, receiver: usize) -> String {
+    format!("http://{}:{}/hook", ip(receiver), address.port())
+}
+
+async fn deliver(address: SocketAddr, receivers: &Receivers, deliveries: usize, dead: bool) -> Round {
+    let folder = tempfile::tempdir_in("target").unwrap();
+    let file = folder.path().join("db");
+    let store = Store::sqlite(&file).await.unwrap();
+    let policy = Policy { allow: vec!["127.0.0.0/8".parse().unwrap()], https_only: false };
+    let key = MasterKey::from_base64(&STANDARD.encode([7; 32])).unwrap();
+    let options = Options {
+        sole_node: true,
+        drain: Duration::ZERO,
+        ..Options::new(Guard::new(policy), Vault::new(Some(key), None))
+    };
+    let webhooks = Webhooks::new(store.clone(), options).unwrap();
+    let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+    for receiver in 0..RECEIVERS {
+        enqueue(&raw, &webhooks, &url(address, receiver), receiver, deliveries / RECEIVERS).await;
+    }
+    let counted = (RECEIVERS - 1) * (deliveries / RECEIVERS);
+    receivers.expect(counted, dead);
+    let shutdown = CancellationToken::new();
+    let began = Instant::now();
+    let running = tokio::spawn(Deliverer::new(webhooks, shutdown.clone()).run());
+    let arrived = tokio::time::timeout(Duration::from_secs(120), receivers.all.notified()).await;
+    arrived.expect("the healthy receivers get all of theirs");
+    // Not before it is written down.
+    let settled = "SELECT COUNT(*) AS n FROM webhook_deliveries WHERE state = 'delivered'";
+    let wanted = i64::try_from(if dead { counted } else { counted + deliveries / RECEIVERS }).unwrap();
+    loop {
+        let statement = Statement::from_string(raw.get_database_backend(), settled);
+        let count: i64 = raw.query_one_raw(statement).await.unwrap().unwrap().try_get("", "n").unwrap();
+        if count >= wanted {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let round = round(receivers, began, wanted);
+    shutdown.cancel();
+    running.await.unwrap();
+    raw.close().await.unwrap();
+    store.close().await;
+    round
+}
+
+/// Deliveries as a batch's end writes them, many at once.
+async fn enqueue(raw: &DatabaseConnection, webhooks: &Webhooks, url: &str, receiver: usize, count: usize) {
+    let config = WebhookConfig::new(url).secret(Some("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw".into()));
+    let secret = webhooks.accept(config).await.unwrap().secret.unwrap();
+    let sql = format!(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count}) \
+         INSERT INTO webhook_deliveries (id, owner, event, url, target, secret, body, max_attempts, timeout, state, \
+         attempts, next_attempt_at, created_at) SELECT printf('msg_%032d', {receiver} * 1000000 + i), '', 'completed', \
+         '{url}', '{url}', X'{}', CAST('{BODY}' AS BLOB), 3, 60000000, 'pending', 0, 1, 1 FROM n",
+        hex::encode(secret.as_bytes())
+    );
+    raw.execute_unprepared(&sql).await.unwrap();
+}
+
+async fn bare_loop(address: SocketAddr, receivers: &Receivers, deliveries: usize) -> Round {
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let urls: Vec<reqwest::Url> = (0..RECEIVERS).map(|receiver| url(address, receiver).parse().unwrap()).collect();
+    receivers.expect(usize::MAX, false);
+    let began = Instant::now();
+    let mut in_flight = FuturesUnordered::new();
+    let (mut next, mut done) = (0, 0);
+    while done < deliveries {
+        while in_flight.len() < IN_FLIGHT && next < deliveries {
+            let request =
+                client.post(urls[next % RECEIVERS].clone()).header("content-type", "application/json").body(BODY);
+            in_flight.push(async move { assert_eq!(request.send().await.unwrap().status(), StatusCode::NO_CONTENT) });
+            next += 1;
+        }
+        in_flight.next().await.unwrap();
+        done += 1;
+    }
+    round(receivers, began, i64::try_from(deliveries).unwrap())
+}
+
+fn round(receivers: &Receivers, began: Instant, done: i64) -> Round {
+    let per_second = done as f64 / began.elapsed().as_secs_f64();
+    let mut times: Vec<Duration> =
+        receivers.arrivals.lock().unwrap().times.iter().map(|at| at.duration_since(began)).collect();
+    times.sort_unstable();
+    Round { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+}
+
+fn median(rounds: &[Round]) -> Round {
+    let of = |key: fn(&Round) -> f64| {
+        let mut values: Vec<f64> = rounds.iter().map(key).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    Round {
+        per_second: of(|round| round.per_second),
+        p50: Duration::from_secs_f64(of(|round| round.p50.as_secs_f64())),
+        p99: Duration::from_secs_f64(of(|round| round.p99.as_secs_f64())),
+    }
+}
