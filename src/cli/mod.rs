@@ -196,8 +196,8 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Infer(args) => infer::run(args, &cli.client.client()?).await,
         Command::Webhooks(command) => done(webhooks::run(command, &cli.client.client()?).await),
         Command::Workers(command) => done(workers::run(command, &cli.client.client()?).await),
-        Command::Token(command) => done(token::run(command)),
-        Command::Migrate(args) => done(serve::migrate(args).await),
+        Command::Token(command) => done(token::run(command, cli.client.json)),
+        Command::Migrate(args) => done(serve::migrate(args, cli.client.json).await),
         Command::Sim(args) => done(serve::sim(args).await),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -111,11 +111,14 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
 ///
 /// # Errors
 /// The database can't be opened or migrated.
-pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
+pub async fn migrate(args: MigrateArgs, json: bool) -> anyhow::Result<()> {
     let database = Database::of(args.database_url.as_ref(), &args.data_dir);
     let store = match (&database, args.status) {
         (Database::Sqlite(file), true) if !file.exists() => {
-            return Ok(out::line(format!("no database yet: {}", file.display()))?);
+            if !json {
+                out::line(format!("no database yet: {}", file.display()))?;
+            }
+            return Ok(());
         }
         (Database::Sqlite(file), true) => Store::sqlite_unmigrated(file).await?,
         (Database::Sqlite(file), false) => {
@@ -126,7 +129,11 @@ pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
         (Database::Postgres(url), false) => Store::postgres(url.expose(), 2).await?,
     };
     for (name, applied) in store.migrations().await? {
-        out::line(format!("{}  {name}", if applied { "applied" } else { "pending" }))?;
+        if json {
+            out::line(serde_json::json!({"migration": name, "applied": applied}))?;
+        } else {
+            out::line(format!("{}  {name}", if applied { "applied" } else { "pending" }))?;
+        }
     }
     store.close().await;
     Ok(())

@@ -5,6 +5,7 @@ use std::io::Read as _;
 use anyhow::{Context, ensure};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use clap::{Subcommand, ValueEnum};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::{meter::note, out};
@@ -15,7 +16,8 @@ const TOKEN_BYTES: usize = 32;
 /// What to do with tokens.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token: prints the line for the server's --tokens file and, once only, the token itself.
+    /// Make a token: prints the line for the server's --tokens file and, once only, the token itself: on stderr, or with
+    /// --json in the one object on stdout.
     #[command(after_help = "Example:\n  tidemill token new --name search-team --role submit >> tokens.txt\n  \
                             tidemill serve --listen 0.0.0.0:4080 --tokens tokens.txt")]
     New {
@@ -39,16 +41,20 @@ pub enum Role {
     Admin,
 }
 
-/// Runs a command.
+/// Runs a command. With `json` the token itself is on stdout too.
 ///
 /// # Errors
 /// What went wrong, for people.
-pub fn run(command: TokenCommand) -> anyhow::Result<()> {
+pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
     match command {
         TokenCommand::New { name, role } => {
             let secret: [u8; TOKEN_BYTES] = rand::random();
             let token = format!("tm_{}", BASE64_URL_SAFE_NO_PAD.encode(secret));
-            out::line(file_line(&name, role, &token))?;
+            let line = file_line(&name, role, &token);
+            if json {
+                return Ok(out::line(json!({"name": name, "token": token, "line": line}))?);
+            }
+            out::line(line)?;
             // On stderr, so that stdout can go straight into the file.
             note(&format!("the token, shown only now: {token}"));
         }
@@ -57,7 +63,8 @@ pub fn run(command: TokenCommand) -> anyhow::Result<()> {
             std::io::stdin().read_to_string(&mut token).context("stdin")?;
             let token = token.trim();
             ensure!(!token.is_empty(), "no token on stdin");
-            out::line(hash(token))?;
+            let hash = hash(token);
+            if json { out::line(json!({ "hash": hash }))? } else { out::line(hash)? }
         }
     }
     Ok(())

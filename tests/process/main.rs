@@ -280,3 +280,19 @@ async fn two_servers_on_one_data_directory_is_one_too_many() {
     assert!(said.contains("in use by another tidemill") && said.contains("--data-dir"), "{said}");
     server.kill().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn json_is_one_object_a_line_without_a_server_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().to_str().unwrap();
+    for arguments in [&["token", "new", "--name", "ana"][..], &["migrate", "--data-dir", data]] {
+        let mut program = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidemill"));
+        let output = program.arg("--json").args(arguments).output().await.unwrap();
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(!text.is_empty());
+        for line in text.lines() {
+            assert!(serde_json::from_str::<Value>(line).unwrap().is_object(), "{arguments:?}: {line}");
+        }
+    }
+}
