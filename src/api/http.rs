@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Services,
     auth::{Role, Tokens},
+    downloads,
     gate::unknown_method,
+    service::Api,
 };
 
 /// How long the database may take to answer before this node counts as not ready.
@@ -28,12 +30,15 @@ struct Http {
 
 /// The routes, and what answers where there is none.
 pub(super) fn routes(services: Services, tokens: Option<Tokens>, shutdown: CancellationToken) -> Router {
+    let api = Api { services: services.clone(), shutdown: shutdown.clone() };
+    let downloads = downloads::routes(api, tokens.clone());
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .fallback(nothing)
         .with_state(Arc::new(Http { services, tokens, shutdown }))
+        .merge(downloads)
 }
 
 /// Whether this node can take work.
@@ -52,15 +57,10 @@ async fn ready(State(http): State<Arc<Http>>) -> Response {
 }
 
 async fn metrics(State(http): State<Arc<Http>>, headers: HeaderMap) -> Response {
-    if let Some(tokens) = &http.tokens {
-        match tokens.authenticate(&headers) {
-            Ok(caller) if caller.role == Role::Admin => {}
-            Ok(_) => return (StatusCode::FORBIDDEN, "metrics need a token with the role admin\n").into_response(),
-            Err(status) => {
-                let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-                return (StatusCode::UNAUTHORIZED, challenge, format!("{}\n", status.message())).into_response();
-            }
-        }
+    match downloads::caller(http.tokens.as_ref(), &headers) {
+        Ok(caller) if caller.role == Role::Admin => {}
+        Ok(_) => return (StatusCode::FORBIDDEN, "metrics need a token with the role admin\n").into_response(),
+        Err(refused) => return refused,
     }
     let text = (http.services.metrics)();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
@@ -75,5 +75,5 @@ async fn nothing(request: Request) -> Response {
     if grpc {
         return unknown_method().into_http();
     }
-    (StatusCode::NOT_FOUND, "nothing here but gRPC, /healthz, /readyz and /metrics\n").into_response()
+    (StatusCode::NOT_FOUND, "nothing here but gRPC, /healthz, /readyz, /metrics and files below /v1\n").into_response()
 }

@@ -4,12 +4,13 @@
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
 //! - `auth`: access tokens and roles. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
 //! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
-//! - `http`: `/healthz`, `/readyz`, `/metrics`.
+//! - `http`: `/healthz`, `/readyz`, `/metrics`. `downloads`: files over plain HTTP.
 
 mod auth;
 mod batches;
 mod connection;
 mod convert;
+mod downloads;
 mod files;
 mod gate;
 mod health;

@@ -28,6 +28,54 @@ async fn plain_http_is_answered_on_the_same_port() {
 }
 
 #[tokio::test]
+async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
+    let server = Server::guarded().await;
+    let mut ana = server.client_of(Some("ana")).await;
+    let batch = ana.create_batch(inline(1_000)).await.unwrap().into_inner();
+    let http = reqwest::Client::new();
+    let get = async |path: &str, token: &str, range: &str| {
+        let request = http.get(server.url(path)).bearer_auth(token);
+        let request = if range.is_empty() { request } else { request.header("range", range) };
+        let answer = request.send().await.unwrap();
+        let range = answer.headers().get("content-range").map(|value| value.to_str().unwrap().to_owned());
+        let status = answer.status().as_u16();
+        (status, range, answer.bytes().await.unwrap())
+    };
+    let results = format!("/v1/batches/{}/results", batch.id);
+    let (status, _, said) = get(&results, "ana", "").await;
+    assert_eq!((status, &said[..]), (404, &b"the batch has no output file, or not yet\n"[..]));
+    server.run_batch(&batch.id, 900).await;
+    let ended = ana.get_batch(pb::GetBatchRequest { batch_id: batch.id.clone() }).await.unwrap().into_inner();
+    let request = pb::DownloadFileRequest { file_id: ended.output_file_id.clone(), offset: 0 };
+    let mut chunks = ana.download_file(request).await.unwrap().into_inner();
+    let mut whole = Vec::new();
+    while let Some(chunk) = chunks.message().await.unwrap() {
+        whole.extend_from_slice(&chunk.data);
+    }
+    let size = whole.len();
+    assert!(size > 10_000);
+    let content = format!("/v1/files/{}/content", ended.output_file_id);
+    for path in [&results, &content] {
+        assert_eq!(get(path, "ana", "").await, (200, None, whole.clone().into()));
+        assert_eq!(get(path, "root", "bytes=0-5").await.0, 200, "a range of another form is ignored");
+        let (status, range, rest) = get(path, "ana", "bytes=9999-").await;
+        assert_eq!((status, range), (206, Some(format!("bytes 9999-{}/{size}", size - 1))));
+        assert_eq!(rest, whole[9_999..]);
+        let beyond = get(path, "ana", &format!("bytes={size}-")).await;
+        assert_eq!((beyond.0, beyond.1), (416, Some(format!("bytes */{size}"))));
+        assert_eq!(get(path, "bob", "").await.0, 404);
+        assert_eq!(get(path, "nobody", "").await.0, 401);
+    }
+    let head = http.head(server.url(&content)).bearer_auth("ana").send().await.unwrap();
+    assert_eq!(head.headers()["content-length"], size.to_string());
+    let (status, _, errors) = get(&format!("/v1/batches/{}/errors", batch.id), "ana", "").await;
+    assert_eq!((status, memchr::memchr_iter(b'\n', &errors).count()), (200, 100));
+    for nonsense in ["/v1/files/../content", "/v1/batches/batch_x/results", "/v1/files/file-x/content"] {
+        assert_eq!(get(nonsense, "ana", "").await.0, 404, "{nonsense}");
+    }
+}
+
+#[tokio::test]
 async fn health_is_told_by_service() {
     let server = Server::start().await;
     let mut client = HealthClient::new(server.channel().await);
