@@ -73,6 +73,7 @@ impl Webhooks {
         force: bool,
         request_id: Option<&str>,
     ) -> Result<Retried, RetryError> {
+        self.take_over().await;
         let (claim, forced) = match self.inner.store.begin_retry(id, owner, force, request_id).await? {
             BeginRetry::Started { claim, forced } => (claim, forced),
             BeginRetry::Repeated(dead_letter, attempt) => {

@@ -19,12 +19,12 @@ use super::{
     Webhooks,
     fairness::{self, Fairness},
     jobs, metrics,
-    send::Sent,
+    send::{Sent, batch_context},
 };
 use crate::{
     domain::{BatchId, DeliveryId, Timestamp},
     fault::{self, Fault},
-    store::{ClaimedDelivery, Settled, SettledAs, Settlement, StoreError},
+    store::{ClaimedDelivery, SecretOf, Settled, SettledAs, Settlement, StoreError},
 };
 
 /// How often senders that are gone are looked for.
@@ -53,18 +53,20 @@ impl Deliverer {
         }
         let keeping = Housekeeping { webhooks: self.webhooks.clone(), shutdown: self.shutdown.clone() };
         let outbox = Outbox::new(self.webhooks.clone(), self.shutdown.clone());
-        // Before anything is leased here: afterwards it would take this process's own leases for its predecessor's.
-        if self.webhooks.inner.options.sole_node {
-            keeping.reap(true).await;
-        }
-        keeping.reseal().await;
+        self.webhooks.take_over().await;
         let jobs = async {
             tokio::select! {
                 () = jobs::run(&self.webhooks, &self.shutdown) => {}
                 () = overdue(&self.shutdown, self.webhooks.inner.options.drain) => {}
             }
         };
-        tokio::join!(outbox.run(), keeping.run(), jobs);
+        let resealing = async {
+            tokio::select! {
+                () = keeping.reseal() => {}
+                () = self.shutdown.cancelled() => {}
+            }
+        };
+        tokio::join!(outbox.run(), keeping.run(), resealing, jobs);
     }
 }
 
@@ -268,6 +270,35 @@ impl Outbox {
     }
 }
 
+impl Webhooks {
+    /// Ends what a dead predecessor on this database has left under lease, once: before the outbox, a retry by hand or a test
+    /// event leases anything here, for its own leases would look the same. Whoever comes first does it, the others wait.
+    pub(super) async fn take_over(&self) {
+        if self.inner.options.sole_node {
+            self.inner.taken_over.get_or_init(|| self.reap(true)).await;
+        }
+    }
+
+    async fn reap(&self, all: bool) {
+        if let Err(error) = self.try_reap(all).await {
+            warn!(%error, "leases of webhooks can't be looked at");
+        }
+    }
+
+    async fn try_reap(&self, all: bool) -> Result<(), StoreError> {
+        let inner = &self.inner;
+        let backoff = inner.options.backoff;
+        let reaped = inner.store.reap_deliveries(all, |attempts| backoff.nominal(attempts)).await?;
+        if reaped.pending > 0 || reaped.dead > 0 {
+            info!(again = reaped.pending, dead = reaped.dead, "webhooks whose sender is gone");
+            metrics::reaped(reaped.pending + reaped.dead);
+            inner.wake.notify_one();
+        }
+        metrics::oldest_due(inner.store.oldest_due().await?.unwrap_or_default());
+        Ok(())
+    }
+}
+
 /// What has to be done now and then.
 struct Housekeeping {
     webhooks: Webhooks,
@@ -275,10 +306,10 @@ struct Housekeeping {
 }
 
 impl Housekeeping {
-    async fn run(self) {
+    async fn run(&self) {
         let mut purge_at = Instant::now();
         loop {
-            self.reap(false).await;
+            self.webhooks.reap(false).await;
             if Instant::now() >= purge_at {
                 purge_at = Instant::now() + PURGE_EVERY;
                 if let Err(error) = self.purge().await {
@@ -292,25 +323,6 @@ impl Housekeeping {
         }
     }
 
-    async fn reap(&self, all: bool) {
-        if let Err(error) = self.try_reap(all).await {
-            warn!(%error, "leases of webhooks can't be looked at");
-        }
-    }
-
-    async fn try_reap(&self, all: bool) -> Result<(), StoreError> {
-        let inner = &self.webhooks.inner;
-        let backoff = inner.options.backoff;
-        let reaped = inner.store.reap_deliveries(all, |attempts| backoff.nominal(attempts)).await?;
-        if reaped.pending > 0 || reaped.dead > 0 {
-            info!(again = reaped.pending, dead = reaped.dead, "webhooks whose sender is gone");
-            metrics::reaped(reaped.pending + reaped.dead);
-            inner.wake.notify_one();
-        }
-        metrics::oldest_due(inner.store.oldest_due().await?.unwrap_or_default());
-        Ok(())
-    }
-
     async fn purge(&self) -> Result<(), StoreError> {
         let inner = &self.webhooks.inner;
         let dead_letters = inner.store.purge_dead_letters(inner.options.keep_dead_letters, None).await?;
@@ -321,20 +333,30 @@ impl Housekeeping {
         Ok(())
     }
 
-    /// Endpoints' secrets go over to the present master key, so that the one before can be dropped.
+    /// Stored secrets go over to the present master key, so that the one before can be dropped.
     async fn reseal(&self) {
         let inner = &self.webhooks.inner;
-        let resealed = inner.store.reseal_endpoints(|id, sealed| match inner.vault.reseal(sealed, id.as_str()) {
-            Ok(resealed) => resealed,
-            Err(error) => {
-                warn!(endpoint = %id, %error, "a webhook endpoint's secret can't be opened");
+        let mut unopened = 0u64;
+        let resealed = inner.store.reseal_secrets(|of, sealed| {
+            let resealed = match of {
+                SecretOf::Endpoint(id) => inner.vault.reseal(sealed, id.as_str()),
+                SecretOf::Webhook(url) => inner.vault.reseal(sealed, &batch_context(url)),
+            };
+            resealed.unwrap_or_else(|_| {
+                unopened += 1;
                 None
-            }
+            })
         });
         match resealed.await {
             Ok(0) => {}
             Ok(count) => info!(count, "webhook secrets sealed with the present master key"),
-            Err(error) => warn!(%error, "webhook secrets can't be sealed anew"),
+            Err(error) => warn!(%error, "webhook secrets can't be sealed anew; the next start tries again"),
+        }
+        if unopened > 0 {
+            warn!(
+                count = unopened,
+                "webhook secrets can't be opened: their master key is neither the present nor the previous"
+            );
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, OnceCell},
+    time::Instant,
+};
 
 use super::{
     egress::{Forbidden, Guard},
@@ -118,6 +121,8 @@ pub(super) struct Inner {
     pub(super) sender: Sender,
     pub(super) vault: Arc<Vault>,
     pub(super) options: Options,
+    /// What a predecessor left under lease is over.
+    pub(super) taken_over: OnceCell<()>,
     /// There may be a job to run.
     pub(super) jobs: Notify,
     /// There may be something to send.
@@ -130,7 +135,8 @@ impl Webhooks {
     pub fn new(store: Store, mut options: Options) -> Result<Self, reqwest::Error> {
         let vault = Arc::new(std::mem::take(&mut options.vault));
         let sender = Sender::new(options.guard.clone(), vault.clone(), options.secrets.clone())?;
-        let inner = Inner { store, sender, vault, options, jobs: Notify::new(), wake: Notify::new() };
+        let (taken_over, jobs, wake) = (OnceCell::new(), Notify::new(), Notify::new());
+        let inner = Inner { store, sender, vault, options, taken_over, jobs, wake };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -252,6 +258,7 @@ impl Webhooks {
         id: &WebhookEndpointId,
         owner: Option<&str>,
     ) -> Result<Option<Tested>, StoreError> {
+        self.take_over().await;
         let Some(claim) = self.inner.store.begin_test(id, owner).await? else { return Ok(None) };
         let Sent { result, .. } = self.send(&claim).await;
         let settlement = Settlement {

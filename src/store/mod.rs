@@ -35,7 +35,7 @@ pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter, DeletedDeadLetter,
     DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, EndpointChange, EndpointRecord, NewEndpoint, Reaped,
-    RetryJob, RetryJobState, Settled, SettledAs, Settlement, Signing,
+    RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 

@@ -2,17 +2,19 @@
 
 use std::time::Duration;
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use tidemill::{
     delivery::{
         AcceptError, Options, Webhooks,
         egress::{Guard, Policy},
+        secrets::{MasterKey, Vault},
     },
     domain::webhook::{DeliveryState, EventFilter, Secret, WebhookConfig, WebhookEvent},
     store::{DeletedEndpoint, EndpointChange, EndpointRecord},
 };
 
 use crate::{
-    fixture::{Db, settled},
+    fixture::{CANARY, Db, Running, eventually, settled, signed},
     receiver::Receiver,
 };
 
@@ -23,6 +25,7 @@ crate::on_both!(
     a_moved_endpoint_gets_what_waited,
     a_test_event_takes_the_common_way,
     an_endpoint_in_use_stays,
+    a_new_master_key_takes_over_every_secret,
 );
 
 async fn create(webhooks: &Webhooks, url: String) -> (EndpointRecord, Secret) {
@@ -151,6 +154,62 @@ async fn an_endpoint_in_use_stays(db: Db) {
     db.complete(&late.id).await;
     assert_eq!(db.deliveries(&late.id).await[0].state, DeliveryState::Dead);
     assert_eq!(db.dead_letters().await.len(), 1);
+}
+
+async fn a_new_master_key_takes_over_every_secret(db: Db) {
+    let receiver = Receiver::always(200).await;
+    let with = |current: u8, previous: Option<u8>| {
+        let key = |byte| MasterKey::from_base64(&STANDARD.encode([byte; 32])).unwrap();
+        let vault = Vault::new(Some(key(current)), previous.map(key));
+        Webhooks::new(db.store.clone(), Options { vault, ..db.options() }).unwrap()
+    };
+    let old = with(1, None);
+    let (endpoint, secret) = create(&old, receiver.url("/endpoint")).await;
+    old.rotate_secret(&endpoint.id, None, Some("rotated".into()), Duration::from_secs(3_600)).await.unwrap().unwrap();
+    let running = db.batch(Some(signed(&old, receiver.url("/batch")).await), None).await;
+    let ended = db.batch(Some(signed(&old, receiver.url("/ended")).await), None).await;
+    let disabled = EndpointChange { disabled: Some((true, None)), ..EndpointChange::default() };
+    old.update_endpoint(&endpoint.id, None, disabled).await.unwrap().unwrap();
+    // Something that waits, under each page's first and last id and between.
+    db.complete(&ended.id).await;
+    let copied = db
+        .execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 450) \
+             INSERT INTO webhook_deliveries (id, batch_id, owner, event, url, target, secret, body, max_attempts, timeout, \
+             state, attempts, next_attempt_at, created_at) SELECT 'msg_' || n.i, d.batch_id, d.owner, d.event, d.url, \
+             d.target, d.secret, d.body, d.max_attempts, d.timeout, 'cancelled', 0, 0, 0 FROM webhook_deliveries d, n",
+        )
+        .await;
+    assert_eq!(copied, 450);
+    db.execute("CREATE TABLE before AS SELECT id, secret FROM webhook_deliveries").await;
+    // Nothing is sent meanwhile: the key alone is replaced.
+    db.execute("UPDATE webhook_deliveries SET next_attempt_at = 9000000000000000 WHERE state = 'pending'").await;
+    let between = Running::start(with(2, Some(1)));
+    let left = "UPDATE before SET id = id WHERE EXISTS (SELECT 1 FROM webhook_deliveries d WHERE d.id = before.id AND \
+                d.secret = before.secret)";
+    eventually("all are sealed anew", || async { (db.execute(left).await == 0).then_some(()) }).await;
+    between.stop().await;
+    // The old key is gone.
+    let new = Running::start(with(2, None));
+    db.execute("UPDATE webhook_deliveries SET next_attempt_at = 1 WHERE state = 'pending'").await;
+    db.complete(&running.id).await;
+    for id in [&ended.id, &running.id] {
+        eventually("delivered", || async {
+            db.deliveries(id).await.iter().any(|one| one.state == DeliveryState::Delivered).then_some(())
+        })
+        .await;
+    }
+    let tested = new.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    assert!(tested.result.succeeded(), "{tested:?}");
+    for request in receiver.requests() {
+        if request.path == "/endpoint" {
+            assert!(request.verify(secret.expose()).is_ok() && request.verify("rotated").is_ok());
+        } else {
+            assert!(request.verify(CANARY).is_ok());
+        }
+    }
+    assert_eq!(receiver.requests().len(), 3);
+    new.stop().await;
 }
 
 #[tokio::test]

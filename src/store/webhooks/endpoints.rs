@@ -294,42 +294,6 @@ impl Store {
         tx.commit().await?;
         Ok(claimed)
     }
-
-    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped. Returns
-    /// how many.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn reseal_endpoints(
-        &self,
-        mut reseal: impl FnMut(&WebhookEndpointId, &SealedSecret) -> Option<SealedSecret>,
-    ) -> Result<u64, StoreError> {
-        let mut changed = 0;
-        let ids: Vec<String> = webhook_endpoint::Entity::find()
-            .select_only()
-            .column(webhook_endpoint::Column::Id)
-            .into_tuple()
-            .all(self.read())
-            .await?;
-        for id in ids.into_iter().map(WebhookEndpointId::from_text) {
-            let tx = self.begin().await?;
-            let Some(mut row) = lock(&tx, &id, None).await? else { continue };
-            let mut anew = |secret: &Option<Vec<u8>>| {
-                let sealed = SealedSecret::from_bytes(secret.clone()?);
-                reseal(&id, &sealed).map(|sealed| sealed.as_bytes().to_vec())
-            };
-            let (current, previous) = (anew(&row.secret), anew(&row.previous_secret));
-            if current.is_none() && previous.is_none() {
-                continue;
-            }
-            row.secret = current.or(row.secret);
-            row.previous_secret = previous.or(row.previous_secret);
-            row.into_active_model().reset_all().update(&tx).await?;
-            tx.commit().await?;
-            changed += 1;
-        }
-        Ok(changed)
-    }
 }
 
 /// An update of the deliveries that wait for an endpoint.
@@ -339,7 +303,7 @@ fn waiting(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Enti
         .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
 }
 
-async fn lock(
+pub(super) async fn lock(
     tx: &DatabaseTransaction,
     id: &WebhookEndpointId,
     owner: Option<&str>,

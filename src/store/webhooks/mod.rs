@@ -8,6 +8,7 @@ mod claims;
 mod dead_letters;
 mod endpoints;
 mod log;
+mod reseal;
 mod retention;
 mod retry_jobs;
 mod settle;
@@ -18,6 +19,7 @@ pub use claims::{ClaimedDelivery, Due, Signing};
 pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};
 pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint};
 pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
+pub use reseal::SecretOf;
 pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
 pub use settle::{Reaped, Settled, SettledAs, Settlement};
 

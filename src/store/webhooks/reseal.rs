@@ -1,0 +1,166 @@
+//! Stored secrets, sealed anew after the master key was replaced: page by page, in small transactions.
+
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, sea_query::Expr,
+};
+
+use super::endpoints::lock;
+use crate::{
+    domain::{
+        WebhookEndpointId,
+        webhook::{SealedSecret, WebhookTarget},
+    },
+    store::{
+        Store, StoreError,
+        convert::{self, to_json},
+        entity::{batch, webhook_delivery, webhook_endpoint},
+    },
+};
+
+/// How many rows are looked at, and at most changed, at once.
+const PAGE: u64 = 200;
+
+/// What a stored secret belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SecretOf<'a> {
+    /// A registered endpoint.
+    Endpoint(&'a WebhookEndpointId),
+    /// A batch, or a delivery of one, to this URL.
+    Webhook(&'a str),
+}
+
+impl Store {
+    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped. Returns
+    /// how many. What is written meanwhile is left as it is written.
+    ///
+    /// # Errors
+    /// [`StoreError`]: some may have been sealed anew; the same call again does the rest.
+    pub async fn reseal_secrets(
+        &self,
+        mut reseal: impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
+    ) -> Result<u64, StoreError> {
+        Ok(self.reseal_endpoints(&mut reseal).await?
+            + self.reseal_batches(&mut reseal).await?
+            + self.reseal_deliveries(&mut reseal).await?)
+    }
+
+    async fn reseal_endpoints(
+        &self,
+        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
+    ) -> Result<u64, StoreError> {
+        let mut changed = 0;
+        let ids: Vec<String> = webhook_endpoint::Entity::find()
+            .select_only()
+            .column(webhook_endpoint::Column::Id)
+            .into_tuple()
+            .all(self.read())
+            .await?;
+        for id in ids.into_iter().map(WebhookEndpointId::from_text) {
+            let tx = self.begin().await?;
+            let Some(mut row) = lock(&tx, &id, None).await? else { continue };
+            let mut anew = |secret: &Option<Vec<u8>>| {
+                let sealed = SealedSecret::from_bytes(secret.clone()?);
+                reseal(SecretOf::Endpoint(&id), &sealed).map(|sealed| sealed.as_bytes().to_vec())
+            };
+            let (current, previous) = (anew(&row.secret), anew(&row.previous_secret));
+            if current.is_none() && previous.is_none() {
+                continue;
+            }
+            row.secret = current.or(row.secret);
+            row.previous_secret = previous.or(row.previous_secret);
+            row.into_active_model().reset_all().update(&tx).await?;
+            tx.commit().await?;
+            changed += 1;
+        }
+        Ok(changed)
+    }
+
+    async fn reseal_batches(
+        &self,
+        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
+    ) -> Result<u64, StoreError> {
+        let (mut changed, mut after) = (0, String::new());
+        loop {
+            let page: Vec<(String, String)> = batch::Entity::find()
+                .select_only()
+                .columns([batch::Column::Id, batch::Column::Webhook])
+                .filter(batch::Column::Webhook.is_not_null())
+                .filter(batch::Column::Id.gt(after.as_str()))
+                .order_by_asc(batch::Column::Id)
+                .limit(PAGE)
+                .into_tuple()
+                .all(self.read())
+                .await?;
+            let Some((last, _)) = page.last() else { return Ok(changed) };
+            after.clone_from(last);
+            let mut anew = Vec::new();
+            for (id, text) in page {
+                let webhook: WebhookTarget = convert::json("webhook", &text)?;
+                let sealed = webhook.secret.as_ref().and_then(|secret| reseal(SecretOf::Webhook(&webhook.url), secret));
+                if let Some(secret) = sealed {
+                    anew.push((id, text, to_json(&WebhookTarget { secret: Some(secret), ..webhook })?));
+                }
+            }
+            if anew.is_empty() {
+                continue;
+            }
+            let tx = self.begin().await?;
+            for (id, before, now) in anew {
+                let updated = batch::Entity::update_many()
+                    .col_expr(batch::Column::Webhook, Expr::val(now))
+                    .filter(batch::Column::Id.eq(id))
+                    .filter(batch::Column::Webhook.eq(before))
+                    .exec(&tx)
+                    .await?;
+                changed += updated.rows_affected;
+            }
+            tx.commit().await?;
+        }
+    }
+
+    async fn reseal_deliveries(
+        &self,
+        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
+    ) -> Result<u64, StoreError> {
+        let (mut changed, mut after) = (0, String::new());
+        loop {
+            let page: Vec<(String, String, Vec<u8>)> = webhook_delivery::Entity::find()
+                .select_only()
+                .columns([
+                    webhook_delivery::Column::Id,
+                    webhook_delivery::Column::Url,
+                    webhook_delivery::Column::Secret,
+                ])
+                .filter(webhook_delivery::Column::Secret.is_not_null())
+                .filter(webhook_delivery::Column::Id.gt(after.as_str()))
+                .order_by_asc(webhook_delivery::Column::Id)
+                .limit(PAGE)
+                .into_tuple()
+                .all(self.read())
+                .await?;
+            let Some((last, ..)) = page.last() else { return Ok(changed) };
+            after.clone_from(last);
+            let anew: Vec<_> = page
+                .into_iter()
+                .filter_map(|(id, url, before)| {
+                    let sealed = reseal(SecretOf::Webhook(&url), &SealedSecret::from_bytes(before.clone()))?;
+                    Some((id, before, sealed))
+                })
+                .collect();
+            if anew.is_empty() {
+                continue;
+            }
+            let tx = self.begin().await?;
+            for (id, before, now) in anew {
+                let updated = webhook_delivery::Entity::update_many()
+                    .col_expr(webhook_delivery::Column::Secret, Expr::val(now.as_bytes().to_vec()))
+                    .filter(webhook_delivery::Column::Id.eq(id))
+                    .filter(webhook_delivery::Column::Secret.eq(before))
+                    .exec(&tx)
+                    .await?;
+                changed += updated.rows_affected;
+            }
+            tx.commit().await?;
+        }
+    }
+}
