@@ -1,7 +1,7 @@
 //! A webhook receiver that uses tidemill's own verifier.
 //!
 //! ```sh
-//! TIDEMILL_WEBHOOK_SECRET=whsec_... cargo run --example webhook_receiver
+//! TIDEMILL_WEBHOOK_SECRET=whsec_... cargo run --example webhook_receiver -- 9000
 //! ```
 
 use std::{
@@ -37,6 +37,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let secret = Secret::try_new(std::env::var("TIDEMILL_WEBHOOK_SECRET")?)?;
     let receiver: Receiver = Arc::new((secret, Mutex::default()));
     let app = Router::new().route("/", post(receive)).with_state(receiver);
-    axum::serve(tokio::net::TcpListener::bind("127.0.0.1:9000").await?, app).await?;
+    let port = std::env::args().nth(1).map_or(Ok(9000), |port| port.parse())?;
+    axum::serve(tokio::net::TcpListener::bind(("127.0.0.1", port)).await?, app).await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-// A webhook receiver with nothing but Go's standard library.
+// A webhook receiver with nothing but Go's standard library. Not run by CI, unlike the others.
 //
 //	TIDEMILL_WEBHOOK_SECRET=whsec_... go run receiver.go
 package main

@@ -1,6 +1,7 @@
-// A webhook receiver with nothing but Node.js (23.6 or later runs this file as it is).
+// A webhook receiver with nothing but Node.js: 23.6 or later runs this file as it is, older ones with tsx.
 //
 //   TIDEMILL_WEBHOOK_SECRET=whsec_... node receiver.ts 9000
+//   TIDEMILL_WEBHOOK_SECRET=whsec_... npx tsx receiver.ts 9000
 
 import { createHmac, timingSafeEqual } from "node:crypto";
 import { createServer, type IncomingHttpHeaders } from "node:http";
