@@ -43,8 +43,11 @@ use crate::domain::{BatchId, Timestamp};
 
 /// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
-/// How long a connection to PostgreSQL is waited for.
-const ACQUIRE: Duration = Duration::from_secs(10);
+/// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
+const ACQUIRE: Duration = Duration::from_secs(5);
+/// PostgreSQL ends a transaction whose node says nothing for so long: a node that is frozen or cut off in the middle of one
+/// would keep its row locks, and with them every other node's batches, for as long as it is gone.
+const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
 /// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
@@ -127,7 +130,17 @@ impl Store {
     /// [`StoreError`] if it can't be reached.
     pub async fn postgres_unmigrated(url: &str, connections: u32) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(url.to_owned());
-        options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE);
+        options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE).map_sqlx_postgres_opts(
+            |postgres| {
+                postgres.options([
+                    ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION.as_millis().to_string().as_str()),
+                    // A node whose machine is gone says no goodbye: 10 s + 3 × 5 s until PostgreSQL notices.
+                    ("tcp_keepalives_idle", "10"),
+                    ("tcp_keepalives_interval", "5"),
+                    ("tcp_keepalives_count", "3"),
+                ])
+            },
+        );
         // A database that starts at the same time is waited for; the pool's own error does not say for what.
         let pool = Database::connect(options).await.map_err(|error| match error {
             DbErr::Conn(_) | DbErr::ConnectionAcquire(_) => StoreError::Open(format!(
