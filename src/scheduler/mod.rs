@@ -41,6 +41,9 @@ use segment::{Remaining, Run};
 const CANDIDATES: u64 = 1_000;
 /// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
 const POLL: Duration = Duration::from_millis(500);
+/// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
+/// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
+const COURTESY: Duration = Duration::from_secs(2);
 
 /// What the scheduler wants of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +86,10 @@ pub struct Scheduler {
     shutdown: CancellationToken,
     running: HashMap<SegmentRef, Running>,
     runs: TaskTracker,
+    /// When the last renewal that worked began.
+    renewed_at: Instant,
+    /// When the database failed last.
+    away_at: Option<Instant>,
 }
 
 struct Running {
@@ -106,7 +113,18 @@ impl Scheduler {
         shutdown: CancellationToken,
     ) -> Self {
         let options = Arc::new(options);
-        Self { store, blobs, fleet, node, options, shutdown, running: HashMap::new(), runs: TaskTracker::new() }
+        Self {
+            store,
+            blobs,
+            fleet,
+            node,
+            options,
+            shutdown,
+            running: HashMap::new(),
+            runs: TaskTracker::new(),
+            renewed_at: Instant::now(),
+            away_at: None,
+        }
     }
 
     /// Says what this module's metrics are.
@@ -146,18 +164,23 @@ impl Scheduler {
                 },
                 _ = poll.tick() => {
                     if let Err(error) = self.notice_endings().await {
+                        self.failed(&error);
                         tracing::warn!(%error, "the state of running batches could not be read");
                     }
                 }
                 _ = renew.tick() => {
                     if let Err(error) = self.renew().await {
-                        // The leases run on; a node that is late finds itself fenced.
+                        self.failed(&error);
+                        // What runs goes on: if nobody claims it in between it is still this node's when the database is
+                        // back, and else it finds itself fenced.
                         tracing::warn!(%error, "leases could not be renewed");
+                        renew.reset_after(POLL.min(self.options.lease / 3));
                     }
                     continue;
                 }
             }
             if let Err(error) = self.claim(&ended).await {
+                self.failed(&error);
                 tracing::warn!(%error, "segments could not be claimed");
             }
             #[allow(clippy::cast_precision_loss)]
@@ -210,10 +233,23 @@ impl Scheduler {
         demand
     }
 
+    fn failed(&mut self, error: &StoreError) {
+        if matches!(error, StoreError::Unavailable(_)) {
+            self.away_at = Some(Instant::now());
+        }
+    }
+
     /// Claims segments as long as more lines are wanted.
     async fn claim(&mut self, ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>) -> Result<(), StoreError> {
         if self.shutdown.is_cancelled() || !self.demand().has_room() {
             return Ok(());
+        }
+        if self.away_at.is_some_and(|away_at| away_at.elapsed() < COURTESY) {
+            return Ok(());
+        }
+        // A node that was held up would otherwise claim what it runs itself.
+        if self.renewed_at.elapsed() > self.options.lease / 2 {
+            self.renew().await?;
         }
         let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
         let candidates = self.store.candidates(&served, CANDIDATES).await?;
@@ -256,7 +292,10 @@ impl Scheduler {
         };
         let (segment, epoch) = (claimed.segment.clone(), claimed.epoch);
         tracing::debug!(%segment, %epoch, requests = claimed.span.requests, "segment claimed");
-        self.running.insert(segment.clone(), running);
+        if let Some(before) = self.running.insert(segment.clone(), running) {
+            // Its lease ran out between a renewal and this claim: what it writes is refused from now on.
+            before.control.send_replace(Control::Abandon);
+        }
         let run = Run {
             store: self.store.clone(),
             blobs: self.blobs.clone(),
@@ -277,12 +316,15 @@ impl Scheduler {
 
     /// Renews all leases; runs that have lost theirs are stopped.
     async fn renew(&mut self) -> Result<(), StoreError> {
+        let began = Instant::now();
         if self.running.is_empty() {
+            self.renewed_at = began;
             return Ok(());
         }
         let before: Vec<(SegmentRef, Epoch)> =
             self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
         let renewed = self.store.renew_leases(&self.node, self.options.lease).await?;
+        self.renewed_at = began;
         let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
         for (segment, epoch) in before {
             // What has just finished is not held either, and does not mind.
