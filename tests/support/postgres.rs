@@ -37,16 +37,54 @@ rm -rf "$2"
 
 struct Cluster {
     port: u16,
+    programs: PathBuf,
+    folder: PathBuf,
+    user: Option<String>,
     /// Never written to: its closing tells the watchdog.
     _alive: ChildStdin,
+}
+
+fn cluster() -> Option<&'static Cluster> {
+    static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
+    CLUSTER.get_or_init(start).as_ref()
+}
+
+/// The server is down; dropped, it comes up again, even if the test has failed.
+#[allow(dead_code)] // few binaries do
+pub struct Away(());
+
+/// Stops the server as a crash would: no connection is told, nothing is written down but what is in the log. Every other
+/// test of the process suffers too.
+#[allow(dead_code)] // few binaries do
+pub fn crash() -> Away {
+    control(&["-m", "immediate", "stop"]);
+    Away(())
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        let cluster = cluster().expect("it ran");
+        let (log, options) = (cluster.folder.join("log"), format!("-p {} {SETTINGS}", cluster.port));
+        control(&["-l", &log.display().to_string(), "-o", &options, "-w", "-t", "60", "start"]);
+    }
+}
+
+#[allow(dead_code)] // few binaries do
+fn control(arguments: &[&str]) {
+    let cluster = cluster().expect("it ran");
+    let mut command = as_user(cluster.user.as_deref(), cluster.programs.join("pg_ctl"));
+    command.arg("-D").arg(cluster.folder.join("data")).args(arguments);
+    // The server outlives the command: it must not hold on to this process's pipes, nor hear its signals.
+    command.process_group(0).current_dir(&cluster.folder).stdin(Stdio::null());
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("pg_ctl");
+    assert!(status.success(), "pg_ctl {arguments:?}: {status}");
 }
 
 /// An empty database of its own on this process's cluster: its URL. None, with a line that says so, if there is no
 /// PostgreSQL on this machine.
 pub async fn database() -> Option<String> {
-    static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let Some(cluster) = CLUSTER.get_or_init(start) else {
+    let Some(cluster) = cluster() else {
         assert!(std::env::var(REQUIRE).as_deref() != Ok("1"), "{REQUIRE}=1, but there is no PostgreSQL: see above");
         return None;
     };
@@ -96,7 +134,7 @@ fn start() -> Option<Cluster> {
         let log = folder.join("log");
         let ready = BufReader::new(watchdog.stdout.take().expect("piped")).read_line(&mut said);
         if ready.is_ok() && said.trim() == "ready" {
-            return Some(Cluster { port, _alive: alive });
+            return Some(Cluster { port, programs, folder, user, _alive: alive });
         }
         println!("PostgreSQL did not start: {}", std::fs::read_to_string(log).unwrap_or_default());
     }

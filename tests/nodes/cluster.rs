@@ -1,0 +1,187 @@
+//! The nodes of a test: real processes on one PostgreSQL database and one directory of objects.
+
+use std::{net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
+
+use tidemill::{
+    pb::batch_service_client::BatchServiceClient,
+    sim::{Sim, SimConfig},
+};
+use tokio::{
+    net::TcpListener,
+    process::{Child, Command},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+
+/// The generated client.
+pub type Client = BatchServiceClient<Channel>;
+
+/// How long a node keeps its work after its last sign of life.
+pub const LEASE: Duration = Duration::from_secs(3);
+/// A node that can't start yet (its database is away) is started again for this long.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A simulated worker in this process.
+pub async fn worker(config: SimConfig) -> (Sim, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let sim = Sim::new(config).unwrap();
+    tokio::spawn(sim.clone().serve(listener, CancellationToken::new()));
+    (sim, url)
+}
+
+/// Nodes that share a database and the objects, each with a data directory and an address of its own.
+pub struct Cluster {
+    folder: tempfile::TempDir,
+    flags: Vec<String>,
+    pub nodes: Vec<Node>,
+}
+
+/// One node: a process that comes and goes, and an address that stays.
+pub struct Node {
+    pub address: SocketAddr,
+    data_dir: PathBuf,
+    flags: Vec<String>,
+    child: Option<Child>,
+}
+
+impl Cluster {
+    /// Starts so many nodes, each with these flags besides what they share.
+    pub async fn start(database: &str, count: usize, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let lease = humantime::format_duration(LEASE).to_string();
+        let blobs = format!("file://{}", folder.path().join("blobs").display());
+        std::fs::create_dir(folder.path().join("blobs")).unwrap();
+        let shared = ["--database-url", database, "--blobs", &blobs, "--lease", &lease, "--flush-interval", "200ms"];
+        let flags = shared.iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
+        let mut cluster = Self { folder, flags, nodes: Vec::new() };
+        for _ in 0..count {
+            cluster.add(&[]).await;
+        }
+        cluster
+    }
+
+    /// Starts one more, with flags of its own.
+    pub async fn add(&mut self, flags: &[&str]) {
+        // Free at this moment; the node has to come back to the same one.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let data_dir = self.folder.path().join(format!("node-{}", self.nodes.len()));
+        let flags = self.flags.iter().cloned().chain(flags.iter().map(|flag| (*flag).to_owned())).collect();
+        let mut node = Node { address, data_dir, flags, child: None };
+        node.restart().await;
+        self.nodes.push(node);
+    }
+
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.nodes.iter().map(|node| node.address).collect()
+    }
+
+    /// What all nodes have logged, for a test that has failed.
+    pub fn print_logs(&self) {
+        for node in &self.nodes {
+            let log = node.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- {}\n{}", node.address, tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        }
+    }
+
+    pub fn assert_no_panics(&self) {
+        for node in &self.nodes {
+            assert_eq!(node.logged("panicked"), 0, "{}", node.log());
+        }
+    }
+}
+
+impl Node {
+    /// Starts the process and waits until it answers.
+    pub async fn restart(&mut self) {
+        std::fs::create_dir_all(&self.data_dir).unwrap();
+        let file = self.data_dir.join("node.log");
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            let log = std::fs::File::options().create(true).append(true).open(&file).unwrap();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+            command.arg("serve").args(["--listen", &self.address.to_string()]).arg("--data-dir").arg(&self.data_dir);
+            command.args(&self.flags).env("NO_COLOR", "1").kill_on_drop(true).stdin(Stdio::null()).stderr(log);
+            let mut child = command.spawn().unwrap();
+            while Instant::now() < until {
+                if child.try_wait().unwrap().is_some() {
+                    break;
+                }
+                if self.is_ready().await {
+                    self.child = Some(child);
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        panic!("the node does not start:\n{}", std::fs::read_to_string(file).unwrap());
+    }
+
+    pub async fn is_ready(&self) -> bool {
+        tidemill::telemetry::install_tls_provider();
+        let client = reqwest::Client::builder().timeout(Duration::from_secs(2)).build().unwrap();
+        let answer = client.get(format!("http://{}/readyz", self.address)).send().await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// Whether the process that was started last still runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_none())
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.data_dir.join("node.log")).unwrap_or_default()
+    }
+
+    /// Lines of its log that hold this text.
+    pub fn logged(&self, text: &str) -> usize {
+        self.log().lines().filter(|line| line.contains(text)).count()
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.take().unwrap().kill().await.unwrap();
+    }
+
+    /// SIGTERM, and the end.
+    pub async fn terminate(&mut self) {
+        self.signal("TERM").await;
+        let mut child = self.child.take().unwrap();
+        assert!(tokio::time::timeout(Duration::from_secs(30), child.wait()).await.unwrap().unwrap().success());
+    }
+
+    /// SIGSTOP: no instruction of it runs, its connections stay open.
+    pub async fn freeze(&mut self) {
+        self.signal("STOP").await;
+    }
+
+    /// SIGCONT.
+    pub async fn thaw(&mut self) {
+        self.signal("CONT").await;
+    }
+
+    async fn signal(&mut self, name: &str) {
+        let id = self.child.as_ref().unwrap().id().unwrap().to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &id]).status().await.unwrap().success());
+    }
+
+    pub async fn client(&self) -> Client {
+        client(self.address).await.unwrap()
+    }
+}
+
+/// A client of the node at this address. Calls that it leaves without an answer end after a while: frozen nodes never say no.
+pub async fn client(address: SocketAddr) -> Result<Client, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let channel = endpoint
+        .connect_timeout(Duration::from_secs(1))
+        .http2_keep_alive_interval(Duration::from_secs(1))
+        .keep_alive_timeout(Duration::from_secs(1))
+        .keep_alive_while_idle(true)
+        .connect()
+        .await?;
+    Ok(BatchServiceClient::new(channel).max_decoding_message_size(4 * 1024 * 1024))
+}

@@ -1,0 +1,122 @@
+//! One fault at a time, each looked at closely.
+
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait, Database, TransactionTrait};
+use tidemill::{pb::BatchStatus, sim::SimConfig};
+use tokio::time::Instant;
+
+use crate::{
+    calls::Anybody,
+    cluster::{Cluster, LEASE, worker},
+    history::{self, Submitted, submit},
+    support::postgres,
+    turn,
+};
+
+/// As long as it takes a node to send the first requests of a batch.
+const STARTED: Duration = Duration::from_secs(10);
+
+pub async fn until(what: &str, within: Duration, mut reached: impl AsyncFnMut() -> bool) {
+    let end = Instant::now() + within;
+    while !reached().await {
+        assert!(Instant::now() < end, "not within {within:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_node_serves_any_call_and_the_work_is_shared() {
+    let _turn = turn().await;
+    let Some(database) = postgres::database().await else { return };
+    let config = SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() };
+    let (_sim, url) = worker(config).await;
+    let cluster = Cluster::start(
+        &database,
+        3,
+        &["--worker", &url, "--worker-max-in-flight", "32", "--log", "info,tidemill::scheduler=debug"],
+    )
+    .await;
+    let anybody = Anybody::new(cluster.addresses());
+    let first = submit(&anybody, 10, "first").await;
+    let batch = submit(&anybody, 3_500, "once").await;
+    // Everybody watches and follows it on its own, whoever runs it.
+    let mut everybody = Vec::new();
+    for address in cluster.addresses() {
+        let one = Anybody::new(vec![address]);
+        everybody.push(tokio::spawn(one.clone().watch(batch.id.clone())));
+        let (follower, id) = (one.clone(), batch.id.clone());
+        let follower = tokio::spawn(async move { follower.follow(id).await });
+        everybody.push(tokio::spawn(async move {
+            assert_eq!(follower.await.unwrap().len(), 3_500);
+            Vec::new()
+        }));
+    }
+    let id = batch.id.clone();
+    let checked = [(first.id.clone(), first.check(&anybody).await), (id, batch.check(&anybody).await)];
+    assert!(checked.iter().all(|(_, status)| *status == BatchStatus::Completed));
+    for one in everybody {
+        one.await.unwrap();
+    }
+    history::check_events(&anybody, &checked[1..]).await;
+    let claimed = cluster.nodes.iter().filter(|node| node.logged("segment claimed") > 0).count();
+    assert!(claimed > 1, "more than one node has run a part of it");
+    assert_eq!(history::claimed_again(&database).await, 0, "nobody's work was taken away");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_frozen_past_its_lease_writes_nothing() {
+    let _turn = turn().await;
+    let Some(database) = postgres::database().await else { return };
+    let config = SimConfig { latency: Duration::from_millis(400), ..SimConfig::default() };
+    let (sim, url) = worker(config).await;
+    let mut cluster = Cluster::start(&database, 1, &["--worker", &url, "--worker-max-in-flight", "64"]).await;
+    let frozen = Anybody::new(cluster.addresses());
+    let file = frozen.upload(&history::input(1_500), "f").await;
+    let id = frozen.create(&file, "b").await;
+    until("it has finished lines", STARTED, async || sim.faults().received() > 200).await;
+    cluster.nodes[0].freeze().await;
+    cluster.add(&[]).await;
+    let anybody = Anybody::new(vec![cluster.nodes[1].address]);
+    // A client of the other node, from the beginning: what it finds must be whole although the first node comes back.
+    let batch = Submitted::of(&anybody, id, 1_500);
+    tokio::time::sleep(LEASE).await;
+    until("the other node has taken over", STARTED, async || history::claimed_again(&database).await > 0).await;
+    cluster.nodes[0].thaw().await;
+    until("it is there again", STARTED, async || cluster.nodes[0].is_ready().await).await;
+    assert_eq!(batch.check(&anybody).await, BatchStatus::Completed);
+    history::check_epochs(&database).await;
+    // It serves and works again.
+    let both = Anybody::new(cluster.addresses());
+    assert_eq!(submit(&both, 200, "after").await.check(&both).await, BatchStatus::Completed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_frozen_in_the_middle_of_a_transaction_holds_nobody_up() {
+    let _turn = turn().await;
+    let Some(database) = postgres::database().await else { return };
+    let config = SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() };
+    let (_sim, url) = worker(config).await;
+    let mut cluster = Cluster::start(&database, 1, &["--worker", &url, "--worker-max-in-flight", "16"]).await;
+    let file = Anybody::new(cluster.addresses()).upload(&history::input(500), "f").await;
+    let id = Anybody::new(cluster.addresses()).create(&file, "b").await;
+    let direct = Database::connect(&database).await.unwrap();
+    let lock = direct.begin().await.unwrap();
+    let sql = format!("SELECT 1 FROM batches WHERE id = '{id}' FOR UPDATE");
+    lock.execute_unprepared(&sql).await.unwrap();
+    let waiting =
+        "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    until("a part waits for the batch's lock", STARTED, async || history::count(&direct, waiting).await > 0).await;
+    cluster.nodes[0].freeze().await;
+    // Now the node has the locks of the segment and of the batch, and will not let go of them.
+    lock.rollback().await.unwrap();
+    cluster.add(&[]).await;
+    let anybody = Anybody::new(vec![cluster.nodes[1].address]);
+    let batch = Submitted::of(&anybody, id, 500);
+    let status = tokio::time::timeout(Duration::from_secs(30), batch.check(&anybody)).await.expect("it goes on");
+    assert_eq!(status, BatchStatus::Completed);
+    cluster.nodes[0].thaw().await;
+    until("it is there again", STARTED, async || cluster.nodes[0].is_ready().await).await;
+    history::check_epochs(&database).await;
+    cluster.assert_no_panics();
+}
