@@ -5,8 +5,10 @@
 //! what has become of their batches.
 
 mod checkpoint;
-mod lines;
-mod plan;
+#[doc(hidden)]
+pub mod lines;
+#[doc(hidden)]
+pub mod plan;
 mod segment;
 mod sweeps;
 mod tries;
@@ -314,7 +316,7 @@ impl Scheduler {
         });
     }
 
-    /// Renews all leases; runs that have lost theirs are stopped.
+    /// Renews the leases of all runs; those that have lost theirs are stopped.
     async fn renew(&mut self) -> Result<(), StoreError> {
         let began = Instant::now();
         if self.running.is_empty() {
@@ -323,7 +325,8 @@ impl Scheduler {
         }
         let before: Vec<(SegmentRef, Epoch)> =
             self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
-        let renewed = self.store.renew_leases(&self.node, self.options.lease).await?;
+        let running: Vec<SegmentRef> = before.iter().map(|(segment, _)| segment.clone()).collect();
+        let renewed = self.store.renew_leases(&self.node, &running, self.options.lease).await?;
         self.renewed_at = began;
         let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
         for (segment, epoch) in before {

@@ -196,25 +196,36 @@ impl Store {
         }))
     }
 
-    /// Renews all of a node's leases at once and says which segments it still has, and what has become of their batches.
+    /// Renews the leases of the segments that a node runs, at once, and says which of them it still has, and what has become
+    /// of their batches. Others that it has by its rows alone, because a claim's answer was lost or a run was given up, are
+    /// left to run out: nobody works on them.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn renew_leases(&self, node: &NodeId, lease: Duration) -> Result<Renewed, StoreError> {
+    pub async fn renew_leases(
+        &self,
+        node: &NodeId,
+        running: &[SegmentRef],
+        lease: Duration,
+    ) -> Result<Renewed, StoreError> {
+        if running.is_empty() {
+            return Ok(Renewed::default());
+        }
+        let keys = Expr::tuple([Expr::col(segment::Column::BatchId), Expr::col(segment::Column::Idx)])
+            .in_tuples(running.iter().map(|segment| (segment.batch.as_str().to_owned(), segment.index.0)));
+        let held = Condition::all()
+            .add(segment::Column::LeaseOwner.eq(node.as_str()))
+            .add(segment::Column::State.eq(LEASED))
+            .add(keys);
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         segment::Entity::update_many()
             .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
-            .filter(segment::Column::LeaseOwner.eq(node.as_str()))
-            .filter(segment::Column::State.eq(LEASED))
+            .filter(held.clone())
             .exec(&tx)
             .await?;
         tx.commit().await?;
-        let rows = segment::Entity::find()
-            .filter(segment::Column::LeaseOwner.eq(node.as_str()))
-            .filter(segment::Column::State.eq(LEASED))
-            .all(self.read())
-            .await?;
+        let rows = segment::Entity::find().filter(held).all(self.read()).await?;
         let ids: Vec<String> = rows.iter().map(|row| row.batch_id.clone()).collect();
         let batches: std::collections::HashMap<String, (String, Option<String>)> = batch::Entity::find()
             .select_only()

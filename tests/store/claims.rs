@@ -89,7 +89,7 @@ async fn a_short_lease_runs_out_by_itself(db: Db) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
     assert_eq!(again.epoch, Epoch(2));
-    assert!(db.store.renew_leases(&first, LEASE).await.unwrap().held.is_empty());
+    assert!(db.store.renew_leases(&first, &[again.segment], LEASE).await.unwrap().held.is_empty());
 }
 
 async fn a_renewed_lease_does_not_run_out(db: Db) {
@@ -99,27 +99,45 @@ async fn a_renewed_lease_does_not_run_out(db: Db) {
     let theirs = db.store.claim_segment(&other, &batch.id, -1, LEASE).await.unwrap().unwrap();
     db.expire(&mine.segment).await;
     db.expire(&theirs.segment).await;
-    let held = db.store.renew_leases(&node, LEASE).await.unwrap().held;
+    let both = [mine.segment.clone(), theirs.segment.clone()];
+    let held = db.store.renew_leases(&node, &both, LEASE).await.unwrap().held;
     assert_eq!(held.len(), 1);
     assert_eq!((&held[0].segment, held[0].epoch), (&mine.segment, mine.epoch));
     assert_eq!((held[0].ending, held[0].batch_ended), (None, false));
     assert_eq!(db.claim(&batch.id).await.segment, theirs.segment, "the lease that was not renewed");
     assert_eq!(db.finish(&mine).await, Commit::Done);
-    assert!(db.store.renew_leases(&node, LEASE).await.unwrap().held.is_empty(), "what is done is not held");
+    assert!(db.store.renew_leases(&node, &both, LEASE).await.unwrap().held.is_empty(), "what is done is not held");
+}
+
+async fn a_lease_that_nobody_works_under_runs_out(db: Db) {
+    let batch = db.batch(2).await;
+    let node = NodeId::generate();
+    let lost = db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap();
+    let running = db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap();
+    for claimed in [&lost, &running] {
+        db.expire(&claimed.segment).await;
+    }
+    // The answer of the first claim never came, or its run was given up: the node has it and does not know.
+    let held = db.store.renew_leases(&node, std::slice::from_ref(&running.segment), LEASE).await.unwrap().held;
+    assert_eq!(held.iter().map(|held| &held.segment).collect::<Vec<_>>(), [&running.segment]);
+    let again = db.claim(&batch.id).await;
+    assert_eq!((again.segment, again.epoch), (lost.segment, Epoch(2)));
+    assert!(db.store.renew_leases(&node, &[], LEASE).await.unwrap().held.is_empty());
 }
 
 async fn a_renewal_tells_of_endings(db: Db) {
     let node = NodeId::generate();
     let (cancelled, failed, late) = (db.batch(1).await, db.batch(1).await, db.batch(1).await);
+    let mut running = Vec::new();
     for batch in [&cancelled, &failed, &late] {
-        db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap();
+        running.push(db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap().segment);
     }
     db.store.cancel_batch(&cancelled.id).await.unwrap();
     let error = BatchError { code: "input_missing".into(), message: "gone".into(), line: 0, param: String::new() };
     db.store.fail_batch(&failed.id, error).await.unwrap();
     db.store.set_expiry(&late.id, late.created_at).await.unwrap();
     assert_eq!(db.store.close_windows(10).await.unwrap(), std::slice::from_ref(&late.id));
-    let held = db.store.renew_leases(&node, LEASE).await.unwrap().held;
+    let held = db.store.renew_leases(&node, &running, LEASE).await.unwrap().held;
     let of = |id: &BatchId| held.iter().find(|one| one.segment.batch == *id).map(|one| (one.ending, one.batch_ended));
     assert_eq!(of(&cancelled.id), Some((Some(Ending::Cancelled), false)));
     assert_eq!(of(&failed.id), Some((None, true)));
@@ -183,6 +201,7 @@ on_both_databases!(
     a_lease_that_ran_out_is_claimed_again_and_its_old_owner_is_fenced,
     a_short_lease_runs_out_by_itself,
     a_renewed_lease_does_not_run_out,
+    a_lease_that_nobody_works_under_runs_out,
     a_renewal_tells_of_endings,
     a_segment_is_claimed_for_the_models_it_still_needs,
     only_what_a_worker_serves_is_offered,

@@ -202,7 +202,7 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
         nodes.spawn(async move {
             for step in 0.. {
                 let Some(id) = ids.get((turn + step) % ids.len()) else { break };
-                store.renew_leases(&node, LEASE).await?;
+                store.renew_leases(&node, std::slice::from_ref(&held.segment), LEASE).await?;
                 if turn == 0 && step == 1 {
                     store.cancel_batch(&ids[2]).await?;
                     let (all, object) = (part(0..9, [9]), final_object(9, 1));
@@ -219,13 +219,13 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
                 let first = part(0..5, []);
                 let (commit, _) = tokio::try_join!(
                     store.commit_part(&claimed.segment, claimed.epoch, &first),
-                    store.renew_leases(&node, LEASE)
+                    store.renew_leases(&node, std::slice::from_ref(&claimed.segment), LEASE)
                 )?;
                 assert_eq!(commit, Commit::Done);
                 let (last, object, superseded) = (part(5..9, [9]), final_object(9, 1), [first.object_key]);
                 let (end, _) = tokio::try_join!(
                     store.finish_segment(&claimed.segment, claimed.epoch, Some(&last), &object, &superseded),
-                    store.renew_leases(&node, LEASE)
+                    store.renew_leases(&node, std::slice::from_ref(&claimed.segment), LEASE)
                 )?;
                 assert_eq!(end, Commit::Done);
             }
