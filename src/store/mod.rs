@@ -18,7 +18,15 @@ mod queue;
 mod webhooks;
 mod workers;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, DatabaseTransaction, DbErr,
@@ -52,6 +60,17 @@ const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 const CHANGES: usize = 4_096;
 /// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
 const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
+
+tokio::task_local! {
+    /// A simulation's database clock, in microseconds since 1970.
+    static CLOCK: Arc<AtomicI64>;
+}
+
+/// Runs `of` with SQLite's clock replaced by this one, in microseconds since 1970: simulations move it as they like.
+#[doc(hidden)]
+pub async fn with_clock<F: Future>(clock: Arc<AtomicI64>, of: F) -> F::Output {
+    CLOCK.scope(clock, of).await
+}
 
 /// Why the database did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -239,5 +258,5 @@ async fn now<C: ConnectionTrait>(connection: &C) -> Result<Timestamp, StoreError
             .ok_or_else(|| StoreError::Corrupt("no clock".into()))?;
         return Ok(Timestamp(row.try_get("", "now")?));
     }
-    Ok(Timestamp::now())
+    Ok(CLOCK.try_with(|clock| Timestamp(clock.load(Ordering::Relaxed))).unwrap_or_else(|_| Timestamp::now()))
 }
