@@ -2,6 +2,9 @@
 //!
 //! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
 //! the best rank first, then to who asked first, and among the workers that serve the model to the least loaded one.
+//!
+//! A request that may be what kills workers is sent alone: it gets a worker that has nothing else in flight, and nothing
+//! else goes there until it is back. If all are at work, one of them is reserved: it gets nothing new until it is idle.
 
 use std::{
     cmp::Reverse,
@@ -48,7 +51,12 @@ pub struct Want {
     pub rank: Rank,
     /// Workers that have failed this request: taken only if no other serves the model.
     pub avoid: SmallVec<[WorkerKey; 4]>,
+    /// The worker must have nothing else in flight meanwhile.
+    pub alone: bool,
 }
+
+/// One in so many workers, and at least one, may be kept free for requests that must be alone.
+const ISOLATION_SHARE: usize = 4;
 
 /// A waiting [`Want`].
 pub type Ticket = (Rank, u64);
@@ -63,6 +71,10 @@ struct Desk {
     open: bool,
     limit: u32,
     in_flight: u32,
+    /// What is in flight there must be there alone.
+    alone: bool,
+    /// Who gets it as soon as nothing is in flight there.
+    reserved: Option<Ticket>,
 }
 
 /// All workers and all who wait for one.
@@ -76,8 +88,11 @@ pub struct Board {
 impl Board {
     /// Takes a free slot at once. None if there is none, or if somebody of the same or a better rank waits for that model.
     pub fn take(&mut self, want: &Want) -> Option<WorkerKey> {
-        let ahead = self.waiting.range(..=(want.rank, u64::MAX)).any(|(_, other)| other.model == want.model);
-        if ahead { None } else { self.seat(want) }
+        let ahead = self
+            .waiting
+            .range(..=(want.rank, u64::MAX))
+            .any(|(_, other)| other.model == want.model && other.alone == want.alone);
+        if ahead { None } else { self.seat(want, None) }
     }
 
     /// Waits for a slot: [`Board::grant`] will name the ticket.
@@ -88,15 +103,16 @@ impl Board {
         ticket
     }
 
-    /// Waits no more.
-    pub fn leave(&mut self, ticket: Ticket) {
-        self.waiting.remove(&ticket);
+    /// Waits no more. Returns whether slots have become free by that.
+    pub fn leave(&mut self, ticket: Ticket) -> bool {
+        self.waiting.remove(&ticket).is_some_and(|want| want.alone) && self.unreserve(ticket)
     }
 
     /// Gives a slot back.
     pub fn release(&mut self, worker: WorkerKey) {
         if let Some(desk) = self.desks.get_mut(&worker) {
             desk.in_flight = desk.in_flight.saturating_sub(1);
+            desk.alone = desk.alone && desk.in_flight > 0;
         }
     }
 
@@ -107,17 +123,47 @@ impl Board {
             return granted;
         }
         let tickets: SmallVec<[Ticket; 16]> = self.waiting.keys().copied().collect();
-        for ticket in tickets {
-            if !self.desks.values().any(Desk::free) {
-                break;
-            }
-            let Some(want) = self.waiting.get(&ticket).cloned() else { continue };
-            if let Some(worker) = self.seat(&want) {
-                self.waiting.remove(&ticket);
-                granted.push((ticket, worker));
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            for ticket in &tickets {
+                let Some(want) = self.waiting.get(ticket) else { continue };
+                if !want.alone && !self.desks.values().any(Desk::free) {
+                    continue;
+                }
+                let want = want.clone();
+                if let Some(worker) = self.seat(&want, Some(*ticket)) {
+                    self.waiting.remove(ticket);
+                    granted.push((*ticket, worker));
+                    // Another worker was kept free for it: that is for the others now.
+                    again |= want.alone && self.unreserve(*ticket);
+                } else if want.alone {
+                    self.reserve(*ticket, &want);
+                }
             }
         }
         granted
+    }
+
+    /// Keeps a worker free for a request that must be alone, unless enough of them are kept free already: most of the
+    /// fleet goes on with everything else.
+    fn reserve(&mut self, ticket: Ticket, want: &Want) {
+        if self.desks.values().any(|desk| desk.reserved == Some(ticket)) {
+            return;
+        }
+        let serving = self.desks.values().filter(|desk| desk.open).count();
+        let kept = self.desks.values().filter(|desk| desk.reserved.is_some()).count();
+        if kept >= (serving / ISOLATION_SHARE).max(1) {
+            return;
+        }
+        if let Some(desk) = self.best(want, |desk| desk.open && !desk.alone && desk.reserved.is_none()) {
+            desk.1.reserved = Some(ticket);
+        }
+    }
+
+    /// Returns whether a worker was kept free for it.
+    fn unreserve(&mut self, ticket: Ticket) -> bool {
+        let kept = self.desks.values_mut().find(|desk| desk.reserved == Some(ticket));
+        kept.map(|desk| desk.reserved = None).is_some()
     }
 
     /// Says what a worker serves, whether it takes requests at all and at the moment, and how many at a time.
@@ -129,11 +175,14 @@ impl Board {
         open: bool,
         limit: u32,
     ) {
+        let waiting = &self.waiting;
         let desk = self.desks.entry(worker).or_default();
         desk.models = models.into_iter().collect();
         desk.serving = serving;
         desk.open = serving && open;
         desk.limit = limit;
+        let stays = |ticket: &Ticket| desk.open && waiting.get(ticket).is_some_and(|w| desk.models.contains(&w.model));
+        desk.reserved = desk.reserved.filter(stays);
     }
 
     /// Opens or closes a worker. Returns whether that changed anything.
@@ -143,6 +192,7 @@ impl Board {
             Some(desk) if desk.open != open => {
                 desk.open = open;
                 desk.serving = open;
+                desk.reserved = desk.reserved.filter(|_| open);
                 true
             }
             Some(_) | None => false,
@@ -178,26 +228,42 @@ impl Board {
         self.desks.values().filter(|desk| desk.serving).flat_map(|desk| desk.models.iter().cloned()).collect()
     }
 
-    fn seat(&mut self, want: &Want) -> Option<WorkerKey> {
+    fn seat(&mut self, want: &Want, ticket: Option<Ticket>) -> Option<WorkerKey> {
+        let fits = |desk: &Desk| if want.alone { desk.idle(ticket) } else { desk.free() };
+        let (key, desk) = self.best(want, fits)?;
+        desk.in_flight += 1;
+        if want.alone {
+            desk.alone = true;
+            desk.reserved = None;
+        }
+        Some(key)
+    }
+
+    /// The least loaded worker for a request, of those that fit.
+    fn best(&mut self, want: &Want, fits: impl Fn(&Desk) -> bool) -> Option<(WorkerKey, &mut Desk)> {
         let serves = |desk: &Desk| desk.open && desk.models.contains(&want.model);
         // A worker that failed the request is better than none, but only if there is no other that serves the model.
         let fresh = self.desks.iter().any(|(key, desk)| serves(desk) && !want.avoid.contains(key));
         let (key, desk) = self
             .desks
             .iter_mut()
-            .filter(|(key, desk)| serves(desk) && desk.free() && !(fresh && want.avoid.contains(key)))
+            .filter(|(key, desk)| serves(desk) && fits(desk) && !(fresh && want.avoid.contains(key)))
             .min_by(|(_, a), (_, b)| {
                 // in_flight / limit, without dividing.
                 (u64::from(a.in_flight) * u64::from(b.limit)).cmp(&(u64::from(b.in_flight) * u64::from(a.limit)))
             })?;
-        desk.in_flight += 1;
-        Some(*key)
+        Some((*key, desk))
     }
 }
 
 impl Desk {
     fn free(&self) -> bool {
-        self.open && self.in_flight < self.limit
+        self.open && self.in_flight < self.limit && !self.alone && self.reserved.is_none()
+    }
+
+    /// Nothing is in flight there, and it is not kept free for anybody else.
+    fn idle(&self, ticket: Option<Ticket>) -> bool {
+        self.open && self.in_flight == 0 && self.limit > 0 && self.reserved.is_none_or(|other| Some(other) == ticket)
     }
 }
 
@@ -208,7 +274,11 @@ mod tests {
     use super::*;
 
     fn want(model: &str, rank: Rank, avoid: &[u32]) -> Want {
-        Want { model: model.into(), rank, avoid: avoid.iter().map(|key| WorkerKey(*key)).collect() }
+        Want { model: model.into(), rank, avoid: avoid.iter().map(|key| WorkerKey(*key)).collect(), alone: false }
+    }
+
+    fn alone(model: &str) -> Want {
+        Want { alone: true, ..want(model, rank(0, 5), &[]) }
     }
 
     fn rank(priority: i32, expires_at: i64) -> Rank {
@@ -276,20 +346,73 @@ mod tests {
         assert_eq!(board.capacity("m"), 8);
     }
 
+    #[test]
+    fn who_must_be_alone_gets_an_idle_worker_for_itself() {
+        let mut board = board(&[(1, &["m"], 4)]);
+        let normal = want("m", rank(0, 5), &[]);
+        board.take(&normal).unwrap();
+        board.take(&normal).unwrap();
+        assert_eq!(board.take(&alone("m")), None);
+        let ticket = board.queue(alone("m"));
+        assert!(board.grant().is_empty());
+        assert_eq!(board.take(&normal), None, "it is kept free: otherwise it would never be idle");
+        let next = board.queue(want("m", Rank::interactive(), &[]));
+        assert!(board.grant().is_empty());
+        board.release(WorkerKey(1));
+        assert!(board.grant().is_empty());
+        board.release(WorkerKey(1));
+        assert_eq!(board.grant().as_slice(), [(ticket, WorkerKey(1))]);
+        assert_eq!(board.take(&normal), None, "nothing else goes there meanwhile");
+        board.release(WorkerKey(1));
+        assert_eq!(board.grant().as_slice(), [(next, WorkerKey(1))]);
+    }
+
+    #[test]
+    fn a_kept_worker_that_is_not_needed_is_for_all_again() {
+        let mut board = board(&[(1, &["m"], 2), (2, &["m"], 1)]);
+        let normal = want("m", rank(0, 5), &[]);
+        for _ in 0..3 {
+            board.take(&normal).unwrap();
+        }
+        let first = board.queue(alone("m"));
+        let second = board.queue(alone("m"));
+        assert!(board.grant().is_empty());
+        board.release(WorkerKey(1));
+        let kept = if board.take(&normal).is_some() { WorkerKey(2) } else { WorkerKey(1) };
+        assert!(board.leave(first));
+        assert!(!board.leave(second), "one at a time is kept");
+        board.grant();
+        board.release(kept);
+        assert!(board.take(&normal).is_some());
+        let last = board.queue(alone("m"));
+        board.grant();
+        for key in [1, 2] {
+            board.open(WorkerKey(key), false);
+            board.open(WorkerKey(key), true);
+        }
+        assert!(
+            board.take(&normal).is_some() || board.desks[&WorkerKey(1)].in_flight == 2,
+            "a closed worker is not kept"
+        );
+        board.leave(last);
+    }
+
     proptest! {
         #[test]
-        fn limits_hold_and_no_slot_is_idle_while_somebody_waits(steps in proptest::collection::vec((0u8..5, 0u32..3, 0i32..3), 1..200)) {
+        fn limits_hold_and_no_slot_is_idle_while_somebody_waits(steps in proptest::collection::vec((0u8..5, 0u32..3, 0i32..3, proptest::bool::weighted(0.2)), 1..200)) {
             let mut board = board(&[(0, &["a"], 2), (1, &["a", "b"], 3), (2, &["b"], 1)]);
             let mut out: Vec<WorkerKey> = Vec::new();
             let mut tickets = Vec::new();
-            for (step, pick, priority) in steps {
+            for (step, pick, priority, sole) in steps {
                 let model = if pick == 0 { "a" } else { "b" };
-                let wish = want(model, rank(priority - 1, i64::from(pick)), &[pick]);
+                let wish = Want { alone: sole, ..want(model, rank(priority - 1, i64::from(pick)), &[pick]) };
                 match step {
                     0 => out.extend(board.take(&wish)),
                     1 => tickets.push(board.queue(wish)),
                     2 if !out.is_empty() => board.release(out.swap_remove(pick as usize % out.len())),
-                    3 if !tickets.is_empty() => board.leave(tickets.swap_remove(0)),
+                    3 if !tickets.is_empty() => {
+                        board.leave(tickets.swap_remove(0));
+                    }
                     _ => {
                         let open = priority != 0;
                         board.open(WorkerKey(pick), open);
@@ -301,10 +424,12 @@ mod tests {
                 }
                 for (key, desk) in &board.desks {
                     prop_assert!(desk.in_flight <= desk.limit);
+                    prop_assert!(!desk.alone || desk.in_flight == 1);
+                    prop_assert!(desk.reserved.is_none_or(|ticket| desk.open && board.waiting.contains_key(&ticket)));
                     prop_assert_eq!(desk.in_flight as usize, out.iter().filter(|worker| *worker == key).count());
                 }
                 for wish in board.waiting.values() {
-                    let fits = board.desks.iter().any(|(key, desk)| desk.free() && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
+                    let fits = board.desks.iter().any(|(key, desk)| (if wish.alone { desk.idle(None) } else { desk.free() }) && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
                     prop_assert!(!fits, "a fitting slot is idle");
                 }
             }

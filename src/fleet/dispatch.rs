@@ -1,12 +1,13 @@
 //! One HTTP request to one worker. Bodies pass untouched both ways.
 
-use std::{error::Error, time::Duration};
+use std::{borrow::Cow, error::Error, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use reqwest::{
     Response,
     header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER},
 };
+use serde::Deserialize;
 
 use super::{Slot, WorkerKey};
 use crate::domain::Endpoint;
@@ -32,15 +33,23 @@ pub struct Answer {
 /// Why a try gave no answer to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
-    /// The connection could not be made, or broke.
+    /// The connection broke while the worker had the request.
     Connection,
+    /// The connection could not be made: the worker never had the request.
+    Unreachable,
     /// No whole answer within the request's time.
     Timeout,
-    /// The worker went down, or was removed, while it had the request.
+    /// The worker went down while it had the request.
     Abandoned,
-    /// A status that says "not now": 408, 409, 425, 429, 5xx.
+    /// The worker was removed while it had the request.
+    Removed,
+    /// A status that says "not now": 408, 409, 425, 5xx.
     Status,
-    /// A success that is not JSON, or too large.
+    /// 429 and 503: the worker takes no requests at the moment, and is left alone for a while.
+    Busy,
+    /// 404, because the worker does not have the model that it listed; another one may.
+    NoModel,
+    /// A success that is not JSON, or too large, or that holds only an error.
     BadAnswer,
 }
 
@@ -51,8 +60,12 @@ impl FailureKind {
         match self {
             Self::Connection => "connection",
             Self::Timeout => "timeout",
+            Self::Unreachable => "unreachable",
             Self::Abandoned => "abandoned",
+            Self::Removed => "removed",
             Self::Status => "status",
+            Self::Busy => "busy",
+            Self::NoModel => "no_model",
             Self::BadAnswer => "bad_answer",
         }
     }
@@ -77,6 +90,32 @@ pub struct Failure {
 #[must_use]
 pub fn is_retryable(status: u16) -> bool {
     matches!(status, 408 | 409 | 425 | 429 | 500..=599)
+}
+
+/// Whether the body of a 404 says that the model is missing, not the path or something that the request names: as vLLM
+/// says it, now and before it wrapped errors in `error`, and as OpenAI does.
+fn is_missing_model(body: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Page<'a> {
+        #[serde(borrow)]
+        error: Option<Refusal<'a>>,
+    }
+    #[derive(Deserialize)]
+    struct Refusal<'a> {
+        #[serde(borrow, default)]
+        message: Cow<'a, str>,
+        #[serde(borrow, default, rename = "type")]
+        kind: Option<Cow<'a, str>>,
+        #[serde(default)]
+        param: Option<serde_json::Value>,
+        #[serde(default)]
+        code: Option<serde_json::Value>,
+    }
+    let wrapped = serde_json::from_slice(body).ok().and_then(|page: Page<'_>| page.error);
+    let Some(refusal) = wrapped.or_else(|| serde_json::from_slice(body).ok()) else { return false };
+    let of_model = refusal.param.is_some_and(|param| param == "model") || refusal.message.starts_with("The model");
+    refusal.code.is_some_and(|code| code == "model_not_found")
+        || (of_model && refusal.kind.is_some_and(|kind| kind == "NotFoundError"))
 }
 
 /// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a minute.
@@ -130,23 +169,32 @@ impl Slot {
                 }
             },
             () = self.abandoned.cancelled() => {
-                return Err(self.failure(FailureKind::Abandoned, "the worker went down while it had the request".into()));
+                return Err(if self.worker.gone.is_cancelled() {
+                    self.failure(FailureKind::Removed, "the worker was removed while it had the request".into())
+                } else {
+                    self.failure(FailureKind::Abandoned, "the worker went down while it had the request".into())
+                });
             }
         };
         let status = response.status().as_u16();
         let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
         let answer = Answer { status, request_id, body };
-        if !is_retryable(status) {
-            return Ok(answer);
-        }
+        let kind = match status {
+            404 if is_missing_model(&answer.body) => FailureKind::NoModel,
+            429 | 503 => FailureKind::Busy,
+            status if is_retryable(status) => FailureKind::Status,
+            _ => return Ok(answer),
+        };
         let wish = retry_after(response.headers());
-        if matches!(status, 429 | 503) {
-            self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE));
+        match kind {
+            FailureKind::Busy => self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE)),
+            FailureKind::NoModel => self.worker.look_at_models(),
+            _ => {}
         }
         Err(Failure {
             answer: Some(answer),
             retry_after: wish,
-            ..self.failure(FailureKind::Status, format!("the worker answered {status}"))
+            ..self.failure(kind, format!("the worker answered {status}"))
         })
     }
 
@@ -167,7 +215,8 @@ impl Slot {
 
     fn broken(&self, error: &reqwest::Error) -> Failure {
         self.fleet.suspect(&self.worker, &cause(error));
-        self.failure(FailureKind::Connection, format!("connection to the worker failed: {}", cause(error)))
+        let kind = if error.is_connect() { FailureKind::Unreachable } else { FailureKind::Connection };
+        self.failure(kind, format!("connection to the worker failed: {}", cause(error)))
     }
 
     /// A failed try on this slot's worker.
@@ -194,6 +243,26 @@ mod tests {
         assert_eq!(wish("soon"), None);
         assert_eq!(wish("Fri, 01 Jan 1999 00:00:00 GMT"), Some(Duration::ZERO));
         assert_eq!(wish("Tue, 01 Jan 2999 00:00:00 GMT"), Some(MAX_PAUSE));
+    }
+
+    #[test]
+    fn a_missing_model_is_told_from_what_else_is_not_found() {
+        for body in [
+            r#"{"error":{"message":"The model `x` does not exist.","type":"NotFoundError","param":"model","code":404}}"#,
+            r#"{"object":"error","message":"The model `x` does not exist.","type":"NotFoundError","param":null,"code":404}"#,
+            r#"{"error":{"message":"no","type":"invalid_request_error","param":null,"code":"model_not_found"}}"#,
+        ] {
+            assert!(is_missing_model(body.as_bytes()), "{body}");
+        }
+        for body in [
+            "",
+            "<html>",
+            r#"{"detail":"Not Found"}"#,
+            r#"{"error":"The model is a teapot"}"#,
+            r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError","param":null,"code":404}}"#,
+        ] {
+            assert!(!is_missing_model(body.as_bytes()), "{body}");
+        }
     }
 
     #[test]

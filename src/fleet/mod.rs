@@ -383,7 +383,7 @@ impl Fleet {
         timeout: Duration,
     ) -> Result<Inferred, InferError> {
         let deadline = Instant::now() + timeout;
-        let mut want = Want { model: model.into(), rank: Rank::interactive(), avoid: SmallVec::new() };
+        let mut want = Want { model: model.into(), rank: Rank::interactive(), avoid: SmallVec::new(), alone: false };
         let mut last = None;
         while want.avoid.len() < INFER_TRIES {
             if self.capacity(model) == 0 {

@@ -27,7 +27,8 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut round = 0u32;
     let mut known = Vec::new();
     loop {
-        let models = (round.is_multiple_of(MODELS_EVERY) || known.is_empty()).then_some(()).is_some();
+        let stale = std::mem::take(&mut worker.state.lock().models_stale);
+        let models = stale || round.is_multiple_of(MODELS_EVERY) || known.is_empty();
         let probe = match timeout(TIMEOUT, probe(&fleet.client, &base, fleet.bearer(), models, &known)).await {
             Ok(probe) => probe,
             Err(_) => Probe::Silent(format!("no answer to the health check within {} s", TIMEOUT.as_secs())),

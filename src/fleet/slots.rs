@@ -165,9 +165,14 @@ impl Future for Acquire {
 
 impl Drop for Acquire {
     fn drop(&mut self) {
-        let mut desks = self.inner.desks.lock();
-        desks.board.leave(self.ticket);
-        desks.waiting.remove(&self.ticket);
-        // A slot that is in the channel already comes back as the receiver is dropped, after this lock.
+        let freed = {
+            let mut desks = self.inner.desks.lock();
+            desks.waiting.remove(&self.ticket);
+            desks.board.leave(self.ticket)
+        };
+        if freed {
+            self.inner.grant();
+        }
+        // A slot that is in the channel already comes back as the receiver is dropped.
     }
 }

@@ -55,6 +55,8 @@ pub(super) struct State {
     pub(super) draining: bool,
     /// A request could not reach it: nothing more goes there until a probe has.
     pub(super) suspect: bool,
+    /// It does not have a model that it listed: its next probe looks at its models again.
+    pub(super) models_stale: bool,
     /// It asked for a pause until then.
     pub(super) held_until: Option<Instant>,
     requests_per_second: f64,
@@ -105,6 +107,12 @@ impl Worker {
     pub(super) fn abandon(&self) {
         let fresh = self.gone.child_token();
         std::mem::replace(&mut *self.abandon.lock(), fresh).cancel();
+    }
+
+    /// Has its models looked at again, now.
+    pub(super) fn look_at_models(&self) {
+        self.state.lock().models_stale = true;
+        self.probe_now.notify_one();
     }
 
     /// Counts an answer for the rates.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
 use crate::domain::{BatchId, TokenUsage};
@@ -21,6 +21,8 @@ pub struct Body<'a> {
     pub json: Cow<'a, [u8]>,
     /// What it says of tokens.
     pub usage: TokenUsage,
+    /// It holds an `error` and nothing that any of the APIs answers with.
+    pub only_error: bool,
 }
 
 /// Reads a worker's body. None: it is not JSON.
@@ -30,14 +32,32 @@ pub fn body_of(bytes: &[u8]) -> Option<Body<'_>> {
     struct Answer<'a> {
         #[serde(borrow, default)]
         usage: Option<&'a RawValue>,
+        #[serde(default)]
+        error: Option<IgnoredAny>,
+        // Chat and completions.
+        #[serde(default)]
+        choices: Option<IgnoredAny>,
+        // Embeddings and score.
+        #[serde(default)]
+        data: Option<IgnoredAny>,
+        // Responses.
+        #[serde(default)]
+        output: Option<IgnoredAny>,
+        // Rerank.
+        #[serde(default)]
+        results: Option<IgnoredAny>,
     }
     let text = simdutf8::basic::from_utf8(bytes).ok()?;
-    let usage = match serde_json::from_str::<Answer>(text) {
-        Ok(answer) => answer.usage.map(|raw| usage_of(raw.get())).unwrap_or_default(),
+    let (usage, only_error) = match serde_json::from_str::<Answer>(text) {
+        Ok(answer) => (
+            answer.usage.map(|raw| usage_of(raw.get())).unwrap_or_default(),
+            answer.error.is_some()
+                && [answer.choices, answer.data, answer.output, answer.results].iter().all(Option::is_none),
+        ),
         // Not an object, or one with `usage` twice: good enough if it is JSON at all.
-        Err(_) => serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| TokenUsage::default()).ok()?,
+        Err(_) => serde_json::from_str::<IgnoredAny>(text).map(|_| (TokenUsage::default(), false)).ok()?,
     };
-    Some(Body { json: one_line(bytes), usage })
+    Some(Body { json: one_line(bytes), usage, only_error })
 }
 
 /// A worker's body for a line, whatever it is: text that is not JSON becomes a JSON string.
@@ -147,6 +167,24 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    #[test]
+    fn an_answer_that_is_only_an_error_is_known() {
+        let only = |text: &str| body_of(text.as_bytes()).unwrap().only_error;
+        assert!(only(r#"{"error":{"message":"upstream died"}}"#));
+        assert!(only(r#"{"id":"x","usage":{},"error":"down"}"#));
+        for fine in [
+            "{}",
+            "[]",
+            r#"{"error":null}"#,
+            r#"{"error":null,"output":[]}"#,
+            r#"{"error":{"code":"max"},"status":"incomplete","output":[]}"#,
+            r#"{"choices":[],"error":"x"}"#,
+            r#"{"data":[],"results":[],"error":"x","usage":{"total_tokens":3}}"#,
+        ] {
+            assert!(!only(fine), "{fine}");
+        }
+    }
 
     #[test]
     fn usage_of_every_api_is_read() {

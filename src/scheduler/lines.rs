@@ -11,6 +11,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use super::tries::Tally;
 use crate::{
     domain::{LineSet, request_line},
     fleet::WorkerKey,
@@ -24,7 +25,7 @@ struct Line {
     model: u8,
     custom_id: Range<u32>,
     body: Range<u32>,
-    tries: u32,
+    tally: Tally,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
 }
@@ -32,6 +33,23 @@ struct Line {
 /// Which line: its place in the work list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LineKey(u32);
+
+/// Lines that wait for the same kind of slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lane {
+    /// The model's place in the file's list.
+    pub model: usize,
+    /// They must have their worker for themselves.
+    pub alone: bool,
+}
+
+impl Lane {
+    /// Its place among all lanes.
+    #[must_use]
+    pub fn place(self) -> usize {
+        2 * self.model + usize::from(self.alone)
+    }
+}
 
 /// A segment whose bytes are not the requests that were uploaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +79,7 @@ impl WorkList {
     /// [`Unreadable`] if the bytes are not what was validated at upload.
     pub fn read(bytes: Bytes, models: &[String], done: &LineSet) -> Result<Self, Unreadable> {
         let mut lines = Vec::new();
-        let mut ready = vec![VecDeque::new(); models.len()];
+        let mut ready = vec![VecDeque::new(); 2 * models.len()];
         for (index, text) in request_line::lines(&bytes) {
             if done.contains(index) {
                 continue;
@@ -78,11 +96,11 @@ impl WorkList {
                 model: u8::try_from(model).unwrap_or(u8::MAX),
                 custom_id: within(&bytes, request.custom_id_json.as_bytes()),
                 body: within(&bytes, request.body.as_bytes()),
-                tries: 0,
+                tally: Tally::default(),
                 failed_on: SmallVec::new(),
                 open: true,
             });
-            ready[model].push_back(key);
+            ready[Lane { model, alone: false }.place()].push_back(key);
         }
         let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
         Ok(Self { bytes, models, open: lines.len(), lines, ready, later: BinaryHeap::new() })
@@ -109,7 +127,12 @@ impl WorkList {
     /// How many lines of a model are ready to be sent.
     #[must_use]
     pub fn ready(&self, model: usize) -> usize {
-        self.ready[model].len()
+        [false, true].iter().map(|alone| self.ready[Lane { model, alone: *alone }.place()].len()).sum()
+    }
+
+    /// All lanes, by place.
+    pub fn lanes(&self) -> impl Iterator<Item = Lane> + use<> {
+        (0..self.models.len()).flat_map(|model| [false, true].map(|alone| Lane { model, alone }))
     }
 
     /// Whether lines wait for another try.
@@ -128,29 +151,37 @@ impl WorkList {
     pub fn wake(&mut self, now: Instant) {
         while self.next_due().is_some_and(|at| at <= now) {
             if let Some(Reverse((_, key))) = self.later.pop() {
-                let model = usize::from(self.line(key).model);
-                self.ready[model].push_front(key);
+                let line = self.line(key);
+                let lane = Lane { model: usize::from(line.model), alone: line.tally.alone() };
+                self.ready[lane.place()].push_front(key);
             }
         }
     }
 
-    /// The next ready line of a model.
+    /// The next ready line of a lane.
     #[must_use]
-    pub fn peek(&self, model: usize) -> Option<LineKey> {
-        self.ready[model].front().copied()
+    pub fn peek(&self, lane: Lane) -> Option<LineKey> {
+        self.ready[lane.place()].front().copied()
     }
 
-    /// Takes the next ready line of a model.
-    pub fn take(&mut self, model: usize) -> Option<LineKey> {
-        self.ready[model].pop_front()
+    /// Takes the next ready line of a lane.
+    pub fn take(&mut self, lane: Lane) -> Option<LineKey> {
+        self.ready[lane.place()].pop_front()
     }
 
-    /// Counts a failed try. Returns how many the line has had.
-    pub fn failed(&mut self, key: LineKey, on: WorkerKey) -> u32 {
+    /// Whether a line without a result has used up tries, or was there when a worker died.
+    #[must_use]
+    pub fn has_suspects(&self) -> bool {
+        self.lines.iter().any(|line| line.open && line.tally.counts())
+    }
+
+    /// Notes a worker on which the line has failed. Returns what the line has been through, to be counted in.
+    pub fn failed(&mut self, key: LineKey, on: WorkerKey) -> &mut Tally {
         let line = self.line_mut(key);
-        line.tries += 1;
-        line.failed_on.push(on);
-        line.tries
+        if !line.failed_on.contains(&on) {
+            line.failed_on.push(on);
+        }
+        &mut line.tally
     }
 
     /// Lets a line wait.
@@ -218,6 +249,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::{fleet::FailureKind, scheduler::TryPolicy};
+
+    const A: Lane = Lane { model: 0, alone: false };
+    const SUSPECT: Lane = Lane { model: 0, alone: true };
+    const B: Lane = Lane { model: 1, alone: false };
 
     fn line(id: &str, model: &str) -> String {
         format!(
@@ -235,23 +271,29 @@ mod tests {
         let mut list = list(&text, &[4]);
         assert_eq!(list.open(), 3);
         assert_eq!(list.open_models(), 0b11);
-        let x = list.take(0).unwrap();
+        let x = list.take(A).unwrap();
         assert_eq!((list.index(x), list.custom_id(x)), (0, &b"\"x\""[..]));
         assert_eq!(list.body(x), r#"{"model":"a","prompt":"x"}"#);
-        let y = list.take(1).unwrap();
-        assert_eq!((list.index(y), list.take(1)), (3, None));
+        let y = list.take(B).unwrap();
+        assert_eq!((list.index(y), list.take(B)), (3, None));
         list.done(y);
         list.done(y);
         assert_eq!((list.open(), list.open_models()), (2, 0b01));
 
         let now = Instant::now();
-        assert_eq!(list.failed(x, WorkerKey(7)), 1);
+        let policy = TryPolicy::default();
+        let fail = |list: &mut WorkList| policy.next(list.failed(x, WorkerKey(7)), FailureKind::Connection, None, 0.0);
+        assert!(fail(&mut list).is_some());
         list.later(x, now + Duration::from_secs(1));
         list.wake(now);
         assert_eq!(list.ready(0), 1, "z, x still waits");
         assert!(list.has_later());
         list.wake(now + Duration::from_secs(1));
-        assert_eq!(list.take(0), Some(x), "what has waited goes first");
+        assert_eq!(list.take(A), Some(x), "what has waited goes first");
+        assert!(fail(&mut list).is_some());
+        list.later(x, now);
+        list.wake(now);
+        assert_eq!((list.ready(0), list.peek(SUSPECT)), (2, Some(x)), "it was there at two deaths");
         assert_eq!(list.failed_on(x), [WorkerKey(7)]);
         assert_eq!(list.unfinished().len(), 2);
     }

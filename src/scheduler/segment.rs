@@ -116,6 +116,7 @@ impl Run {
             number,
             builder: PartBuilder::default(),
             oldest: None,
+            stranded: None,
             parts,
         };
         let ended = work.send_all().await?;

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::{
     Control,
     checkpoint::{Checkpoint, Lost},
-    lines::{LineKey, WorkList},
+    lines::{Lane, LineKey, WorkList},
     segment::{Ended, Run, Stop},
     tries::error_code,
 };
@@ -30,6 +30,10 @@ pub const PART_LINES: usize = 1_000;
 /// A part is written when it has this many bytes.
 pub const PART_BYTES: usize = 4 * 1024 * 1024;
 
+/// How long a segment is kept while no worker serves its models, if lines in it have failed: given back, it would forget
+/// how often, and a request that kills the only worker would kill it again and again. A vLLM worker is back within minutes.
+const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
+
 /// What came of a request; with the tokens of an answer that is JSON.
 type Sent = (LineKey, Arc<Worker>, Result<(Answer, Option<TokenUsage>), Failure>);
 
@@ -44,6 +48,8 @@ pub(super) struct Work<'a> {
     pub(super) builder: PartBuilder,
     /// When the oldest line in `builder` was finished.
     pub(super) oldest: Option<Instant>,
+    /// Since when no worker serves what is left.
+    pub(super) stranded: Option<Instant>,
     /// What is durable.
     pub(super) parts: Vec<NewPart>,
 }
@@ -52,8 +58,8 @@ impl Work<'_> {
     /// Sends lines and takes answers until all are done, or nothing more can be.
     pub(super) async fn send_all(&mut self) -> Result<Ended, Stop> {
         let mut in_flight = FuturesUnordered::new();
-        let mut acquiring: FuturesUnordered<BoxFuture<'static, (usize, Option<Slot>)>> = FuturesUnordered::new();
-        let mut waiting = vec![false; self.list.models().len()];
+        let mut acquiring: FuturesUnordered<BoxFuture<'static, (Lane, Option<Slot>)>> = FuturesUnordered::new();
+        let mut waiting = vec![false; self.list.lanes().count()];
         let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
         let mut topology = self.run.fleet.topology();
         let mut control = self.run.control.clone();
@@ -80,7 +86,7 @@ impl Work<'_> {
                 self.send_ready(&in_flight, &acquiring, &mut waiting);
             }
             self.count_remaining();
-            if self.list.open() == 0 || (in_flight.is_empty() && (draining || self.is_stranded())) {
+            if self.list.open() == 0 || (in_flight.is_empty() && (draining || self.is_given_up(now))) {
                 drop(acquiring);
                 self.wait_for(flushing).await?;
                 return Ok(if self.list.open() == 0 { Ended::Finished } else { Ended::Released });
@@ -99,9 +105,9 @@ impl Work<'_> {
                         self.take(sent);
                     }
                 }
-                Some((model, slot)) = acquiring.next() => {
-                    waiting[model] = false;
-                    if let (Some(slot), Some(key)) = (slot, self.list.take(model)) {
+                Some((lane, slot)) = acquiring.next() => {
+                    waiting[lane.place()] = false;
+                    if let (Some(slot), Some(key)) = (slot, self.list.take(lane)) {
                         in_flight.push(self.send(slot, key));
                     }
                 }
@@ -120,28 +126,29 @@ impl Work<'_> {
         }
     }
 
-    /// Sends what is ready, as far as slots are free; where none is, one wish a model waits for the next.
+    /// Sends what is ready, as far as slots are free; where none is, one wish a lane waits for the next.
     fn send_ready(
         &mut self,
         in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
-        acquiring: &FuturesUnordered<BoxFuture<'static, (usize, Option<Slot>)>>,
+        acquiring: &FuturesUnordered<BoxFuture<'static, (Lane, Option<Slot>)>>,
         waiting: &mut [bool],
     ) {
-        for (model, waits) in waiting.iter_mut().enumerate() {
-            while !*waits && let Some(key) = self.list.peek(model) {
+        for (lane, waits) in self.list.lanes().zip(waiting) {
+            while !*waits && let Some(key) = self.list.peek(lane) {
                 let want = Want {
-                    model: self.list.models()[model].clone(),
+                    model: self.list.models()[lane.model].clone(),
                     rank: self.rank,
                     avoid: self.list.failed_on(key).iter().copied().collect(),
+                    alone: lane.alone,
                 };
                 match self.run.fleet.try_acquire(&want) {
                     Some(slot) => {
-                        self.list.take(model);
+                        self.list.take(lane);
                         in_flight.push(self.send(slot, key));
                     }
                     None => {
                         *waits = true;
-                        acquiring.push(self.run.fleet.acquire(want).map(move |slot| (model, slot)).boxed());
+                        acquiring.push(self.run.fleet.acquire(want).map(move |slot| (lane, slot)).boxed());
                     }
                 }
             }
@@ -152,10 +159,16 @@ impl Work<'_> {
         let (body, endpoint, timeout) = (self.list.body(key), self.endpoint, self.run.options.request_timeout);
         async move {
             let result = slot.send(endpoint, body, timeout).await.and_then(|answer| {
-                let usage = results::body_of(&answer.body).map(|body| body.usage);
-                // A success that is not JSON is a broken worker or a broken way to it, never the request's answer.
+                let body = results::body_of(&answer.body);
+                let (usage, only_error) = body.map_or((None, false), |body| (Some(body.usage), body.only_error));
+                // A success that is not JSON is a broken worker or a broken way to it, never the request's answer. Nor
+                // is one that holds only an error: some gateways answer so when the worker behind them has failed.
                 if is_success(&answer) && usage.is_none() {
                     return Err(slot.failure(FailureKind::BadAnswer, "the worker's answer is not JSON".into()));
+                }
+                if is_success(&answer) && only_error {
+                    let failure = slot.failure(FailureKind::BadAnswer, "the worker answered with an error".into());
+                    return Err(Failure { answer: Some(answer), ..failure });
                 }
                 Ok((answer, usage))
             });
@@ -167,16 +180,21 @@ impl Work<'_> {
     /// Takes what came of a request.
     fn take(&mut self, (key, worker, result): Sent) {
         match result {
-            Ok((answer, usage)) => self.answered(key, &worker, &answer, usage),
+            Ok((answer, usage)) => {
+                let succeeded = is_success(&answer);
+                self.answered(key, &worker, &answer, usage, succeeded);
+            }
             Err(failure) => {
                 metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
-                let tries = self.list.failed(key, failure.worker);
-                match self.run.options.tries.wait(tries, failure.retry_after, rand::random()) {
+                let tally = self.list.failed(key, failure.worker);
+                let wait = self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random());
+                let times = tally.times();
+                match wait {
                     Some(wait) => self.list.later(key, Instant::now() + wait),
                     None => match &failure.answer {
-                        Some(answer) => self.answered(key, &worker, answer, None),
+                        Some(answer) => self.answered(key, &worker, answer, None, false),
                         None => {
-                            let message = format!("{} (after {tries} tries)", failure.message);
+                            let message = format!("{} (after {times} tries)", failure.message);
                             self.error(key, error_code(failure.kind), &message);
                         }
                     },
@@ -185,7 +203,7 @@ impl Work<'_> {
         }
     }
 
-    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer, usage: Option<TokenUsage>) {
+    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer, usage: Option<TokenUsage>, succeeded: bool) {
         let id = self.request_id(key);
         let reply = Reply {
             status: answer.status,
@@ -195,7 +213,7 @@ impl Work<'_> {
         };
         let index = self.list.index(key);
         let line = results::render_answer(&id, self.list.custom_id(key), reply);
-        if is_success(answer) {
+        if succeeded {
             let usage = usage.unwrap_or_default();
             worker.count(usage.output);
             self.builder.complete(index, line, usage);
@@ -235,6 +253,16 @@ impl Work<'_> {
                 .all(|model| self.list.ready(model) == 0 || self.run.fleet.capacity(&self.list.models()[model]) == 0)
     }
 
+    /// It is stranded, and there is no reason to keep it all the same.
+    fn is_given_up(&mut self, now: Instant) -> bool {
+        if !self.is_stranded() {
+            self.stranded = None;
+            return false;
+        }
+        let since = *self.stranded.get_or_insert(now);
+        !self.list.has_suspects() || since + KEPT_STRANDED <= now
+    }
+
     /// While a part is being written, the next one may fill up, but not without end.
     fn has_room(&self, flushing: bool) -> bool {
         !flushing || (self.builder.bytes() < 2 * PART_BYTES && self.builder.lines() < 2 * PART_LINES)
@@ -253,7 +281,8 @@ impl Work<'_> {
             Control::Run | Control::Finish(_) | Control::Abandon => None,
         };
         let far = now + Duration::from_secs(3_600);
-        [flush, drain, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
+        let stranded = self.stranded.map(|since| since + KEPT_STRANDED).filter(|until| *until > now);
+        [flush, drain, stranded, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
     }
 
     /// Begins to write what is finished as a part.

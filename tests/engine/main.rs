@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod bad_workers;
 mod faults;
 mod harness;
 mod lifecycle;
+mod raw;
 mod recovery;
