@@ -6,7 +6,7 @@ use tidemill::{
     blobs::{BlobError, Blobs},
     domain::{LineSet, TokenUsage, lifecycle::Ending},
     results::{self, PartBuilder, ReadError},
-    scheduler::lines::{LineKey, WorkList},
+    scheduler::lines::{Lane, LineKey, WorkList},
     store::{ClaimedSegment, Commit, FinalObject, NewPart, Part, Store},
 };
 
@@ -196,7 +196,7 @@ fn answer(list: &mut WorkList, builder: &mut PartBuilder, served: i64, random: &
         return;
     }
     let model = with_lines[random.random_range(0..with_lines.len())];
-    let key: LineKey = list.take(model).unwrap();
+    let key: LineKey = list.take(Lane { model, alone: false }).unwrap();
     let id = list.index(key).to_string();
     if random.random_bool(0.8) {
         let body = format!(r#"{{"said":{}}}"#, random.random_range(0..1_000));
