@@ -8,8 +8,8 @@ mod again;
 #[cfg(debug_assertions)]
 mod faults;
 mod nodes;
-#[cfg(debug_assertions)]
 mod receiver;
+mod secrets;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;

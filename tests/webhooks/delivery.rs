@@ -19,6 +19,7 @@ crate::on_both!(
     every_attempt_is_signed_anew_under_the_same_id,
     what_waits_at_a_restart_is_delivered,
     a_crash_during_an_attempt_repeats_it_under_the_same_id,
+    of_two_deliverers_only_the_one_with_the_lease_writes,
     a_stop_lets_what_is_in_flight_end,
     one_receiver_that_hangs_delays_nobody_else,
 );
@@ -89,6 +90,35 @@ async fn a_crash_during_an_attempt_repeats_it_under_the_same_id(db: Db) {
     let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome).collect();
     assert_eq!(outcomes, ["unknown", "succeeded"]);
     second.stop().await;
+}
+
+/// Two nodes on one database, the first so slow that its lease runs out while it sends.
+async fn of_two_deliverers_only_the_one_with_the_lease_writes(db: Db) {
+    let slow = Duration::from_millis(1_500);
+    let receiver = Receiver::start(move |n, _| if n == 1 { Reply::Slow(500, slow) } else { Reply::Status(200) }).await;
+    let batch = db.batch(Some(WebhookTarget { timeout: slow * 4, ..target(receiver.url("/")) }), None).await;
+    db.complete(&batch.id).await;
+    let node = || {
+        let options = tidemill::delivery::Options { sole_node: false, ..db.options() };
+        crate::fixture::Running::start(tidemill::delivery::Webhooks::new(db.store.clone(), options).unwrap())
+    };
+    let first = node();
+    receiver.wait(1).await;
+    assert_eq!(db.execute("UPDATE webhook_deliveries SET lease_expires_at = 1 WHERE state = 'leased'").await, 1);
+    let second = node();
+    let requests = receiver.wait(2).await;
+    assert_eq!(requests[0].header("webhook-id"), requests[1].header("webhook-id"));
+    settled(&db, &batch.id).await;
+    // Now the first one has its answer, and its lease is gone.
+    tokio::time::sleep(slow).await;
+    first.stop().await;
+    second.stop().await;
+    let delivery = db.deliveries(&batch.id).await.remove(0);
+    assert_eq!((delivery.state, delivery.attempts), (DeliveryState::Delivered, 2));
+    let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome).collect();
+    assert_eq!(outcomes, ["unknown", "succeeded"]);
+    assert_eq!(receiver.requests().len(), 2);
+    assert!(db.dead_letters().await.is_empty());
 }
 
 async fn a_stop_lets_what_is_in_flight_end(db: Db) {

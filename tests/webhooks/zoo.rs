@@ -176,6 +176,17 @@ async fn nobody_there_and_never_accepting() {
     let webhook = WebhookTarget { max_attempts: 1, timeout: Duration::from_millis(300), ..target(url) };
     let (delivery, log) = deliver(&db, &running, webhook).await;
     assert_eq!((delivery.state, log[0].error_kind), (DeliveryState::Dead, Some(ErrorKind::Timeout)));
+    // It takes the connection and breaks it before it has read a byte.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let resetting = tokio::spawn(async move {
+        for _ in 0..3 {
+            listener.accept().await.unwrap().0.set_zero_linger().unwrap();
+        }
+    });
+    let (delivery, log) = deliver(&db, &running, target(url)).await;
+    assert_eq!((delivery.state, log.len(), log[0].error_kind), (DeliveryState::Dead, 3, Some(ErrorKind::Transport)));
+    resetting.await.unwrap();
     // No such name: it may come to be, so it is tried again.
     let (delivery, log) = deliver(&db, &running, target("http://no-such-name.invalid/".into())).await;
     assert_eq!((delivery.state, log.len(), log[0].error_kind), (DeliveryState::Dead, 3, Some(ErrorKind::Dns)));
