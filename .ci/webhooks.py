@@ -7,7 +7,7 @@ that serialises the JSON again. And the receivers that are shipped, each run on 
 Starts the built programs on free ports. TypeScript runs with Node.js and npm packages in a temporary folder. Go's receiver
 is not run here: it needs Go.
 """
-import argparse, base64, hashlib, hmac, http.server, json, os, pathlib, queue, secrets, shutil, socket, subprocess
+import argparse, base64, datetime, hashlib, hmac, http.server, json, os, pathlib, queue, secrets, shutil, socket, subprocess
 import sys, tempfile, threading, time, urllib.error, urllib.request
 
 from openai import InvalidWebhookSignatureError, OpenAI
@@ -155,6 +155,21 @@ def until(what, check):
         time.sleep(0.05)
 
 
+def vectors():
+    """Those that the Rust tests check too, so that both sides mean the same by them."""
+    for secret, id, timestamp, body, signature in [
+        ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, '{"test": 2432232314}',
+         "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="),
+        ("whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD", "msg_27UH4WbU6Z5A5EzD8u03UvzRbpk", 1649367553,
+         '{"email":"test@example.com","username":"test_user"}', "v1,tZ1I4/hDygAJgO5TYxiSd6Sd0kDW6hPenDe+bTa3Kkw="),
+    ]:
+        at = datetime.datetime.fromtimestamp(timestamp, datetime.timezone.utc)
+        expect("standardwebhooks signs the vector alike", Webhook(secret).sign(id, at, body), signature)
+        headers = {"webhook-id": id, "webhook-timestamp": str(timestamp), "webhook-signature": signature}
+        openai.webhooks.verify_signature(body, headers, secret=secret, tolerance=10**10)
+        print("ok: openai accepts the vector")
+
+
 def batch_webhook(server):
     receiver, secret = Receiver(), new_secret()
     batch = server.submit("--webhook-url", receiver.url, "--webhook-secret", secret)
@@ -233,6 +248,7 @@ def main():
         folder = pathlib.Path(name)
         server = Server(binaries, folder)
         try:
+            vectors()
             batch_webhook(server)
             rotation(server)
             receivers = {
