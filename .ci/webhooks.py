@@ -195,7 +195,8 @@ def rotation(server):
     expect("in the overlap the new secret signs", verdicts(second, delivery), all_say(True))
     expect("in the overlap the old one signs too, but for X-Webhook-Signature", verdicts(first, delivery),
            all_say(True) | {"json.dumps": False})
-    expect("none accepts another body", verdicts(first, tampered(delivery)) | verdicts(second, tampered(delivery)), all_say(False))
+    for secret in (first, second):
+        expect("none accepts another body", verdicts(secret, tampered(delivery)), all_say(False))
     third = json.loads(server.cli("webhooks", "endpoints", "rotate-secret", endpoint, "--overlap", "0s"))["secret"]
     server.cli("webhooks", "endpoints", "test", endpoint)
     delivery = receiver.next()
