@@ -38,11 +38,9 @@ pub(super) fn routes(api: Api, tokens: Option<Tokens>) -> Router {
 /// Whoever calls over plain HTTP.
 ///
 /// # Errors
-/// What to answer whom the server does not know.
-pub(super) fn caller(tokens: Option<&Tokens>, headers: &HeaderMap) -> Result<Caller, Response> {
-    tokens
-        .map_or_else(|| Ok(Caller::anonymous()), |tokens| tokens.authenticate(headers))
-        .map_err(|refused| tell(&refused))
+/// `UNAUTHENTICATED`, which [`tell`] tells them.
+pub(super) fn caller(tokens: Option<&Tokens>, headers: &HeaderMap) -> Result<Caller, Status> {
+    tokens.map_or_else(|| Ok(Caller::anonymous()), |tokens| tokens.authenticate(headers))
 }
 
 async fn content(State(of): State<Arc<Downloads>>, Path(file): Path<String>, headers: HeaderMap) -> Response {
@@ -77,10 +75,11 @@ impl Downloads {
         headers: &HeaderMap,
         act: impl AsyncFnOnce(&Caller) -> Result<Response, Status>,
     ) -> Response {
-        match caller(self.tokens.as_ref(), headers) {
-            Ok(caller) => act(&caller).await.unwrap_or_else(|status| tell(&status)),
-            Err(refused) => refused,
-        }
+        let answer = match caller(self.tokens.as_ref(), headers) {
+            Ok(caller) => act(&caller).await,
+            Err(refused) => Err(refused),
+        };
+        answer.unwrap_or_else(|status| tell(&status))
     }
 
     /// The file, or its end from where the client asks for it. If reading fails on the way the connection breaks, so that
@@ -123,7 +122,7 @@ fn no_file_yet(reason: &'static str, which: &str) -> Status {
 }
 
 /// A status in HTTP's words.
-fn tell(status: &Status) -> Response {
+pub(super) fn tell(status: &Status) -> Response {
     let code = match status.code() {
         Code::InvalidArgument => StatusCode::BAD_REQUEST,
         Code::Unauthenticated => StatusCode::UNAUTHORIZED,

@@ -60,7 +60,7 @@ async fn metrics(State(http): State<Arc<Http>>, headers: HeaderMap) -> Response 
     match downloads::caller(http.tokens.as_ref(), &headers) {
         Ok(caller) if caller.role == Role::Admin => {}
         Ok(_) => return (StatusCode::FORBIDDEN, "metrics need a token with the role admin\n").into_response(),
-        Err(refused) => return refused,
+        Err(refused) => return downloads::tell(&refused),
     }
     let text = (http.services.metrics)();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
