@@ -138,8 +138,9 @@ impl App {
             scheduler_options(&config),
             scheduling.clone(),
         );
+        let troubles = scheduler.troubles();
         let scheduler = tokio::spawn(scheduler.run());
-        let hub = Hub::new(store.clone(), fleet.clone(), serving.clone());
+        let hub = Hub::new(store.clone(), fleet.clone(), troubles, serving.clone());
         let hub_runs = hub.clone();
         background.spawn(async move { hub_runs.run().await });
         background.spawn(heartbeat(store.clone(), node.clone(), watching.clone()));

@@ -97,6 +97,12 @@ impl Blobs {
         Self { store: Arc::new(InMemory::new()) }
     }
 
+    /// Any object store, in which a write that has returned is durable: for tests that make it fail.
+    #[must_use]
+    pub fn over(store: Arc<dyn ObjectStore>) -> Self {
+        Self { store }
+    }
+
     /// Writes a whole object. Durable when it returns.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     domain::{Batch, BatchId, BatchStatus, Sequence, Timestamp},
     fleet::Fleet,
+    scheduler::Troubles,
     store::{Store, StoreError},
 };
 
@@ -39,6 +40,8 @@ pub struct Hub {
 struct Inner {
     store: Store,
     fleet: Fleet,
+    /// What this node's runs are stuck on.
+    troubles: Troubles,
     /// Ends every stream.
     shutdown: CancellationToken,
     /// What [`Window`]s measure time from.
@@ -56,10 +59,11 @@ impl Hub {
     /// A hub over this node's database and workers. It shows nothing new until [`Hub::run`] runs; `shutdown` ends its
     /// streams with [`WatchError::ShuttingDown`].
     #[must_use]
-    pub fn new(store: Store, fleet: Fleet, shutdown: CancellationToken) -> Self {
+    pub fn new(store: Store, fleet: Fleet, troubles: Troubles, shutdown: CancellationToken) -> Self {
         let inner = Inner {
             store,
             fleet,
+            troubles,
             shutdown,
             started: Instant::now(),
             feeds: Mutex::default(),
@@ -130,6 +134,12 @@ impl Hub {
                 workers: &workers,
                 queue_position,
             });
+        }
+        // A run that is stuck is the best reason of all, even if another segment has just ended.
+        if !batch.status.is_terminal()
+            && let Some(trouble) = self.inner.troubles.of(&batch.id, Instant::now())
+        {
+            progress.waiting_reason = Some(trouble);
         }
         Ok(progress)
     }

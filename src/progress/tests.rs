@@ -15,6 +15,7 @@ use crate::{
         SegmentRef, SegmentSpan, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions},
+    scheduler::Troubles,
     store::{Commit, CreatedBatch, FinalObject, NewPart, StateEvent, Store},
 };
 
@@ -40,7 +41,7 @@ impl World {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
         let shutdown = CancellationToken::new();
-        let hub = Hub::new(store.clone(), no_workers(&store).await, shutdown.clone());
+        let hub = Hub::new(store.clone(), no_workers(&store).await, Troubles::default(), shutdown.clone());
         let _stop = shutdown.clone().drop_guard();
         Self { store, hub, node: NodeId::generate(), folder, shutdown, _stop }
     }

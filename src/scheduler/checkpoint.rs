@@ -5,7 +5,10 @@ use std::{future::Future, time::Duration};
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::Control;
+use super::{
+    Control,
+    troubles::{On, Troubles, in_words},
+};
 use crate::{
     blobs::Blobs,
     domain::{Epoch, SegmentRef},
@@ -30,6 +33,7 @@ pub struct Checkpoint {
     segment: SegmentRef,
     epoch: Epoch,
     control: watch::Receiver<Control>,
+    troubles: Troubles,
 }
 
 impl Checkpoint {
@@ -41,8 +45,9 @@ impl Checkpoint {
         segment: SegmentRef,
         epoch: Epoch,
         control: watch::Receiver<Control>,
+        troubles: Troubles,
     ) -> Self {
-        Self { store, blobs, segment, epoch, control }
+        Self { store, blobs, segment, epoch, control, troubles }
     }
 
     /// The key of the segment's object of that number, counted within the epoch.
@@ -98,18 +103,19 @@ impl Checkpoint {
         }
     }
 
-    /// Does something again and again until it works or the segment is lost. A corrupt database is not worth it: the
+    /// Does something again and again until it works or the segment is lost; meanwhile the batch says why. A corrupt database is not worth it: the
     /// segment is let go, and its lease runs out.
     ///
     /// # Errors
     /// [`Lost`].
-    pub async fn patiently<T, E: std::error::Error + Trouble, F: Future<Output = Result<T, E>>>(
+    pub async fn patiently<T, E: std::error::Error + Trouble + 'static, F: Future<Output = Result<T, E>>>(
         &self,
         what: &'static str,
         mut act: impl FnMut() -> F,
     ) -> Result<T, Lost> {
         let mut control = self.control.clone();
         let mut wait = PATIENCE;
+        let mut stuck = None;
         loop {
             match act().await {
                 Ok(done) => return Ok(done),
@@ -117,7 +123,14 @@ impl Checkpoint {
                     tracing::error!(segment = %self.segment, %error, "can't {what}; giving the segment up");
                     return Err(Lost);
                 }
-                Err(error) => tracing::warn!(segment = %self.segment, %error, "can't {what}; trying again"),
+                Err(error) => {
+                    tracing::warn!(segment = %self.segment, %error, "can't {what}; trying again");
+                    let why = in_words(&error);
+                    match &stuck {
+                        None => stuck = Some(self.troubles.stuck(&self.segment, E::ON, what, why)),
+                        Some(stuck) => stuck.still(why),
+                    }
+                }
             }
             let abandoned = control.wait_for(|control| *control == Control::Abandon);
             if tokio::time::timeout(wait, abandoned).await.is_ok() {
@@ -128,13 +141,18 @@ impl Checkpoint {
     }
 }
 
-/// Whether trying again can help.
+/// What failed, and whether trying again can help.
 pub trait Trouble {
+    /// What failed.
+    const ON: On;
+
     /// It can't.
     fn is_final(&self) -> bool;
 }
 
 impl Trouble for StoreError {
+    const ON: On = On::Database;
+
     fn is_final(&self) -> bool {
         match self {
             Self::Unavailable(_) => false,
@@ -144,6 +162,8 @@ impl Trouble for StoreError {
 }
 
 impl Trouble for crate::blobs::BlobError {
+    const ON: On = On::BlobStore;
+
     fn is_final(&self) -> bool {
         match self {
             Self::Failed(_) => false,

@@ -12,6 +12,7 @@ pub mod plan;
 mod segment;
 mod sweeps;
 mod tries;
+mod troubles;
 mod work;
 
 use std::{
@@ -28,6 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use segment::Ended;
 pub use tries::TryPolicy;
+pub use troubles::Troubles;
 pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
@@ -92,6 +94,7 @@ pub struct Scheduler {
     renewed_at: Instant,
     /// When the database failed last.
     away_at: Option<Instant>,
+    troubles: Troubles,
 }
 
 struct Running {
@@ -126,7 +129,14 @@ impl Scheduler {
             runs: TaskTracker::new(),
             renewed_at: Instant::now(),
             away_at: None,
+            troubles: Troubles::default(),
         }
+    }
+
+    /// What its runs are stuck on.
+    #[must_use]
+    pub fn troubles(&self) -> Troubles {
+        self.troubles.clone()
     }
 
     /// Says what this module's metrics are.
@@ -135,6 +145,7 @@ impl Scheduler {
         metrics::describe_counter!("tidemill_tries_failed_total", "failed tries of requests, by kind");
         metrics::describe_counter!("tidemill_parts_total", "parts committed before their segment was finished");
         metrics::describe_gauge!("tidemill_segments_running", "segments that this server runs");
+        metrics::describe_gauge!("tidemill_segments_stuck", "segments that can't reach the blob store or the database");
     }
 
     /// Runs until the shutdown, and then until every segment is finished or given back.
@@ -306,6 +317,7 @@ impl Scheduler {
             claimed,
             control: told,
             remaining,
+            troubles: self.troubles.clone(),
         };
         self.runs.spawn(async move {
             // Told even if the run panics: then the lease runs out and the segment is run again.

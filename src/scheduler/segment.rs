@@ -9,6 +9,7 @@ use super::{
     Control, SchedulerOptions,
     checkpoint::{Checkpoint, Lost},
     lines::WorkList,
+    troubles::Troubles,
     work::Work,
 };
 use crate::{
@@ -49,6 +50,8 @@ pub struct Run {
     pub control: watch::Receiver<Control>,
     /// For the plan.
     pub remaining: Remaining,
+    /// What it is stuck on.
+    pub troubles: Troubles,
 }
 
 /// Why a run stops before its lines are done.
@@ -73,6 +76,7 @@ impl Run {
             self.claimed.segment.clone(),
             self.claimed.epoch,
             self.control.clone(),
+            self.troubles.clone(),
         );
         // Object names are never used twice within an epoch, whatever is written again.
         let mut number = 0;

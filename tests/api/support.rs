@@ -19,6 +19,7 @@ use tidemill::{
     },
     progress::Hub,
     results::Reader,
+    scheduler::Troubles,
     store::{Commit, FinalObject, Store},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -81,14 +82,18 @@ impl Server {
     }
 
     pub async fn with(options: ServerOptions) -> Self {
+        Self::with_blobs(options, |folder| Blobs::directory(&folder.join("blobs")).unwrap()).await
+    }
+
+    pub async fn with_blobs(options: ServerOptions, blobs: impl FnOnce(&std::path::Path) -> Blobs) -> Self {
         // As the binary does: the one TLS provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = tempfile::tempdir().unwrap();
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
-        let blobs = Blobs::directory(&folder.path().join("blobs")).unwrap();
+        let blobs = blobs(folder.path());
         let shutdown = CancellationToken::new();
         let fleet = no_workers(&store, &shutdown).await;
-        let hub = Hub::new(store.clone(), fleet.clone(), shutdown.clone());
+        let hub = Hub::new(store.clone(), fleet.clone(), Troubles::default(), shutdown.clone());
         tokio::spawn({
             let hub = hub.clone();
             async move { hub.run().await }

@@ -12,6 +12,7 @@ use tidemill::{
         Timestamp, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions},
+    progress::Hub,
     results::Reader,
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
     sim::{Sim, SimConfig},
@@ -72,6 +73,7 @@ pub struct Node {
     pub blobs: Blobs,
     pub fleet: Fleet,
     pub reader: Reader,
+    pub hub: Hub,
     shutdown: CancellationToken,
     scheduler: JoinHandle<()>,
     /// The workers are looked after until the scheduler has stopped.
@@ -84,9 +86,20 @@ impl Node {
     }
 
     pub async fn start_with(folder: &Path, workers: &[&Worker], options: SchedulerOptions, limit: u32) -> Self {
+        let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
+        Self::start_on(folder, blobs, workers, options, limit).await
+    }
+
+    /// With its objects somewhere else.
+    pub async fn start_on(
+        folder: &Path,
+        blobs: Blobs,
+        workers: &[&Worker],
+        options: SchedulerOptions,
+        limit: u32,
+    ) -> Self {
         let store = Store::sqlite(&folder.join("db")).await.unwrap();
         store.release_all().await.unwrap();
-        let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
         let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
         let urls: Vec<String> = workers.iter().map(|worker| worker.url()).collect();
         Fleet::configure(&store, &urls).await.unwrap();
@@ -94,9 +107,10 @@ impl Node {
         let fleet = Fleet::start(store.clone(), fleet, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
         let scheduler =
             Scheduler::new(store.clone(), blobs.clone(), fleet.clone(), NodeId::generate(), options, shutdown.clone());
+        let hub = Hub::new(store.clone(), fleet.clone(), scheduler.troubles(), shutdown.clone());
         let scheduler = tokio::spawn(scheduler.run());
         let reader = Reader::new(store.clone(), blobs.clone());
-        Self { store, blobs, fleet, reader, shutdown, scheduler, fleet_shutdown }
+        Self { store, blobs, fleet, reader, hub, shutdown, scheduler, fleet_shutdown }
     }
 
     /// Stops in order.
@@ -192,6 +206,21 @@ impl Node {
             Ok(batch) => batch,
             Err(_) => panic!("the batch did not get there: {:?}", self.store.batch(id).await),
         }
+    }
+
+    /// What the batch says it waits for, once `until` holds of it.
+    pub async fn waits(&self, id: &BatchId, until: impl Fn(Option<&str>) -> bool) -> Option<String> {
+        let wait = async {
+            loop {
+                let batch = self.store.batch(id).await.unwrap().unwrap();
+                let reason = self.hub.progress(&batch).await.unwrap().waiting_reason;
+                if until(reason.as_deref()) {
+                    return reason;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("it says so")
     }
 
     pub async fn ended(&self, id: &BatchId) -> Batch {

@@ -3,7 +3,11 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod bad_workers;
+mod blobs;
+mod endings;
 mod faults;
+#[path = "../support/faulty.rs"]
+mod faulty;
 mod harness;
 mod lifecycle;
 mod raw;
