@@ -10,7 +10,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use zeroize::Zeroizing;
 
 use crate::{
-    api::{self, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
+    api::{self, CallerLimits, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
     blobs::{BlobError, Blobs},
     config::{BlobStore, Database, ServeConfig},
     delivery::{
@@ -330,6 +330,12 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
         tokens,
         max_connection_age: Some(config.max_connection_age),
         drain_timeout: config.drain_timeout,
+        limits: CallerLimits {
+            requests_per_second: config.limit_requests_per_second,
+            bytes_per_day: config.limit_bytes_per_day,
+            queued_lines: config.limit_queued_lines,
+            concurrent_uploads: config.limit_concurrent_uploads,
+        },
     })
 }
 

@@ -48,10 +48,13 @@ impl Api {
             BatchInput::File(id) => {
                 let file = self.input_file(caller, &id).await?;
                 let endpoint = endpoint_of(&file, new.endpoint)?;
+                self.check_queue(caller, file.line_count).await?;
                 (file, endpoint, false)
             }
             BatchInput::Inline(requests) => {
                 let endpoint = new.endpoint.ok_or_else(|| invalid_field("endpoint", "must be given"))?;
+                self.check_queue(caller, i64::try_from(requests.len()).unwrap_or(i64::MAX)).await?;
+                self.limits.bytes(&caller.owner, requests.iter().map(|request| request.body.len()).sum())?;
                 let key = new.request_id.as_ref().map(|id| format!("{INLINE_KEY}{id}"));
                 let spec = NewUpload {
                     owner: caller.owner.clone(),
@@ -75,6 +78,16 @@ impl Api {
             webhook_endpoint_id,
         };
         self.insert(new, inline).await
+    }
+
+    /// Refuses a batch whose lines would be too many. Batches created at the same moment don't see each other: the limit may
+    /// be passed by as much.
+    async fn check_queue(&self, caller: &Caller, lines: i64) -> Result<(), Status> {
+        if !self.limits.counts_lines() {
+            return Ok(());
+        }
+        let queued = self.services.store.queued_lines(&caller.owner).await.map_err(status::store)?;
+        self.limits.lines(queued, lines)
     }
 
     /// Creates the batch. `made`: its file was made for it, and goes if it is not needed.

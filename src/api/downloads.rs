@@ -75,7 +75,9 @@ impl Downloads {
         headers: &HeaderMap,
         act: impl AsyncFnOnce(&Caller) -> Result<Response, Status>,
     ) -> Response {
-        let answer = match caller(self.tokens.as_ref(), headers) {
+        let allowed = caller(self.tokens.as_ref(), headers)
+            .and_then(|caller| self.api.limits.request(&caller.owner).map(|()| caller));
+        let answer = match allowed {
             Ok(caller) => act(&caller).await,
             Err(refused) => Err(refused),
         };
@@ -129,6 +131,7 @@ pub(super) fn tell(status: &Status) -> Response {
         Code::PermissionDenied => StatusCode::FORBIDDEN,
         Code::NotFound => StatusCode::NOT_FOUND,
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     let mut response = (code, format!("{}\n", status.message())).into_response();

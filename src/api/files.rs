@@ -41,12 +41,15 @@ impl Api {
             request_id: spec.request_id,
         };
         let refused = |error| status::ingest(error, line_name);
+        let _turn = self.limits.upload().await?;
         let mut upload = match self.services.ingest.begin(new).await.map_err(refused)? {
             Begun::Existing(file) => return Ok(convert::file(*file)),
             Begun::Upload(upload) => upload,
         };
         while let Some(message) = next(&mut messages).await? {
-            upload.write(validate::chunk(message)?).await.map_err(refused)?;
+            let bytes = validate::chunk(message)?;
+            self.limits.bytes(&caller.owner, bytes.len())?;
+            upload.write(bytes).await.map_err(refused)?;
         }
         upload.finish().await.map(convert::file).map_err(refused)
     }

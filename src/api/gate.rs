@@ -23,6 +23,7 @@ use tracing::{Instrument, Span};
 
 use super::{
     auth::{Caller, Tokens},
+    limits::Limiter,
     status::{error, unreadable},
 };
 use crate::pb;
@@ -41,15 +42,16 @@ pub struct TraceId(pub Arc<str>);
 /// What the gate needs to know.
 pub(super) struct Gate {
     tokens: Option<Tokens>,
+    limits: Arc<Limiter>,
     /// The paths that exist: a client must not be able to make up new label values.
     methods: HashMap<String, Arc<str>>,
 }
 
 impl Gate {
-    pub(super) fn new(tokens: Option<Tokens>) -> Self {
+    pub(super) fn new(tokens: Option<Tokens>, limits: Arc<Limiter>) -> Self {
         metrics::describe_counter!(REQUESTS, "RPCs that have ended, by method and code");
         metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, "how long RPCs took, streams to their end");
-        Self { tokens, methods: methods() }
+        Self { tokens, limits, methods: methods() }
     }
 
     /// The method's name, and whether there is one.
@@ -61,11 +63,17 @@ impl Gate {
         if !known {
             return Err(unknown_method());
         }
-        match &self.tokens {
-            Some(tokens) if !OPEN.iter().any(|open| path.starts_with(open)) => tokens.authenticate(headers),
-            // With client certificates only, TLS has already refused whoever has none.
-            _ => Ok(Caller::anonymous()),
+        // Whoever asks whether the server lives is never told to slow down.
+        if OPEN.iter().any(|open| path.starts_with(open)) {
+            return Ok(Caller::anonymous());
         }
+        let caller = match &self.tokens {
+            Some(tokens) => tokens.authenticate(headers)?,
+            // With client certificates only, TLS has already refused whoever has none.
+            None => Caller::anonymous(),
+        };
+        self.limits.request(&caller.owner)?;
+        Ok(caller)
     }
 }
 
@@ -210,6 +218,7 @@ mod tests {
     use http::HeaderValue;
 
     use super::*;
+    use crate::api::CallerLimits;
 
     #[test]
     fn a_valid_traceparent_is_taken_over() {
@@ -238,7 +247,7 @@ mod tests {
 
     #[test]
     fn only_known_methods_become_labels() {
-        let gate = Gate::new(None);
+        let gate = Gate::new(None, Arc::new(Limiter::new(CallerLimits::default())));
         let method = |path: &str| gate.method(path).0.to_string();
         assert_eq!(method("/tidemill.v1.BatchService/GetBatch"), "tidemill.v1.BatchService/GetBatch");
         assert_eq!(method("/grpc.health.v1.Health/Watch"), "grpc.health.v1.Health/Watch");
@@ -249,7 +258,7 @@ mod tests {
     fn every_end_is_counted() {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
         metrics::with_local_recorder(&recorder, || {
-            let gate = Gate::new(None);
+            let gate = Gate::new(None, Arc::new(Limiter::new(CallerLimits::default())));
             for code in [Some(Code::Ok), Some(Code::NotFound), Some(Code::NotFound), None] {
                 let (method, _) = gate.method("/tidemill.v1.BatchService/GetBatch");
                 drop(Record { span: Span::none(), method, began: Instant::now(), code });

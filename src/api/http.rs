@@ -16,6 +16,7 @@ use super::{
     auth::{Role, Tokens},
     downloads,
     gate::unknown_method,
+    limits::Limiter,
     service::Api,
 };
 
@@ -29,8 +30,13 @@ struct Http {
 }
 
 /// The routes, and what answers where there is none.
-pub(super) fn routes(services: Services, tokens: Option<Tokens>, shutdown: CancellationToken) -> Router {
-    let api = Api { services: services.clone(), shutdown: shutdown.clone() };
+pub(super) fn routes(
+    services: Services,
+    tokens: Option<Tokens>,
+    limits: Arc<Limiter>,
+    shutdown: CancellationToken,
+) -> Router {
+    let api = Api { services: services.clone(), limits, shutdown: shutdown.clone() };
     let downloads = downloads::routes(api, tokens.clone());
     Router::new()
         .route("/healthz", get(async || "ok\n"))

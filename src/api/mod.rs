@@ -2,7 +2,7 @@
 //!
 //! - [`serve`] assembles the server and stops it in order.
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
-//! - `auth`: access tokens and roles. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
+//! - `auth`: access tokens and roles. `limits`: how much a caller may ask. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
 //! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`. `downloads`: files over plain HTTP.
 
@@ -15,6 +15,7 @@ mod files;
 mod gate;
 mod health;
 mod http;
+mod limits;
 mod page;
 mod server;
 mod service;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 
 pub use auth::{Caller, Role, Tokens, TokensError, hash_token};
 pub use gate::TraceId;
+pub use limits::CallerLimits;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
 use crate::{

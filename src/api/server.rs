@@ -22,6 +22,7 @@ use super::{
     gate::{self, Gate},
     health::{self, Healthy},
     http,
+    limits::{CallerLimits, Limiter},
     service::Api,
     webhook_admin::Admin,
     workers::Workers,
@@ -68,6 +69,8 @@ pub struct ServerOptions {
     pub max_connection_age: Option<Duration>,
     /// How long a shutdown waits for RPCs to end.
     pub drain_timeout: Duration,
+    /// How much one caller may ask.
+    pub limits: CallerLimits,
 }
 
 impl Default for ServerOptions {
@@ -77,6 +80,7 @@ impl Default for ServerOptions {
             tokens: None,
             max_connection_age: Some(Duration::from_secs(30 * 60)),
             drain_timeout: Duration::from_secs(10),
+            limits: CallerLimits::default(),
         }
     }
 }
@@ -138,7 +142,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let reporter = HealthReporter::new();
     let not_serving = CancellationToken::new();
-    let routes = routes(services, options.tokens.clone(), &reporter, &not_serving, &shutdown)?;
+    let routes = routes(services, options.tokens.clone(), options.limits, &reporter, &not_serving, &shutdown)?;
     let mut server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
@@ -191,6 +195,7 @@ pub async fn serve(
 fn routes(
     services: Services,
     tokens: Option<Tokens>,
+    limits: CallerLimits,
     reporter: &HealthReporter,
     not_serving: &CancellationToken,
     shutdown: &CancellationToken,
@@ -212,7 +217,8 @@ fn routes(
             .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let batches = Api { services: services.clone(), shutdown: shutdown.clone() };
+    let limits = Arc::new(Limiter::new(limits));
+    let batches = Api { services: services.clone(), limits: limits.clone(), shutdown: shutdown.clone() };
     let workers = Workers { fleet: services.fleet.clone() };
     let hooks = Admin { webhooks: services.webhooks.clone() };
     let grpc = Routes::new(sized!(BatchServiceServer::new(batches)))
@@ -223,10 +229,10 @@ fn routes(
         .add_service(reflection().build_v1alpha()?)
         .into_axum_router()
         .reset_fallback()
-        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(tokens.clone())), gate::pass))
+        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(tokens.clone(), limits.clone())), gate::pass))
         // Outside the gate, so that a browser is told of refusals in its own way.
         .layer(GrpcWebLayer::new());
-    Ok(grpc.merge(http::routes(services, tokens, shutdown.clone())))
+    Ok(grpc.merge(http::routes(services, tokens, limits, shutdown.clone())))
 }
 
 async fn tls(files: &TlsFiles) -> Result<ServerTlsConfig, ServeError> {

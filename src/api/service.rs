@@ -1,15 +1,19 @@
 //! The `BatchService`: which call goes where.
 
+use std::sync::Arc;
+
 use futures::stream::BoxStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Services, auth::Caller};
+use super::{Services, auth::Caller, limits::Limiter};
 use crate::pb::{self, batch_service_server::BatchService};
 
 /// Files, batches, live progress and results.
 pub(super) struct Api {
     pub(super) services: Services,
+    /// How much one caller may ask.
+    pub(super) limits: Arc<Limiter>,
     /// Ends streams that would not end by themselves.
     pub(super) shutdown: CancellationToken,
 }

@@ -185,6 +185,26 @@ pub struct ServeConfig {
         value_parser = parse_bytes)]
     pub max_file_bytes: u64,
 
+    /// Most calls a second of one access token at this server; twice as many may come at once. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_REQUESTS_PER_SECOND", value_name = "N", default_value = "0", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u32>::new().range(0..=1_000_000))]
+    pub limit_requests_per_second: u32,
+
+    /// Most bytes that one access token may upload to this server in a day, such as 100GB. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_BYTES_PER_DAY", value_name = "SIZE", default_value = "0", help_heading = "Limits",
+        value_parser = parse_bytes)]
+    pub limit_bytes_per_day: u64,
+
+    /// Most requests without a result in all batches of one access token, over all servers. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_QUEUED_LINES", value_name = "N", default_value = "0", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u64>::new())]
+    pub limit_queued_lines: u64,
+
+    /// Most uploads at a time, of all clients together, 1 to 10000; the next ones wait for up to 30 s. Each may hold 12 MB.
+    #[arg(long, env = "TIDEMILL_LIMIT_CONCURRENT_UPLOADS", value_name = "N", default_value = "64", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1..=10_000))]
+    pub limit_concurrent_uploads: u32,
+
     /// How long a server that has stopped answering keeps its work before another takes it over.
     #[arg(long, env = "TIDEMILL_LEASE", value_name = "SPAN", default_value = "30s", help_heading = "Durability",
         value_parser = humantime::parse_duration)]

@@ -3,11 +3,16 @@
 use std::collections::HashMap;
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, Statement,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QuerySelect, Statement,
     sea_query::{Expr, ExprTrait},
 };
 
-use super::{Store, StoreError, claims::LEASED, entity::segment, now};
+use super::{
+    Store, StoreError,
+    claims::LEASED,
+    entity::{batch, segment},
+    now,
+};
 use crate::domain::{BatchId, BatchStatus};
 
 impl Store {
@@ -34,6 +39,23 @@ impl Store {
             }
         }
         Ok(found)
+    }
+
+    /// How many requests without a result an owner's unfinished batches have.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn queued_lines(&self, owner: &str) -> Result<i64, StoreError> {
+        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+        let left: Vec<(i64, i64, i64)> = batch::Entity::find()
+            .select_only()
+            .columns([batch::Column::Total, batch::Column::Completed, batch::Column::Failed])
+            .filter(batch::Column::Owner.eq(owner))
+            .filter(batch::Column::Status.is_in(unfinished))
+            .into_tuple()
+            .all(self.read())
+            .await?;
+        Ok(left.into_iter().map(|(total, completed, failed)| total - completed - failed).sum())
     }
 
     /// Whether some node runs a segment of this batch.

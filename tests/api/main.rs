@@ -3,8 +3,11 @@
 
 mod access;
 mod batches;
+#[path = "../support/faulty.rs"]
+mod faulty;
 mod files;
 mod http;
+mod overload;
 mod shutdown;
 mod streams;
 mod support;

@@ -1,0 +1,274 @@
+//! How much one caller may ask of this server: token buckets, one set a token name, and a bound on uploads at a time.
+//!
+//! Each server counts for itself and forgets at a restart. Queued lines are counted in the database, for all servers.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+use tonic::{Code, Status};
+
+use super::status::retry;
+
+/// The span of the byte limit.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// Seconds' worth of requests that may come at once.
+const BURST_SECONDS: f64 = 2.0;
+/// How long an upload waits for its turn: clients have seen nothing go wrong by then, and their deadlines are longer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait before trying again what waits for others to end.
+const LATER: Duration = Duration::from_secs(10);
+
+/// What one token name may ask of one server; 0 stands for no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallerLimits {
+    /// RPCs a second; twice as many may come at once.
+    pub requests_per_second: u32,
+    /// Bytes uploaded in any 24 hours, about: what is used comes back evenly over a day.
+    pub bytes_per_day: u64,
+    /// Requests without a result in all the caller's batches, over all servers.
+    pub queued_lines: u64,
+    /// Uploads at a time, of all callers together; the next ones wait. Each holds up to 12 MB of memory.
+    pub concurrent_uploads: u32,
+}
+
+impl Default for CallerLimits {
+    fn default() -> Self {
+        Self { requests_per_second: 0, bytes_per_day: 0, queued_lines: 0, concurrent_uploads: 64 }
+    }
+}
+
+/// How fast a bucket fills, and how much it holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Rate {
+    per_second: f64,
+    most: f64,
+}
+
+/// What is left, and when that was so. Pure: time comes as an argument, from any fixed point.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Bucket {
+    left: f64,
+    at: Duration,
+}
+
+impl Rate {
+    fn full(self, now: Duration) -> Bucket {
+        Bucket { left: self.most, at: now }
+    }
+
+    /// Takes some, if that much is there; else nothing. More than the bucket holds is taken from a full one, which is then
+    /// in debt: it will be served late, not never.
+    ///
+    /// # Errors
+    /// How long it will be until it is there.
+    fn take(self, bucket: &mut Bucket, amount: f64, now: Duration) -> Result<(), Duration> {
+        let passed = now.saturating_sub(bucket.at).as_secs_f64();
+        bucket.left = (bucket.left + passed * self.per_second).min(self.most);
+        bucket.at = bucket.at.max(now);
+        let wanted = amount.min(self.most);
+        // A hair's breadth is left to rounding.
+        if bucket.left + 1e-6 >= wanted {
+            bucket.left -= amount;
+            return Ok(());
+        }
+        Err(Duration::try_from_secs_f64((wanted - bucket.left) / self.per_second).unwrap_or(DAY))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Account {
+    requests: Bucket,
+    bytes: Bucket,
+}
+
+/// The limits and what is used of them.
+pub(super) struct Limiter {
+    limits: CallerLimits,
+    requests: Rate,
+    bytes: Rate,
+    began: Instant,
+    /// By token name: there are as many as the token file has.
+    accounts: Mutex<HashMap<String, Account>>,
+    uploads: Arc<Semaphore>,
+}
+
+impl Limiter {
+    #[allow(clippy::cast_precision_loss)] // limits, not accounts
+    pub(super) fn new(limits: CallerLimits) -> Self {
+        let (per_second, per_day) = (f64::from(limits.requests_per_second), limits.bytes_per_day as f64);
+        Self {
+            limits,
+            requests: Rate { per_second, most: per_second * BURST_SECONDS },
+            bytes: Rate { per_second: per_day / DAY.as_secs_f64(), most: per_day },
+            began: Instant::now(),
+            accounts: Mutex::default(),
+            uploads: Arc::new(Semaphore::new(limits.concurrent_uploads.max(1) as usize)),
+        }
+    }
+
+    fn take(
+        &self,
+        owner: &str,
+        take: impl FnOnce(&mut Account, Duration) -> Result<(), Duration>,
+    ) -> Result<(), Duration> {
+        let now = self.began.elapsed();
+        let mut accounts = self.accounts.lock();
+        if let Some(account) = accounts.get_mut(owner) {
+            return take(account, now);
+        }
+        let mut account = Account { requests: self.requests.full(now), bytes: self.bytes.full(now) };
+        let taken = take(&mut account, now);
+        accounts.insert(owner.to_owned(), account);
+        taken
+    }
+
+    /// Counts a call.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_REQUESTS`, with when to try again.
+    pub(super) fn request(&self, owner: &str) -> Result<(), Status> {
+        if self.limits.requests_per_second == 0 {
+            return Ok(());
+        }
+        self.take(owner, |account, now| self.requests.take(&mut account.requests, 1.0, now)).map_err(|wait| {
+            let message = format!("more than {} calls a second; slow down", self.limits.requests_per_second);
+            refused("TOO_MANY_REQUESTS", message, wait)
+        })
+    }
+
+    /// Counts uploaded bytes.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_BYTES`, with when to try again.
+    #[allow(clippy::cast_precision_loss)]
+    pub(super) fn bytes(&self, owner: &str, bytes: usize) -> Result<(), Status> {
+        if self.limits.bytes_per_day == 0 {
+            return Ok(());
+        }
+        self.take(owner, |account, now| self.bytes.take(&mut account.bytes, bytes as f64, now)).map_err(|wait| {
+            let message = format!("more than {} bytes uploaded in a day", self.limits.bytes_per_day);
+            refused("TOO_MANY_BYTES", message, wait)
+        })
+    }
+
+    /// Whether queued lines are to be counted at all.
+    pub(super) fn counts_lines(&self) -> bool {
+        self.limits.queued_lines > 0
+    }
+
+    /// Whether so many lines may be added to those that are queued.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_QUEUED_LINES`.
+    pub(super) fn lines(&self, queued: i64, added: i64) -> Result<(), Status> {
+        let most = i64::try_from(self.limits.queued_lines).unwrap_or(i64::MAX);
+        if !self.counts_lines() || queued.saturating_add(added) <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
+        );
+        Err(refused("TOO_MANY_QUEUED_LINES", message, LATER))
+    }
+
+    /// Waits for an upload's turn. Until then nothing of it is read: the client is held back by flow control.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_UPLOADS`, if it does not come.
+    pub(super) async fn upload(&self) -> Result<OwnedSemaphorePermit, Status> {
+        match tokio::time::timeout(PATIENCE, self.uploads.clone().acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) | Err(_) => {
+                let message = format!("{} uploads are under way; try again", self.limits.concurrent_uploads);
+                Err(refused("TOO_MANY_UPLOADS", message, LATER))
+            }
+        }
+    }
+}
+
+fn refused(reason: &'static str, message: String, wait: Duration) -> Status {
+    metrics::counter!("tidemill_refused_total", "reason" => reason).increment(1);
+    retry(Code::ResourceExhausted, reason, message, wait.max(Duration::from_millis(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tonic_types::StatusExt;
+
+    use super::*;
+
+    #[test]
+    fn a_bucket_says_when_it_will_do() {
+        let rate = Rate { per_second: 2.0, most: 4.0 };
+        let start = Duration::from_secs(100);
+        let mut bucket = rate.full(start);
+        for _ in 0..4 {
+            rate.take(&mut bucket, 1.0, start).unwrap();
+        }
+        assert_eq!(rate.take(&mut bucket, 1.0, start), Err(Duration::from_millis(500)));
+        rate.take(&mut bucket, 1.0, start + Duration::from_millis(500)).unwrap();
+        rate.take(&mut bucket, 40.0, start + Duration::from_secs(60)).unwrap();
+        let late = rate.take(&mut bucket, 1.0, start + Duration::from_secs(60));
+        assert_eq!(late, Err(Duration::from_millis(18_500)), "what was over the top is paid back");
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_the_burst_and_the_rate(steps in proptest::collection::vec((0u64..2_000, 1u32..4), 1..200)) {
+            let rate = Rate { per_second: 5.0, most: 10.0 };
+            let (mut now, mut taken) = (Duration::ZERO, 0.0);
+            let mut bucket = rate.full(now);
+            for (wait, amount) in steps {
+                now += Duration::from_millis(wait);
+                match rate.take(&mut bucket, f64::from(amount), now) {
+                    Ok(()) => taken += f64::from(amount),
+                    Err(wait) => {
+                        let mut then = bucket;
+                        prop_assert!(rate.take(&mut then, f64::from(amount), now + wait + Duration::from_micros(1)).is_ok());
+                    }
+                }
+                prop_assert!(taken <= 10.0 + 5.0 * now.as_secs_f64() + 0.01);
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_do_not_pay_for_each_other() {
+        let limits =
+            CallerLimits { requests_per_second: 3, bytes_per_day: 86_400, queued_lines: 10, concurrent_uploads: 1 };
+        let limiter = Limiter::new(limits);
+        for _ in 0..6 {
+            limiter.request("ana").unwrap();
+        }
+        let refusal = limiter.request("ana").unwrap_err();
+        assert_eq!(refusal.code(), Code::ResourceExhausted);
+        assert!(refusal.get_details_retry_info().unwrap().retry_delay.unwrap() <= Duration::from_millis(334));
+        limiter.request("bob").unwrap();
+        limiter.bytes("ana", 86_400).unwrap();
+        let refusal = limiter.bytes("ana", 100).unwrap_err();
+        assert_eq!(refusal.get_details_retry_info().unwrap().retry_delay.unwrap().as_secs(), 100);
+        tokio::time::advance(Duration::from_secs(101)).await;
+        limiter.bytes("ana", 100).unwrap();
+        limiter.lines(4, 6).unwrap();
+        limiter.lines(4, 7).unwrap_err();
+        let first = limiter.upload().await.unwrap();
+        assert_eq!(limiter.upload().await.unwrap_err().code(), Code::ResourceExhausted);
+        drop(first);
+        drop(limiter.upload().await.unwrap());
+    }
+
+    #[test]
+    fn nothing_is_limited_where_nothing_is_said() {
+        let limiter = Limiter::new(CallerLimits::default());
+        for _ in 0..10_000 {
+            limiter.request("").unwrap();
+            limiter.bytes("", usize::MAX / 2).unwrap();
+        }
+        limiter.lines(i64::MAX, i64::MAX).unwrap();
+    }
+}

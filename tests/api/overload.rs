@@ -1,0 +1,199 @@
+//! Too much of everything: bounded, fair, and refused with when to try again.
+
+use std::{
+    io::ErrorKind,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, future::join_all, stream};
+use tidemill::{
+    api::{CallerLimits, ServerOptions},
+    blobs::Blobs,
+    pb,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use crate::{
+    faulty::{Faults, FaultyStore},
+    support::{Server, chunk, expect, get, inline, lines, of_file, spec, upload},
+};
+
+fn limited(limits: CallerLimits) -> ServerOptions {
+    ServerOptions { limits, ..ServerOptions::default() }
+}
+
+#[tokio::test]
+async fn uploads_are_told_when_the_blob_store_fails_and_leave_nothing() {
+    let faults = Faults::default();
+    let theirs = faults.clone();
+    let server = Server::with_blobs(ServerOptions::default(), move |folder| {
+        Blobs::over(FaultyStore::new(&folder.join("blobs"), theirs))
+    })
+    .await;
+    let mut client = server.client().await;
+    faults.writes(Some(ErrorKind::StorageFull));
+    let send = || stream::iter([spec(pb::FileSpec::default()), chunk(lines(3))]);
+    let refusal = client.upload_file(send()).await.unwrap_err();
+    assert!(refusal.get_details_retry_info().is_some() && !refusal.message().contains("secret"), "{refusal:?}");
+    expect(Err::<(), _>(refusal), Code::Unavailable, "BLOB_STORE_UNAVAILABLE");
+    expect(client.create_batch(inline(2)).await, Code::Unavailable, "BLOB_STORE_UNAVAILABLE");
+    let all = client.list_files(pb::ListFilesRequest::default()).await.unwrap().into_inner();
+    assert!(all.files.is_empty());
+    faults.writes(None);
+    let file = client.upload_file(send()).await.unwrap().into_inner();
+    faults.reads(Some(ErrorKind::TimedOut));
+    let download = pb::DownloadFileRequest { file_id: file.id, ..Default::default() };
+    let mut pieces = client.download_file(download.clone()).await.unwrap().into_inner();
+    expect(pieces.next().await.unwrap(), Code::Unavailable, "BLOB_STORE_UNAVAILABLE");
+    faults.reads(None);
+    let mut pieces = client.download_file(download).await.unwrap().into_inner();
+    assert_eq!(pieces.next().await.unwrap().unwrap().data, lines(3));
+}
+
+#[tokio::test]
+async fn calls_past_the_rate_are_refused_with_when_to_try_again() {
+    let server = Server::with(limited(CallerLimits { requests_per_second: 5, ..CallerLimits::default() })).await;
+    let mut client = server.client().await;
+    let mut refused = None;
+    for _ in 0..40 {
+        if let Err(status) = client.list_files(pb::ListFilesRequest::default()).await {
+            refused = Some(status);
+            break;
+        }
+    }
+    let refused = refused.expect("forty calls at once are over five a second");
+    let wait = refused.get_details_retry_info().unwrap().retry_delay.unwrap();
+    assert!(wait <= Duration::from_millis(201), "{wait:?}");
+    expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_REQUESTS");
+    tokio::time::sleep(wait).await;
+    client.list_files(pb::ListFilesRequest::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_and_lines_have_their_limits() {
+    let size = lines(10).len() as u64;
+    let limits = CallerLimits { bytes_per_day: 2 * size, queued_lines: 15, ..CallerLimits::default() };
+    let server = Server::with(limited(limits)).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, lines(10)).await;
+    client.create_batch(of_file(&file)).await.unwrap();
+    expect(client.create_batch(of_file(&file)).await, Code::ResourceExhausted, "TOO_MANY_QUEUED_LINES");
+    let batches = client.list_batches(pb::ListBatchesRequest::default()).await.unwrap().into_inner().batches;
+    client.cancel_batch(pb::CancelBatchRequest { batch_id: batches[0].id.clone() }).await.unwrap();
+    upload(&mut client, lines(10)).await;
+    let messages = stream::iter([spec(pb::FileSpec::default()), chunk(lines(10))]);
+    let refused = client.upload_file(messages).await.unwrap_err();
+    assert!(refused.get_details_retry_info().is_some());
+    expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_BYTES");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_uploads_at_once_take_turns() {
+    let server = Server::with(limited(CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() })).await;
+    let clients: Vec<_> = join_all((0..4).map(|_| server.client())).await;
+    let uploads = (0..400).map(|at| {
+        let mut client = clients[at % clients.len()].clone();
+        async move { upload(&mut client, lines(20)).await.id }
+    });
+    let mut ids = join_all(uploads).await;
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_watchers_all_see_the_end() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let batch = client.create_batch(inline(1)).await.unwrap().into_inner();
+    // A connection takes 1,024 streams.
+    let clients: Vec<_> = join_all((0..4).map(|_| server.client())).await;
+    let watchers = (0..2_000).map(|at| {
+        let (mut client, batch_id) = (clients[at % clients.len()].clone(), batch.id.clone());
+        async move {
+            let request = pb::WatchBatchRequest { batch_id, ..Default::default() };
+            let mut events = client.watch_batch(request).await.unwrap().into_inner();
+            events.next().await.unwrap().unwrap();
+            events
+        }
+    });
+    let watching = join_all(watchers).await;
+    // Others are served meanwhile.
+    let before = Instant::now();
+    client.get_batch(get(&batch.id)).await.unwrap();
+    assert!(before.elapsed() < Duration::from_secs(2), "{:?}", before.elapsed());
+    server.store.cancel_batch(&tidemill::domain::BatchId::from_text(&batch.id)).await.unwrap();
+    let told = watching.into_iter().map(|mut events| async move {
+        // Every watcher hears of the new state.
+        loop {
+            let event = events.next().await.unwrap().unwrap();
+            if matches!(event.event, Some(pb::batch_event::Event::StateChanged(_))) {
+                return;
+            }
+        }
+    });
+    tokio::time::timeout(Duration::from_secs(30), join_all(told)).await.expect("all are told");
+}
+
+/// Resident memory of this process.
+fn resident() -> usize {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4_096
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_hardly_read_cost_little_memory_and_stall_nobody() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let size = 24 * 1024 * 1024;
+    let mut big = lines(1);
+    let padding = "x".repeat(1_000_000);
+    while big.len() < size {
+        let line = format!(
+            "{{\"custom_id\":\"b{}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"m\",\"messages\":[{{\"role\":\"user\",\"content\":\"{padding}\"}}]}}}}\n",
+            big.len()
+        );
+        big.extend_from_slice(line.as_bytes());
+    }
+    let messages: Vec<_> = std::iter::once(spec(pb::FileSpec::default()))
+        .chain(big.chunks(1 << 20).map(|piece| chunk(piece.to_vec())))
+        .collect();
+    let file = client.upload_file(stream::iter(messages)).await.unwrap().into_inner();
+    drop(big);
+    let before = resident();
+    // Twenty downloads of 24 MiB each, none of which is read on.
+    let mut stalled = Vec::new();
+    for _ in 0..20 {
+        let mut client = server.client().await;
+        let request = pb::DownloadFileRequest { file_id: file.id.clone(), ..Default::default() };
+        let mut pieces = client.download_file(request).await.unwrap().into_inner();
+        pieces.next().await.unwrap().unwrap();
+        stalled.push((client, pieces));
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 200 * 1024 * 1024, "{} MiB more for 480 MiB that nobody reads", grown >> 20);
+    let begun = Instant::now();
+    client.get_file(pb::GetFileRequest { file_id: file.id.clone() }).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_never_get_going_stall_nobody() {
+    let server = Server::start().await;
+    let mut slow = Vec::new();
+    for _ in 0..100 {
+        let mut tcp = tokio::net::TcpStream::connect(server.address).await.unwrap();
+        tcp.write_all(b"P").await.unwrap();
+        slow.push(tcp);
+    }
+    let mut client = server.client().await;
+    let file = upload(&mut client, lines(5)).await;
+    assert_eq!(file.line_count, 5);
+    // They are still there, unanswered.
+    let mut byte = [0];
+    let read = tokio::time::timeout(Duration::from_millis(50), slow[0].read(&mut byte)).await;
+    assert!(read.is_err() || read.unwrap().is_ok_and(|read| read > 0));
+}
