@@ -16,7 +16,8 @@ mod gate;
 mod health;
 mod http;
 mod limits;
-mod page;
+#[doc(hidden)]
+pub mod page;
 mod server;
 mod service;
 mod status;
