@@ -3,9 +3,11 @@
 //! [`board`] decides who gets which worker's next slot, [`health`] when a worker is down, [`load`] reads its metrics: all
 //! pure. [`probe`] and [`dispatch`] talk to workers; this file holds them together.
 
-mod board;
+#[doc(hidden)]
+pub mod board;
 mod dispatch;
-mod health;
+#[doc(hidden)]
+pub mod health;
 mod load;
 mod probe;
 mod slots;

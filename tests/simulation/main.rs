@@ -8,15 +8,29 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod deliveries;
+mod dispatch;
 mod model;
 mod node;
 mod seeds;
 mod world;
 
-/// By default; each takes 50 ms or so, nearly all of it SQLite's.
+/// With a database, by default; each takes 50 ms or so, nearly all of it SQLite's.
 const SEEDS: u64 = 400;
+/// Of the pure cores.
+const CORE_SEEDS: u64 = 10_000;
 
 #[test]
 fn whatever_breaks_every_line_has_exactly_one_answer() {
     seeds::run("whatever_breaks", SEEDS, |seed| async move { world::World::run(seed).await });
+}
+
+#[test]
+fn every_line_is_run_until_it_ends_once() {
+    seeds::run("every_line", CORE_SEEDS, |seed| async move { dispatch::Dispatch::run(seed) });
+}
+
+#[test]
+fn every_delivery_is_settled_once() {
+    seeds::run("every_delivery", CORE_SEEDS, |seed| async move { deliveries::Deliveries::run(seed) });
 }
