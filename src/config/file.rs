@@ -119,6 +119,8 @@ fn hint(command: &Command, key: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn refusal(text: &str) -> String {
@@ -186,5 +188,55 @@ mod tests {
         assert!(refusal("max_file_bytes = \"many\"").contains("10GB"));
         assert!(refusal("database_url = \"mysql://h/d\"").contains("expected postgres://"));
         assert!(refusal("worker = [1, 2").contains("is not valid TOML"));
+    }
+
+    /// What a client of the same settings may give: values that are right for some of them, and nonsense.
+    fn any_value() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "[0-9]{1,6}",
+            "[0-9]{1,4}(ms|s|m|h|d|KB|GiB)",
+            "127\\.0\\.0\\.1:[0-9]{1,5}",
+            "https?://[a-z]{1,5}(:[0-9]{1,4})?(,http://[a-z]{1,3})?",
+            "10\\.[0-9]\\.0\\.0/(8|16|33)(,fd00::/8)?",
+            "(postgres|mysql)://[a-z]{1,8}:[a-z]{1,8}@h/d",
+            "(true|false|json|text|info|warn,tidemill=debug)",
+            "[A-Za-z0-9+/]{43}=",
+            "\\PC{0,12}",
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_crashes_it_and_every_refusal_names_the_file(text in "\\PC{0,80}|([a-z_]{1,12} ?= ?[^\n]{0,12}\n){0,4}") {
+            if let Err(error) = ConfigFile::parse("t.toml", &text) {
+                prop_assert!(error.to_string().starts_with("config file t.toml"), "{error}");
+            }
+        }
+
+        #[test]
+        fn a_value_in_the_file_means_what_its_flag_means(pick in any::<prop::sample::Index>(), value in any_value()) {
+            let command = ServeConfig::command();
+            let all: Vec<_> = command.get_arguments().filter(|arg| arg.get_id() != "config").collect();
+            let arg = pick.get(&all);
+            let key = arg.get_id().as_str();
+            let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
+            let shown = if is_switch { value.clone() } else { toml::Value::String(value.clone()).to_string() };
+            let file = ConfigFile::parse("t.toml", &format!("{key} = {shown}"));
+            let flag = format!("--{}={value}", key.replace('_', "-"));
+            match file {
+                Ok(file) if is_switch => prop_assert!(ServeConfig::from_flags([], Some(&file)).is_ok()),
+                Ok(file) => {
+                    let (filed, flagged) = (ServeConfig::from_flags([], Some(&file)), ServeConfig::from_flags([flag.as_str()], None));
+                    prop_assert_eq!(format!("{:?}", filed.unwrap()), format!("{:?}", flagged.unwrap()));
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    prop_assert!(is_switch || ServeConfig::from_flags([flag.as_str()], None).is_err(), "{message}");
+                    prop_assert!(message.contains(key) || is_switch, "{message}");
+                    let hidden = arg.is_hide_env_values_set() && value.len() > 10;
+                    prop_assert!(!hidden || !message.contains(&value), "a secret is shown: {message}");
+                }
+            }
+        }
     }
 }

@@ -84,6 +84,8 @@ fn one(worker: &WorkerView) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::domain::{Timestamp, WorkerId};
 
@@ -144,5 +146,33 @@ mod tests {
         let workers = vec![worker("http://a", WorkerState::Down, &[]); 500];
         let reason = waiting_reason(&Situation { workers: &workers, unserved: &["m"], ..STILL }).unwrap();
         assert!(reason.ends_with("and 495 more)") && reason.len() < 400, "{reason}");
+    }
+
+    proptest! {
+        /// A reason is there exactly while something is waited for, is one line of bounded length, and names a model only
+        /// if nobody serves it.
+        #[test]
+        fn a_reason_is_given_exactly_while_there_is_one(
+            status in prop::sample::select(BatchStatus::ALL.to_vec()),
+            (moving, running) in any::<(bool, bool)>(),
+            unserved in prop::collection::vec("[a-z/\"\n]{1,30}", 0..4),
+            states in prop::collection::vec(0usize..4, 0..20),
+            queue_position in -1i64..5,
+        ) {
+            let all = [WorkerState::Starting, WorkerState::Healthy, WorkerState::Draining, WorkerState::Down];
+            let workers: Vec<_> = states.iter().map(|state| worker("http://w", all[*state], &["m"])).collect();
+            let unserved: Vec<&str> = unserved.iter().map(String::as_str).collect();
+            let of = Situation { status, moving, running, unserved: &unserved, workers: &workers, queue_position };
+            let reason = waiting_reason(&of);
+            let can_wait = matches!(status, BatchStatus::Validating | BatchStatus::InProgress) && !moving;
+            let behind = !running && queue_position > 0;
+            prop_assert_eq!(reason.is_some(), can_wait && (workers.is_empty() || !unserved.is_empty() || behind));
+            if let Some(reason) = reason {
+                prop_assert!(!reason.contains('\n') && reason.len() < 600, "{reason}");
+                let names_model = !workers.is_empty() && !unserved.is_empty();
+                prop_assert_eq!(reason.contains("serves the model"), names_model);
+                prop_assert_eq!(reason.contains("waiting behind"), !workers.is_empty() && !names_model);
+            }
+        }
     }
 }

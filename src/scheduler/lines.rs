@@ -246,7 +246,9 @@ fn within(whole: &[u8], part: &[u8]) -> Range<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{collections::BTreeSet, time::Duration};
+
+    use proptest::prelude::*;
 
     use super::*;
     use crate::{fleet::FailureKind, scheduler::TryPolicy};
@@ -304,5 +306,71 @@ mod tests {
         assert_eq!(read(&format!("{}\n{{\n", line("x", "a"))).unwrap_err().line, 1);
         assert!(read(&line("x", "other")).is_err());
         assert_eq!(read("").unwrap().open(), 0);
+    }
+
+    proptest! {
+        /// Whatever is taken, put off and done: a line is ready, waiting, taken or done, never two of them, and none is lost.
+        #[test]
+        fn every_line_is_in_one_place(
+            models in prop::collection::vec(0usize..2, 1..20),
+            blank in prop::collection::vec(any::<bool>(), 20),
+            done in prop::collection::btree_set(0u32..20, 0..6),
+            steps in prop::collection::vec((0u8..5, 0usize..20, 0u64..5_000), 0..120),
+        ) {
+            let mut text = String::new();
+            let mut places = Vec::new();
+            for (at, model) in models.iter().enumerate() {
+                if blank[at] { text.push_str(" \r\n"); }
+                places.push(u32::try_from(text.matches('\n').count()).unwrap());
+                text.push_str(&line(&at.to_string(), ["a", "b"][*model]));
+                text.push('\n');
+            }
+            let done: Vec<u32> = done.into_iter().collect();
+            let mut list = list(&text, &done);
+            let expected: BTreeSet<u32> = places.iter().copied().filter(|place| !done.contains(place)).collect();
+            prop_assert_eq!(list.unfinished().iter().map(|key| list.index(*key)).collect::<BTreeSet<_>>(), expected.clone());
+            let (mut now, mut taken, mut ended) = (Instant::now(), Vec::new(), BTreeSet::new());
+            let mut later = 0;
+            for (step, pick, millis) in steps {
+                match step {
+                    0 | 1 => {
+                        let model = pick % 2;
+                        let first = list.peek(model);
+                        let key = list.take(model);
+                        prop_assert_eq!(first, key);
+                        if let Some(key) = key {
+                            let at = places.iter().position(|place| *place == list.index(key)).unwrap();
+                            prop_assert_eq!(models[at], model);
+                            let id = format!("\"{at}\"");
+                            prop_assert_eq!(list.custom_id(key), id.as_bytes());
+                            prop_assert!(!taken.contains(&key) && !ended.contains(&key));
+                            taken.push(key);
+                        }
+                    }
+                    2 if !taken.is_empty() => {
+                        list.later(taken.swap_remove(pick % taken.len()), now + Duration::from_millis(millis));
+                        later += 1;
+                    }
+                    3 if !taken.is_empty() => {
+                        let key = taken.swap_remove(pick % taken.len());
+                        list.done(key);
+                        ended.insert(key);
+                    }
+                    _ => {
+                        let before = list.ready(0) + list.ready(1);
+                        now += Duration::from_millis(millis);
+                        list.wake(now);
+                        later -= list.ready(0) + list.ready(1) - before;
+                        prop_assert!(list.next_due().is_none_or(|due| due > now));
+                    }
+                }
+                prop_assert_eq!(list.has_later(), later > 0);
+                prop_assert_eq!(list.ready(0) + list.ready(1) + later + taken.len() + ended.len(), expected.len());
+                prop_assert_eq!(list.open(), expected.len() - ended.len());
+                let model_at = |place: u32| models[places.iter().position(|other| *other == place).unwrap()];
+                let open = list.unfinished().into_iter().map(|key| model_at(list.index(key)));
+                prop_assert_eq!(list.open_models(), open.fold(0i64, |mask, model| mask | 1 << model));
+            }
+        }
     }
 }

@@ -66,6 +66,8 @@ impl Demand {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::domain::{Priority, Timestamp};
 
@@ -106,5 +108,38 @@ mod tests {
             demand.running(0);
         }
         assert!(!demand.has_room());
+    }
+
+    proptest! {
+        /// Only what is served is wanted; a better rank wants all that a worse one wants; more lines at hand never make a
+        /// model wanted, and enough of them of the rank itself always satisfy it.
+        #[test]
+        fn more_at_hand_is_never_wanted_more(
+            served in prop::collection::vec((0usize..4, 0u32..5_000), 0..4),
+            at_hand in prop::collection::vec((0usize..4, -1i32..=1, 0usize..6_000), 0..12),
+            more in (0usize..4, -1i32..=1, 0usize..20_000),
+        ) {
+            let models = ["a", "b", "c", "d"].map(str::to_owned);
+            let mut demand = Demand::new();
+            for (model, capacity) in &served {
+                demand.serve(models[*model].as_str().into(), *capacity);
+            }
+            for (model, priority, lines) in &at_hand {
+                demand.at_hand(models[*model].as_str().into(), rank(*priority), *lines);
+            }
+            let before: Vec<i64> = (-1..=1).map(|priority| demand.wanted(&models, rank(priority))).collect();
+            let is_served = served.iter().fold(0, |mask, (model, _)| mask | 1i64 << model);
+            prop_assert!(before.iter().all(|mask| mask & !is_served == 0));
+            prop_assert!(before[0] & !before[1] == 0 && before[1] & !before[2] == 0);
+            demand.at_hand(models[more.0].as_str().into(), rank(more.1), more.2);
+            for (priority, before) in (-1..=1).zip(&before) {
+                let after = demand.wanted(&models, rank(priority));
+                prop_assert_eq!(after & !before, 0);
+                // Lines of a worse rank change nothing.
+                if more.1 < priority { prop_assert_eq!(after, *before); }
+            }
+            demand.at_hand(models[more.0].as_str().into(), rank(1), 100_000);
+            prop_assert_eq!(demand.wanted(&models, rank(0)) & 1 << more.0, 0);
+        }
     }
 }
