@@ -92,8 +92,10 @@ pub struct Scheduler {
     runs: TaskTracker,
     /// When the last renewal that worked began.
     renewed_at: Instant,
-    /// When the database failed last.
-    away_at: Option<Instant>,
+    /// The last thing asked of the database failed.
+    away: bool,
+    /// When the database answered again after it was away.
+    back_at: Option<Instant>,
     troubles: Troubles,
 }
 
@@ -128,7 +130,8 @@ impl Scheduler {
             running: HashMap::new(),
             runs: TaskTracker::new(),
             renewed_at: Instant::now(),
-            away_at: None,
+            away: false,
+            back_at: None,
             troubles: Troubles::default(),
         }
     }
@@ -176,14 +179,14 @@ impl Scheduler {
                     Err(RecvError::Closed) => break,
                 },
                 _ = poll.tick() => {
-                    if let Err(error) = self.notice_endings().await {
-                        self.failed(&error);
+                    let (began, noticed) = (Instant::now(), self.notice_endings().await);
+                    self.heard(began, &noticed);
+                    if let Err(error) = noticed {
                         tracing::warn!(%error, "the state of running batches could not be read");
                     }
                 }
                 _ = renew.tick() => {
                     if let Err(error) = self.renew().await {
-                        self.failed(&error);
                         // What runs goes on: if nobody claims it in between it is still this node's when the database is
                         // back, and else it finds itself fenced.
                         tracing::warn!(%error, "leases could not be renewed");
@@ -193,7 +196,6 @@ impl Scheduler {
                 }
             }
             if let Err(error) = self.claim(&ended).await {
-                self.failed(&error);
                 tracing::warn!(%error, "segments could not be claimed");
             }
             #[allow(clippy::cast_precision_loss)]
@@ -246,9 +248,17 @@ impl Scheduler {
         demand
     }
 
-    fn failed(&mut self, error: &StoreError) {
-        if matches!(error, StoreError::Unavailable(_)) {
-            self.away_at = Some(Instant::now());
+    /// Takes note of whether the database is there. One that lets a question wait for as long as a renewal may be late was
+    /// away too.
+    fn heard<T>(&mut self, began: Instant, answer: &Result<T, StoreError>) {
+        match answer {
+            Err(StoreError::Unavailable(_)) => self.away = true,
+            Err(_) => {}
+            Ok(_) if self.away || began.elapsed() > self.options.lease / 3 => {
+                self.away = false;
+                self.back_at = Some(Instant::now());
+            }
+            Ok(_) => {}
         }
     }
 
@@ -257,15 +267,17 @@ impl Scheduler {
         if self.shutdown.is_cancelled() || !self.demand().has_room() {
             return Ok(());
         }
-        if self.away_at.is_some_and(|away_at| away_at.elapsed() < COURTESY) {
-            return Ok(());
-        }
         // A node that was held up would otherwise claim what it runs itself.
         if self.renewed_at.elapsed() > self.options.lease / 2 {
             self.renew().await?;
         }
         let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
-        let candidates = self.store.candidates(&served, CANDIDATES).await?;
+        let (began, candidates) = (Instant::now(), self.store.candidates(&served, CANDIDATES).await);
+        self.heard(began, &candidates);
+        let candidates = candidates?;
+        if self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
+            return Ok(());
+        }
         for candidate in candidates {
             let rank = Rank::batch(candidate.priority, candidate.expires_at);
             loop {
@@ -338,7 +350,9 @@ impl Scheduler {
         let before: Vec<(SegmentRef, Epoch)> =
             self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
         let running: Vec<SegmentRef> = before.iter().map(|(segment, _)| segment.clone()).collect();
-        let renewed = self.store.renew_leases(&self.node, &running, self.options.lease).await?;
+        let renewed = self.store.renew_leases(&self.node, &running, self.options.lease).await;
+        self.heard(began, &renewed);
+        let renewed = renewed?;
         self.renewed_at = began;
         let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
         for (segment, epoch) in before {
