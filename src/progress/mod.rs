@@ -1,8 +1,9 @@
 //! Progress: durable changes in, event streams out.
 //!
 //! The [`Hub`] reads a batch once per change, however many watch it, and shares what it read as an [`Arc`] in a
-//! [`tokio::sync::watch`] channel. Commits of this node are heard of at once; those of other nodes are found by asking
-//! the database for revisions every second. Asking is the guarantee, hearing only makes it quick.
+//! [`tokio::sync::watch`] channel. Commits of this node are heard of at once, and those of other nodes too
+//! as long as PostgreSQL's word comes through; the database is asked for revisions every second. Asking is the guarantee,
+//! hearing only makes it quick.
 //!
 //! [`Arc`]: std::sync::Arc
 

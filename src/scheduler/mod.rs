@@ -45,6 +45,8 @@ use segment::{Remaining, Run};
 const CANDIDATES: u64 = 1_000;
 /// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
 const POLL: Duration = Duration::from_millis(500);
+/// Between two looks for segments to claim that only word of changes is the reason for.
+const LOOK_GAP: Duration = Duration::from_millis(100);
 /// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
 /// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
 const COURTESY: Duration = Duration::from_secs(2);
@@ -160,6 +162,7 @@ impl Scheduler {
         let mut topology = self.fleet.topology();
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looked_at = Instant::now();
         let mut renew = tokio::time::interval(self.options.lease / 3);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -175,6 +178,11 @@ impl Scheduler {
                 changed = changes.recv() => match changed {
                     // A batch that is running here changes with every part: that is no news.
                     Ok(batch) if self.running.keys().any(|segment| segment.batch == batch) => continue,
+                    // Those that run elsewhere change as often: all that comes at once is one reason to look.
+                    Ok(_) | Err(RecvError::Lagged(_)) if looked_at.elapsed() < LOOK_GAP => {
+                        poll.reset_at(looked_at + LOOK_GAP);
+                        continue;
+                    }
                     Ok(_) | Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => break,
                 },
@@ -195,6 +203,7 @@ impl Scheduler {
                     continue;
                 }
             }
+            looked_at = Instant::now();
             if let Err(error) = self.claim(&ended).await {
                 tracing::warn!(%error, "segments could not be claimed");
             }

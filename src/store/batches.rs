@@ -102,8 +102,7 @@ impl Store {
         // The file was validated when it was uploaded.
         let moved = transition(&tx, &mut row, Input::Validated, at).await?;
         debug_assert_eq!(moved, Ok(true));
-        tx.commit().await?;
-        self.changed(&id);
+        self.commit(tx, &id).await?;
         Ok(CreatedBatch::New(Box::new(row.try_into()?)))
     }
 
@@ -173,9 +172,10 @@ impl Store {
         let at = now(&tx).await?;
         match transition(&tx, &mut row, Input::CancelRequested, at).await? {
             Ok(changed) => {
-                tx.commit().await?;
                 if changed {
-                    self.changed(id);
+                    self.commit(tx, id).await?;
+                } else {
+                    tx.commit().await?;
                 }
                 Ok(CancelledBatch::Batch(Box::new(row.try_into()?)))
             }
@@ -193,8 +193,7 @@ impl Store {
         row.errors = to_json(&vec![error])?;
         let at = now(&tx).await?;
         if let Ok(true) = transition(&tx, &mut row, Input::InputUnusable, at).await? {
-            tx.commit().await?;
-            self.changed(id);
+            self.commit(tx, id).await?;
         }
         Ok(())
     }
@@ -222,8 +221,7 @@ impl Store {
             if row.expires_at <= at.0
                 && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
             {
-                tx.commit().await?;
-                self.changed(&id);
+                self.commit(tx, &id).await?;
                 closed.push(id);
             }
         }

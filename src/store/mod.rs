@@ -13,6 +13,7 @@ mod events;
 mod files;
 mod garbage;
 mod nodes;
+mod notify;
 mod parts;
 mod queue;
 mod webhooks;
@@ -22,7 +23,7 @@ use std::{
     future::Future,
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -34,6 +35,7 @@ use sea_orm::{
 };
 use tidemill_migrations::{Migrator, MigratorTrait};
 use tokio::sync::broadcast;
+use tokio_util::task::AbortOnDropHandle;
 
 pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
@@ -95,8 +97,12 @@ pub struct Store {
 struct Inner {
     read: DatabaseConnection,
     write: DatabaseConnection,
-    /// Batches that a commit of this node changed.
+    /// Batches that a commit changed: of this node, and on PostgreSQL of any.
     changes: broadcast::Sender<BatchId>,
+    /// Tells this store's commits from others'.
+    origin: String,
+    /// Hears of other nodes' commits.
+    listener: OnceLock<AbortOnDropHandle<()>>,
 }
 
 impl Store {
@@ -140,7 +146,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be reached or migrated.
     pub async fn postgres(url: &str, connections: u32) -> Result<Self, StoreError> {
-        Self::postgres_unmigrated(url, connections).await?.migrated().await
+        let store = Self::postgres_unmigrated(url, connections).await?.migrated().await?;
+        let Inner { origin, changes, listener, .. } = &*store.inner;
+        listener.get_or_init(|| notify::listen(url, origin.clone(), changes.clone()));
+        Ok(store)
     }
 
     /// Connects to PostgreSQL: good for [`Store::migrations`] only.
@@ -173,7 +182,14 @@ impl Store {
     }
 
     fn of(read: DatabaseConnection, write: DatabaseConnection) -> Self {
-        Self { inner: Arc::new(Inner { read, write, changes: broadcast::Sender::new(CHANGES) }) }
+        let inner = Inner {
+            read,
+            write,
+            changes: broadcast::Sender::new(CHANGES),
+            origin: format!("{:016x}", rand::random::<u64>()),
+            listener: OnceLock::new(),
+        };
+        Self { inner: Arc::new(inner) }
     }
 
     /// All migrations in one transaction, one process at a time: nodes start together on an empty database.
@@ -203,7 +219,8 @@ impl Store {
         Ok(all)
     }
 
-    /// Batches that commits of this node change, as they do. A listener that lags must look at everything again.
+    /// Batches that commits change, as they do: of this node, and on PostgreSQL of all nodes, though word from others may get
+    /// lost. A listener that lags must look at everything again.
     #[must_use]
     pub fn changes(&self) -> broadcast::Receiver<BatchId> {
         self.inner.changes.subscribe()
@@ -220,6 +237,9 @@ impl Store {
 
     /// Closes the connections.
     pub async fn close(&self) {
+        if let Some(listener) = self.inner.listener.get() {
+            listener.abort();
+        }
         // Nothing is lost if closing fails: every answered write is committed.
         let _ = self.inner.write.close_by_ref().await;
         let _ = self.inner.read.close_by_ref().await;

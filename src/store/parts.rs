@@ -100,8 +100,7 @@ impl Store {
         insert(&tx, &mut row, of, epoch, new, at).await?;
         webhooks::enqueue_progress(&tx, &mut row, at).await?;
         row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        self.changed(&of.batch);
+        self.commit(tx, &of.batch).await?;
         Ok(Commit::Done)
     }
 
@@ -159,8 +158,7 @@ impl Store {
             webhooks::enqueue_progress(&tx, &mut row, at).await?;
             row.into_active_model().reset_all().update(&tx).await?;
         }
-        tx.commit().await?;
-        self.changed(&of.batch);
+        self.commit(tx, &of.batch).await?;
         Ok(Commit::Done)
     }
 
@@ -225,8 +223,7 @@ impl Store {
         garbage::add(&tx, dropped, now(&tx).await?).await?;
         row.revision += 1;
         row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        self.changed(&of.batch);
+        self.commit(tx, &of.batch).await?;
         Ok(Commit::Done)
     }
 }

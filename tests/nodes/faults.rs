@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, Database, TransactionTrait};
-use tidemill::{pb::BatchStatus, sim::SimConfig};
+use tidemill::{
+    pb::{BatchStatus, CancelBatchRequest, WatchBatchRequest, batch_event::Event},
+    sim::SimConfig,
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -119,4 +122,26 @@ async fn a_node_frozen_in_the_middle_of_a_transaction_holds_nobody_up() {
     until("it is there again", STARTED, async || cluster.nodes[0].is_ready().await).await;
     history::check_epochs(&database).await;
     cluster.assert_no_panics();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watcher_hears_of_another_nodes_changes_long_before_its_own_node_asks() {
+    let _turn = turn().await;
+    let Some(database) = postgres::database().await else { return };
+    let cluster = Cluster::start(&database, 2, &[]).await;
+    let (mut here, mut there) = (cluster.nodes[0].client().await, cluster.nodes[1].client().await);
+    let file = Anybody::new(cluster.addresses()).upload(&history::input(1), "f").await;
+    let mut slowest = Duration::ZERO;
+    for round in 0..6 {
+        let id = Anybody::new(vec![cluster.nodes[0].address]).create(&file, &format!("b{round}")).await;
+        let request = WatchBatchRequest { batch_id: id.clone(), after_revision: 0, min_interval: None };
+        let mut events = there.watch_batch(request).await.unwrap().into_inner();
+        events.message().await.unwrap();
+        let began = Instant::now();
+        here.cancel_batch(CancelBatchRequest { batch_id: id }).await.unwrap();
+        while !matches!(events.message().await.unwrap().unwrap().event, Some(Event::StateChanged(_))) {}
+        slowest = slowest.max(began.elapsed());
+    }
+    // By asking once a second, all of six would be as quick once in thousands of runs.
+    assert!(slowest < Duration::from_millis(300), "{slowest:?}");
 }

@@ -8,6 +8,7 @@ mod batches;
 mod claims;
 mod events;
 mod files;
+mod notify;
 mod parts;
 mod start;
 #[path = "../support/mod.rs"]

@@ -1,0 +1,65 @@
+//! Word of changes between nodes: a commit on PostgreSQL notifies, and every other node's store passes it on to the
+//! listeners of [`Store::changes`]. Word may get lost with a connection; who must know asks the database now and then.
+
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait, DatabaseBackend, DatabaseTransaction, Statement};
+use sqlx::postgres::{PgListener, PgPoolOptions};
+use tokio::sync::broadcast;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Store, StoreError};
+use crate::domain::BatchId;
+
+/// PostgreSQL's name for it.
+const CHANNEL: &str = "tidemill";
+/// Between two tries to listen to a database that is away.
+const AGAIN: Duration = Duration::from_secs(1);
+
+impl Store {
+    /// Commits a transaction that has changed a batch, and tells this node's listeners and the other nodes.
+    pub(super) async fn commit(&self, tx: DatabaseTransaction, batch: &BatchId) -> Result<(), StoreError> {
+        if !self.is_sqlite() {
+            // Sent with the commit, or never.
+            let word = format!("{batch} {}", self.inner.origin);
+            let notify = "SELECT pg_notify($1, $2)";
+            let values = [CHANNEL.into(), word.into()];
+            tx.execute_raw(Statement::from_sql_and_values(DatabaseBackend::Postgres, notify, values)).await?;
+        }
+        tx.commit().await?;
+        self.changed(batch);
+        Ok(())
+    }
+}
+
+/// Passes on what other stores than `origin` commit, until dropped. On a connection of its own: it is always in use.
+pub(super) fn listen(url: &str, origin: String, changes: broadcast::Sender<BatchId>) -> AbortOnDropHandle<()> {
+    let url = url.to_owned();
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let Err(error) = pass_on(&url, &origin, &changes).await;
+            tracing::warn!(%error, "no word of other nodes' changes; they are found by asking until it comes again");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }))
+}
+
+async fn pass_on(
+    url: &str,
+    origin: &str,
+    changes: &broadcast::Sender<BatchId>,
+) -> Result<std::convert::Infallible, sqlx::Error> {
+    let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None).connect(url).await?;
+    let mut listener = PgListener::connect_with(&pool).await?;
+    listener.listen(CHANNEL).await?;
+    loop {
+        // None: the connection was lost, and is there again.
+        let Some(notification) = listener.try_recv().await? else { continue };
+        // Another version may say it otherwise: then it is found by asking.
+        let Some((batch, from)) = notification.payload().split_once(' ') else { continue };
+        if from != origin {
+            // No listener is fine.
+            let _ = changes.send(BatchId::from_text(batch));
+        }
+    }
+}
