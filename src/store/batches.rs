@@ -10,6 +10,7 @@ use sea_orm::{
 
 use super::{
     Store, StoreError,
+    again::again,
     convert::to_json,
     entity::{batch, batch_metadata, batch_model, file},
     events::{append, lock_batch, transition},
@@ -62,6 +63,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_batch(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
+        again(|| self.create_batch_once(new.clone())).await
+    }
+
+    async fn create_batch_once(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
         let tx = self.begin().await?;
         // The lock keeps the file from being deleted before its batch is there.
         let Some(input) = file::Entity::find_by_id(new.input_file_id.as_str()).lock_exclusive().one(&tx).await? else {
@@ -167,6 +172,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn cancel_batch(&self, id: &BatchId) -> Result<CancelledBatch, StoreError> {
+        again(|| self.cancel_batch_once(id)).await
+    }
+
+    async fn cancel_batch_once(&self, id: &BatchId) -> Result<CancelledBatch, StoreError> {
         let tx = self.begin().await?;
         let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(CancelledBatch::NotFound) };
         let at = now(&tx).await?;
@@ -188,6 +197,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn fail_batch(&self, id: &BatchId, error: BatchError) -> Result<(), StoreError> {
+        again(|| self.fail_batch_once(id, error.clone())).await
+    }
+
+    async fn fail_batch_once(&self, id: &BatchId, error: BatchError) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(()) };
         row.errors = to_json(&vec![error])?;

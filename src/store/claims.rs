@@ -9,7 +9,9 @@ use sea_orm::{
 };
 
 use super::{
-    Store, StoreError, convert,
+    Store, StoreError,
+    again::again,
+    convert,
     entity::{batch, batch_model, segment},
     now,
 };
@@ -157,6 +159,16 @@ impl Store {
         mask: i64,
         lease: Duration,
     ) -> Result<Option<ClaimedSegment>, StoreError> {
+        again(|| self.claim_segment_once(node, id, mask, lease)).await
+    }
+
+    async fn claim_segment_once(
+        &self,
+        node: &NodeId,
+        id: &BatchId,
+        mask: i64,
+        lease: Duration,
+    ) -> Result<Option<ClaimedSegment>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let found = segment::Entity::find()
@@ -211,6 +223,15 @@ impl Store {
         if running.is_empty() {
             return Ok(Renewed::default());
         }
+        again(|| self.renew_leases_once(node, running, lease)).await
+    }
+
+    async fn renew_leases_once(
+        &self,
+        node: &NodeId,
+        running: &[SegmentRef],
+        lease: Duration,
+    ) -> Result<Renewed, StoreError> {
         let keys = Expr::tuple([Expr::col(segment::Column::BatchId), Expr::col(segment::Column::Idx)])
             .in_tuples(running.iter().map(|segment| (segment.batch.as_str().to_owned(), segment.index.0)));
         let held = Condition::all()

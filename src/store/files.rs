@@ -7,6 +7,7 @@ use sea_orm::{
 
 use super::{
     Store, StoreError,
+    again::again,
     convert::to_json,
     entity::{batch, file, file_segment, garbage, part, segment},
     now,
@@ -97,6 +98,15 @@ impl Store {
         request_id: Option<&str>,
         segments: &[SegmentSpan],
     ) -> Result<InsertedFile, StoreError> {
+        again(|| self.insert_file_once(new, request_id, segments)).await
+    }
+
+    async fn insert_file_once(
+        &self,
+        new: &File,
+        request_id: Option<&str>,
+        segments: &[SegmentSpan],
+    ) -> Result<InsertedFile, StoreError> {
         let tx = self.begin().await?;
         let row = file::ActiveModel {
             id: Set(new.id.as_str().to_owned()),
@@ -152,6 +162,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_file(&self, id: &FileId) -> Result<DeletedFile, StoreError> {
+        again(|| self.delete_file_once(id)).await
+    }
+
+    async fn delete_file_once(&self, id: &FileId) -> Result<DeletedFile, StoreError> {
         let tx = self.begin().await?;
         let Some(row) = file::Entity::find_by_id(id.as_str()).lock_exclusive().one(&tx).await? else {
             return Ok(DeletedFile::NotFound);

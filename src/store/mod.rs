@@ -5,6 +5,7 @@
 //! that reads and then writes fails with SQLITE_BUSY whatever the busy timeout); readers have connections of their own
 //! and, thanks to WAL, never wait for the writer.
 
+mod again;
 mod batches;
 mod claims;
 mod convert;

@@ -7,6 +7,7 @@ use sea_orm::{
 
 use super::{
     Store, StoreError,
+    again::again,
     claims::{DONE, fenced},
     convert,
     entity::{batch, part, segment},
@@ -78,6 +79,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: then it may or may not have been written, and the caller does it again.
     pub async fn commit_part(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
+        again(|| self.commit_part_once(of, epoch, new)).await
+    }
+
+    async fn commit_part_once(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
         let tx = self.begin().await?;
         if !hold(&tx, of, epoch).await? {
             return Ok(Commit::Fenced);
@@ -110,6 +115,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`], as in [`Store::commit_part`].
     pub async fn finish_segment(
+        &self,
+        of: &SegmentRef,
+        epoch: Epoch,
+        last: Option<&NewPart>,
+        object: &FinalObject,
+        superseded: &[String],
+    ) -> Result<Commit, StoreError> {
+        again(|| self.finish_segment_once(of, epoch, last, object, superseded)).await
+    }
+
+    async fn finish_segment_once(
         &self,
         of: &SegmentRef,
         epoch: Epoch,
@@ -197,6 +213,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn drop_parts(&self, of: &SegmentRef, epoch: Epoch, torn: &[Part]) -> Result<Commit, StoreError> {
+        again(|| self.drop_parts_once(of, epoch, torn)).await
+    }
+
+    async fn drop_parts_once(&self, of: &SegmentRef, epoch: Epoch, torn: &[Part]) -> Result<Commit, StoreError> {
         let tx = self.begin().await?;
         if !hold(&tx, of, epoch).await? {
             return Ok(Commit::Fenced);

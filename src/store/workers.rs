@@ -2,7 +2,7 @@
 
 use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, entity::worker, now};
+use super::{Store, StoreError, again::again, entity::worker, now};
 use crate::domain::{Timestamp, WorkerId};
 
 /// A worker as stored.
@@ -70,6 +70,10 @@ impl Store {
     }
 
     async fn upsert(&self, url: &str, configured: bool) -> Result<WorkerRecord, StoreError> {
+        again(|| self.upsert_once(url, configured)).await
+    }
+
+    async fn upsert_once(&self, url: &str, configured: bool) -> Result<WorkerRecord, StoreError> {
         let from_config = configured && self.is_sqlite();
         let tx = self.begin().await?;
         let at = now(&tx).await?;

@@ -59,6 +59,12 @@ impl Db {
         }
     }
 
+    /// One that has few connections to PostgreSQL.
+    pub async fn with_connections(&self, count: u32) -> Store {
+        assert!(!self.is_sqlite());
+        Store::postgres(&self.url, count).await.unwrap()
+    }
+
     pub async fn execute(&self, sql: &str) -> u64 {
         self.raw.execute_unprepared(sql).await.unwrap().rows_affected()
     }

@@ -4,6 +4,7 @@
 
 #[macro_use]
 mod fixture;
+mod again;
 mod batches;
 mod claims;
 mod events;

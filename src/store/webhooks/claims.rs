@@ -11,6 +11,7 @@ use sea_orm::{
 use uuid::Uuid;
 
 use super::{LEASE_MARGIN_MICROS, NEVER, event_of, outcome, state_of};
+use crate::store::again::again;
 use crate::{
     domain::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
@@ -104,6 +105,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn claim_deliveries(&self, shares: &[(String, usize)]) -> Result<Vec<ClaimedDelivery>, StoreError> {
+        again(|| self.claim_deliveries_once(shares)).await
+    }
+
+    async fn claim_deliveries_once(&self, shares: &[(String, usize)]) -> Result<Vec<ClaimedDelivery>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let mut rows = Vec::new();

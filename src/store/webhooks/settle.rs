@@ -9,6 +9,7 @@ use sea_orm::{
 };
 
 use super::{claims::delivery_of, dead_letters, outcome};
+use crate::store::again::again;
 use crate::{
     domain::{
         DeliveryId, Timestamp,
@@ -80,6 +81,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`]. Nothing is written then; the same call again is right.
     pub async fn settle_deliveries(&self, settlements: &[Settlement]) -> Result<Vec<Settled>, StoreError> {
+        again(|| self.settle_deliveries_once(settlements)).await
+    }
+
+    async fn settle_deliveries_once(&self, settlements: &[Settlement]) -> Result<Vec<Settled>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let mut rows: HashMap<String, webhook_delivery::Model> = webhook_delivery::Entity::find()

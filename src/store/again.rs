@@ -1,0 +1,45 @@
+//! Transactions that the database gave up in favour of another one are done again here, and no caller hears of it.
+
+use std::{future::Future, time::Duration};
+
+use sea_orm::{DbErr, RuntimeErr};
+
+use super::StoreError;
+
+/// How often a transaction is tried in all.
+const TRIES: u32 = 10;
+/// The longest wait before the second try; it doubles each time, up to [`WAIT_CAP`]. The waits are random, so that two
+/// that were in each other's way are not again.
+const WAIT: Duration = Duration::from_millis(10);
+const WAIT_CAP: Duration = Duration::from_millis(500);
+
+/// Does a whole transaction, again if it was given up in favour of another one. `act` is to begin it anew each time.
+pub(super) async fn again<T, F: Future<Output = Result<T, StoreError>>>(act: impl Fn() -> F) -> Result<T, StoreError> {
+    let mut wait = WAIT;
+    for _ in 1..TRIES {
+        match act().await {
+            Err(StoreError::Unavailable(error)) if was_given_up(&error) => {
+                metrics::counter!("tidemill_transactions_repeated_total").increment(1);
+                tokio::time::sleep(wait.mul_f64(rand::random())).await;
+                wait = (wait * 2).min(WAIT_CAP);
+            }
+            done => return done,
+        }
+    }
+    act().await
+}
+
+/// The database has undone the transaction because of another one, and it would work alone.
+fn was_given_up(error: &DbErr) -> bool {
+    let (DbErr::Conn(RuntimeErr::SqlxError(error))
+    | DbErr::Exec(RuntimeErr::SqlxError(error))
+    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
+    else {
+        return false;
+    };
+    // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, SQLITE_BUSY_SNAPSHOT.
+    error
+        .as_database_error()
+        .and_then(|error| error.code())
+        .is_some_and(|code| matches!(&*code, "40001" | "40P01" | "5" | "517"))
+}
