@@ -9,6 +9,7 @@ mod batches;
 mod claims;
 mod events;
 mod files;
+mod migrations;
 mod notify;
 mod parts;
 mod start;
