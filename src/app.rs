@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use crate::{
     api::{self, CallerLimits, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
     blobs::{BlobError, Blobs},
-    config::{BlobStore, Database, ServeConfig},
+    config::{BlobStore, Database, Role, ServeConfig},
     delivery::{
         Deliverer, Options as WebhookOptions, Webhooks,
         egress::{Guard, Policy},
@@ -28,6 +28,7 @@ use crate::{
     telemetry,
 };
 
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Between two signs of life in the database.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long the last writes of a stop may take.
@@ -118,7 +119,8 @@ impl App {
         };
         let store = open(&config).await?;
         let node = NodeId::generate();
-        store.join(&node, env!("CARGO_PKG_VERSION"), "api,scheduler").await?;
+        let roles = config.role_names();
+        store.heartbeat(&node, VERSION, &roles).await?;
 
         let (serving, scheduling, watching) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -139,15 +141,16 @@ impl App {
             scheduling.clone(),
         );
         let troubles = scheduler.troubles();
-        let scheduler = tokio::spawn(scheduler.run());
+        let scheduler = run_if(config.has_role(Role::Scheduler), scheduler.run(), &scheduling);
         let hub = Hub::new(store.clone(), fleet.clone(), troubles, serving.clone());
         let hub_runs = hub.clone();
         background.spawn(async move { hub_runs.run().await });
-        background.spawn(heartbeat(store.clone(), node.clone(), watching.clone()));
+        background.spawn(heartbeat(store.clone(), node.clone(), roles.clone(), watching.clone()));
 
         let webhooks = Webhooks::new(store.clone(), webhook_options(&config)?).map_err(AppError::Webhooks)?;
         let delivering = CancellationToken::new();
-        let deliverer = tokio::spawn(Deliverer::new(webhooks.clone(), delivering.clone()).run());
+        let deliverer = Deliverer::new(webhooks.clone(), delivering.clone());
+        let deliverer = run_if(config.has_role(Role::Delivery), deliverer.run(), &delivering);
 
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
         let services = Services {
@@ -177,7 +180,7 @@ impl App {
             node,
             _lock: lock,
         };
-        tracing::info!(url = app.url(), node = %app.node, version = env!("CARGO_PKG_VERSION"), "serving gRPC and HTTP");
+        tracing::info!(url = app.url(), node = %app.node, version = VERSION, roles, "serving gRPC and HTTP");
         Ok(app)
     }
 
@@ -326,6 +329,7 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
         _ => None,
     };
     Ok(ServerOptions {
+        rpcs: config.has_role(Role::Api),
         tls,
         tokens,
         max_connection_age: Some(config.max_connection_age),
@@ -339,14 +343,23 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
     })
 }
 
-async fn heartbeat(store: Store, node: NodeId, shutdown: CancellationToken) {
+/// Runs a part of the server; without its role it only waits for its end.
+fn run_if(
+    has_role: bool,
+    part: impl Future<Output = ()> + Send + 'static,
+    shutdown: &CancellationToken,
+) -> JoinHandle<()> {
+    if has_role { tokio::spawn(part) } else { tokio::spawn(shutdown.clone().cancelled_owned()) }
+}
+
+async fn heartbeat(store: Store, node: NodeId, roles: String, shutdown: CancellationToken) {
     let mut tick = tokio::time::interval(HEARTBEAT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
             _ = tick.tick() => {
-                if let Err(error) = store.heartbeat(&node).await {
+                if let Err(error) = store.heartbeat(&node, VERSION, &roles).await {
                     tracing::warn!(%error, "no sign of life could be written");
                 }
             }

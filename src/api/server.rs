@@ -59,6 +59,8 @@ pub struct TlsFiles {
 /// How to serve.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
+    /// Whether the services of tidemill are there, or only health, metrics and reflection.
+    pub rpcs: bool,
     /// None: no TLS.
     pub tls: Option<TlsFiles>,
     /// None: whoever gets through is admin.
@@ -76,6 +78,7 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         Self {
+            rpcs: true,
             tls: None,
             tokens: None,
             max_connection_age: Some(Duration::from_secs(30 * 60)),
@@ -142,7 +145,8 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let reporter = HealthReporter::new();
     let not_serving = CancellationToken::new();
-    let routes = routes(services, options.tokens.clone(), options.limits, &reporter, &not_serving, &shutdown)?;
+    let routes =
+        routes(services, options.rpcs, options.tokens.clone(), options.limits, &reporter, &not_serving, &shutdown)?;
     let mut server = Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
@@ -194,6 +198,7 @@ pub async fn serve(
 /// Everything on the port.
 fn routes(
     services: Services,
+    rpcs: bool,
     tokens: Option<Tokens>,
     limits: CallerLimits,
     reporter: &HealthReporter,
@@ -221,10 +226,14 @@ fn routes(
     let batches = Api { services: services.clone(), limits: limits.clone(), shutdown: shutdown.clone() };
     let workers = Workers { fleet: services.fleet.clone() };
     let hooks = Admin { webhooks: services.webhooks.clone() };
-    let grpc = Routes::new(sized!(BatchServiceServer::new(batches)))
-        .add_service(sized!(WorkerAdminServer::new(workers)))
-        .add_service(sized!(WebhookAdminServer::new(hooks)))
-        .add_service(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())))
+    let mut grpc = Routes::new(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())));
+    if rpcs {
+        grpc = grpc
+            .add_service(sized!(BatchServiceServer::new(batches)))
+            .add_service(sized!(WorkerAdminServer::new(workers)))
+            .add_service(sized!(WebhookAdminServer::new(hooks)));
+    }
+    let grpc = grpc
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
         .into_axum_router()

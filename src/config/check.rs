@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{ConfigError, ServeConfig};
+use clap::ValueEnum;
+
+use super::{ConfigError, Database, Role, ServeConfig};
 
 impl ServeConfig {
     /// Refuses settings that can't work or would open the server to anybody without saying so.
@@ -14,6 +16,7 @@ impl ServeConfig {
         self.check_anonymous()?;
         self.check_spans()?;
         self.check_workers()?;
+        self.check_roles()?;
         Ok(self)
     }
 
@@ -42,6 +45,17 @@ impl ServeConfig {
                  let in everybody who can reach it: --insecure-allow-anonymous",
                 self.listen
             ),
+        )
+    }
+
+    fn check_roles(&self) -> Result<(), ConfigError> {
+        let all = Role::value_variants().iter().all(|role| self.has_role(*role));
+        if all || matches!(self.database(), Database::Postgres(_)) {
+            return Ok(());
+        }
+        refuse(
+            "--roles",
+            "a SQLite database has one node, and it must do everything: leave --roles out, or share PostgreSQL with other nodes by --database-url",
         )
     }
 
@@ -153,12 +167,22 @@ mod tests {
     }
 
     #[test]
+    fn roles_are_split_on_postgres_only() {
+        let config = load(&["--roles", "delivery,api,api", "--database-url", "postgres://h/d"]).unwrap();
+        assert_eq!(config.role_names(), "api,delivery");
+        assert!(!config.has_role(Role::Scheduler));
+        assert_eq!(load(&["--roles", "scheduler,delivery,api"]).unwrap().role_names(), "api,scheduler,delivery");
+        assert_eq!(ServeConfig::default().role_names(), "api,scheduler,delivery");
+    }
+
+    #[test]
     fn what_does_not_go_together_is_refused() {
         for (flags, setting) in [
             (&["--tls-cert", "c"][..], "--tls-cert: needs --tls-key"),
             (&["--tls-key", "k"], "--tls-key: needs --tls-cert"),
             (&["--tls-client-ca", "a"], "--tls-client-ca: needs --tls-cert and --tls-key"),
             (&["--worker", "ftp://h"], "--worker: ftp://h"),
+            (&["--roles", "api"], "--roles: a SQLite database has one node"),
             (&["--lease", "2s"], "--lease: must be at least 3s"),
             (&["--lease", "3s", "--flush-interval", "2s"], "--flush-interval: must be at most half of --lease"),
             (&["--flush-interval", "0s"], "--flush-interval: must be at least 10ms"),

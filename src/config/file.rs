@@ -136,6 +136,7 @@ mod tests {
             request_timeout = "1m 30s"
             max_tries = 2
             data_dir = "/d"
+            roles = ["scheduler", "api"]
             worker_api_key = "key"
             database_url = "postgres://u:p@h/d"
             database_connections = 20
@@ -164,6 +165,7 @@ mod tests {
         assert_eq!(file.values.len(), ServeConfig::command().get_arguments().count() - 1, "all but config");
         let config = ServeConfig::from_flags([], Some(&file)).unwrap();
         assert_eq!(config.worker.len(), 2);
+        assert_eq!(config.role_names(), "api,scheduler");
         assert_eq!(config.max_file_bytes, 4 << 30);
         assert_eq!(config.request_timeout.as_secs(), 90);
         assert!(config.insecure_allow_anonymous);

@@ -93,6 +93,29 @@ pub enum LogFormat {
     Json,
 }
 
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Role {
+    /// Answers clients.
+    Api,
+    /// Runs batches: claims segments, closes windows, deletes garbage.
+    Scheduler,
+    /// Delivers webhooks.
+    Delivery,
+}
+
+impl Role {
+    /// Its name, as in the setting.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Scheduler => "scheduler",
+            Self::Delivery => "delivery",
+        }
+    }
+}
+
 /// Which database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Database {
@@ -128,6 +151,18 @@ pub struct ServeConfig {
         help_heading = "General"
     )]
     pub listen: SocketAddr,
+
+    /// What this node does, comma-separated: api (answers clients), scheduler (runs batches), delivery (sends webhooks).
+    /// Together the nodes of a PostgreSQL database must do all of it. Health and metrics are served by every node.
+    #[arg(
+        long,
+        env = "TIDEMILL_ROLES",
+        value_name = "ROLES",
+        value_delimiter = ',',
+        help_heading = "General",
+        default_value = "api,scheduler,delivery"
+    )]
+    pub roles: Vec<Role>,
 
     /// Base URL of a worker: a vLLM server or any server with OpenAI's HTTP API. Repeatable; comma-separated in the
     /// environment. More can be added while the server runs: tidemill workers register.
@@ -311,6 +346,21 @@ impl ServeConfig {
             None => command,
         };
         Self::from_arg_matches(&command.try_get_matches_from(flags)?)
+    }
+
+    /// Whether this node does it.
+    #[must_use]
+    pub fn has_role(&self, role: Role) -> bool {
+        self.roles.contains(&role)
+    }
+
+    /// Its roles, each once, as other nodes are told of them.
+    #[must_use]
+    pub fn role_names(&self) -> String {
+        let mut roles = self.roles.clone();
+        roles.sort_unstable();
+        roles.dedup();
+        roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(",")
     }
 
     /// Which database.

@@ -42,6 +42,7 @@ pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use events::StateEvent;
 pub use files::{DeletedFile, FileFilter, InsertedFile};
+pub use nodes::NodeRecord;
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter, DeletedDeadLetter,

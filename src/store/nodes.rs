@@ -1,36 +1,51 @@
-//! The nodes' own rows: who is there, and since when.
+//! The nodes' own rows: who is there, what they do, and since when.
 
-use sea_orm::{ActiveModelTrait, EntityTrait, Set};
+use std::time::Duration;
+
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
 use super::{Store, StoreError, entity::node, now};
-use crate::domain::NodeId;
+use crate::domain::{NodeId, Timestamp};
+
+/// A node that has said nothing for so long is dead, and its row goes.
+const DEAD: Duration = Duration::from_secs(600);
+
+/// A node, as the others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// One run of one process.
+    pub id: NodeId,
+    /// tidemill's.
+    pub version: String,
+    /// What it does, comma-separated.
+    pub roles: String,
+    /// When it joined.
+    pub started_at: Timestamp,
+    /// Its last sign of life.
+    pub heartbeat_at: Timestamp,
+}
 
 impl Store {
-    /// Makes this node known.
+    /// Makes this node known, or says that it lives: a row that others took for dead comes back. Rows of dead nodes go.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn join(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
-        let at = now(self.read()).await?.0;
+    pub async fn heartbeat(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
+        let at = now(self.read()).await?;
         let row = node::ActiveModel {
             id: Set(id.as_str().to_owned()),
             version: Set(version.to_owned()),
             roles: Set(roles.to_owned()),
-            started_at: Set(at),
-            heartbeat_at: Set(at),
+            started_at: Set(at.0),
+            heartbeat_at: Set(at.0),
         };
-        node::Entity::insert(row).exec_without_returning(&self.inner.write).await?;
-        Ok(())
-    }
-
-    /// Says that this node lives.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn heartbeat(&self, id: &NodeId) -> Result<(), StoreError> {
-        let at = now(self.read()).await?.0;
-        let change = node::ActiveModel { id: Set(id.as_str().to_owned()), heartbeat_at: Set(at), ..Default::default() };
-        change.update(&self.inner.write).await?;
+        let known = OnConflict::column(node::Column::Id).update_column(node::Column::HeartbeatAt).to_owned();
+        node::Entity::insert(row).on_conflict(known).exec_without_returning(&self.inner.write).await?;
+        let dead = i64::try_from(DEAD.as_micros()).unwrap_or(i64::MAX);
+        node::Entity::delete_many()
+            .filter(node::Column::HeartbeatAt.lt(at.0.saturating_sub(dead)))
+            .exec(&self.inner.write)
+            .await?;
         Ok(())
     }
 
@@ -41,5 +56,25 @@ impl Store {
     pub async fn leave(&self, id: &NodeId) -> Result<(), StoreError> {
         node::Entity::delete_by_id(id.as_str()).exec(&self.inner.write).await?;
         Ok(())
+    }
+
+    /// All nodes that are there, or were a moment ago, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn nodes(&self) -> Result<Vec<NodeRecord>, StoreError> {
+        let rows = node::Entity::find()
+            .order_by_asc(node::Column::StartedAt)
+            .order_by_asc(node::Column::Id)
+            .all(self.read())
+            .await?;
+        let record = |row: node::Model| NodeRecord {
+            id: NodeId::from_text(row.id),
+            version: row.version,
+            roles: row.roles,
+            started_at: Timestamp(row.started_at),
+            heartbeat_at: Timestamp(row.heartbeat_at),
+        };
+        Ok(rows.into_iter().map(record).collect())
     }
 }

@@ -45,11 +45,31 @@ async fn the_configuration_names_workers(db: Db) {
 
 async fn nodes_come_live_and_go(db: Db) {
     let node = NodeId::generate();
-    db.store.join(&node, "1.0.0", "all").await.unwrap();
+    db.store.heartbeat(&node, "1.0.0", "api,scheduler").await.unwrap();
     let seen = async || db.number("SELECT heartbeat_at FROM nodes").await;
     let first = seen().await;
-    db.store.heartbeat(&node).await.unwrap();
+    db.store.heartbeat(&node, "1.0.0", "api,scheduler").await.unwrap();
     assert!(seen().await > first);
+    let others = NodeId::generate();
+    db.store.heartbeat(&others, "1.1.0", "delivery").await.unwrap();
+    let found = db.store.nodes().await.unwrap();
+    let shown: Vec<_> = found.iter().map(|one| (&one.id, one.version.as_str(), one.roles.as_str())).collect();
+    assert_eq!(shown, [(&node, "1.0.0", "api,scheduler"), (&others, "1.1.0", "delivery")]);
+    assert!(found[0].started_at.0 == first && found[0].heartbeat_at.0 > first);
+
+    // Silent for just less than ten minutes, and for longer.
+    let silent = async |seconds: i64| {
+        let at = db.store.nodes().await.unwrap().iter().map(|one| one.heartbeat_at.0).max().unwrap();
+        let (before, others) = (at - seconds * 1_000_000, others.as_str());
+        db.execute(&format!("UPDATE nodes SET heartbeat_at = {before} WHERE id = '{others}'")).await;
+        db.store.heartbeat(&node, "1.0.0", "api,scheduler").await.unwrap();
+        db.store.nodes().await.unwrap().len()
+    };
+    assert_eq!((silent(590).await, silent(601).await), (2, 1));
+    // It was only frozen: its next sign of life makes it known again.
+    db.store.heartbeat(&others, "1.1.0", "delivery").await.unwrap();
+    assert_eq!(db.store.nodes().await.unwrap().len(), 2);
+    db.store.leave(&others).await.unwrap();
     db.store.leave(&node).await.unwrap();
     assert_eq!(db.number("SELECT COUNT(*) FROM nodes").await, 0);
 }
