@@ -335,8 +335,9 @@ mod tests {
                 match step {
                     0 | 1 => {
                         let model = pick % 2;
-                        let first = list.peek(model);
-                        let key = list.take(model);
+                        let lane = Lane { model, alone: false };
+                        let first = list.peek(lane);
+                        let key = list.take(lane);
                         prop_assert_eq!(first, key);
                         if let Some(key) = key {
                             let at = places.iter().position(|place| *place == list.index(key)).unwrap();
