@@ -143,6 +143,10 @@ mod tests {
             blobs = "s3://bucket/prefix"
             max_file_lines = 1_000
             max_file_bytes = "4GiB"
+            limit_requests_per_second = 20
+            limit_bytes_per_day = "1GB"
+            limit_queued_lines = 5000
+            limit_concurrent_uploads = 3
             lease = "1m"
             flush_interval = "500ms"
             tls_cert = "c"
@@ -167,6 +171,8 @@ mod tests {
         assert_eq!(config.worker.len(), 2);
         assert_eq!(config.role_names(), "api,scheduler");
         assert_eq!(config.max_file_bytes, 4 << 30);
+        assert_eq!((config.limit_requests_per_second, config.limit_bytes_per_day), (20, 1_000_000_000));
+        assert_eq!((config.limit_queued_lines, config.limit_concurrent_uploads), (5_000, 3));
         assert_eq!(config.request_timeout.as_secs(), 90);
         assert!(config.insecure_allow_anonymous);
         assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");
