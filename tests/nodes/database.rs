@@ -11,23 +11,23 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::{
+    alone,
     calls::Anybody,
     cluster::{Cluster, LEASE, worker},
     faults::until,
     history::{self, submit},
     support::postgres,
-    turn,
 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_away_costs_time_and_nothing_else() {
-    let _turn = turn().await;
+    let _turn = alone().await;
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(400), ..SimConfig::default() };
     let (sim, url) = worker(config).await;
     let mut cluster = Cluster::start(&database, 1, &["--worker", &url, "--worker-max-in-flight", "32"]).await;
     let anybody = Anybody::new(cluster.addresses());
-    let batch = submit(&anybody, 900, "b").await;
+    let batch = submit(&anybody, 600, "b").await;
     until("it is under way", Duration::from_secs(10), async || sim.faults().received() > 50).await;
     let mut client = cluster.nodes[0].client().await;
 
@@ -51,19 +51,19 @@ async fn a_database_that_is_away_costs_time_and_nothing_else() {
     assert_eq!(batch.check(&anybody).await, BatchStatus::Completed);
     assert!(cluster.nodes[0].is_alive());
     assert_eq!(history::claimed_again(&database).await, 0, "nobody else was there: it has kept its work");
-    assert_eq!(sim.faults().received(), 900, "{id}: no request ran twice");
+    assert_eq!(sim.faults().received(), 600, "{id}: no request ran twice");
     cluster.assert_no_panics();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_do_not_take_each_others_work_when_the_database_comes_back() {
-    let _turn = turn().await;
+    let _turn = alone().await;
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(300), ..SimConfig::default() };
     let (sim, url) = worker(config).await;
     let mut cluster = Cluster::start(&database, 2, &["--worker", &url, "--worker-max-in-flight", "48"]).await;
     let anybody = Anybody::new(cluster.addresses());
-    let batch = submit(&anybody, 4_000, "b").await;
+    let batch = submit(&anybody, 3_000, "b").await;
     let both = "SELECT count(DISTINCT lease_owner) AS n FROM segments";
     until("both run some of it", Duration::from_secs(10), async || history::ask(&database, both).await == 2).await;
 
@@ -72,7 +72,7 @@ async fn nodes_do_not_take_each_others_work_when_the_database_comes_back() {
     tokio::task::spawn_blocking(|| drop(down)).await.unwrap();
     assert_eq!(batch.check(&anybody).await, BatchStatus::Completed);
     assert_eq!(history::claimed_again(&database).await, 0);
-    assert_eq!(sim.faults().received(), 4_000, "no request ran twice");
+    assert_eq!(sim.faults().received(), 3_000, "no request ran twice");
     assert!(cluster.nodes.iter_mut().all(|node| node.is_alive()));
     cluster.assert_no_panics();
 }

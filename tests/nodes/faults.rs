@@ -4,17 +4,20 @@ use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, Database, TransactionTrait};
 use tidemill::{
-    pb::{BatchStatus, CancelBatchRequest, WatchBatchRequest, batch_event::Event},
+    pb::{BatchStatus, CancelBatchRequest, ListBatchesRequest, WatchBatchRequest, batch_event::Event},
     sim::SimConfig,
+    store::Store,
 };
 use tokio::time::Instant;
+use tonic::Code;
 
 use crate::{
+    alone,
     calls::Anybody,
     cluster::{Cluster, LEASE, worker},
     history::{self, Submitted, submit},
     support::postgres,
-    turn,
+    together,
 };
 
 /// As long as it takes a node to send the first requests of a batch.
@@ -30,7 +33,7 @@ pub async fn until(what: &str, within: Duration, mut reached: impl AsyncFnMut() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn any_node_serves_any_call_and_the_work_is_shared() {
-    let _turn = turn().await;
+    let _turn = together().await;
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() };
     let (_sim, url) = worker(config).await;
@@ -69,7 +72,7 @@ async fn any_node_serves_any_call_and_the_work_is_shared() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_was_frozen_past_its_lease_writes_nothing() {
-    let _turn = turn().await;
+    let _turn = together().await;
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(400), ..SimConfig::default() };
     let (sim, url) = worker(config).await;
@@ -96,7 +99,7 @@ async fn a_node_that_was_frozen_past_its_lease_writes_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_frozen_in_the_middle_of_a_transaction_holds_nobody_up() {
-    let _turn = turn().await;
+    let _turn = together().await;
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() };
     let (_sim, url) = worker(config).await;
@@ -126,7 +129,7 @@ async fn a_node_frozen_in_the_middle_of_a_transaction_holds_nobody_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watcher_hears_of_another_nodes_changes_long_before_its_own_node_asks() {
-    let _turn = turn().await;
+    let _turn = alone().await;
     let Some(database) = postgres::database().await else { return };
     let cluster = Cluster::start(&database, 2, &[]).await;
     let (mut here, mut there) = (cluster.nodes[0].client().await, cluster.nodes[1].client().await);
@@ -144,4 +147,32 @@ async fn a_watcher_hears_of_another_nodes_changes_long_before_its_own_node_asks(
     }
     // By asking once a second, all of six would be as quick once in thousands of runs.
     assert!(slowest < Duration::from_millis(300), "{slowest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_can_be_split() {
+    let _turn = together().await;
+    let Some(database) = postgres::database().await else { return };
+    let (_sim, url) = worker(SimConfig::default()).await;
+    let debug = "info,tidemill::scheduler=debug";
+    let flags = ["--worker", &url, "--log", debug];
+    let mut cluster = Cluster::start(&database, 0, &flags).await;
+    cluster.add(&["--roles", "api"]).await;
+    let front = Anybody::new(cluster.addresses());
+    let batch = submit(&front, 300, "b").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(front.get(&batch.id).await.status(), BatchStatus::InProgress, "nobody is there to run it");
+    cluster.add(&["--roles", "scheduler,delivery"]).await;
+    assert_eq!(batch.check(&front).await, BatchStatus::Completed);
+    assert_eq!(cluster.nodes[0].logged("segment claimed"), 0);
+    assert!(cluster.nodes[1].logged("segment claimed") > 0);
+    let refused = cluster.nodes[1].client().await.list_batches(ListBatchesRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+    let store = Store::postgres(&database, 2).await.unwrap();
+    let roles: Vec<String> = store.nodes().await.unwrap().into_iter().map(|node| node.roles).collect();
+    assert_eq!(roles, ["api", "scheduler,delivery"]);
+    for node in &mut cluster.nodes {
+        node.terminate().await;
+    }
+    assert!(store.nodes().await.unwrap().is_empty(), "who stops in order leaves no row");
 }

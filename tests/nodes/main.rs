@@ -14,10 +14,19 @@ mod support;
 
 use std::sync::OnceLock;
 
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// One test at a time: they stop the database that they share, and count on seconds being seconds.
-pub async fn turn() -> MutexGuard<'static, ()> {
-    static TURN: OnceLock<Mutex<()>> = OnceLock::new();
-    TURN.get_or_init(Mutex::default).lock().await
+fn turn() -> &'static RwLock<()> {
+    static TURN: OnceLock<RwLock<()>> = OnceLock::new();
+    TURN.get_or_init(RwLock::default)
+}
+
+/// With others: the test leaves the database that they share alone, and has time.
+pub async fn together() -> RwLockReadGuard<'static, ()> {
+    turn().read().await
+}
+
+/// By itself: the test stops the database, or counts on moments being moments.
+pub async fn alone() -> RwLockWriteGuard<'static, ()> {
+    turn().write().await
 }
