@@ -20,7 +20,7 @@ pub fn webhook_url(data: &[u8]) {
     let answer = match head[15] % 3 {
         0 => vec![addresses[0]],
         1 => vec![addresses[1]],
-        _ => addresses.clone(),
+        _ => addresses,
     };
     let resolved = answer.clone();
     let lookup = Arc::new(move |_| {

@@ -328,7 +328,8 @@ mod tests {
             let done: Vec<u32> = done.into_iter().collect();
             let mut list = list(&text, &done);
             let expected: BTreeSet<u32> = places.iter().copied().filter(|place| !done.contains(place)).collect();
-            prop_assert_eq!(list.unfinished().iter().map(|key| list.index(*key)).collect::<BTreeSet<_>>(), expected.clone());
+            let unfinished: BTreeSet<u32> = list.unfinished().into_iter().map(|key| list.index(key)).collect();
+            prop_assert_eq!(&unfinished, &expected);
             let (mut now, mut taken, mut ended) = (Instant::now(), Vec::new(), BTreeSet::new());
             let mut later = 0;
             for (step, pick, millis) in steps {
