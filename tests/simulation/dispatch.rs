@@ -12,19 +12,28 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidemill::{
     domain::{LineSet, Priority, Timestamp},
     fleet::{
-        Rank, Want, WorkerKey,
+        FailureKind, Rank, Want, WorkerKey,
         board::{Board, Ticket},
         health::{Change, Health, Probe},
     },
-    scheduler::{TryPolicy, lines::LineKey, lines::WorkList, plan::Demand},
+    scheduler::{
+        TryPolicy,
+        lines::{Lane, LineKey, WorkList},
+        plan::Demand,
+    },
 };
 use tokio::time::Instant;
 
 const MODELS: [&str; 2] = ["a", "b"];
-const TRIES: TryPolicy = TryPolicy { max_tries: 4, base: Duration::from_millis(250), cap: Duration::from_secs(30) };
+const TRIES: TryPolicy =
+    TryPolicy { max_tries: 4, base: Duration::from_millis(250), cap: Duration::from_secs(30), max_pauses: 1_000 };
 /// Steps with faults; then the workers are well for good.
 const TROUBLE: usize = 150;
 const PATIENCE: usize = 5_000;
+
+fn lane(model: usize) -> Lane {
+    Lane { model, alone: false }
+}
 
 struct Worker {
     models: Vec<&'static str>,
@@ -131,7 +140,7 @@ impl Dispatch {
                     std::mem::take(&mut self.flights).into_iter().partition(|one| one.worker == at as u32);
                 self.flights = rest;
                 let lost: Vec<Flight> = lost;
-                lost.into_iter().for_each(|flight| self.failed(&flight, None));
+                lost.into_iter().for_each(|flight| self.failed(&flight, FailureKind::Removed, None));
             }
             Change::None => {}
         }
@@ -147,21 +156,24 @@ impl Dispatch {
         let poison = self.segments[flight.segment].list.index(flight.line) % 7 == 3;
         if poison || (self.faults && self.random.random_bool(0.3)) {
             let asked = self.random.random_bool(0.2).then(|| Duration::from_secs(self.random.random_range(0..60)));
-            self.failed(&flight, asked);
+            self.failed(&flight, FailureKind::Status, asked);
         } else {
             self.board.release(WorkerKey(flight.worker));
             self.end(&flight);
         }
     }
 
-    fn failed(&mut self, flight: &Flight, asked: Option<Duration>) {
+    fn failed(&mut self, flight: &Flight, kind: FailureKind, asked: Option<Duration>) {
         self.board.release(WorkerKey(flight.worker));
         let random = self.random.random_range(0.0..1.0);
         let list = &mut self.segments[flight.segment].list;
-        let tries = list.failed(flight.line, WorkerKey(flight.worker));
-        assert!(tries <= TRIES.max_tries);
-        match TRIES.wait(tries, asked, random) {
-            Some(wait) => list.later(flight.line, self.now + wait),
+        let tally = list.failed(flight.line, WorkerKey(flight.worker));
+        match TRIES.next(tally, kind, asked, random) {
+            Some(wait) => {
+                // No worker dies of a request here, so none has to go alone.
+                assert!(!tally.alone());
+                list.later(flight.line, self.now + wait);
+            }
             None => self.end(flight),
         }
     }
@@ -175,13 +187,13 @@ impl Dispatch {
     fn send(&mut self) {
         for at in 0..self.segments.len() {
             for model in 0..MODELS.len() {
-                while let Some(line) = self.segments[at].list.peek(model) {
+                while let Some(line) = self.segments[at].list.peek(lane(model)) {
                     let segment = &mut self.segments[at];
                     if segment.waiting.contains_key(&model) {
                         break;
                     }
                     let avoid = segment.list.failed_on(line).iter().copied().collect();
-                    let want = Want { model: MODELS[model].into(), rank: segment.rank, avoid };
+                    let want = Want { model: MODELS[model].into(), rank: segment.rank, avoid, alone: false };
                     match self.board.take(&want) {
                         Some(worker) => self.start(at, model, worker),
                         None => drop(segment.waiting.insert(model, self.board.queue(want))),
@@ -199,7 +211,7 @@ impl Dispatch {
                 })
                 .expect("a slot for nobody");
             self.segments[at].waiting.remove(&model);
-            if self.segments[at].list.peek(model).is_some() {
+            if self.segments[at].list.peek(lane(model)).is_some() {
                 self.start(at, model, worker);
             } else {
                 self.board.release(worker);
@@ -209,7 +221,7 @@ impl Dispatch {
 
     fn start(&mut self, at: usize, model: usize, worker: WorkerKey) {
         let segment = &mut self.segments[at];
-        let line = segment.list.take(model).unwrap();
+        let line = segment.list.take(lane(model)).unwrap();
         assert!(!segment.done.contains(&line), "a line that has ended was sent");
         assert!(self.flights.iter().all(|flight| (flight.segment, flight.line) != (at, line)), "a line is sent twice");
         let begun = segment.begun.entry(line).or_default();
