@@ -262,12 +262,12 @@ impl Scheduler {
     fn heard<T>(&mut self, began: Instant, answer: &Result<T, StoreError>) {
         match answer {
             Err(StoreError::Unavailable(_)) => self.away = true,
-            Err(_) => {}
             Ok(_) if self.away || began.elapsed() > self.options.lease / 3 => {
                 self.away = false;
                 self.back_at = Some(Instant::now());
             }
-            Ok(_) => {}
+            // What the database holds may be wrong, but it is there.
+            Ok(_) | Err(_) => {}
         }
     }
 

@@ -73,6 +73,6 @@ async fn nodes_do_not_take_each_others_work_when_the_database_comes_back() {
     assert_eq!(batch.check(&anybody).await, BatchStatus::Completed);
     assert_eq!(history::claimed_again(&database).await, 0);
     assert_eq!(sim.faults().received(), 3_000, "no request ran twice");
-    assert!(cluster.nodes.iter_mut().all(|node| node.is_alive()));
+    assert!(cluster.nodes.iter_mut().all(crate::cluster::Node::is_alive));
     cluster.assert_no_panics();
 }
