@@ -186,14 +186,14 @@ impl Dispatch {
 
     fn send(&mut self) {
         for at in 0..self.segments.len() {
-            for model in 0..MODELS.len() {
+            for (model, name) in MODELS.into_iter().enumerate() {
                 while let Some(line) = self.segments[at].list.peek(lane(model)) {
                     let segment = &mut self.segments[at];
                     if segment.waiting.contains_key(&model) {
                         break;
                     }
                     let avoid = segment.list.failed_on(line).iter().copied().collect();
-                    let want = Want { model: MODELS[model].into(), rank: segment.rank, avoid, alone: false };
+                    let want = Want { model: name.into(), rank: segment.rank, avoid, alone: false };
                     match self.board.take(&want) {
                         Some(worker) => self.start(at, model, worker),
                         None => drop(segment.waiting.insert(model, self.board.queue(want))),
