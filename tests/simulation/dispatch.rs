@@ -166,7 +166,12 @@ impl Dispatch {
     fn failed(&mut self, flight: &Flight, kind: FailureKind, asked: Option<Duration>) {
         self.board.release(WorkerKey(flight.worker));
         let random = self.random.random_range(0.0..1.0);
-        let list = &mut self.segments[flight.segment].list;
+        let segment = &mut self.segments[flight.segment];
+        if kind == FailureKind::Removed {
+            // The worker's going uses up no try.
+            *segment.begun.get_mut(&flight.line).expect("it was sent") -= 1;
+        }
+        let list = &mut segment.list;
         let tally = list.failed(flight.line, WorkerKey(flight.worker));
         match TRIES.next(tally, kind, asked, random) {
             Some(wait) => {
