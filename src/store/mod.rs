@@ -32,7 +32,7 @@ use std::{
 
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, DatabaseTransaction, DbErr,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
+    RuntimeErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
 };
 use tidemill_migrations::{Migrator, MigratorTrait};
 use tokio::sync::broadcast;
@@ -55,6 +55,8 @@ use crate::domain::{BatchId, Timestamp};
 
 /// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
+/// Between two tries to open a SQLite file that another process has for itself for the moment.
+const SQLITE_RETRY: Duration = Duration::from_millis(20);
 /// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
 const ACQUIRE: Duration = Duration::from_secs(5);
 /// PostgreSQL ends a transaction whose node says nothing for so long: a node that is frozen or cut off in the middle of one
@@ -136,7 +138,19 @@ impl Store {
                         .pragma("temp_store", "MEMORY")
                 },
             );
-            Database::connect(options)
+            // Whoever turns a new file into a WAL one has it for itself, and SQLite answers others SQLITE_BUSY then at once,
+            // whatever the busy timeout: waiting would be a deadlock if both had begun.
+            async move {
+                let by = tokio::time::Instant::now() + SQLITE_BUSY;
+                loop {
+                    match Database::connect(options.clone()).await {
+                        Err(error) if is_locked(&error) && tokio::time::Instant::now() < by => {
+                            tokio::time::sleep(SQLITE_RETRY).await;
+                        }
+                        opened => return opened,
+                    }
+                }
+            }
         };
         let write = connect(1).await?;
         let read = connect(4).await?;
@@ -268,6 +282,14 @@ impl Store {
         // No listener is fine.
         let _ = self.inner.changes.send(batch.clone());
     }
+}
+
+/// SQLITE_BUSY, in whichever of its forms.
+fn is_locked(error: &DbErr) -> bool {
+    let (DbErr::Conn(RuntimeErr::SqlxError(error)) | DbErr::Exec(RuntimeErr::SqlxError(error))) = error else {
+        return false;
+    };
+    error.as_database_error().is_some_and(|error| error.message().contains("database is locked"))
 }
 
 /// The database's clock: the only one by which leases and windows are judged, so that a node whose own is off harms nothing.
