@@ -45,7 +45,7 @@ pub enum FailureKind {
     Removed,
     /// A status that says "not now": 408, 409, 425, 5xx.
     Status,
-    /// 429 and 503: the worker takes no requests at the moment, and is left alone for a while.
+    /// 429, and 503 with `Retry-After`: the worker paces its clients, which says nothing of the request.
     Busy,
     /// 404, because the worker does not have the model that it listed; another one may.
     NoModel,
@@ -179,17 +179,19 @@ impl Slot {
         let status = response.status().as_u16();
         let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
         let answer = Answer { status, request_id, body };
+        let wish = retry_after(response.headers());
         let kind = match status {
             404 if is_missing_model(&answer.body) => FailureKind::NoModel,
-            429 | 503 => FailureKind::Busy,
+            429 => FailureKind::Busy,
+            503 if wish.is_some() => FailureKind::Busy,
             status if is_retryable(status) => FailureKind::Status,
             _ => return Ok(answer),
         };
-        let wish = retry_after(response.headers());
-        match kind {
-            FailureKind::Busy => self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE)),
-            FailureKind::NoModel => self.worker.look_at_models(),
-            _ => {}
+        if matches!(status, 429 | 503) {
+            self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE));
+        }
+        if kind == FailureKind::NoModel {
+            self.worker.look_at_models();
         }
         Err(Failure {
             answer: Some(answer),

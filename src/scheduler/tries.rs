@@ -1,9 +1,9 @@
 //! Whether a request that failed is tried again, when, and in whose company: pure.
 //!
-//! A failure has one of three causes. What the request itself may have caused (a time-out, a 500, nonsense) counts
-//! as a try. What the worker says of itself (429, 503, nobody there) counts as a pause: it uses up no try. And when a
-//! worker dies, every request that it had is a suspect, though at most one of them killed it: a request that was there
-//! twice is from then on sent alone, so that the next death, if there is one, is its own, and no other's.
+//! A failure has one of three causes. What the request itself may have caused (a time-out, a 500, nonsense) counts as a
+//! try. What the worker says of itself (429, 503 with `Retry-After`, nobody there) counts as a pause: it uses up no try.
+//! And when a worker dies, every request that it had is a suspect, though at most one of them killed it: a request that
+//! was there twice is from then on sent alone, so that the next death, if there is one, is its own, and no other's.
 
 use std::time::Duration;
 

@@ -56,6 +56,20 @@ async fn a_request_that_always_fails_ends_with_the_last_answer_after_its_tries()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_only_says_503_uses_up_the_tries() {
+    let worker = Worker::start(SimConfig::default()).await;
+    worker.sim.faults().always(Some(Fault::Fail { status: StatusCode::SERVICE_UNAVAILABLE, retry_after: None }));
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[&worker]).await;
+    let id = node.submit(&chats(1), 10).await;
+    let batch = node.ended(&id).await;
+    let (_, errors) = node.results(&batch).await;
+    assert_eq!(errors[0]["response"]["status_code"], 503);
+    assert_eq!(worker.sim.faults().received(), 5);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_hangs_times_out() {
     let worker = Worker::start(SimConfig::default()).await;
     worker.sim.faults().always(Some(Fault::Hang));
