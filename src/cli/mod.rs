@@ -15,6 +15,7 @@ mod results;
 mod serve;
 mod submit;
 mod token;
+mod top;
 mod upload;
 mod watch;
 mod webhooks;
@@ -76,6 +77,9 @@ enum Command {
     /// Show and manage workers.
     #[command(subcommand)]
     Workers(workers::WorkersCommand),
+    /// Watch workers and unfinished batches live.
+    #[command(after_help = top::HELP)]
+    Top(top::TopArgs),
     /// Look after webhooks: dead letters, deliveries, endpoints; verify them, receive them.
     #[command(subcommand)]
     Webhooks(webhooks::WebhooksCommand),
@@ -196,6 +200,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Infer(args) => infer::run(args, &cli.client.client()?).await,
         Command::Webhooks(command) => done(webhooks::run(command, &cli.client.client()?).await),
         Command::Workers(command) => done(workers::run(command, &cli.client.client()?).await),
+        Command::Top(args) => done(top::run(args, &cli.client.client()?, &cli.client.server).await),
         Command::Token(command) => done(token::run(command, cli.client.json)),
         Command::Migrate(args) => done(serve::migrate(args, cli.client.json).await),
         Command::Sim(args) => done(serve::sim(args).await),
@@ -255,6 +260,8 @@ mod tests {
             "tidemill infer --endpoint /v1/embeddings --body {}",
             "tidemill workers register http://127.0.0.1:8000",
             "tidemill workers drain worker_1",
+            "tidemill top --interval 5s",
+            "tidemill top --once --json",
             "tidemill webhooks dead-letters list --batch batch_1 --host h --json",
             "tidemill webhooks dead-letters retry dl_1 --force",
             "tidemill webhooks dead-letters retry-all --event failed --dry-run",
@@ -297,6 +304,7 @@ mod tests {
             "tidemill sim --error-rate 1.5",
             "tidemill token new --name a/b",
             "tidemill serve --max-tries 0",
+            "tidemill top --interval 1ms",
         ] {
             assert!(matches!(parse_words(line), Err(UsageError::Usage(_))), "{line}");
         }
