@@ -37,9 +37,9 @@ fn was_given_up(error: &DbErr) -> bool {
     else {
         return false;
     };
-    // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, SQLITE_BUSY_SNAPSHOT.
+    // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
     error
         .as_database_error()
         .and_then(sqlx::error::DatabaseError::code)
-        .is_some_and(|code| matches!(&*code, "40001" | "40P01" | "5" | "517"))
+        .is_some_and(|code| matches!(&*code, "40001" | "40P01" | "5" | "261" | "517"))
 }

@@ -228,17 +228,24 @@ impl Store {
             .await?;
         let mut closed = Vec::new();
         for id in due.into_iter().map(BatchId::from_text) {
-            let tx = self.begin().await?;
-            let Some(mut row) = lock_batch(&tx, &id).await? else { continue };
-            let at = now(&tx).await?;
-            if row.expires_at <= at.0
-                && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
-            {
-                self.commit(tx, &id).await?;
+            if again(|| self.close_window_once(&id)).await? {
                 closed.push(id);
             }
         }
         Ok(closed)
+    }
+
+    async fn close_window_once(&self, id: &BatchId) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(false) };
+        let at = now(&tx).await?;
+        if row.expires_at <= at.0
+            && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
+        {
+            self.commit(tx, id).await?;
+            return Ok(true);
+        }
+        Ok(false)
     }
 
     /// How many unfinished batches go before this one.

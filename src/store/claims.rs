@@ -298,6 +298,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_segment(&self, of: &SegmentRef, epoch: Epoch, mask: i64) -> Result<(), StoreError> {
+        again(|| self.release_segment_once(of, epoch, mask)).await
+    }
+
+    async fn release_segment_once(&self, of: &SegmentRef, epoch: Epoch, mask: i64) -> Result<(), StoreError> {
         segment::Entity::update_many()
             .col_expr(segment::Column::State, Expr::val(QUEUED))
             .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
@@ -314,6 +318,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_all(&self) -> Result<u64, StoreError> {
+        again(|| self.release_all_once()).await
+    }
+
+    async fn release_all_once(&self) -> Result<u64, StoreError> {
         let released = segment::Entity::update_many()
             .col_expr(segment::Column::State, Expr::val(QUEUED))
             .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))

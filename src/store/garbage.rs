@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QuerySelect, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, entity::garbage, now};
+use super::{Store, StoreError, again::again, entity::garbage, now};
 use crate::domain::Timestamp;
 
 /// How long readers that have begun may go on reading an object that is no longer named.
@@ -20,7 +20,7 @@ impl Store {
     /// [`StoreError`].
     pub async fn begin_upload(&self, key: &str) -> Result<(), StoreError> {
         let at = now(self.read()).await?;
-        note(&self.inner.write, [key.to_owned()], at.plus(UPLOAD)).await
+        again(|| note(&self.inner.write, [key.to_owned()], at.plus(UPLOAD))).await
     }
 
     /// Lets the next sweep delete an object whose upload broke off.
@@ -28,6 +28,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn abandon_upload(&self, key: &str) -> Result<(), StoreError> {
+        again(|| self.abandon_upload_once(key)).await
+    }
+
+    async fn abandon_upload_once(&self, key: &str) -> Result<(), StoreError> {
         garbage::Entity::delete_by_id(key).exec(&self.inner.write).await?;
         let at = now(self.read()).await?;
         note(&self.inner.write, [key.to_owned()], at).await
@@ -54,6 +58,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget_garbage(&self, keys: &[String]) -> Result<(), StoreError> {
+        again(|| self.forget_garbage_once(keys)).await
+    }
+
+    async fn forget_garbage_once(&self, keys: &[String]) -> Result<(), StoreError> {
         garbage::Entity::delete_many()
             .filter(garbage::Column::ObjectKey.is_in(keys.iter().cloned()))
             .exec(&self.inner.write)

@@ -38,6 +38,7 @@ use tidemill_migrations::{Migrator, MigratorTrait};
 use tokio::sync::broadcast;
 use tokio_util::task::AbortOnDropHandle;
 
+use again::again;
 pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use events::StateEvent;
@@ -55,6 +56,9 @@ use crate::domain::{BatchId, Timestamp};
 
 /// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
+/// How long a call waits for its turn on a connection to SQLite. A file is never away: others are at it, and a call that
+/// fails would only come again. Its client's deadline ends it earlier.
+const SQLITE_TURN: Duration = Duration::from_secs(600);
 /// Between two tries to open a SQLite file that another process has for itself for the moment.
 const SQLITE_RETRY: Duration = Duration::from_millis(20);
 /// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
@@ -115,7 +119,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be opened or migrated.
     pub async fn sqlite(file: &Path) -> Result<Self, StoreError> {
-        Self::sqlite_unmigrated(file).await?.migrated().await
+        Self::sqlite_busy_after(file, SQLITE_BUSY).await
+    }
+
+    /// As [`Store::sqlite`], with another time after which a lock of another process is no longer waited for but tried again:
+    /// tests can't hold one for half a minute.
+    #[doc(hidden)]
+    pub async fn sqlite_busy_after(file: &Path, busy: Duration) -> Result<Self, StoreError> {
+        Self::open_sqlite(file, busy).await?.migrated().await
     }
 
     /// Opens the SQLite file and makes it if it is not there: good for [`Store::migrations`] only.
@@ -123,21 +134,24 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if it can't be opened.
     pub async fn sqlite_unmigrated(file: &Path) -> Result<Self, StoreError> {
+        Self::open_sqlite(file, SQLITE_BUSY).await
+    }
+
+    async fn open_sqlite(file: &Path, busy: Duration) -> Result<Self, StoreError> {
         let connect = |connections: u32| {
             // The file is not named in the URL: there a `%` or a `?` in its path would mean something else.
             let mut options = ConnectOptions::new("sqlite://");
             let file = file.to_owned();
-            options.max_connections(connections).min_connections(1).sqlx_logging(false).map_sqlx_sqlite_opts(
-                move |sqlite| {
-                    sqlite
-                        .filename(&file)
-                        .create_if_missing(true)
-                        .pragma("journal_mode", "WAL")
-                        .pragma("synchronous", "FULL")
-                        .pragma("busy_timeout", SQLITE_BUSY.as_millis().to_string())
-                        .pragma("temp_store", "MEMORY")
-                },
-            );
+            options.max_connections(connections).min_connections(1).sqlx_logging(false).acquire_timeout(SQLITE_TURN);
+            options.map_sqlx_sqlite_opts(move |sqlite| {
+                sqlite
+                    .filename(&file)
+                    .create_if_missing(true)
+                    .pragma("journal_mode", "WAL")
+                    .pragma("synchronous", "FULL")
+                    .pragma("busy_timeout", busy.as_millis().to_string())
+                    .pragma("temp_store", "MEMORY")
+            });
             // Whoever turns a new file into a WAL one has it for itself, and SQLite answers others SQLITE_BUSY then at once,
             // whatever the busy timeout: waiting would be a deadlock if both had begun.
             async move {
@@ -210,13 +224,20 @@ impl Store {
 
     /// All migrations in one transaction, one process at a time: nodes start together on an empty database.
     async fn migrated(self) -> Result<Self, StoreError> {
+        again(|| self.migrate()).await?;
+        Ok(self)
+    }
+
+    async fn migrate(&self) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         if !self.is_sqlite() {
+            // Whoever has waited for the lock must see what was done meanwhile, whatever isolation the database is set to.
+            tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
             tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
         }
         Migrator::up(&tx, None).await?;
         tx.commit().await?;
-        Ok(self)
+        Ok(())
     }
 
     /// The migrations and whether each is applied.

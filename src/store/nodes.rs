@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, entity::node, now};
+use super::{Store, StoreError, again::again, entity::node, now};
 use crate::domain::{NodeId, Timestamp};
 
 /// A node that has said nothing for so long is dead, and its row goes.
@@ -31,6 +31,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn heartbeat(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
+        again(|| self.heartbeat_once(id, version, roles)).await
+    }
+
+    async fn heartbeat_once(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
         let at = now(self.read()).await?;
         let row = node::ActiveModel {
             id: Set(id.as_str().to_owned()),
@@ -54,6 +58,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn leave(&self, id: &NodeId) -> Result<(), StoreError> {
+        again(|| self.leave_once(id)).await
+    }
+
+    async fn leave_once(&self, id: &NodeId) -> Result<(), StoreError> {
         node::Entity::delete_by_id(id.as_str()).exec(&self.inner.write).await?;
         Ok(())
     }

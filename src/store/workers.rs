@@ -57,15 +57,20 @@ impl Store {
     /// [`StoreError`].
     pub async fn configure_workers(&self, urls: &[String]) -> Result<(), StoreError> {
         if self.is_sqlite() {
-            worker::Entity::delete_many()
-                .filter(worker::Column::FromConfig.eq(true))
-                .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
-                .exec(&self.inner.write)
-                .await?;
+            again(|| self.forget_configured_except(urls)).await?;
         }
         for url in urls {
             self.upsert(url, true).await?;
         }
+        Ok(())
+    }
+
+    async fn forget_configured_except(&self, urls: &[String]) -> Result<(), StoreError> {
+        worker::Entity::delete_many()
+            .filter(worker::Column::FromConfig.eq(true))
+            .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
+            .exec(&self.inner.write)
+            .await?;
         Ok(())
     }
 
@@ -109,6 +114,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn drain_worker(&self, id: &WorkerId) -> Result<Option<WorkerRecord>, StoreError> {
+        again(|| self.drain_worker_once(id)).await
+    }
+
+    async fn drain_worker_once(&self, id: &WorkerId) -> Result<Option<WorkerRecord>, StoreError> {
         let tx = self.begin().await?;
         let Some(mut row) = worker::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
         row.draining = true;
@@ -123,6 +132,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn remove_worker(&self, id: &WorkerId) -> Result<RemovedWorker, StoreError> {
+        again(|| self.remove_worker_once(id)).await
+    }
+
+    async fn remove_worker_once(&self, id: &WorkerId) -> Result<RemovedWorker, StoreError> {
         let tx = self.begin().await?;
         match worker::Entity::find_by_id(id.as_str()).one(&tx).await? {
             None => Ok(RemovedWorker::NotFound),

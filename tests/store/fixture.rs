@@ -59,6 +59,12 @@ impl Db {
         }
     }
 
+    /// One that waits only so long for another process's lock on the SQLite file before it tries again.
+    pub async fn impatient(&self, busy: Duration) -> Store {
+        let folder = self.folder.as_ref().expect("a SQLite file");
+        Store::sqlite_busy_after(&folder.path().join("tidemill.db"), busy).await.unwrap()
+    }
+
     /// One that has few connections to PostgreSQL.
     pub async fn with_connections(&self, count: u32) -> Store {
         assert!(!self.is_sqlite());

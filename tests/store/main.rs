@@ -12,6 +12,7 @@ mod files;
 mod migrations;
 mod notify;
 mod parts;
+mod rivals;
 mod start;
 #[path = "../support/mod.rs"]
 mod support;

@@ -37,6 +37,15 @@ async fn many_start_at_once_on_an_empty_postgres_database() {
     all_start(&url, async || Store::postgres(&url, 1).await).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_start_at_once_on_a_postgres_database_that_is_serializable_by_default() {
+    let Some(url) = postgres::database().await else { return };
+    let all = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', \
+               current_database()); END $$";
+    Database::connect(&url).await.unwrap().execute_unprepared(all).await.unwrap();
+    all_start(&url, async || Store::postgres(&url, 1).await).await;
+}
+
 #[tokio::test]
 async fn a_data_directory_may_have_any_name() {
     let folder = tempfile::tempdir().unwrap();
