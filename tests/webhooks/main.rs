@@ -11,4 +11,5 @@ mod fixture;
 mod outbox;
 mod receiver;
 mod retries;
+mod rivals;
 mod zoo;

@@ -24,6 +24,7 @@ use crate::{
     },
     store::{
         Store, StoreError,
+        again::again,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,
     },
@@ -179,6 +180,16 @@ impl Store {
         force: bool,
         request_id: Option<&str>,
     ) -> Result<BeginRetry, StoreError> {
+        again(|| self.begin_retry_once(id, owner, force, request_id)).await
+    }
+
+    async fn begin_retry_once(
+        &self,
+        id: &DeadLetterId,
+        owner: Option<&str>,
+        force: bool,
+        request_id: Option<&str>,
+    ) -> Result<BeginRetry, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(BeginRetry::NotFound) };
@@ -257,6 +268,15 @@ impl Store {
         claim: &ClaimedDelivery,
         result: &AttemptResult,
     ) -> Result<Option<DeadLetter>, StoreError> {
+        again(|| self.finish_retry_once(id, claim, result)).await
+    }
+
+    async fn finish_retry_once(
+        &self,
+        id: &DeadLetterId,
+        claim: &ClaimedDelivery,
+        result: &AttemptResult,
+    ) -> Result<Option<DeadLetter>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let Some(mut row) = lock(&tx, id, None).await? else { return Ok(None) };
@@ -284,6 +304,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_dead_letter(
+        &self,
+        id: &DeadLetterId,
+        owner: Option<&str>,
+    ) -> Result<DeletedDeadLetter, StoreError> {
+        again(|| self.delete_dead_letter_once(id, owner)).await
+    }
+
+    async fn delete_dead_letter_once(
         &self,
         id: &DeadLetterId,
         owner: Option<&str>,

@@ -20,6 +20,7 @@ use crate::{
     },
     store::{
         Store, StoreError,
+        again::again,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
         now,
@@ -111,6 +112,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_endpoint(&self, new: NewEndpoint) -> Result<EndpointRecord, StoreError> {
+        again(|| self.create_endpoint_once(new.clone())).await
+    }
+
+    async fn create_endpoint_once(&self, new: NewEndpoint) -> Result<EndpointRecord, StoreError> {
         let at = now(&self.inner.write).await?;
         let row = webhook_endpoint::Model {
             id: new.id.into_string(),
@@ -179,6 +184,15 @@ impl Store {
         owner: Option<&str>,
         change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, StoreError> {
+        again(|| self.update_endpoint_once(id, owner, change.clone())).await
+    }
+
+    async fn update_endpoint_once(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+        change: EndpointChange,
+    ) -> Result<Option<EndpointRecord>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
@@ -222,6 +236,16 @@ impl Store {
         secret: &SealedSecret,
         overlap: Duration,
     ) -> Result<Option<EndpointRecord>, StoreError> {
+        again(|| self.rotate_secret_once(id, owner, secret, overlap)).await
+    }
+
+    async fn rotate_secret_once(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+        secret: &SealedSecret,
+        overlap: Duration,
+    ) -> Result<Option<EndpointRecord>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
@@ -239,6 +263,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_endpoint(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<DeletedEndpoint, StoreError> {
+        again(|| self.delete_endpoint_once(id, owner)).await
+    }
+
+    async fn delete_endpoint_once(
         &self,
         id: &WebhookEndpointId,
         owner: Option<&str>,
@@ -275,6 +307,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn begin_test(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<Option<ClaimedDelivery>, StoreError> {
+        again(|| self.begin_test_once(id, owner)).await
+    }
+
+    async fn begin_test_once(
         &self,
         id: &WebhookEndpointId,
         owner: Option<&str>,

@@ -12,6 +12,7 @@ use crate::{
     },
     store::{
         Store, StoreError,
+        again::again,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
     },
@@ -56,8 +57,7 @@ impl Store {
             .all(self.read())
             .await?;
         for id in ids.into_iter().map(WebhookEndpointId::from_text) {
-            let tx = self.begin().await?;
-            let Some(mut row) = lock(&tx, &id, None).await? else { continue };
+            let Some(row) = webhook_endpoint::Entity::find_by_id(id.as_str()).one(self.read()).await? else { continue };
             let mut anew = |secret: &Option<Vec<u8>>| {
                 let sealed = SealedSecret::from_bytes(secret.clone()?);
                 reseal(SecretOf::Endpoint(&id), &sealed).map(|sealed| sealed.as_bytes().to_vec())
@@ -66,13 +66,31 @@ impl Store {
             if current.is_none() && previous.is_none() {
                 continue;
             }
-            row.secret = current.or(row.secret);
-            row.previous_secret = previous.or(row.previous_secret);
-            row.into_active_model().reset_all().update(&tx).await?;
-            tx.commit().await?;
-            changed += 1;
+            if again(|| self.replace_secrets(&id, &row, &current, &previous)).await? {
+                changed += 1;
+            }
         }
         Ok(changed)
+    }
+
+    /// False: it has others than `seen` by now.
+    async fn replace_secrets(
+        &self,
+        id: &WebhookEndpointId,
+        seen: &webhook_endpoint::Model,
+        current: &Option<Vec<u8>>,
+        previous: &Option<Vec<u8>>,
+    ) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let Some(mut row) = lock(&tx, id, None).await? else { return Ok(false) };
+        if (&row.secret, &row.previous_secret) != (&seen.secret, &seen.previous_secret) {
+            return Ok(false);
+        }
+        row.secret = current.clone().or(row.secret);
+        row.previous_secret = previous.clone().or(row.previous_secret);
+        row.into_active_model().reset_all().update(&tx).await?;
+        tx.commit().await?;
+        Ok(true)
     }
 
     async fn reseal_batches(
@@ -104,18 +122,24 @@ impl Store {
             if anew.is_empty() {
                 continue;
             }
-            let tx = self.begin().await?;
-            for (id, before, now) in anew {
-                let updated = batch::Entity::update_many()
-                    .col_expr(batch::Column::Webhook, Expr::val(now))
-                    .filter(batch::Column::Id.eq(id))
-                    .filter(batch::Column::Webhook.eq(before))
-                    .exec(&tx)
-                    .await?;
-                changed += updated.rows_affected;
-            }
-            tx.commit().await?;
+            changed += again(|| self.replace_batch_webhooks(&anew)).await?;
         }
+    }
+
+    async fn replace_batch_webhooks(&self, anew: &[(String, String, String)]) -> Result<u64, StoreError> {
+        let mut changed = 0;
+        let tx = self.begin().await?;
+        for (id, before, now) in anew {
+            let updated = batch::Entity::update_many()
+                .col_expr(batch::Column::Webhook, Expr::val(now))
+                .filter(batch::Column::Id.eq(id))
+                .filter(batch::Column::Webhook.eq(before))
+                .exec(&tx)
+                .await?;
+            changed += updated.rows_affected;
+        }
+        tx.commit().await?;
+        Ok(changed)
     }
 
     async fn reseal_deliveries(
@@ -150,17 +174,23 @@ impl Store {
             if anew.is_empty() {
                 continue;
             }
-            let tx = self.begin().await?;
-            for (id, before, now) in anew {
-                let updated = webhook_delivery::Entity::update_many()
-                    .col_expr(webhook_delivery::Column::Secret, Expr::val(now.as_bytes().to_vec()))
-                    .filter(webhook_delivery::Column::Id.eq(id))
-                    .filter(webhook_delivery::Column::Secret.eq(before))
-                    .exec(&tx)
-                    .await?;
-                changed += updated.rows_affected;
-            }
-            tx.commit().await?;
+            changed += again(|| self.replace_delivery_secrets(&anew)).await?;
         }
+    }
+
+    async fn replace_delivery_secrets(&self, anew: &[(String, Vec<u8>, SealedSecret)]) -> Result<u64, StoreError> {
+        let mut changed = 0;
+        let tx = self.begin().await?;
+        for (id, before, now) in anew {
+            let updated = webhook_delivery::Entity::update_many()
+                .col_expr(webhook_delivery::Column::Secret, Expr::val(now.as_bytes().to_vec()))
+                .filter(webhook_delivery::Column::Id.eq(id))
+                .filter(webhook_delivery::Column::Secret.eq(before.clone()))
+                .exec(&tx)
+                .await?;
+            changed += updated.rows_affected;
+        }
+        tx.commit().await?;
+        Ok(changed)
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     domain::{DeadLetterId, RetryJobId, Timestamp},
     store::{
         Store, StoreError,
+        again::again,
         convert::{self, to_json},
         entity::{webhook_attempt, webhook_dead_letter, webhook_retry_job},
         now,
@@ -94,6 +95,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_retry_job(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+        again(|| self.create_retry_job_once(owner, filter.clone())).await
+    }
+
+    async fn create_retry_job_once(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
         let filter = DeadLetterFilter { delivered: Some(false), ..filter };
         let matched = self.count_dead_letters(&filter).await?;
         let newest = self.dead_letters(&filter, None, 1).await?.pop();
@@ -159,6 +164,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn cancel_retry_job(&self, id: &RetryJobId, owner: Option<&str>) -> Result<Option<RetryJob>, StoreError> {
+        again(|| self.cancel_retry_job_once(id, owner)).await
+    }
+
+    async fn cancel_retry_job_once(
+        &self,
+        id: &RetryJobId,
+        owner: Option<&str>,
+    ) -> Result<Option<RetryJob>, StoreError> {
         let at = now(&self.inner.write).await?;
         let mut stop = webhook_retry_job::Entity::update_many()
             .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Cancelled.as_str()))
@@ -177,6 +190,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn claim_retry_job(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
+        again(|| self.claim_retry_job_once(lease)).await
+    }
+
+    async fn claim_retry_job_once(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
         let free = |at: Timestamp| {
             Condition::any()
                 .add(webhook_retry_job::Column::LeaseExpiresAt.is_null())
@@ -235,6 +252,16 @@ impl Store {
         done: bool,
         lease: Duration,
     ) -> Result<bool, StoreError> {
+        again(|| self.advance_retry_job_once(of, skipped, done, lease)).await
+    }
+
+    async fn advance_retry_job_once(
+        &self,
+        of: &ClaimedJob,
+        skipped: i64,
+        done: bool,
+        lease: Duration,
+    ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let found = webhook_retry_job::Entity::find_by_id(of.job.id.as_str())
@@ -270,6 +297,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_retry_job(&self, of: &ClaimedJob) -> Result<(), StoreError> {
+        again(|| self.release_retry_job_once(of)).await
+    }
+
+    async fn release_retry_job_once(&self, of: &ClaimedJob) -> Result<(), StoreError> {
         webhook_retry_job::Entity::update_many()
             .col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(Option::<String>::None))
             .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))

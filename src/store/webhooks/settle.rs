@@ -131,39 +131,48 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn reap_deliveries(
-        &self,
-        all: bool,
-        mut wait: impl FnMut(i32) -> Duration,
-    ) -> Result<Reaped, StoreError> {
-        let mut reaped = Reaped { expired: self.expire_progress().await?, ..Reaped::default() };
+    pub async fn reap_deliveries(&self, all: bool, wait: impl Fn(i32) -> Duration) -> Result<Reaped, StoreError> {
+        let mut reaped = Reaped { expired: again(|| self.expire_progress()).await?, ..Reaped::default() };
         loop {
-            let tx = self.begin().await?;
-            let at = now(&tx).await?;
-            let mut find = webhook_delivery::Entity::find()
-                .filter(webhook_delivery::Column::State.eq(DeliveryState::Leased.as_str()))
-                .order_by_asc(webhook_delivery::Column::Id)
-                .limit(REAPED_AT_ONCE)
-                .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
-            if !all {
-                find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
-            }
-            let rows = find.all(&tx).await?;
-            let last = (rows.len() as u64) < REAPED_AT_ONCE;
-            for row in rows {
-                let attempts = row.attempts;
-                match reap(&tx, row, wait(attempts), at).await? {
-                    DeliveryState::Pending => reaped.pending += 1,
-                    DeliveryState::Dead => reaped.dead += 1,
-                    DeliveryState::Leased | DeliveryState::Delivered | DeliveryState::Cancelled => {}
-                }
-            }
-            dead_letters::reap(&tx, all, at).await?;
-            tx.commit().await?;
+            let (some, last) = again(|| self.reap_some_deliveries(all, &wait)).await?;
+            reaped.pending += some.pending;
+            reaped.dead += some.dead;
             if last {
                 return Ok(reaped);
             }
         }
+    }
+
+    /// What it found, and whether that was all.
+    async fn reap_some_deliveries(
+        &self,
+        all: bool,
+        wait: &impl Fn(i32) -> Duration,
+    ) -> Result<(Reaped, bool), StoreError> {
+        let mut reaped = Reaped::default();
+        let tx = self.begin().await?;
+        let at = now(&tx).await?;
+        let mut find = webhook_delivery::Entity::find()
+            .filter(webhook_delivery::Column::State.eq(DeliveryState::Leased.as_str()))
+            .order_by_asc(webhook_delivery::Column::Id)
+            .limit(REAPED_AT_ONCE)
+            .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
+        if !all {
+            find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
+        }
+        let rows = find.all(&tx).await?;
+        let last = (rows.len() as u64) < REAPED_AT_ONCE;
+        for row in rows {
+            let attempts = row.attempts;
+            match reap(&tx, row, wait(attempts), at).await? {
+                DeliveryState::Pending => reaped.pending += 1,
+                DeliveryState::Dead => reaped.dead += 1,
+                DeliveryState::Leased | DeliveryState::Delivered | DeliveryState::Cancelled => {}
+            }
+        }
+        dead_letters::reap(&tx, all, at).await?;
+        tx.commit().await?;
+        Ok((reaped, last))
     }
 
     async fn expire_progress(&self) -> Result<u64, StoreError> {
