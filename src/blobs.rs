@@ -3,12 +3,20 @@
 //! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
 //! name. Names are never reused, so an object never changes once it can be read.
 
-use std::{ops::Range, path::Path as FsPath, sync::Arc};
+use std::{error::Error, ops::Range, path::Path as FsPath, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, local::LocalFileSystem, memory::InMemory, path::Path,
+    BackoffConfig, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutPayload, RetryConfig, WriteMultipart,
+    aws::AmazonS3Builder,
+    azure::MicrosoftAzureBuilder,
+    client::{HttpError, HttpErrorKind},
+    gcp::GoogleCloudStorageBuilder,
+    local::LocalFileSystem,
+    memory::InMemory,
+    path::Path,
+    prefix::PrefixStore,
 };
 use url::Url;
 
@@ -16,6 +24,14 @@ use url::Url;
 const WRITE_CHUNK: usize = 5 * 1024 * 1024;
 /// How many parts of one write may be under way.
 const WRITE_CONCURRENCY: usize = 2;
+/// What the object store's client bridges by itself: seconds, so that an upload outlives a short "slow down". Whatever
+/// lasts longer is told to whoever waits, and tried again where it can be said why nothing moves. The library's own
+/// three minutes would be three minutes without a word.
+const RETRIES: usize = 6;
+const RETRY_FOR: Duration = Duration::from_secs(10);
+const RETRY_WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
+/// What stores say of a bucket that is not there. That one object is not there is no reason to think that all are lost.
+const NO_BUCKET: [&str; 2] = ["NoSuchBucket", "ContainerNotFound"];
 
 /// Why an object could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -34,10 +50,62 @@ pub enum BlobError {
 impl From<object_store::Error> for BlobError {
     fn from(error: object_store::Error) -> Self {
         match error {
-            object_store::Error::NotFound { path, .. } => Self::Missing(path),
+            object_store::Error::NotFound { path, source } if !is_without_bucket(&*source) => Self::Missing(path),
             other => Self::Failed(other),
         }
     }
+}
+
+impl BlobError {
+    /// Of a write: whatever it is that is not there, trying again may help.
+    fn of_write(error: object_store::Error) -> Self {
+        Self::Failed(error)
+    }
+
+    /// Why the store failed, fit for clients: no address, no key, no secret. None: there are no such words for it.
+    #[must_use]
+    pub fn in_words(&self) -> Option<String> {
+        use object_store::Error as E;
+        let Self::Failed(error) = self else { return None };
+        match error {
+            E::PermissionDenied { .. } => return Some("permission denied".into()),
+            E::Unauthenticated { .. } => return Some("the credentials are refused".into()),
+            E::NotFound { .. } => return Some("there is no such bucket".into()),
+            _ => {}
+        }
+        let mut at = error.source();
+        let mut kind = None;
+        while let Some(error) = at {
+            if let Some(status) = status_of(error) {
+                return Some(format!("it answers {status}"));
+            }
+            if let Some(io) = error.downcast_ref::<std::io::Error>() {
+                return Some(io.kind().to_string());
+            }
+            kind = kind.or(error.downcast_ref::<HttpError>().map(HttpError::kind));
+            at = error.source();
+        }
+        let words = match kind? {
+            HttpErrorKind::Timeout => "timed out",
+            HttpErrorKind::Connect => "no connection",
+            HttpErrorKind::Interrupted | HttpErrorKind::Request => "the connection broke",
+            _ => return None,
+        };
+        Some(words.to_owned())
+    }
+}
+
+fn is_without_bucket(error: &(dyn Error + 'static)) -> bool {
+    let text = error.to_string();
+    NO_BUCKET.iter().any(|code| text.contains(code))
+}
+
+/// The status that the store answered with. The library keeps the type that has it to itself, so it is read from its text;
+/// it is only for people's eyes.
+fn status_of(error: &(dyn Error + 'static)) -> Option<String> {
+    let text = error.to_string();
+    let (status, _) = text.strip_prefix("Server returned non-2xx status code: ")?.split_once(':')?;
+    Some(status.to_owned())
 }
 
 /// The blob store.
@@ -77,17 +145,49 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.
     pub fn url(text: &str) -> Result<Self, BlobError> {
+        Self::url_with(text, std::env::vars())
+    }
+
+    /// The same, with an environment of one's own.
+    ///
+    /// # Errors
+    /// [`BlobError::Open`] if the URL is not understood.
+    pub fn url_with(text: &str, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, BlobError> {
         let url = Url::parse(text).map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
         if url.scheme() == "file" {
             let path = url.to_file_path().map_err(|()| BlobError::Open(format!("{text}: not a local path")))?;
             return Self::shared_directory(&path);
         }
-        let options = std::env::vars()
-            .filter(|(name, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix)));
-        let (store, prefix) =
-            object_store::parse_url_opts(&url, options.map(|(name, value)| (name.to_lowercase(), value)))
-                .map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
-        Ok(Self { store: Arc::new(object_store::prefix::PrefixStore::new(store, prefix)) })
+        Self::cloud(&url, environment)
+    }
+
+    fn cloud(url: &Url, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, BlobError> {
+        let open = |error: &dyn Error| BlobError::Open(format!("{url}: {error}"));
+        let options: Vec<(String, String)> = environment
+            .into_iter()
+            .filter(|(name, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix)))
+            .map(|(name, value)| (name.to_lowercase(), value))
+            .collect();
+        /// With every option that the builder knows; the others are meant for somebody else.
+        macro_rules! built {
+            ($builder:ty) => {{
+                let mut builder = <$builder>::new().with_url(url.as_str()).with_retry(retries());
+                for (name, value) in options {
+                    if let Ok(key) = name.parse() {
+                        builder = builder.with_config(key, value);
+                    }
+                }
+                Arc::new(builder.build().map_err(|error| open(&error))?) as Arc<dyn ObjectStore>
+            }};
+        }
+        let (scheme, prefix) = ObjectStoreScheme::parse(url).map_err(|error| open(&error))?;
+        let store = match scheme {
+            ObjectStoreScheme::AmazonS3 => built!(AmazonS3Builder),
+            ObjectStoreScheme::GoogleCloudStorage => built!(GoogleCloudStorageBuilder),
+            ObjectStoreScheme::MicrosoftAzure => built!(MicrosoftAzureBuilder),
+            _ => return Err(BlobError::Open(format!("{url}: not s3://, gs://, az:// or file://"))),
+        };
+        Ok(Self { store: Arc::new(PrefixStore::new(store, prefix)) })
     }
 
     /// Objects that end with the process: for simulations.
@@ -108,8 +208,8 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), BlobError> {
-        self.store.put(&Path::from(key), PutPayload::from_bytes(bytes)).await?;
-        Ok(())
+        let put = self.store.put(&Path::from(key), PutPayload::from_bytes(bytes)).await;
+        put.map(|_| ()).map_err(BlobError::of_write)
     }
 
     /// Begins an object of unknown size.
@@ -117,7 +217,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn writer(&self, key: &str) -> Result<ObjectWriter, BlobError> {
-        let upload = self.store.put_multipart(&Path::from(key)).await?;
+        let upload = self.store.put_multipart(&Path::from(key)).await.map_err(BlobError::of_write)?;
         Ok(ObjectWriter { upload: WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK) })
     }
 
@@ -196,7 +296,7 @@ impl ObjectWriter {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
-        self.upload.wait_for_capacity(WRITE_CONCURRENCY).await?;
+        self.upload.wait_for_capacity(WRITE_CONCURRENCY).await.map_err(BlobError::of_write)?;
         self.upload.write(bytes);
         Ok(())
     }
@@ -206,8 +306,7 @@ impl ObjectWriter {
     /// # Errors
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn finish(self) -> Result<(), BlobError> {
-        self.upload.finish().await?;
-        Ok(())
+        self.upload.finish().await.map(|_| ()).map_err(BlobError::of_write)
     }
 
     /// Gives up: nothing is left behind.
@@ -215,7 +314,15 @@ impl ObjectWriter {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn abort(self) -> Result<(), BlobError> {
-        Ok(self.upload.abort().await?)
+        self.upload.abort().await.map_err(BlobError::of_write)
+    }
+}
+
+fn retries() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig { init_backoff: RETRY_WAITS.0, max_backoff: RETRY_WAITS.1, base: 3.0 },
+        max_retries: RETRIES,
+        retry_timeout: RETRY_FOR,
     }
 }
 

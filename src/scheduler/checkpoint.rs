@@ -20,6 +20,8 @@ use crate::{
 /// Between two tries to reach a database or blob store that is away; it doubles up to [`PATIENCE_CAP`].
 const PATIENCE: Duration = Duration::from_millis(100);
 const PATIENCE_CAP: Duration = Duration::from_secs(5);
+/// What has not been answered after this long keeps the batch, and the batch says so.
+const SLOW: Duration = Duration::from_secs(5);
 
 /// The segment is not this node's any more: nothing it writes counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +119,16 @@ impl Checkpoint {
         let mut wait = PATIENCE;
         let mut stuck = None;
         loop {
-            match act().await {
+            let mut acting = std::pin::pin!(act());
+            let done = match tokio::time::timeout(SLOW, &mut acting).await {
+                Ok(done) => done,
+                Err(_) => {
+                    stuck
+                        .get_or_insert_with(|| self.troubles.stuck(&self.segment, E::ON, what, "no answer yet".into()));
+                    acting.await
+                }
+            };
+            match done {
                 Ok(done) => return Ok(done),
                 Err(error) if error.is_final() => {
                     tracing::error!(segment = %self.segment, %error, "can't {what}; giving the segment up");

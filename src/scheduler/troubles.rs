@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::domain::{BatchId, SegmentRef};
+use crate::{
+    blobs::BlobError,
+    domain::{BatchId, SegmentRef},
+};
 
 /// Gauge: segments of this node that are stuck, by `on`: `blob_store` or `database`.
 const STUCK: &str = "tidemill_segments_stuck";
@@ -113,6 +116,9 @@ impl Drop for Stuck {
 pub(super) fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
     let mut at = Some(error);
     while let Some(error) = at {
+        if let Some(words) = error.downcast_ref::<BlobError>().and_then(BlobError::in_words) {
+            return words;
+        }
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
             return io.kind().to_string();
         }

@@ -4,6 +4,7 @@
 
 mod bad_workers;
 mod blobs;
+mod blobs_s3;
 mod endings;
 mod faults;
 #[path = "../support/faulty.rs"]
@@ -12,3 +13,5 @@ mod harness;
 mod lifecycle;
 mod raw;
 mod recovery;
+#[path = "../support/s3.rs"]
+mod s3;

@@ -8,7 +8,10 @@ mod again;
 #[cfg(debug_assertions)]
 mod faults;
 mod nodes;
+mod objects;
 mod receiver;
+#[path = "../support/s3.rs"]
+mod s3;
 mod secrets;
 mod server;
 #[path = "../support/mod.rs"]

@@ -29,6 +29,7 @@ struct Shared {
     folder: tempfile::TempDir,
     address: SocketAddr,
     flags: Vec<String>,
+    environment: Vec<(String, String)>,
 }
 
 impl Clone for Server {
@@ -44,6 +45,17 @@ impl Server {
         server
     }
 
+    /// A server with an environment of its own, on a copy of a data directory if one is given.
+    pub async fn in_environment(flags: &[&str], environment: Vec<(String, String)>, data: Option<&Path>) -> Self {
+        let mut server = Self::prepared(flags, environment);
+        if let Some(data) = data {
+            let copied = Command::new("cp").arg("-r").arg(data.join(".")).arg(server.folder()).status().await.unwrap();
+            assert!(copied.success());
+        }
+        server.restart().await;
+        server
+    }
+
     /// A server that dies at the `visit`th visit of that point.
     pub async fn armed(flags: &[&str], fault: Fault, visit: u32) -> Self {
         let mut server = Self::new(flags);
@@ -52,18 +64,22 @@ impl Server {
     }
 
     fn new(flags: &[&str]) -> Self {
+        Self::prepared(flags, Vec::new())
+    }
+
+    fn prepared(flags: &[&str], environment: Vec<(String, String)>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // Free at this moment; the server has to come back to the same one.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        Self { shared: Arc::new(Shared { folder, address, flags }), child: None }
+        Self { shared: Arc::new(Shared { folder, address, flags, environment }), child: None }
     }
 
     fn command(&self, address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
         command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.shared.folder.path());
         command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
-        command.env_remove("TIDEMILL_FAULT");
+        command.env_remove("TIDEMILL_FAULT").envs(self.shared.environment.iter().cloned());
         command
     }
 
@@ -127,6 +143,12 @@ impl Server {
 
     pub fn folder(&self) -> &Path {
         self.shared.folder.path()
+    }
+
+    /// One line of its metrics, by its beginning.
+    pub async fn metric(&self, begin: &str) -> Option<String> {
+        let text = reqwest::get(format!("http://{}/metrics", self.shared.address)).await.unwrap().text().await.unwrap();
+        text.lines().find_map(|line| line.strip_prefix(begin)).map(|value| value.trim().to_owned())
     }
 
     /// A client, once the server can be reached.

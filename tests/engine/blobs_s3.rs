@@ -1,0 +1,45 @@
+//! Objects in S3: the row comes after the object, however slow S3 is.
+
+use std::time::Duration;
+
+use tidemill::{blobs::Blobs, domain::SegmentIndex, sim::SimConfig};
+
+use crate::{
+    harness::{Node, Worker, assert_one_line_each, chats, options},
+    s3::{BUCKET, Fault, On, S3},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_names_an_object_is_there_only_once_s3_has_answered() {
+    tidemill::telemetry::install_tls_provider();
+    let s3 = S3::start().await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = Blobs::url_with(&format!("s3://{BUCKET}/p"), s3.environment()).unwrap();
+    let node = Node::start_on(folder.path(), blobs, &[&worker], options(), 8).await;
+    s3.break_it(On::Writes, Fault::Slow(Duration::from_millis(150)));
+    let lines = chats(300);
+    let id = node.submit(&lines, 60).await;
+    let (mut parts_seen, mut ends_seen) = (0, 0);
+    let batch = loop {
+        // Rows first, answers second: an answer is never taken back, so a row without one came too early.
+        let batch = node.store.batch(&id).await.unwrap().unwrap();
+        let parts = node.store.parts_from(&id, 0, 1_000).await.unwrap();
+        let segments = node.store.segments(&id, SegmentIndex(0), 1_000).await.unwrap();
+        let parts: Vec<String> = parts.into_iter().map(|part| part.content.object_key).collect();
+        let ends: Vec<String> = segments.into_iter().filter_map(|segment| segment.object_key).collect();
+        (parts_seen, ends_seen) = (parts_seen.max(parts.len()), ends_seen.max(ends.len()));
+        for key in parts.iter().chain(&ends) {
+            assert!(s3.answered(&format!("p/{key}")), "a row names {key}, and S3 has not answered yet");
+        }
+        if batch.status.is_terminal() {
+            break batch;
+        }
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    };
+    assert!(parts_seen > 2 && ends_seen == 5, "{parts_seen} {ends_seen}");
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty());
+    node.stop().await;
+}
