@@ -16,6 +16,7 @@ mod secrets;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod upgrade;
 
 use std::{collections::BTreeMap, time::Duration};
 
