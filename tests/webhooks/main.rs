@@ -8,6 +8,7 @@ mod support;
 mod delivery;
 mod endpoints;
 mod fixture;
+mod late;
 mod outbox;
 mod receiver;
 mod retries;

@@ -223,6 +223,10 @@ impl Store {
         if signing == Signing::EndpointDeleted {
             return Ok(BeginRetry::EndpointDeleted);
         }
+        if row.lease_expires_at.is_some() {
+            // Its sender is gone, and the reaper has not been here yet; afterwards it would not see that there was one.
+            end_lost(&tx, &row.delivery_id, at).await?;
+        }
         // An endpoint that has moved since: there.
         let url = endpoint.as_ref().map_or(&row.webhook_url, |endpoint| &endpoint.url).clone();
         let timeout = endpoint.as_ref().map_or(delivery.timeout, |endpoint| endpoint.timeout);
@@ -369,19 +373,25 @@ pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp) -> 
         find = find.filter(webhook_dead_letter::Column::LeaseExpiresAt.lt(at.0));
     }
     for mut row in find.order_by_asc(webhook_dead_letter::Column::Id).lock_exclusive().all(tx).await? {
-        webhook_attempt::Entity::update_many()
-            .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))
-            .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
-            .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(ErrorKind::Unknown.as_str()))
-            .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
-            .filter(webhook_attempt::Column::Generation.gt(0))
-            .filter(webhook_attempt::Column::Outcome.eq(outcome::STARTED))
-            .exec(tx)
-            .await?;
+        end_lost(tx, &row.delivery_id, at).await?;
         row.lease_token = None;
         row.lease_expires_at = None;
         row.into_active_model().reset_all().update(tx).await?;
     }
+    Ok(())
+}
+
+/// Ends the retries of a delivery of whose sender nothing will be heard.
+async fn end_lost(tx: &DatabaseTransaction, delivery_id: &str, at: Timestamp) -> Result<(), StoreError> {
+    webhook_attempt::Entity::update_many()
+        .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))
+        .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
+        .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(ErrorKind::Unknown.as_str()))
+        .filter(webhook_attempt::Column::DeliveryId.eq(delivery_id))
+        .filter(webhook_attempt::Column::Generation.gt(0))
+        .filter(webhook_attempt::Column::Outcome.eq(outcome::STARTED))
+        .exec(tx)
+        .await?;
     Ok(())
 }
 

@@ -99,8 +99,10 @@ impl Store {
         let mut settled = Vec::with_capacity(settlements.len());
         let mut delivered = Vec::new();
         for one in settlements {
+            // A late one of the same delivery may come with it, and must not take its place.
             let mine = |row: &webhook_delivery::Model| row.lease_token.as_deref() == Some(&one.lease);
-            let Some(row) = rows.remove(one.id.as_str()).filter(mine) else {
+            let row = if rows.get(one.id.as_str()).is_some_and(mine) { rows.remove(one.id.as_str()) } else { None };
+            let Some(row) = row else {
                 settled.push(Settled { id: one.id.clone(), now: SettledAs::LeaseLost });
                 continue;
             };
