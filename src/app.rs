@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     api::{self, CallerLimits, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
-    blobs::{BlobError, Blobs},
+    blobs::{self, BlobError, Blobs},
     config::{BlobStore, Database, Role, ServeConfig},
     delivery::{
         Deliverer, Options as WebhookOptions, Webhooks,
@@ -275,7 +275,7 @@ async fn open(config: &ServeConfig) -> Result<Store, AppError> {
 /// Makes the data directory this process's own. The lock goes with the process, however it ends.
 fn lock(data_dir: &std::path::Path) -> Result<File, AppError> {
     let failed = |error: io::Error| AppError::DataDir(data_dir.to_owned(), error);
-    std::fs::create_dir_all(data_dir.join("tmp")).map_err(failed)?;
+    blobs::make_folder(&data_dir.join("tmp")).map_err(failed)?;
     let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("lock")).map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),

@@ -132,7 +132,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if it can't be made or read.
     pub fn shared_directory(path: &FsPath) -> Result<Self, BlobError> {
-        std::fs::create_dir_all(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
+        make_folder(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
             .with_fsync(true);
@@ -324,6 +324,37 @@ fn retries() -> RetryConfig {
         max_retries: RETRIES,
         retry_timeout: RETRY_FOR,
     }
+}
+
+/// Makes a folder and those above it that are not there, and makes their names durable: what is synced in a folder that a
+/// power cut takes is gone with it.
+///
+/// # Errors
+/// If it can't be made. That the folder above it may not be opened matters only if it was made now.
+pub fn make_folder(path: &FsPath) -> std::io::Result<()> {
+    let path = std::path::absolute(path)?;
+    let existing = path.ancestors().find(|folder| folder.exists());
+    std::fs::create_dir_all(&path)?;
+    let made = path.ancestors().take_while(|folder| Some(*folder) != existing);
+    for folder in made.filter_map(FsPath::parent) {
+        sync_folder(folder)?;
+    }
+    // Whoever made it may have died before this.
+    if let (Some(folder), true) = (path.parent(), existing == Some(&*path)) {
+        let _ = sync_folder(folder);
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+fn sync_folder(folder: &FsPath) -> std::io::Result<()> {
+    std::fs::File::open(folder)?.sync_all()
+}
+
+/// Elsewhere a folder is not synced by itself.
+#[cfg(not(unix))]
+fn sync_folder(_: &FsPath) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// The local store writes `name#N` and renames it when it is whole.

@@ -1,6 +1,6 @@
 //! `tidemill serve`, `migrate` and `sim`: the commands that are servers or work on a server's data.
 
-use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{meter::note, out};
 use crate::{
     app::App,
+    blobs,
     config::{BlobStore, Database, Secret, ServeConfig, parse_database_url},
     sim::{Sim, SimConfig},
     store::Store,
@@ -122,7 +123,7 @@ pub async fn migrate(args: MigrateArgs, json: bool) -> anyhow::Result<()> {
         }
         (Database::Sqlite(file), true) => Store::sqlite_unmigrated(file).await?,
         (Database::Sqlite(file), false) => {
-            fs::create_dir_all(&args.data_dir).with_context(|| format!("--data-dir {}", args.data_dir.display()))?;
+            blobs::make_folder(&args.data_dir).with_context(|| format!("--data-dir {}", args.data_dir.display()))?;
             Store::sqlite(file).await?
         }
         (Database::Postgres(url), true) => Store::postgres_unmigrated(url.expose(), 1).await?,

@@ -4,11 +4,15 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod again;
+#[cfg(target_os = "linux")]
+mod disk;
 // Only debug builds have points to die at.
 #[cfg(debug_assertions)]
 mod faults;
 mod nodes;
 mod objects;
+#[cfg(target_os = "linux")]
+mod power;
 mod receiver;
 #[path = "../support/s3.rs"]
 mod s3;

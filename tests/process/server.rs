@@ -22,6 +22,10 @@ pub type Client = BatchServiceClient<Channel>;
 /// A server on a data directory of its own. Clones share the directory and the address, not the process.
 pub struct Server {
     shared: Arc<Shared>,
+    /// What its process gets besides the test's.
+    pub environment: Vec<(String, String)>,
+    /// Where its data is, below its folder.
+    pub data: &'static str,
     child: Option<Child>,
 }
 
@@ -29,12 +33,11 @@ struct Shared {
     folder: tempfile::TempDir,
     address: SocketAddr,
     flags: Vec<String>,
-    environment: Vec<(String, String)>,
 }
 
 impl Clone for Server {
     fn clone(&self) -> Self {
-        Self { shared: self.shared.clone(), child: None }
+        Self { shared: self.shared.clone(), environment: self.environment.clone(), data: self.data, child: None }
     }
 }
 
@@ -47,7 +50,7 @@ impl Server {
 
     /// A server with an environment of its own, on a copy of a data directory if one is given.
     pub async fn in_environment(flags: &[&str], environment: Vec<(String, String)>, data: Option<&Path>) -> Self {
-        let mut server = Self::prepared(flags, environment);
+        let mut server = Self { environment, ..Self::new(flags) };
         if let Some(data) = data {
             let copied = Command::new("cp").arg("-r").arg(data.join(".")).arg(server.folder()).status().await.unwrap();
             assert!(copied.success());
@@ -63,23 +66,20 @@ impl Server {
         server
     }
 
-    fn new(flags: &[&str]) -> Self {
-        Self::prepared(flags, Vec::new())
-    }
-
-    fn prepared(flags: &[&str], environment: Vec<(String, String)>) -> Self {
+    /// One that does not run yet.
+    pub fn new(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // Free at this moment; the server has to come back to the same one.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        Self { shared: Arc::new(Shared { folder, address, flags, environment }), child: None }
+        Self { shared: Arc::new(Shared { folder, address, flags }), environment: Vec::new(), data: "", child: None }
     }
 
     fn command(&self, address: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
-        command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.shared.folder.path());
+        command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.folder().join(self.data));
         command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
-        command.env_remove("TIDEMILL_FAULT").envs(self.shared.environment.iter().cloned());
+        command.env_remove("TIDEMILL_FAULT").envs(self.environment.iter().cloned());
         command
     }
 
