@@ -1,7 +1,6 @@
 //! Many seeds, or the one that failed.
 
 use std::{
-    future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Instant,
@@ -15,26 +14,30 @@ fn from_env(name: &str) -> Option<u64> {
 }
 
 /// Runs `simulate` with `count` seeds, or as `TIDEMILL_SIM_SEEDS` (how many) and `TIDEMILL_SIM_SEED` (this one) say, on all
-/// cores, each seed on one thread.
+/// cores, each seed on one thread. What `start` makes is one thread's, for all its seeds.
 ///
 /// # Panics
 /// If a seed fails; the message says how to run it again.
-pub fn run<F: Future<Output = ()>>(test: &str, count: u64, simulate: impl Fn(u64) -> F + Sync) {
-    if let Some(seed) = from_env("TIDEMILL_SIM_SEED") {
-        return one(seed, &simulate);
-    }
-    let count = from_env("TIDEMILL_SIM_SEEDS").unwrap_or(count);
+pub fn run<S>(test: &str, count: u64, start: impl AsyncFn() -> S + Sync, simulate: impl AsyncFn(&mut S, u64) + Sync) {
+    let (first, count) = match from_env("TIDEMILL_SIM_SEED") {
+        Some(seed) => (seed, 1),
+        None => (FIRST, from_env("TIDEMILL_SIM_SEEDS").unwrap_or(count)),
+    };
     let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64).min(count);
-    let (next, failed, began) = (AtomicU64::new(FIRST), AtomicBool::new(false), Instant::now());
+    let (next, failed, began) = (AtomicU64::new(first), AtomicBool::new(false), Instant::now());
     let work = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut state = runtime.block_on(start());
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= FIRST + count || failed.load(Ordering::Relaxed) {
+            if seed >= first + count || failed.load(Ordering::Relaxed) {
                 return;
             }
-            if catch_unwind(AssertUnwindSafe(|| one(seed, &simulate))).is_err() {
+            let one = || runtime.block_on(simulate(&mut state, seed));
+            if catch_unwind(AssertUnwindSafe(one)).is_err() {
                 failed.store(true, Ordering::Relaxed);
                 eprintln!("seed {seed} failed; again: TIDEMILL_SIM_SEED={seed} cargo test --test simulation {test}");
+                return;
             }
         }
     };
@@ -42,9 +45,4 @@ pub fn run<F: Future<Output = ()>>(test: &str, count: u64, simulate: impl Fn(u64
     assert!(!failed.load(Ordering::Relaxed), "a seed failed: see above");
     let seconds = began.elapsed().as_secs_f64();
     println!("{test}: {count} seeds in {seconds:.1} s on {threads} threads");
-}
-
-fn one<F: Future<Output = ()>>(seed: u64, simulate: &impl Fn(u64) -> F) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(simulate(seed));
 }

@@ -10,7 +10,6 @@ use std::{
 };
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use tempfile::TempDir;
 use tidemill::{
     blobs::Blobs,
     domain::{
@@ -20,11 +19,12 @@ use tidemill::{
     },
     store::{CancelledBatch, ClaimedSegment, Commit, CreatedBatch, DeliveryFilter, Store, with_clock},
 };
-use tokio::sync::OnceCell;
 
 use crate::{
+    database::Database,
     model::{Model, Segment, State},
     node::{Call, Next, Runner},
+    outbox::Outbox,
 };
 
 const LEASE: Duration = Duration::from_secs(30);
@@ -32,8 +32,10 @@ const SECOND: i64 = 1_000_000;
 const SMALL_WHILE: i64 = 5 * SECOND;
 const WINDOW: Duration = Duration::from_secs(24 * 3_600);
 /// Steps with faults; then all faults end, and so must every batch.
-const TROUBLE: usize = 60;
+const TROUBLE: usize = 75;
 const PATIENCE: usize = 2_000;
+/// How many of the steps are those of webhooks.
+const WEBHOOKS: f64 = 0.2;
 const MODELS: [&str; 2] = ["a", "b"];
 
 struct Node {
@@ -59,35 +61,33 @@ pub struct World {
     next_runner: u64,
     ghosts: Vec<Ghost>,
     models: Vec<Model>,
+    has_webhooks: bool,
+    outbox: Outbox,
     served: i64,
     faults: bool,
-    _folder: TempDir,
 }
 
 impl World {
-    pub async fn run(seed: u64) {
-        let folder = folder();
-        let file = folder.path().join("tidemill.db");
-        std::fs::write(&file, migrated().await).unwrap();
-        let store = Store::sqlite_unmigrated(&file).await.unwrap();
+    pub async fn run(database: &Database, seed: u64) {
+        database.empty().await;
         let clock = Arc::new(AtomicI64::new(1_800_000_000 * SECOND));
         let mut world = Self {
             seed,
             random: StdRng::seed_from_u64(seed),
             clock: clock.clone(),
-            store,
+            store: database.store.clone(),
             blobs: Blobs::memory(),
             nodes: (0..3).map(|_| Node { id: NodeId::generate(), frozen: false }).collect(),
             runners: BTreeMap::new(),
             next_runner: 0,
             ghosts: Vec::new(),
             models: Vec::new(),
+            has_webhooks: false,
+            outbox: Outbox::default(),
             served: 0b11,
             faults: true,
-            _folder: folder,
         };
         Box::pin(with_clock(clock, world.live())).await;
-        world.store.close().await;
     }
 
     async fn live(&mut self) {
@@ -110,6 +110,16 @@ impl World {
         while let Some(ghost) = self.ghosts.pop() {
             self.execute(&ghost.claimed, &ghost.call).await;
         }
+        let mut steps = 0;
+        while self.has_webhooks && !self.outbox.is_all_settled(&self.store).await {
+            for _ in 0..10 {
+                self.webhooks().await;
+            }
+            self.pass(LEASE.as_micros() as i64);
+            steps += 1;
+            assert!(steps < PATIENCE, "seed {}: a webhook is never settled", self.seed);
+        }
+        self.outbox.check_end(&self.store).await;
         for at in 0..self.models.len() {
             self.models[at].check(&self.store).await;
             self.check_results(at).await;
@@ -164,7 +174,11 @@ impl World {
         self.blobs.put(file.object_key.as_ref().unwrap(), input.into()).await.unwrap();
         self.store.insert_file(&file, None, &spans).await.unwrap();
         let webhook = self.random.random_bool(0.5).then(|| {
-            let webhook = WebhookConfig::new("https://receiver.example/").events(self.events());
+            self.has_webhooks = true;
+            let receiver = self.random.random_range(0..2);
+            let attempts = self.random.random_range(1..=3);
+            let webhook = WebhookConfig::new(format!("https://receiver{receiver}.example/"));
+            let webhook = webhook.events(self.events()).max_retries(Some(attempts));
             webhook.resolve(Defaults::default()).unwrap().0
         });
         let new = NewBatch {
@@ -188,6 +202,9 @@ impl World {
     }
 
     async fn step(&mut self) {
+        if self.has_webhooks && self.random.random_bool(WEBHOOKS) {
+            return self.webhooks().await;
+        }
         let kind = self.random.random_range(0..if self.faults { 130 } else { 94 });
         match kind {
             0..12 => self.claim().await,
@@ -220,12 +237,21 @@ impl World {
         }
     }
 
+    async fn webhooks(&mut self) {
+        let (now, awake) = (self.now(), self.all_awake());
+        self.outbox.step(&self.store, &awake, now, self.faults, &mut self.random).await;
+    }
+
     fn pass(&mut self, micros: i64) {
         self.clock.fetch_add(micros, Ordering::Relaxed);
     }
 
+    fn all_awake(&self) -> Vec<usize> {
+        (0..self.nodes.len()).filter(|node| !self.nodes[*node].frozen).collect()
+    }
+
     fn awake(&mut self) -> Option<usize> {
-        let awake: Vec<usize> = (0..self.nodes.len()).filter(|node| !self.nodes[*node].frozen).collect();
+        let awake = self.all_awake();
         (!awake.is_empty()).then(|| awake[self.random.random_range(0..awake.len())])
     }
 
@@ -355,6 +381,7 @@ impl World {
     async fn crash(&mut self) {
         let node = self.random.random_range(0..self.nodes.len());
         self.nodes[node] = Node { id: NodeId::generate(), frozen: false };
+        self.outbox.crash(node);
         let gone: Vec<u64> = self.runners.iter().filter(|(_, runner)| runner.node == node).map(|(id, _)| *id).collect();
         for id in gone {
             let runner = self.runners.remove(&id).unwrap();
@@ -369,6 +396,8 @@ impl World {
         self.nodes.iter_mut().for_each(|node| *node = Node { id: NodeId::generate(), frozen: false });
         self.store.release_all().await.unwrap();
         self.models.iter_mut().for_each(Model::release_all);
+        let now = self.now();
+        self.outbox.restart_all(&self.store, now).await;
     }
 
     /// A call of a process that is gone, or was frozen until now, reaches the database.
@@ -470,26 +499,6 @@ impl World {
             .filter(|event| batch.webhook.as_ref().is_some_and(|webhook| webhook.events.wants(*event)));
         assert_eq!(events, wanted.into_iter().collect::<Vec<_>>(), "deliveries of the end");
     }
-}
-
-/// On tmpfs where there is one: no power fails here.
-fn folder() -> TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
-
-/// An empty database. Migrating takes longer than all the rest.
-async fn migrated() -> &'static [u8] {
-    static MIGRATED: OnceCell<Vec<u8>> = OnceCell::const_new();
-    let make = || async {
-        let folder = folder();
-        let file = folder.path().join("tidemill.db");
-        let store = Store::sqlite(&file).await.unwrap();
-        store.close().await;
-        let wal = file.with_extension("db-wal");
-        assert!(std::fs::metadata(wal).is_ok_and(|wal| wal.len() == 0) || !file.with_extension("db-wal").exists());
-        std::fs::read(&file).unwrap()
-    };
-    MIGRATED.get_or_init(make).await
 }
 
 fn custom_ids(text: &[u8]) -> Vec<u32> {
