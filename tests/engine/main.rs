@@ -15,3 +15,4 @@ mod raw;
 mod recovery;
 #[path = "../support/s3.rs"]
 mod s3;
+mod rot;

@@ -8,6 +8,7 @@ mod again;
 mod batches;
 mod claims;
 mod events;
+mod fencing;
 mod files;
 mod migrations;
 mod notify;
