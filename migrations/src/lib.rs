@@ -3,9 +3,11 @@
 pub use sea_orm_migration::prelude::*;
 
 mod columns;
+pub mod requires;
 
 mod m20261124_000001_foundation;
 mod m20261124_000002_webhooks;
+mod m20261125_000003_requires;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -13,6 +15,10 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261124_000001_foundation::Migration), Box::new(m20261124_000002_webhooks::Migration)]
+        vec![
+            Box::new(m20261124_000001_foundation::Migration),
+            Box::new(m20261124_000002_webhooks::Migration),
+            Box::new(m20261125_000003_requires::Migration),
+        ]
     }
 }

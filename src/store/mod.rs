@@ -17,6 +17,7 @@ mod nodes;
 mod notify;
 mod parts;
 mod queue;
+mod schema;
 mod webhooks;
 mod workers;
 
@@ -34,11 +35,9 @@ use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, DatabaseTransaction, DbErr,
     RuntimeErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
 };
-use tidemill_migrations::{Migrator, MigratorTrait};
 use tokio::sync::broadcast;
 use tokio_util::task::AbortOnDropHandle;
 
-use again::again;
 pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use events::StateEvent;
@@ -68,8 +67,6 @@ const ACQUIRE: Duration = Duration::from_secs(5);
 const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
-/// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
-const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
 
 tokio::task_local! {
     /// A simulation's database clock, in microseconds since 1970.
@@ -220,40 +217,6 @@ impl Store {
             listener: OnceLock::new(),
         };
         Self { inner: Arc::new(inner) }
-    }
-
-    /// All migrations in one transaction, one process at a time: nodes start together on an empty database.
-    async fn migrated(self) -> Result<Self, StoreError> {
-        again(|| self.migrate()).await?;
-        Ok(self)
-    }
-
-    async fn migrate(&self) -> Result<(), StoreError> {
-        let tx = self.begin().await?;
-        if !self.is_sqlite() {
-            // Whoever has waited for the lock must see what was done meanwhile, whatever isolation the database is set to.
-            tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
-            tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
-        }
-        Migrator::up(&tx, None).await?;
-        tx.commit().await?;
-        Ok(())
-    }
-
-    /// The migrations and whether each is applied.
-    ///
-    /// # Errors
-    /// [`StoreError::Unavailable`].
-    pub async fn migrations(&self) -> Result<Vec<(String, bool)>, StoreError> {
-        let mut all: Vec<_> = Migrator::get_applied_migrations(&self.inner.write)
-            .await?
-            .iter()
-            .map(|one| (one.name().to_owned(), true))
-            .collect();
-        all.extend(
-            Migrator::get_pending_migrations(&self.inner.write).await?.iter().map(|one| (one.name().to_owned(), false)),
-        );
-        Ok(all)
     }
 
     /// Batches that commits change, as they do: of this node, and on PostgreSQL of all nodes, though word from others may get

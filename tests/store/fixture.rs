@@ -12,7 +12,7 @@ use tidemill::{
         Batch, BatchId, Endpoint, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, SegmentIndex,
         SegmentRef, SegmentSpan, Timestamp, TokenUsage,
     },
-    store::{ClaimedSegment, Commit, CreatedBatch, FinalObject, InsertedFile, NewPart, StateEvent, Store},
+    store::{ClaimedSegment, Commit, CreatedBatch, FinalObject, InsertedFile, NewPart, StateEvent, Store, StoreError},
 };
 
 use crate::support::postgres;
@@ -53,9 +53,13 @@ impl Db {
 
     /// Another node's store on the same database.
     pub async fn another(&self) -> Store {
+        self.try_another().await.unwrap()
+    }
+
+    pub async fn try_another(&self) -> Result<Store, StoreError> {
         match &self.folder {
-            Some(folder) => Store::sqlite(&folder.path().join("tidemill.db")).await.unwrap(),
-            None => Store::postgres(&self.url, 8).await.unwrap(),
+            Some(folder) => Store::sqlite(&folder.path().join("tidemill.db")).await,
+            None => Store::postgres(&self.url, 8).await,
         }
     }
 

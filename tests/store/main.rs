@@ -11,6 +11,7 @@ mod events;
 mod fencing;
 mod files;
 mod migrations;
+mod migrations_rolling;
 mod notify;
 mod parts;
 mod rivals;

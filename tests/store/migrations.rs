@@ -1,9 +1,17 @@
 //! The schema on a database that holds something: down a step and up again, and all the way.
 
-use tidemill::store::Commit;
+use std::time::Duration;
+
+use tidemill::{
+    domain::{
+        WebhookEndpointId,
+        webhook::{EventFilter, WebhookTarget},
+    },
+    store::{Commit, NewEndpoint},
+};
 use tidemill_migrations::{Migrator, MigratorTrait};
 
-use crate::fixture::{Db, part};
+use crate::fixture::{Db, new_batch, part};
 
 /// Everything that this schema's first migration keeps, in use: a batch that has ended, one that runs, one that waits.
 async fn populate(db: &Db) -> [tidemill::domain::Batch; 3] {
@@ -39,6 +47,44 @@ async fn what_is_there_survives_a_step_down_and_up(db: Db) {
     db.store.cancel_batch(&batches[2].id).await.unwrap();
 }
 
+/// Down and up again keeps every row of what is left, and drops what the step has made: webhooks go with their migration,
+/// batches stay.
+async fn webhooks_go_with_their_migration_and_nothing_else_does(db: Db) {
+    let url = "https://example.com/hook".to_owned();
+    let timeout = Duration::from_secs(30);
+    let (events, secret, max_attempts) = (EventFilter::default(), None, 3);
+    let target = WebhookTarget { url: url.clone(), secret, max_attempts, timeout, events: events.clone() };
+    let file = db.file(1).await;
+    let batch = db.create(tidemill::domain::NewBatch { webhook: Some(target), ..new_batch(&file.id) }).await;
+    let claimed = db.claim(&batch.id).await;
+    assert_eq!(db.finish(&claimed).await, Commit::Done);
+    let (id, owner) = (WebhookEndpointId::generate(), String::new());
+    db.store
+        .create_endpoint(NewEndpoint { id, owner, url, events, secret: None, max_attempts, timeout })
+        .await
+        .unwrap();
+    let counts = async || {
+        (
+            db.number("SELECT COUNT(*) FROM webhook_endpoints").await,
+            db.number("SELECT COUNT(*) FROM webhook_deliveries").await,
+        )
+    };
+    let rows = db.all_rows(&batch.id).await;
+    assert_eq!(counts().await, (1, 1));
+    let steps = u32::try_from(Migrator::migrations().len()).unwrap();
+    let webhooks = Migrator::migrations().iter().position(|one| one.name().ends_with("webhooks")).unwrap();
+    let webhooks = u32::try_from(webhooks).unwrap();
+    for down in 1..steps - webhooks {
+        Migrator::down(&db.raw, Some(down)).await.unwrap();
+        Migrator::up(&db.raw, None).await.unwrap();
+        assert_eq!(counts().await, (1, 1), "{down} down");
+    }
+    Migrator::down(&db.raw, Some(steps - webhooks)).await.unwrap();
+    Migrator::up(&db.raw, None).await.unwrap();
+    assert_eq!(counts().await, (0, 0));
+    assert_eq!(db.all_rows(&batch.id).await, rows);
+}
+
 async fn all_the_way_down_leaves_nothing_behind(db: Db) {
     populate(&db).await;
     Migrator::down(&db.raw, None).await.unwrap();
@@ -62,6 +108,7 @@ async fn a_migrated_database_is_not_touched_by_a_start(db: Db) {
 
 on_both_databases!(
     what_is_there_survives_a_step_down_and_up,
+    webhooks_go_with_their_migration_and_nothing_else_does,
     all_the_way_down_leaves_nothing_behind,
     a_migrated_database_is_not_touched_by_a_start,
 );
