@@ -19,7 +19,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use tidemill::{
     blobs::Blobs,
     domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, batch::DEFAULT_WINDOW},
-    fleet::{Fleet, FleetOptions},
+    fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Begun, Ingest, Limits, NewUpload},
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
     sim::{Sim, SimConfig},
@@ -137,7 +137,7 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
 
 async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchId) {
     let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
-    let options = FleetOptions { limit: IN_FLIGHT, api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(IN_FLIGHT), api_key: None };
     let fleet = Fleet::start(store.clone(), options, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
     let options = SchedulerOptions {
         lease: Duration::from_secs(30),

@@ -19,7 +19,7 @@ use crate::{
         secrets::{BadMasterKey, MasterKey, Vault},
     },
     domain::NodeId,
-    fleet::{Fleet, FleetError, FleetOptions},
+    fleet::{Fleet, FleetError, FleetOptions, InFlight},
     ingest::{Ingest, Limits},
     progress::Hub,
     results::Reader,
@@ -128,7 +128,10 @@ impl App {
         let urls: Vec<String> = config.worker.iter().map(ToString::to_string).collect();
         Fleet::configure(&store, &urls).await?;
         let fleet = FleetOptions {
-            limit: config.worker_max_in_flight,
+            limit: match config.worker_max_in_flight {
+                Some(limit) => InFlight::Fixed(limit),
+                None => InFlight::Adaptive { cap: config.worker_max_in_flight_cap },
+            },
             api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
         };
         let fleet = Fleet::start(store.clone(), fleet, &background, watching.clone()).await?;

@@ -169,10 +169,16 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_WORKER", value_name = "URL", value_delimiter = ',', help_heading = "Workers")]
     pub worker: Vec<Url>,
 
-    /// Most requests that this node has in flight at one worker, 1 to 65536.
-    #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT", value_name = "N", default_value = "64", help_heading = "Workers",
+    /// Most requests that this node has in flight at one worker, fixed, 1 to 65536. Default: found for each worker by
+    /// watching it, so that it is full and few requests wait in it.
+    #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT", value_name = "N", help_heading = "Workers",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
-    pub worker_max_in_flight: u32,
+    pub worker_max_in_flight: Option<u32>,
+
+    /// The highest limit that is found by watching, 1 to 65536; --worker-max-in-flight sets it aside.
+    #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT_CAP", value_name = "N", default_value = "1024",
+        help_heading = "Workers", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
+    pub worker_max_in_flight_cap: u32,
 
     /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
     /// file: a flag is seen by everybody on the machine.

@@ -71,6 +71,8 @@ struct Desk {
     open: bool,
     limit: u32,
     in_flight: u32,
+    /// The limit was reached since somebody asked last.
+    was_full: bool,
     /// What is in flight there must be there alone.
     alone: bool,
     /// Who gets it as soon as nothing is in flight there.
@@ -185,6 +187,20 @@ impl Board {
         desk.reserved = desk.reserved.filter(stays);
     }
 
+    /// Changes how many requests a worker takes at a time. Those that are more than that stay out until they come back.
+    /// Returns whether there are more slots than before.
+    pub fn relimit(&mut self, worker: WorkerKey, limit: u32) -> bool {
+        let Some(desk) = self.desks.get_mut(&worker) else { return false };
+        std::mem::replace(&mut desk.limit, limit) < limit
+    }
+
+    /// Whether all slots of a worker were out at some time since the last call.
+    pub fn was_full(&mut self, worker: WorkerKey) -> bool {
+        let Some(desk) = self.desks.get_mut(&worker) else { return false };
+        let full = desk.in_flight >= desk.limit;
+        std::mem::replace(&mut desk.was_full, full) || full
+    }
+
     /// Opens or closes a worker. Returns whether that changed anything.
     #[cfg(test)]
     fn open(&mut self, worker: WorkerKey, open: bool) -> bool {
@@ -232,6 +248,7 @@ impl Board {
         let fits = |desk: &Desk| if want.alone { desk.idle(ticket) } else { desk.free() };
         let (key, desk) = self.best(want, fits)?;
         desk.in_flight += 1;
+        desk.was_full |= desk.in_flight >= desk.limit;
         if want.alone {
             desk.alone = true;
             desk.reserved = None;
@@ -309,6 +326,24 @@ mod tests {
             order.extend(board.grant().into_iter().map(|(ticket, _)| ticket));
         }
         assert_eq!(order, [now, high, early, early_too, late, low]);
+    }
+
+    #[test]
+    fn a_limit_that_falls_takes_no_slot_back_and_one_that_grows_gives_more() {
+        let mut board = board(&[(1, &["m"], 3)]);
+        let any = want("m", rank(0, 5), &[]);
+        let take = |board: &mut Board| board.take(&any).is_some();
+        assert!(take(&mut board) && take(&mut board) && !board.was_full(WorkerKey(1)));
+        assert!(take(&mut board) && !take(&mut board));
+        board.release(WorkerKey(1));
+        assert!(board.was_full(WorkerKey(1)) && !board.was_full(WorkerKey(1)), "since the last question");
+        assert!(!board.relimit(WorkerKey(1), 1));
+        assert_eq!(board.load(WorkerKey(1)), (2, 1));
+        board.release(WorkerKey(1));
+        assert!(!take(&mut board));
+        assert!(board.relimit(WorkerKey(1), 4));
+        assert!(take(&mut board) && take(&mut board) && take(&mut board) && !take(&mut board));
+        assert!(!board.relimit(WorkerKey(9), 4), "there is no such worker");
     }
 
     #[test]

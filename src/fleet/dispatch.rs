@@ -8,6 +8,7 @@ use reqwest::{
     header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER},
 };
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::{Slot, WorkerKey};
 use crate::domain::Endpoint;
@@ -150,6 +151,7 @@ impl Slot {
     /// # Errors
     /// [`Failure`]: another try may help. The worker is held back or looked at as the failure suggests.
     pub async fn send(&self, endpoint: Endpoint, body: Bytes, timeout: Duration) -> Result<Answer, Failure> {
+        let began = Instant::now();
         let exchange = async {
             let request = self.fleet.client.post(self.worker.endpoint(endpoint));
             let request =
@@ -165,6 +167,7 @@ impl Slot {
                 Err(_) => {
                     // A hang looks like a slow request from here: the probe tells them apart.
                     self.worker.probe_now.notify_one();
+                    self.worker.pushed_back();
                     return Err(self.failure(FailureKind::Timeout, format!("no answer within {} s", timeout.as_secs_f64())));
                 }
             },
@@ -185,9 +188,13 @@ impl Slot {
             429 => FailureKind::Busy,
             503 if wish.is_some() => FailureKind::Busy,
             status if is_retryable(status) => FailureKind::Status,
-            _ => return Ok(answer),
+            _ => {
+                self.worker.returned(began.elapsed());
+                return Ok(answer);
+            }
         };
         if matches!(status, 429 | 503) {
+            self.worker.pushed_back();
             self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE));
         }
         if kind == FailureKind::NoModel {

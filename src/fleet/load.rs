@@ -13,6 +13,8 @@ pub fn parse(page: &str) -> Option<Load> {
             "vllm:num_requests_running" => load.running += value,
             "vllm:num_requests_waiting" => load.waiting += value,
             "vllm:num_preemptions_total" => load.preemptions += value,
+            "vllm:prefix_cache_queries_total" => load.prefix_queries += value,
+            "vllm:prefix_cache_hits_total" => load.prefix_hits += value,
             "vllm:kv_cache_usage_perc" => {
                 load.kv_cache_usage += value;
                 caches += 1;
@@ -54,8 +56,17 @@ mod tests {
                     vllm:kv_cache_usage_perc{engine=\"0\"} 0.25\n\
                     vllm:kv_cache_usage_perc{engine=\"1\"} 0.75\n\
                     vllm:num_preemptions_total{engine=\"0\"} 1e1\n\
+                    vllm:prefix_cache_queries_total{engine=\"0\"} 40.0\n\
+                    vllm:prefix_cache_hits_total{engine=\"0\"} 30.0\n\
                     process_cpu_seconds_total 7\n";
-        let expected = Load { running: 7.0, waiting: 2.0, kv_cache_usage: 0.5, preemptions: 10.0 };
+        let expected = Load {
+            running: 7.0,
+            waiting: 2.0,
+            kv_cache_usage: 0.5,
+            preemptions: 10.0,
+            prefix_queries: 40.0,
+            prefix_hits: 30.0,
+        };
         assert_eq!(parse(page), Some(expected));
     }
 

@@ -1,13 +1,16 @@
 //! The workers: which there are, how they are, and one HTTP request to one of them.
 //!
-//! [`board`] decides who gets which worker's next slot, [`health`] when a worker is down, [`load`] reads its metrics: all
-//! pure. [`probe`] and [`dispatch`] talk to workers; this file holds them together.
+//! [`board`] decides who gets which worker's next slot, [`limit`] how many it has, [`health`] when it is down, [`load`] reads
+//! its metrics: all pure. [`probe`], [`adapt`] and [`dispatch`] talk to workers; this file holds them together.
 
+mod adapt;
 #[doc(hidden)]
 pub mod board;
 mod dispatch;
 #[doc(hidden)]
 pub mod health;
+#[doc(hidden)]
+pub mod limit;
 mod load;
 mod probe;
 mod slots;
@@ -99,6 +102,10 @@ pub struct Load {
     pub kv_cache_usage: f64,
     /// `vllm:num_preemptions_total`
     pub preemptions: f64,
+    /// `vllm:prefix_cache_queries_total`, tokens.
+    pub prefix_queries: f64,
+    /// `vllm:prefix_cache_hits_total`, tokens.
+    pub prefix_hits: f64,
 }
 
 /// Why a worker could not be added or changed.
@@ -146,11 +153,33 @@ pub struct Inferred {
     pub body: Bytes,
 }
 
+/// How many requests this node may have in flight at one worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InFlight {
+    /// So many, 1 or more.
+    Fixed(u32),
+    /// As many as keep the worker full, found by watching it.
+    Adaptive {
+        /// At most so many, 1 or more.
+        cap: u32,
+    },
+}
+
+impl InFlight {
+    /// The limit of a worker that has just become known.
+    fn first(self) -> u32 {
+        match self {
+            Self::Fixed(limit) => limit,
+            Self::Adaptive { cap } => limit::Limiter::new(cap).limit(),
+        }
+    }
+}
+
 /// How this node treats its workers.
 #[derive(Clone, Debug)]
 pub struct FleetOptions {
-    /// Requests in flight per worker, 1 or more.
-    pub limit: u32,
+    /// Requests in flight per worker.
+    pub limit: InFlight,
     /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
     pub api_key: Option<String>,
 }
@@ -185,6 +214,7 @@ impl Fleet {
         shutdown: CancellationToken,
     ) -> Result<Self, FleetError> {
         telemetry::install_tls_provider();
+        adapt::describe_metrics();
         let client = Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -259,7 +289,8 @@ impl Fleet {
             desks.next_key += 1;
             WorkerKey(desks.next_key)
         };
-        let worker = Arc::new(Worker::new(key, record, &base, self.inner.shutdown.child_token()));
+        let limit = self.inner.options.limit.first();
+        let worker = Arc::new(Worker::new(key, record, &base, limit, self.inner.shutdown.child_token()));
         {
             let mut workers = self.inner.workers.lock();
             // Two syncs at a time may both have found it missing.
@@ -268,6 +299,7 @@ impl Fleet {
             }
             workers.insert(key, worker.clone());
         }
+        self.inner.tasks.spawn(adapt::run(self.inner.clone(), worker.clone(), base.clone()));
         self.inner.tasks.spawn(probe::run(self.inner.clone(), worker, base));
     }
 
@@ -278,8 +310,8 @@ impl Fleet {
         let mut views: Vec<_> = workers
             .into_iter()
             .map(|worker| {
-                let (in_flight, limit) = self.inner.desks.lock().board.load(worker.key);
-                worker.view(in_flight, if limit == 0 { self.inner.options.limit } else { limit })
+                let (in_flight, _) = self.inner.desks.lock().board.load(worker.key);
+                worker.view(in_flight, worker.limit())
             })
             .collect();
         views.sort_by(|a, b| a.id.cmp(&b.id));

@@ -1,4 +1,4 @@
-//! Asks one worker again and again how it is: `/health`, `/v1/models`, `/metrics`.
+//! Asks one worker again and again how it is: `/health`, `/v1/models`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +9,6 @@ use tokio::time::{Instant, timeout};
 use super::{
     Inner,
     health::{Change, Probe},
-    load,
     worker::{Worker, below},
 };
 
@@ -49,8 +48,8 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
             tracing::info!(worker = %worker.id, url = %worker.url, models = ?known, "worker is healthy");
         }
         fleet.refresh(&worker);
-        if matches!(probe, Probe::Well(_)) {
-            scrape(&fleet, &worker, &base).await;
+        if !matches!(probe, Probe::Well(_)) {
+            worker.state.lock().load = None;
         }
         let held = worker.state.lock().held_until.map(|until| until.saturating_duration_since(Instant::now()));
         let wait = held.map_or(INTERVAL, |held| held.min(INTERVAL)).max(Duration::from_millis(10));
@@ -78,16 +77,6 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
         }
     }
     change
-}
-
-async fn scrape(fleet: &Inner, worker: &Worker, base: &Url) {
-    let request = fleet.authorized(fleet.client.get(below(base, "/metrics")));
-    let page = timeout(TIMEOUT, async {
-        let response = request.send().await.ok().filter(|response| response.status().is_success())?;
-        read(response).await.ok()
-    });
-    let load = page.await.ok().flatten().and_then(|page| load::parse(&String::from_utf8_lossy(&page)));
-    worker.state.lock().load = load;
 }
 
 async fn probe(client: &Client, base: &Url, bearer: Option<&str>, models: bool, known: &[String]) -> Probe {
@@ -133,7 +122,7 @@ fn failed(error: &reqwest::Error) -> Probe {
     }
 }
 
-async fn read(mut response: Response) -> Result<Vec<u8>, String> {
+pub(super) async fn read(mut response: Response) -> Result<Vec<u8>, String> {
     let mut page = Vec::new();
     while let Some(piece) = response.chunk().await.map_err(|error| super::dispatch::cause(&error))? {
         if page.len() + piece.len() > MAX_PAGE {

@@ -78,11 +78,19 @@ impl Inner {
             let mut desks = self.desks.lock();
             let before = desks.board.served();
             let was_open = desks.board.is_open(worker.key);
-            desks.board.set(worker.key, models, serving, open, self.options.limit);
+            desks.board.set(worker.key, models, serving, open, worker.limit());
             was_open != open || before != desks.board.served()
         };
         if changed {
             self.topology.send_modify(|version| *version += 1);
+            self.grant();
+        }
+    }
+
+    /// Gives a worker another limit.
+    pub(super) fn relimit(self: &Arc<Self>, worker: &Worker, limit: u32) {
+        worker.set_limit(limit);
+        if self.desks.lock().board.relimit(worker.key, limit) {
             self.grant();
         }
     }
@@ -114,6 +122,7 @@ impl Inner {
         self.workers.lock().remove(&worker.key);
         self.desks.lock().board.remove(worker.key);
         worker.gone.cancel();
+        super::adapt::unpublish(worker);
         self.topology.send_modify(|version| *version += 1);
         tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");
     }

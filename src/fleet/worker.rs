@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -43,6 +43,19 @@ pub struct Worker {
     pub(super) gone: CancellationToken,
     answered: AtomicU64,
     output_tokens: AtomicU64,
+    limit: AtomicU32,
+    /// Answers of any kind, how long they took in all, and how often it asked to be left alone or did not answer in time.
+    returned: AtomicU64,
+    took_micros: AtomicU64,
+    pushed_back: AtomicU64,
+}
+
+/// What a worker has done since it became known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Deeds {
+    pub(super) returned: u64,
+    pub(super) took_micros: u64,
+    pub(super) pushed_back: u64,
 }
 
 /// What is known of a worker.
@@ -59,8 +72,8 @@ pub(super) struct State {
     pub(super) models_stale: bool,
     /// It asked for a pause until then.
     pub(super) held_until: Option<Instant>,
-    requests_per_second: f64,
-    tokens_per_second: f64,
+    pub(super) requests_per_second: f64,
+    pub(super) tokens_per_second: f64,
     sampled: Option<(Instant, u64, u64)>,
 }
 
@@ -77,7 +90,7 @@ impl State {
 }
 
 impl Worker {
-    pub(super) fn new(key: WorkerKey, record: &WorkerRecord, base: &Url, gone: CancellationToken) -> Self {
+    pub(super) fn new(key: WorkerKey, record: &WorkerRecord, base: &Url, limit: u32, gone: CancellationToken) -> Self {
         Self {
             key,
             id: record.id.clone(),
@@ -90,6 +103,38 @@ impl Worker {
             gone,
             answered: AtomicU64::new(0),
             output_tokens: AtomicU64::new(0),
+            limit: AtomicU32::new(limit),
+            returned: AtomicU64::new(0),
+            took_micros: AtomicU64::new(0),
+            pushed_back: AtomicU64::new(0),
+        }
+    }
+
+    /// How many requests this node may have in flight there.
+    pub(super) fn limit(&self) -> u32 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_limit(&self, limit: u32) {
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// It has answered, whatever it said.
+    pub(super) fn returned(&self, took: Duration) {
+        self.returned.fetch_add(1, Ordering::Relaxed);
+        self.took_micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// It has more than it can take.
+    pub(super) fn pushed_back(&self) {
+        self.pushed_back.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn deeds(&self) -> Deeds {
+        Deeds {
+            returned: self.returned.load(Ordering::Relaxed),
+            took_micros: self.took_micros.load(Ordering::Relaxed),
+            pushed_back: self.pushed_back.load(Ordering::Relaxed),
         }
     }
 

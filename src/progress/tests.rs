@@ -14,14 +14,14 @@ use crate::{
         BatchStatus, Endpoint, Epoch, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, SegmentIndex,
         SegmentRef, SegmentSpan, batch::DEFAULT_WINDOW,
     },
-    fleet::{Fleet, FleetOptions},
+    fleet::{Fleet, FleetOptions, InFlight},
     scheduler::Troubles,
     store::{Commit, CreatedBatch, FinalObject, NewPart, StateEvent, Store},
 };
 
 /// A fleet that looks for no workers: it must not ask the database while a test has paused the clock.
 async fn no_workers(store: &Store) -> Fleet {
-    let options = FleetOptions { limit: 1, api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
     let stop = CancellationToken::new();
     stop.cancel();
     Fleet::start(store.clone(), options, &TaskTracker::new(), stop).await.unwrap()

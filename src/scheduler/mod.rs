@@ -10,6 +10,7 @@ pub mod lines;
 #[doc(hidden)]
 pub mod plan;
 mod segment;
+mod stages;
 mod sweeps;
 mod tries;
 mod troubles;
@@ -149,6 +150,7 @@ impl Scheduler {
         metrics::describe_counter!("tidemill_requests_total", "requests that got their line here, by outcome");
         metrics::describe_counter!("tidemill_tries_failed_total", "failed tries of requests, by kind");
         metrics::describe_counter!("tidemill_parts_total", "parts committed before their segment was finished");
+        stages::describe_metrics();
         metrics::describe_gauge!("tidemill_segments_running", "segments that this server runs");
         metrics::describe_gauge!("tidemill_segments_stuck", "segments that can't reach the blob store or the database");
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, atomic::AtomicUsize};
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     Control, SchedulerOptions,
@@ -120,6 +120,7 @@ impl Run {
             number,
             builder: PartBuilder::default(),
             oldest: None,
+            started: Instant::now(),
             stranded: None,
             parts,
         };

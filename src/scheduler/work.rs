@@ -13,6 +13,7 @@ use super::{
     checkpoint::{Checkpoint, Lost},
     lines::{Lane, LineKey, WorkList},
     segment::{Ended, Run, Stop},
+    stages::{self, Stage},
     tries::error_code,
 };
 use crate::{
@@ -48,6 +49,8 @@ pub(super) struct Work<'a> {
     pub(super) builder: PartBuilder,
     /// When the oldest line in `builder` was finished.
     pub(super) oldest: Option<Instant>,
+    /// Since when lines are sent.
+    pub(super) started: Instant,
     /// Since when no worker serves what is left.
     pub(super) stranded: Option<Instant>,
     /// What is durable.
@@ -157,8 +160,20 @@ impl Work<'_> {
 
     fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
         let (body, endpoint, timeout) = (self.list.body(key), self.endpoint, self.run.options.request_timeout);
+        let slotted = stages::is_sampled(self.list.index(key)).then(Instant::now);
+        if let Some(slotted) = slotted {
+            Stage::Queue.took(slotted - self.started);
+        }
         async move {
-            let result = slot.send(endpoint, body, timeout).await.and_then(|answer| {
+            let sent = slotted.map(|slotted| {
+                Stage::Dispatch.took(slotted.elapsed());
+                Instant::now()
+            });
+            let result = slot.send(endpoint, body, timeout).await;
+            if let Some(sent) = sent {
+                Stage::Worker.took(sent.elapsed());
+            }
+            let result = result.and_then(|answer| {
                 let body = results::body_of(&answer.body);
                 let (usage, only_error) = body.map_or((None, false), |body| (Some(body.usage), body.only_error));
                 // A success that is not JSON is a broken worker or a broken way to it, never the request's answer. Nor
@@ -287,12 +302,19 @@ impl Work<'_> {
 
     /// Begins to write what is finished as a part.
     fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Lost>> {
-        self.oldest = None;
+        let oldest = self.oldest.take();
         *self.number += 1;
         let builder = std::mem::take(&mut self.builder);
         // A task of its own: it goes on while the segment waits for something else.
         let task = tokio::spawn(self.checkpoint.clone().part(builder, *self.number));
-        async move { task.await.unwrap_or(Err(Lost)) }.boxed()
+        async move {
+            let part = task.await.unwrap_or(Err(Lost));
+            if let (Some(oldest), Ok(_)) = (oldest, &part) {
+                Stage::Persist.took(oldest.elapsed());
+            }
+            part
+        }
+        .boxed()
     }
 
     async fn wait_for(&mut self, flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>>) -> Result<(), Stop> {
@@ -304,6 +326,15 @@ impl Work<'_> {
 
     /// All lines have their result: writes the segment's final object.
     pub(super) async fn finish(&mut self) -> Result<Ended, Stop> {
+        let oldest = self.oldest.take();
+        let ended = self.write_end().await?;
+        if let Some(oldest) = oldest {
+            Stage::Persist.took(oldest.elapsed());
+        }
+        Ok(ended)
+    }
+
+    async fn write_end(&mut self) -> Result<Ended, Stop> {
         let builder = std::mem::take(&mut self.builder);
         let last = if builder.lines() > 0 {
             *self.number += 1;

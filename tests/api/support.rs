@@ -11,7 +11,7 @@ use tidemill::{
         secrets::Vault,
     },
     domain::{BatchId, Epoch, LineSet, NodeId, SegmentRef, TokenUsage},
-    fleet::{Fleet, FleetOptions},
+    fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Ingest, Limits},
     pb::{
         self, batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
@@ -33,7 +33,7 @@ use tonic::{
 use tonic_types::StatusExt;
 
 async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
-    let options = FleetOptions { limit: 1, api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
     Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
 }
 

@@ -11,7 +11,7 @@ use tidemill::{
         Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex, SegmentSpan,
         Timestamp, batch::DEFAULT_WINDOW,
     },
-    fleet::{Fleet, FleetOptions},
+    fleet::{Fleet, FleetOptions, InFlight},
     progress::Hub,
     results::Reader,
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
@@ -97,6 +97,17 @@ impl Node {
         workers: &[&Worker],
         options: SchedulerOptions,
         limit: u32,
+    ) -> Self {
+        Self::start_limited(folder, blobs, workers, options, InFlight::Fixed(limit)).await
+    }
+
+    /// With a limit of any kind.
+    pub async fn start_limited(
+        folder: &Path,
+        blobs: Blobs,
+        workers: &[&Worker],
+        options: SchedulerOptions,
+        limit: InFlight,
     ) -> Self {
         let store = Store::sqlite(&folder.join("db")).await.unwrap();
         store.release_all().await.unwrap();

@@ -11,6 +11,7 @@ mod faults;
 mod faulty;
 mod harness;
 mod lifecycle;
+mod limits;
 mod raw;
 mod recovery;
 #[path = "../support/s3.rs"]

@@ -1,0 +1,140 @@
+//! Watches one worker's load and keeps its limit: [`super::limit`] decides.
+
+use std::{sync::Arc, time::Duration};
+
+use reqwest::Url;
+use tokio::time::{Instant, timeout};
+
+use super::{
+    InFlight, Inner, Load,
+    limit::{Limiter, Seen, TICK},
+    load, probe,
+    worker::{Deeds, Worker, below},
+};
+
+/// Between two reads of the metrics of a worker whose limit is fixed, or that has nothing to do; and of this module's own.
+const PACE: Duration = Duration::from_secs(1);
+
+const LIMIT: &str = "tidemill_worker_limit";
+const IN_FLIGHT: &str = "tidemill_worker_in_flight";
+const RUNNING: &str = "tidemill_worker_running";
+const WAITING: &str = "tidemill_worker_waiting";
+const CACHE: &str = "tidemill_worker_kv_cache_usage";
+const HIT_RATE: &str = "tidemill_worker_prefix_hit_rate";
+const REQUESTS: &str = "tidemill_worker_requests_per_second";
+const TOKENS: &str = "tidemill_worker_output_tokens_per_second";
+
+/// Says what this module's metrics are.
+pub(super) fn describe_metrics() {
+    metrics::describe_gauge!(LIMIT, "requests that this server may have in flight at the worker");
+    metrics::describe_gauge!(IN_FLIGHT, "requests that this server has in flight at the worker");
+    metrics::describe_gauge!(RUNNING, "requests that run there, of all clients, by the worker's own account");
+    metrics::describe_gauge!(WAITING, "requests that wait there, of all clients, by the worker's own account");
+    metrics::describe_gauge!(CACHE, "the share of the worker's KV cache that is in use, 0 to 1");
+    metrics::describe_gauge!(HIT_RATE, "the share of prompt tokens that its prefix cache held, 0 to 1, lately");
+    metrics::describe_gauge!(REQUESTS, "requests answered per second, as seen from here");
+    metrics::describe_gauge!(TOKENS, "generated tokens per second, as seen from here");
+}
+
+/// Watches a worker until it is forgotten.
+pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
+    let mut limiter = match fleet.options.limit {
+        InFlight::Fixed(_) => None,
+        InFlight::Adaptive { cap } => Some(Limiter::new(cap)),
+    };
+    let began = Instant::now();
+    let (mut read_at, mut published_at) = (None::<Instant>, began);
+    let mut before = Deeds::default();
+    let mut prefix = (0.0, 0.0);
+    let tick = if limiter.is_some() { TICK } else { PACE };
+    loop {
+        tokio::select! {
+            () = worker.gone.cancelled() => return,
+            () = tokio::time::sleep(tick) => {}
+        }
+        let now = Instant::now();
+        let idle = worker.deeds() == before && fleet.desks.lock().board.load(worker.key).0 == 0;
+        let pace = limiter.as_ref().filter(|_| !idle).map_or(PACE, |limiter| limiter.pace(now - began));
+        // The tick itself is not exact.
+        let due = read_at.is_none_or(|at| now + TICK / 4 >= at + pace);
+        let serving = worker.state.lock().is_serving();
+        let load = if due && serving {
+            read_at = Some(now);
+            let load = read(&fleet, &base).await;
+            worker.state.lock().load = load;
+            load
+        } else {
+            None
+        };
+        if let Some(limiter) = &mut limiter {
+            let deeds = worker.deeds();
+            let (in_flight, full) = {
+                let board = &mut fleet.desks.lock().board;
+                (board.load(worker.key).0, board.was_full(worker.key))
+            };
+            let limit = limiter.look(now - began, &seen(deeds, before, in_flight, full, load));
+            before = deeds;
+            if limit != worker.limit() {
+                tracing::debug!(worker = %worker.id, limit, before = worker.limit(), ?load, "another limit");
+                fleet.relimit(&worker, limit);
+            }
+        }
+        if now - published_at >= PACE {
+            published_at = now;
+            let (in_flight, _) = fleet.desks.lock().board.load(worker.key);
+            publish(&worker, in_flight, &mut prefix);
+        }
+    }
+}
+
+fn seen(now: Deeds, before: Deeds, in_flight: u32, full: bool, load: Option<Load>) -> Seen {
+    let since = |now: u64, before: u64| u32::try_from(now.saturating_sub(before)).unwrap_or(u32::MAX);
+    let answered = since(now.returned, before.returned);
+    let took = now.took_micros.saturating_sub(before.took_micros);
+    Seen {
+        in_flight,
+        full,
+        answered,
+        latency: Duration::from_micros(took / u64::from(answered.max(1))),
+        load,
+        pushed_back: since(now.pushed_back, before.pushed_back),
+    }
+}
+
+async fn read(fleet: &Inner, base: &Url) -> Option<Load> {
+    let request = fleet.authorized(fleet.client.get(below(base, "/metrics")));
+    let page = timeout(probe::TIMEOUT, async {
+        let response = request.send().await.ok().filter(|response| response.status().is_success())?;
+        probe::read(response).await.ok()
+    });
+    page.await.ok().flatten().and_then(|page| load::parse(&String::from_utf8_lossy(&page)))
+}
+
+/// Shows how the worker is. `prefix`: tokens looked up and found in its prefix cache when the rate was last shown.
+fn publish(worker: &Worker, in_flight: u32, prefix: &mut (f64, f64)) {
+    let (requests, tokens, load) = {
+        let state = worker.state.lock();
+        (state.requests_per_second, state.tokens_per_second, state.load)
+    };
+    let show = |name: &'static str, value: f64| metrics::gauge!(name, "worker" => worker.url.clone()).set(value);
+    show(LIMIT, worker.limit().into());
+    show(IN_FLIGHT, in_flight.into());
+    show(REQUESTS, requests);
+    show(TOKENS, tokens);
+    let Some(load) = load else { return };
+    show(RUNNING, load.running);
+    show(WAITING, load.waiting);
+    show(CACHE, load.kv_cache_usage);
+    let (queries, hits) = (load.prefix_queries - prefix.0, load.prefix_hits - prefix.1);
+    if queries > 0.0 && hits >= 0.0 {
+        show(HIT_RATE, hits / queries);
+    }
+    *prefix = (load.prefix_queries, load.prefix_hits);
+}
+
+/// A worker that is forgotten does nothing.
+pub(super) fn unpublish(worker: &Worker) {
+    for name in [LIMIT, IN_FLIGHT, RUNNING, WAITING, CACHE, HIT_RATE, REQUESTS, TOKENS] {
+        metrics::gauge!(name, "worker" => worker.url.clone()).set(0.0);
+    }
+}

@@ -1,0 +1,84 @@
+//! How many requests a worker gets at a time, over real sockets.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use tidemill::{
+    blobs::Blobs,
+    domain::BatchStatus,
+    fleet::{InFlight, WorkerView},
+    sim::{Fault, SimConfig},
+};
+
+use crate::harness::{Node, PATIENCE, Worker, assert_one_line_each, chats, options};
+
+async fn node(folder: &tempfile::TempDir, worker: &Worker, limit: InFlight) -> Node {
+    let blobs = Blobs::directory(&folder.path().join("blobs")).unwrap();
+    Node::start_limited(folder.path(), blobs, &[worker], options(), limit).await
+}
+
+/// What clients see of the only worker, once `until` holds of it.
+async fn seen(node: &Node, until: impl Fn(&WorkerView) -> bool) -> WorkerView {
+    let wait = async {
+        loop {
+            match node.fleet.workers().into_iter().next() {
+                Some(worker) if until(&worker) => return worker,
+                Some(_) | None => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{:?}", node.fleet.workers()))
+}
+
+fn slow(max_num_seqs: usize) -> SimConfig {
+    SimConfig { latency: Duration::from_millis(150), max_num_seqs, ..SimConfig::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_runs_many_gets_many_and_its_limit_is_shown() {
+    let worker = Worker::start(slow(200)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(&folder, &worker, InFlight::Adaptive { cap: 1_024 }).await;
+    let lines = chats(6_000);
+    let id = node.submit(&lines, 1_000).await;
+    let view = seen(&node, |worker| worker.limit >= 200 && worker.in_flight >= 200).await;
+    assert!(view.load.is_some());
+    let batch = node.ended(&id).await;
+    assert_eq!(batch.status, BatchStatus::Completed);
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(worker.sim.faults().max_in_flight() <= 1_024);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limit_stays_under_its_cap_and_a_fixed_one_stays_where_it_is() {
+    for (limit, most) in [(InFlight::Adaptive { cap: 90 }, 90), (InFlight::Fixed(7), 7)] {
+        let worker = Worker::start(slow(200)).await;
+        let folder = tempfile::tempdir().unwrap();
+        let node = node(&folder, &worker, limit).await;
+        let id = node.submit(&chats(if most == 90 { 1_500 } else { 100 }), 500).await;
+        seen(&node, |worker| worker.limit == most).await;
+        assert_eq!(node.ended(&id).await.counts.completed, node.store.batch(&id).await.unwrap().unwrap().counts.total);
+        assert_eq!(worker.sim.faults().max_in_flight(), most as usize);
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn preemptions_and_push_backs_lower_the_limit() {
+    let worker = Worker::start(slow(1_000)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = node(&folder, &worker, InFlight::Adaptive { cap: 1_024 }).await;
+    let id = node.submit(&chats(8_000), 1_000).await;
+    let before = seen(&node, |worker| worker.limit >= 128 && worker.load.is_some()).await.limit;
+    worker.sim.faults().preempt(10);
+    let after = seen(&node, |worker| worker.limit < before.max(128)).await.limit;
+    assert!(after >= 1);
+    let refuse = Fault::Fail { status: StatusCode::TOO_MANY_REQUESTS, retry_after: Some(Duration::ZERO) };
+    worker.sim.faults().always(Some(refuse));
+    seen(&node, |worker| worker.limit < after / 2).await;
+    worker.sim.faults().clear();
+    assert_eq!(node.ended(&id).await.status, BatchStatus::Completed);
+    node.stop().await;
+}
