@@ -1,12 +1,14 @@
 //! Files: upload, show, list, delete.
 
-use std::{error::Error, time::Duration};
+use std::error::Error;
 
+use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::{
     auth::Caller,
     convert,
+    pace::{IDLE, LOOK, Pace, Received},
     page::Page,
     service::Api,
     status::{self, error, invalid_field, line_name},
@@ -19,17 +21,17 @@ use crate::{
     store::{DeletedFile, FileFilter},
 };
 
-/// An upload that sends nothing for this long is given up: it holds temporary files.
-const IDLE: Duration = Duration::from_secs(300);
+/// The messages of an upload, and how fast they come.
+pub(super) struct Incoming {
+    messages: Streaming<pb::UploadFileRequest>,
+    received: Received,
+    pace: Pace,
+}
 
 impl Api {
     /// Takes a file. If the client breaks off, the upload is dropped here, and nothing is left of it.
-    pub(super) async fn upload(
-        &self,
-        caller: &Caller,
-        mut messages: Streaming<pb::UploadFileRequest>,
-    ) -> Result<pb::File, Status> {
-        let first = next(&mut messages).await?;
+    pub(super) async fn upload(&self, caller: &Caller, mut incoming: Incoming) -> Result<pb::File, Status> {
+        let first = incoming.next(|| false).await?;
         let Some(Payload::Spec(spec)) = first.and_then(|first| first.payload) else {
             return Err(invalid_field("spec", "must be in the first message"));
         };
@@ -46,7 +48,7 @@ impl Api {
             Begun::Existing(file) => return Ok(convert::file(*file)),
             Begun::Upload(upload) => upload,
         };
-        while let Some(message) = next(&mut messages).await? {
+        while let Some(message) = incoming.next(|| self.limits.is_crowded()).await? {
             let bytes = validate::chunk(message)?;
             self.limits.bytes(&caller.owner, bytes.len())?;
             upload.write(bytes).await.map_err(refused)?;
@@ -92,17 +94,43 @@ impl Api {
     }
 }
 
-async fn next(messages: &mut Streaming<pb::UploadFileRequest>) -> Result<Option<pb::UploadFileRequest>, Status> {
-    let Ok(message) = tokio::time::timeout(IDLE, messages.message()).await else {
-        let message = format!("nothing has come for {} s", IDLE.as_secs());
-        return Err(error(Code::DeadlineExceeded, "UPLOAD_IDLE", message));
-    };
-    message.map_err(|status| {
-        if status.source().is_some() {
-            // The stream broke: nobody is there to read this, but it is no failure of the server.
-            error(Code::Cancelled, "UPLOAD_BROKEN_OFF", "the upload broke off before its end")
-        } else {
-            status::unreadable(status)
+impl Incoming {
+    pub(super) fn new(messages: Streaming<pb::UploadFileRequest>, received: Received) -> Self {
+        Self { messages, received, pace: Pace::default() }
+    }
+
+    /// The next message, if it comes soon enough: sooner while `crowded`.
+    async fn next(&mut self, crowded: impl Fn() -> bool) -> Result<Option<pb::UploadFileRequest>, Status> {
+        loop {
+            let (since, before) = (Instant::now(), self.received.bytes());
+            let message = tokio::time::timeout(LOOK, self.messages.message()).await;
+            self.pace.came(since.elapsed(), self.received.bytes() - before);
+            match message {
+                // Whatever the end took to come, there is nothing more to wait for.
+                Ok(Ok(None)) => return Ok(None),
+                Ok(Err(error)) => return Err(broken_off(error)),
+                _ if self.pace.is_over(crowded()) => return Err(idle(crowded())),
+                Ok(Ok(message)) => return Ok(message),
+                Err(_) => {}
+            }
         }
-    })
+    }
+}
+
+fn idle(crowded: bool) -> Status {
+    let message = if crowded {
+        "hardly anything has come for a while, and other uploads wait; send it again when it comes faster".to_owned()
+    } else {
+        format!("hardly anything has come for {} s; send it again when it comes faster", IDLE.as_secs())
+    };
+    error(Code::DeadlineExceeded, "UPLOAD_IDLE", message)
+}
+
+fn broken_off(status: Status) -> Status {
+    if status.source().is_some() {
+        // The stream broke: nobody is there to read this, but it is no failure of the server.
+        error(Code::Cancelled, "UPLOAD_BROKEN_OFF", "the upload broke off before its end")
+    } else {
+        status::unreadable(status)
+    }
 }

@@ -24,6 +24,7 @@ use tracing::{Instrument, Span};
 use super::{
     auth::{Caller, Tokens},
     limits::Limiter,
+    pace::Received,
     status::{error, unreadable},
 };
 use crate::pb;
@@ -100,6 +101,9 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, ne
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             request.extensions_mut().insert(TraceId(trace));
+            let received = Received::default();
+            request.extensions_mut().insert(received.clone());
+            let request = request.map(|body| received.count(body));
             let response = next.run(request).instrument(span).await;
             // An error before the first message has everything in the headers.
             match Status::from_header_map(response.headers()) {

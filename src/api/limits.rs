@@ -2,7 +2,14 @@
 //!
 //! Each server counts for itself and forgets at a restart. Queued lines are counted in the database, for all servers.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::{
@@ -94,6 +101,24 @@ pub(super) struct Limiter {
     /// By token name: there are as many as the token file has.
     accounts: Mutex<HashMap<String, Account>>,
     uploads: Arc<Semaphore>,
+    /// Uploads that wait for their turn.
+    waiting: AtomicUsize,
+}
+
+/// An upload waits for its turn for as long as this is there.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Limiter {
@@ -107,6 +132,7 @@ impl Limiter {
             began: Instant::now(),
             accounts: Mutex::default(),
             uploads: Arc::new(Semaphore::new(limits.concurrent_uploads.max(1) as usize)),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -175,11 +201,17 @@ impl Limiter {
         Err(refused("TOO_MANY_QUEUED_LINES", message, LATER))
     }
 
+    /// Whether uploads wait for their turn.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     /// Waits for an upload's turn. Until then nothing of it is read: the client is held back by flow control.
     ///
     /// # Errors
     /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_UPLOADS`, if it does not come.
     pub(super) async fn upload(&self) -> Result<OwnedSemaphorePermit, Status> {
+        let _waits = Waits::new(&self.waiting);
         match tokio::time::timeout(PATIENCE, self.uploads.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) | Err(_) => {

@@ -2,7 +2,8 @@
 //!
 //! - [`serve`] assembles the server and stops it in order.
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
-//! - `auth`: access tokens and roles. `limits`: how much a caller may ask. `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
+//! - `auth`: access tokens and roles. `limits`: how much a caller may ask. `pace`: how slow an upload may be.
+//! - `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
 //! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`. `downloads`: files over plain HTTP.
 
@@ -16,6 +17,7 @@ mod gate;
 mod health;
 mod http;
 mod limits;
+mod pace;
 #[doc(hidden)]
 pub mod page;
 mod server;

@@ -6,7 +6,7 @@ use futures::stream::BoxStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Services, auth::Caller, limits::Limiter};
+use super::{Services, auth::Caller, files::Incoming, limits::Limiter, pace::Received};
 use crate::pb::{self, batch_service_server::BatchService};
 
 /// Files, batches, live progress and results.
@@ -33,8 +33,9 @@ impl BatchService for Api {
     type StreamResultsStream = Events<pb::BatchResult>;
 
     async fn upload_file(&self, request: Request<Streaming<pb::UploadFileRequest>>) -> Reply<pb::File> {
+        let received = request.extensions().get::<Received>().cloned().unwrap_or_default();
         let (caller, messages) = open(request)?;
-        self.upload(&caller, messages).await.map(Response::new)
+        self.upload(&caller, Incoming::new(messages, received)).await.map(Response::new)
     }
 
     async fn get_file(&self, request: Request<pb::GetFileRequest>) -> Reply<pb::File> {

@@ -6,6 +6,7 @@
 mod again;
 #[cfg(target_os = "linux")]
 mod disk;
+mod crowds;
 // Only debug builds have points to die at.
 #[cfg(debug_assertions)]
 mod faults;

@@ -145,6 +145,19 @@ impl Server {
         self.shared.folder.path()
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.shared.address
+    }
+
+    /// A line of `/proc/<pid>/status` in bytes: `VmRSS`, what is resident now, or `VmHWM`, the most that ever was.
+    pub fn memory(&self, line: &str) -> usize {
+        let id = self.child.as_ref().unwrap().id().unwrap();
+        let text = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let value = text.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':')).unwrap();
+        value.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+    }
+
     /// One line of its metrics, by its beginning.
     pub async fn metric(&self, begin: &str) -> Option<String> {
         let text = reqwest::get(format!("http://{}/metrics", self.shared.address)).await.unwrap().text().await.unwrap();
