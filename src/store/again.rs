@@ -31,15 +31,17 @@ pub(super) async fn again<T, F: Future<Output = Result<T, StoreError>>>(act: imp
 
 /// The database has undone the transaction because of another one, and it would work alone.
 fn was_given_up(error: &DbErr) -> bool {
+    // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
+    has_code(error, &["40001", "40P01", "5", "261", "517"])
+}
+
+/// Whether the database gave one of these codes.
+pub(super) fn has_code(error: &DbErr, codes: &[&str]) -> bool {
     let (DbErr::Conn(RuntimeErr::SqlxError(error))
     | DbErr::Exec(RuntimeErr::SqlxError(error))
     | DbErr::Query(RuntimeErr::SqlxError(error))) = error
     else {
         return false;
     };
-    // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
-    error
-        .as_database_error()
-        .and_then(sqlx::error::DatabaseError::code)
-        .is_some_and(|code| matches!(&*code, "40001" | "40P01" | "5" | "261" | "517"))
+    error.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|code| codes.contains(&&*code))
 }

@@ -4,13 +4,25 @@
 //! runs on them, unless one of them has said that it may not: nodes of two releases share a database while one is rolled
 //! out, and a node of the earlier one may be restarted meanwhile.
 
+use std::time::Duration;
+
 use sea_orm::{ConnectionTrait, Statement};
 use tidemill_migrations::{Migrator, MigratorTrait, requires};
 
-use super::{Store, StoreError, again::again};
+use super::{Store, StoreError, again::has_code};
 
 /// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
 const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
+/// How long a migration waits for one table while nodes of the release before work on it: everything that comes after it
+/// waits behind it meanwhile. Shorter than PostgreSQL's `deadlock_timeout` (1 s), so that it is the migration that gives
+/// way, and not a node.
+const LOCK_WAIT: &str = "500ms";
+/// How often it is tried in all, and the longest pause in between: about a minute.
+const TRIES: u32 = 60;
+const PAUSE: Duration = Duration::from_secs(1);
+/// PostgreSQL: lock_not_available, deadlock_detected, serialization_failure. SQLite: SQLITE_BUSY, _BUSY_RECOVERY,
+/// _BUSY_SNAPSHOT.
+const IN_THE_WAY: [&str; 6] = ["55P03", "40P01", "40001", "5", "261", "517"];
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What to do with a database at start.
@@ -57,18 +69,29 @@ async fn applied<C: ConnectionTrait>(connection: &C) -> Result<Vec<String>, Stor
 }
 
 impl Store {
-    /// All migrations in one transaction, one process at a time: nodes start together on an empty database.
+    /// All migrations in one transaction, one process at a time: nodes start together on an empty database. Nodes that run
+    /// on it may be in the way, and it in theirs: then it gives way and is tried again.
     pub(super) async fn migrated(self) -> Result<Self, StoreError> {
-        again(|| self.migrate()).await?;
-        Ok(self)
+        for _ in 1..TRIES {
+            match self.migrate_once().await {
+                Err(StoreError::Unavailable(error)) if has_code(&error, &IN_THE_WAY) => {
+                    tracing::info!(%error, "other nodes are in the way of a migration; trying again");
+                    tokio::time::sleep(PAUSE.mul_f64(rand::random())).await;
+                }
+                done => return done.map(|()| self),
+            }
+        }
+        self.migrate_once().await.map(|()| self)
     }
 
-    async fn migrate(&self) -> Result<(), StoreError> {
+    async fn migrate_once(&self) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         if !self.is_sqlite() {
             // Whoever has waited for the lock must see what was done meanwhile, whatever isolation the database is set to.
             tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
             tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
+            // Not for the lock before it: who migrates may take long.
+            tx.execute_unprepared(&format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'")).await?;
         }
         let (known, applied) = (known(), applied(&tx).await?);
         let required = if applied.iter().all(|one| one != requires::SINCE) {

@@ -1,6 +1,9 @@
 //! Old and new programs on one database: the old one runs on what the new one has added to, and starts on it, unless it is
 //! told that it may not.
 
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait, TransactionTrait};
 use tidemill::{
     domain::{BatchStatus, NodeId},
     store::{CancelledBatch, Commit, Store, StoreError},
@@ -95,6 +98,26 @@ async fn a_database_of_another_line_is_refused(db: Db) {
     assert!(refusal.contains(FUTURE) && refusal.contains("webhooks"), "{refusal}");
     // Nothing was touched.
     assert_eq!(db.number("SELECT COUNT(*) FROM webhook_deliveries").await, 0);
+}
+
+/// A node's transaction holds what the migration wants, and then wants what the migration holds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_gives_way_to_nodes_that_work_and_is_tried_again() {
+    let Some(db) = Db::postgres().await else { return };
+    let node = db.raw.begin().await.unwrap();
+    node.execute_unprepared("LOCK TABLE seaql_migrations IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let waiting = "SELECT COUNT(*) FROM pg_locks WHERE NOT granted AND relation = 'seaql_migrations'::regclass";
+    let (started, ()) = tokio::join!(db.try_another(), async {
+        while db.number(waiting).await == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let lock = i64::from_be_bytes(*b"tidemill");
+        node.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({lock})"))
+            .await
+            .expect("the node is not the one");
+        node.commit().await.unwrap();
+    });
+    works(&started.expect("it starts all the same")).await;
 }
 
 on_both_databases!(
