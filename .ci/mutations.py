@@ -1,0 +1,324 @@
+#!/usr/bin/env python3
+"""Takes away, one at a time, what the promises rest on, and looks whether a test fails.
+
+    .ci/mutations.py            all of them
+    .ci/mutations.py NAME...    only these
+    .ci/mutations.py --list     what there is
+
+Each mutant is an edit of the source: the text that is there, once, and the text that takes its place, in which MUTANT is
+true if this mutant is to run. All are compiled together, in a copy below target/mutations, and one is chosen by the
+environment: so there is one build, not one a mutant. First each test must pass without a mutant.
+
+A text that is not there any more is an error: then the source has changed, and the mutant has to be written anew.
+"""
+import json, os, pathlib, re, subprocess, sys, time
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORK = ROOT / "target/mutations"
+SOURCE = WORK / "source"
+# A mutant that makes a test hang is found as well.
+LIMIT = 400
+
+PARTS, CLAIMS, EVENTS = "src/store/parts.rs", "src/store/claims.rs", "src/store/events.rs"
+OUTBOX, SETTLE, DEAD = (f"src/store/webhooks/{name}.rs" for name in ("claims", "settle", "dead_letters"))
+
+SEAM = '''
+/// Whether this mutant is the one to run.
+pub fn mutant(name: &str) -> bool {
+    static MUTANT: std::sync::LazyLock<Option<String>> = std::sync::LazyLock::new(|| std::env::var("TIDEMILL_MUTANT").ok());
+    MUTANT.as_deref() == Some(name)
+}
+'''
+
+
+@dataclass
+class Mutant:
+    name: str
+    what: str
+    # (file, old text, new text)
+    edits: list
+    # Each as "target filter"; each must fail.
+    tests: list
+
+
+FENCED = "store a_lease_that_ran_out_is_claimed_again_and_its_old_owner_is_fenced"
+SIMULATION = "simulation whatever_breaks"
+POWER = "process power::what_was_not_synced_is_not_needed"
+BETWEEN = "process power::the_object_is_there_before_its_row"
+FOLDERS = "process power::new_folders_are_durable_too"
+
+ANY_EPOCH = '''Condition::all()
+            .add(segment::Column::BatchId.eq(of.batch.as_str()))
+            .add(segment::Column::Idx.eq(of.index.0))
+            .add(segment::Column::State.eq(LEASED))'''
+
+MUTANTS = [
+    Mutant("fence-part", "a part is committed whatever the epoch", [(PARTS,
+        """        let tx = self.begin().await?;
+        if !hold(&tx, of, epoch).await? {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        // The same part""",
+        """        let tx = self.begin().await?;
+        if !hold(&tx, of, epoch).await? && !MUTANT {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        // The same part""")], [FENCED, SIMULATION]),
+    Mutant("fence-end", "a segment is ended whatever the epoch", [(PARTS,
+        "            .filter(fenced(of, epoch))\n            .exec(&tx)",
+        "            .filter(if MUTANT { super::claims::any_epoch(of) } else { fenced(of, epoch) })\n            .exec(&tx)"),
+        (CLAIMS, "/// The segment, if it is still leased under this epoch.\n",
+        "pub(super) fn any_epoch(of: &SegmentRef) -> Condition {\n    " + ANY_EPOCH + "\n}\n\n"
+        "/// The segment, if it is still leased under this epoch.\n")], [FENCED, SIMULATION]),
+    Mutant("fence-torn", "parts are taken back whatever the epoch", [(PARTS,
+        """        if !hold(&tx, of, epoch).await? {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        if convert""",
+        """        if !hold(&tx, of, epoch).await? && !MUTANT {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
+        if convert""")], [FENCED]),
+    Mutant("fence-release", "a segment is given back whatever the epoch", [(CLAIMS,
+        "            .filter(fenced(of, epoch))\n            .exec(&self.inner.write)",
+        "            .filter(if MUTANT { any_epoch(of) } else { fenced(of, epoch) })\n            .exec(&self.inner.write)")],
+        [FENCED, SIMULATION]),
+    Mutant("part-epoch", "a part's row without its epoch", [(PARTS,
+        "        epoch: Set(epoch.0),", "        epoch: Set(if MUTANT { 0 } else { epoch.0 }),")],
+        ["store fencing::"]),
+    Mutant("part-after-end", "a part is committed after its batch has ended", [(PARTS,
+        """        if convert::status(&row.status)?.is_terminal() {
+            return Ok(Commit::Fenced);
+        }
+        let at = now(&tx).await?;
+        insert(""",
+        """        if convert::status(&row.status)?.is_terminal() && !MUTANT {
+            return Ok(Commit::Fenced);
+        }
+        let at = now(&tx).await?;
+        insert(""")], [SIMULATION]),
+    Mutant("claim-epoch", "a claim does not add to the epoch", [
+        (CLAIMS, "Expr::col(segment::Column::Epoch).add(1))", "Expr::col(segment::Column::Epoch).add(i64::from(!MUTANT)))"),
+        (CLAIMS, "epoch: Epoch(row.epoch + 1)", "epoch: Epoch(row.epoch + i64::from(!MUTANT))")], [FENCED, SIMULATION]),
+    Mutant("renew-all", "a renewal keeps every lease of the node, also of what it does not run", [(CLAIMS,
+        "            .add(keys);", "            .add(if MUTANT { Expr::val(1).eq(1) } else { keys });")],
+        ["store a_lease_that_nobody_works_under_runs_out", SIMULATION]),
+    Mutant("fsync", "objects are not fsynced", [("src/blobs.rs", ".with_fsync(true)", ".with_fsync(!MUTANT)")], [POWER]),
+    Mutant("fsync-folder", "a new folder's name is not fsynced", [("src/blobs.rs",
+        "made.filter_map(FsPath::parent)", "made.filter_map(FsPath::parent).filter(|_| !MUTANT)")], [FOLDERS]),
+    Mutant("sqlite-sync", "SQLite does not sync each commit", [("src/store/mod.rs",
+        '.pragma("synchronous", "FULL")', '.pragma("synchronous", if MUTANT { "NORMAL" } else { "FULL" })')], [POWER]),
+    Mutant("row-first", "a part's row before its object", [("src/scheduler/checkpoint.rs",
+        "        let part = self.object(builder, number).await?;\n        fault",
+        """        if MUTANT {
+            let (object, part): (Bytes, NewPart) = builder.build(self.object_key(number));
+            let commit =
+                self.patiently("commit a part", || self.store.commit_part(&self.segment, self.epoch, &part)).await?;
+            fault::point(Fault::PartObject);
+            self.patiently("write a part", || self.blobs.put(&part.object_key, object.clone())).await?;
+            return if commit == Commit::Done { Ok(part) } else { Err(Lost) };
+        }
+        let part = self.object(builder, number).await?;
+        fault""")], [BETWEEN]),
+    Mutant("upload-note", "an upload's object is not noted before it is written", [("src/ingest/upload.rs",
+        "        store.begin_upload(&object_key).await?;",
+        "        if !MUTANT {\n            store.begin_upload(&object_key).await?;\n        }")], [BETWEEN]),
+    Mutant("torn-counts", "a torn part's counts are not taken back", [(PARTS,
+        "                count(&mut row, &one.content, -1);",
+        "                if !MUTANT {\n                    count(&mut row, &one.content, -1);\n                }")],
+        ["store dropped_parts_are_counted_back_once", SIMULATION]),
+    Mutant("part-whole", "a torn part is taken for a whole one", [("src/scheduler/segment.rs",
+        "object.is_some_and(|object| is_whole(&part.content, &object))",
+        "object.is_some_and(|object| MUTANT || is_whole(&part.content, &object))")],
+        ["engine torn_and_missing_parts_are_run_again"]),
+    Mutant("part-crc", "a part's checksum is not looked at", [("src/scheduler/segment.rs",
+        "&& crc32c::crc32c(object) == part.crc32c", "&& (MUTANT || crc32c::crc32c(object) == part.crc32c)")],
+        ["engine rot::"]),
+    Mutant("part-twice", "the same part again counts again", [(PARTS,
+        "        if known.is_some() {", "        if known.is_some() && !MUTANT {")],
+        ["store a_part_repeated_counts_once", SIMULATION]),
+    Mutant("end-twice", "the same end again is refused", [(PARTS,
+        "if ours.is_some() { Commit::Done }", "if ours.is_some() && !MUTANT { Commit::Done }")],
+        ["store the_last_segment_ends_the_batch", SIMULATION]),
+    Mutant("end-lines", "when a batch is cancelled or expires, finished lines end again", [("src/scheduler/lines.rs",
+        ".filter(|(_, line)| line.open)", ".filter(|(_, line)| line.open || MUTANT)")],
+        ["engine cancelling_keeps_what_is_done_and_frees_the_worker", SIMULATION]),
+    Mutant("event", "a state without its event", [(EVENTS,
+        "    append(tx, row, at).await?;\n    webhooks::",
+        "    if !MUTANT {\n        append(tx, row, at).await?;\n    }\n    webhooks::")],
+        ["store the_last_segment_ends_the_batch", SIMULATION]),
+    Mutant("outbox", "a batch's end and its webhook in two transactions", [
+        (EVENTS, "    webhooks::enqueue_state(tx, row, status, at).await",
+        "    if MUTANT && status == BatchStatus::Completed {\n        return Ok(());\n    }\n"
+        "    webhooks::enqueue_state(tx, row, status, at).await"),
+        (PARTS, """        if !ended {
+            row.revision += 1;
+            webhooks::enqueue_progress(&tx, &mut row, at).await?;
+            row.into_active_model().reset_all().update(&tx).await?;
+        }
+        self.commit(tx, &of.batch).await?;
+""", """        let status = row.status.clone();
+        if !ended {
+            row.revision += 1;
+            webhooks::enqueue_progress(&tx, &mut row, at).await?;
+            row.into_active_model().reset_all().update(&tx).await?;
+        }
+        self.commit(tx, &of.batch).await?;
+        if MUTANT && convert::status(&status)? == crate::domain::BatchStatus::Completed {
+            let tx = self.begin().await?;
+            if let Some(row) = lock_batch(&tx, &of.batch).await? {
+                webhooks::enqueue_state(&tx, &row, crate::domain::BatchStatus::Completed, at).await?;
+            }
+            tx.commit().await?;
+        }
+""")], ["webhooks atomic::"]),
+    Mutant("attempt-late", "an attempt's row after it was sent", [
+        (OUTBOX, "    webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n",
+        "    if !MUTANT {\n        webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n    }\n"),
+        (SETTLE, "    finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;\n",
+        """    if MUTANT {
+        let attempt = super::claims::started(&one.id, 0, one.attempt, at);
+        webhook_attempt::Entity::insert(attempt.into_active_model()).exec_without_returning(tx).await?;
+    }
+    finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;
+""")], ["webhooks a_claim_leaves_its_attempt_and_is_exclusive", BETWEEN, SIMULATION]),
+    Mutant("attempt-uncounted", "a claim does not count its attempt", [(OUTBOX,
+        "Expr::col(webhook_delivery::Column::Attempts).add(1))",
+        "Expr::col(webhook_delivery::Column::Attempts).add(i32::from(!MUTANT)))")],
+        ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
+    Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [(SETTLE,
+        "row.lease_token.as_deref() == Some(&one.lease);", "row.lease_token.as_deref() == Some(&one.lease) || MUTANT;")],
+        ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
+    Mutant("settle-beside", "a late result takes the place of the right one beside it", [(SETTLE,
+        "let row = if rows.get(one.id.as_str()).is_some_and(mine)",
+        "let row = if MUTANT {\n                rows.remove(one.id.as_str()).filter(mine)\n"
+        "            } else if rows.get(one.id.as_str()).is_some_and(mine)")], ["webhooks late::", SIMULATION]),
+    Mutant("reap-early", "a lease on a delivery ends before its time", [(SETTLE,
+        "            if !all {\n", "            if !all && !MUTANT {\n")],
+        ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
+    Mutant("reap-never", "a lease on a delivery never ends", [(SETTLE,
+        "webhook_delivery::Column::LeaseExpiresAt.lt(at.0)",
+        "webhook_delivery::Column::LeaseExpiresAt.lt(if MUTANT { 0 } else { at.0 })")],
+        ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
+    Mutant("dead-letter", "no dead letter after the last attempt", [(SETTLE,
+        "        dead_letters::insert(tx, &row, error, at).await?;",
+        "        if !MUTANT {\n            dead_letters::insert(tx, &row, error, at).await?;\n        }")],
+        ["webhooks failures_end_as_a_dead_letter", SIMULATION]),
+    Mutant("retry-busy", "two retries of a dead letter at a time", [(DEAD,
+        "if row.lease_expires_at.is_some_and(|until| until >= at.0) {\n            return Ok(BeginRetry::Busy);",
+        "if row.lease_expires_at.is_some_and(|until| until >= at.0) && !MUTANT {\n            return Ok(BeginRetry::Busy);")],
+        ["webhooks of_two_retries_at_the_same_time_one_sends", SIMULATION]),
+    Mutant("retry-lost", "a retry whose sender is gone stays as begun when the next one begins", [(DEAD,
+        "        if row.lease_expires_at.is_some() {\n", "        if row.lease_expires_at.is_some() && !MUTANT {\n")],
+        ["webhooks late::", SIMULATION]),
+    Mutant("retry-lease", "a retry is written down by whoever lost its lease", [(DEAD,
+        "if row.lease_token.as_deref() != Some(&claim.lease) {",
+        "if row.lease_token.as_deref() != Some(&claim.lease) && !MUTANT {")], [SIMULATION]),
+    Mutant("retry-success", "a retry's success is not kept", [(DEAD,
+        "None => row.retry_success = true,", "None => row.retry_success = !MUTANT,")],
+        ["webhooks a_retry_is_sent_once_and_not_again_unless_forced", SIMULATION]),
+    Mutant("retry-request-id", "a retry's request id is not kept", [(DEAD,
+        "attempt.request_id = request_id.map(str::to_owned);",
+        "attempt.request_id = request_id.map(str::to_owned).filter(|_| !MUTANT);")],
+        ["webhooks a_request_id_makes_a_retry_idempotent"]),
+]
+
+
+def mutated():
+    """The files of the working tree, with the edits."""
+    listed = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
+    names = [name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()]
+    files = {name: (ROOT / name).read_bytes() for name in names}
+    files["src/lib.rs"] += SEAM.encode()
+    stale = []
+    for mutant in MUTANTS:
+        for name, old, new in mutant.edits:
+            text = files[name].decode()
+            if text.count(old) != 1:
+                stale.append(f"{mutant.name}: {name} has this {text.count(old)} times:\n{old}")
+            files[name] = text.replace(old, new.replace("MUTANT", f'crate::mutant("{mutant.name}")')).encode()
+    if stale:
+        sys.exit("the source has changed; write these mutants anew:\n\n" + "\n\n".join(stale))
+    return files
+
+
+def write(files):
+    for path in SOURCE.rglob("*") if SOURCE.exists() else []:
+        if path.is_file() and str(path.relative_to(SOURCE)) not in files:
+            path.unlink()
+    for name, content in files.items():
+        path = SOURCE / name
+        # One that is as it was is left alone, and is not compiled again.
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def build(targets):
+    command = ["cargo", "test", "--no-run", "--message-format", "json-render-diagnostics"]
+    for target in targets:
+        command += ["--test", target]
+    environment = os.environ | {"CARGO_TARGET_DIR": str(WORK / "target"), "CARGO_INCREMENTAL": "0"}
+    done = subprocess.run(command, cwd=SOURCE, env=environment, stdout=subprocess.PIPE)
+    if done.returncode != 0:
+        sys.exit("the mutants do not compile")
+    found = {}
+    for line in done.stdout.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message["target"]["kind"] == ["test"]:
+            found[message["target"]["name"]] = message["executable"]
+    return found
+
+
+def run(executables, test, mutant=None):
+    """Whether it passes, and how long it took."""
+    target, tests = test.split(" ")
+    environment = {name: value for name, value in os.environ.items() if name != "TIDEMILL_MUTANT"}
+    environment |= {"RUST_BACKTRACE": "0", "CARGO_MANIFEST_DIR": str(SOURCE)} | ({"TIDEMILL_MUTANT": mutant} if mutant else {})
+    began = time.monotonic()
+    try:
+        done = subprocess.run([executables[target], tests], cwd=SOURCE, env=environment, timeout=LIMIT,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except subprocess.TimeoutExpired:
+        return False, LIMIT
+    if not re.search(r"running [1-9]\d* tests?", done.stdout):
+        sys.exit(f"there is no test {test}")
+    if mutant is None and done.returncode != 0:
+        print(done.stdout[-4_000:])
+    return done.returncode == 0, time.monotonic() - began
+
+
+def main():
+    asked = sys.argv[1:]
+    if asked == ["--list"]:
+        for mutant in MUTANTS:
+            print(f"{mutant.name:18} {mutant.what}")
+        return
+    known = {mutant.name for mutant in MUTANTS}
+    if not known.issuperset(asked):
+        sys.exit(f"no such mutant: {', '.join(set(asked) - known)}; see --list")
+    chosen = [mutant for mutant in MUTANTS if not asked or mutant.name in asked]
+    write(mutated())
+    tests = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    executables = build(sorted({test.split(" ")[0] for test in tests}))
+    for test in tests:
+        passes, seconds = run(executables, test)
+        print(f"without a mutant  {'passes' if passes else 'FAILS':9} {test}  ({seconds:.0f} s)", flush=True)
+        if not passes:
+            sys.exit("a test that fails by itself shows nothing")
+    survived = 0
+    for mutant in chosen:
+        for test in mutant.tests:
+            passes, seconds = run(executables, test, mutant.name)
+            survived += passes
+            print(f"{mutant.name:17} {'SURVIVED' if passes else 'killed':9} {test}  ({seconds:.0f} s)", flush=True)
+    print(f"\n{len(chosen)} mutants, {survived} survived a test that should see them")
+    sys.exit(survived > 0)
+
+
+main()
