@@ -81,12 +81,10 @@ impl Anybody {
     }
 
     pub async fn create(&self, file: &str, request_id: &str) -> String {
-        let request = CreateBatchRequest {
-            input: Some(Input::InputFileId(file.to_owned())),
-            request_id: request_id.to_owned(),
-            ..CreateBatchRequest::default()
-        };
-        let request = &request;
+        self.create_from(&of_file(file, request_id)).await
+    }
+
+    pub async fn create_from(&self, request: &CreateBatchRequest) -> String {
         self.call(async |mut client: Client| client.create_batch(request.clone()).await).await.into_inner().id
     }
 
@@ -230,6 +228,15 @@ impl Anybody {
             }
         }
         states
+    }
+}
+
+/// What creates a batch of a file.
+pub fn of_file(file: &str, request_id: &str) -> CreateBatchRequest {
+    CreateBatchRequest {
+        input: Some(Input::InputFileId(file.to_owned())),
+        request_id: request_id.to_owned(),
+        ..CreateBatchRequest::default()
     }
 }
 

@@ -22,6 +22,16 @@ pub const LEASE: Duration = Duration::from_secs(3);
 /// A node that can't start yet (its database is away) is started again for this long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The program under test: what cargo has built for it, or another build of it, such as `target/release/tidemill`.
+pub fn program() -> PathBuf {
+    std::env::var_os("TIDEMILL_BIN").map_or_else(|| env!("CARGO_BIN_EXE_tidemill").into(), PathBuf::from)
+}
+
+/// An address where nobody listens at this moment, for a process that has to come back to the same one.
+fn free_address() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 /// A simulated worker in this process.
 pub async fn worker(config: SimConfig) -> (Sim, String) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -31,9 +41,49 @@ pub async fn worker(config: SimConfig) -> (Sim, String) {
     (sim, url)
 }
 
+/// A simulated worker that is a process of its own.
+pub struct WorkerProcess {
+    pub address: SocketAddr,
+    flags: Vec<String>,
+    child: Option<Child>,
+}
+
+impl WorkerProcess {
+    /// Starts one that serves the model `sim`, with these flags besides.
+    pub async fn start(flags: &[&str]) -> Self {
+        let flags = ["--models", "sim"].iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
+        let mut worker = Self { address: free_address(), flags, child: None };
+        worker.restart().await;
+        worker
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.take().unwrap().kill().await.unwrap();
+    }
+
+    /// Starts the process and waits until it takes connections.
+    pub async fn restart(&mut self) {
+        let mut command = Command::new(program());
+        command.args(["sim", "--listen", &self.address.to_string()]).args(&self.flags);
+        command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.child = Some(command.spawn().unwrap());
+        let until = Instant::now() + PATIENCE;
+        while tokio::net::TcpStream::connect(self.address).await.is_err() {
+            assert!(Instant::now() < until, "the worker does not start");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
 /// Nodes that share a database and the objects, each with a data directory and an address of its own.
 pub struct Cluster {
     folder: tempfile::TempDir,
+    database: String,
     flags: Vec<String>,
     pub nodes: Vec<Node>,
 }
@@ -42,6 +92,7 @@ pub struct Cluster {
 pub struct Node {
     pub address: SocketAddr,
     data_dir: PathBuf,
+    database: String,
     flags: Vec<String>,
     child: Option<Child>,
 }
@@ -53,9 +104,9 @@ impl Cluster {
         let lease = humantime::format_duration(LEASE).to_string();
         let blobs = format!("file://{}", folder.path().join("blobs").display());
         std::fs::create_dir(folder.path().join("blobs")).unwrap();
-        let shared = ["--database-url", database, "--blobs", &blobs, "--lease", &lease, "--flush-interval", "200ms"];
+        let shared = ["--blobs", &blobs, "--lease", &lease, "--flush-interval", "200ms"];
         let flags = shared.iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
-        let mut cluster = Self { folder, flags, nodes: Vec::new() };
+        let mut cluster = Self { folder, database: database.to_owned(), flags, nodes: Vec::new() };
         for _ in 0..count {
             cluster.add(&[]).await;
         }
@@ -64,11 +115,15 @@ impl Cluster {
 
     /// Starts one more, with flags of its own.
     pub async fn add(&mut self, flags: &[&str]) {
-        // Free at this moment; the node has to come back to the same one.
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        self.add_behind(&self.database.clone(), flags).await;
+    }
+
+    /// Starts one more that knows the database under this URL.
+    pub async fn add_behind(&mut self, database: &str, flags: &[&str]) {
+        let (address, database) = (free_address(), database.to_owned());
         let data_dir = self.folder.path().join(format!("node-{}", self.nodes.len()));
         let flags = self.flags.iter().cloned().chain(flags.iter().map(|flag| (*flag).to_owned())).collect();
-        let mut node = Node { address, data_dir, flags, child: None };
+        let mut node = Node { address, data_dir, database, flags, child: None };
         node.restart().await;
         self.nodes.push(node);
     }
@@ -101,8 +156,13 @@ impl Node {
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {
             let log = std::fs::File::options().create(true).append(true).open(&file).unwrap();
-            let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
-            command.arg("serve").args(["--listen", &self.address.to_string()]).arg("--data-dir").arg(&self.data_dir);
+            let mut command = Command::new(program());
+            command
+                .env("TIDEMILL_DATABASE_URL", &self.database)
+                .arg("serve")
+                .args(["--listen", &self.address.to_string()])
+                .arg("--data-dir")
+                .arg(&self.data_dir);
             command.args(&self.flags).env("NO_COLOR", "1").kill_on_drop(true).stdin(Stdio::null()).stderr(log);
             let mut child = command.spawn().unwrap();
             while Instant::now() < until {
@@ -175,13 +235,17 @@ impl Node {
 
 /// A client of the node at this address. Calls that it leaves without an answer end after a while: frozen nodes never say no.
 pub async fn client(address: SocketAddr) -> Result<Client, tonic::transport::Error> {
+    Ok(BatchServiceClient::new(channel(address).await?).max_decoding_message_size(4 * 1024 * 1024))
+}
+
+/// A connection to the node at this address.
+pub async fn channel(address: SocketAddr) -> Result<Channel, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-    let channel = endpoint
+    endpoint
         .connect_timeout(Duration::from_secs(1))
         .http2_keep_alive_interval(Duration::from_secs(1))
         .keep_alive_timeout(Duration::from_secs(1))
         .keep_alive_while_idle(true)
         .connect()
-        .await?;
-    Ok(BatchServiceClient::new(channel).max_decoding_message_size(4 * 1024 * 1024))
+        .await
 }

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use sea_orm::{ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, Statement};
 use serde_json::Value;
-use tidemill::pb::BatchStatus;
+use tidemill::pb::{BatchStatus, CreateBatchRequest};
 use tokio::task::JoinHandle;
 
-use crate::calls::{Anybody, State};
+use crate::calls::{Anybody, State, of_file};
 
 /// A batch that a test has created, with those who follow it to its end.
 pub struct Submitted {
@@ -30,15 +30,26 @@ pub fn input(lines: usize) -> String {
         .collect()
 }
 
-fn answer_tokens(number: usize) -> usize {
+pub fn answer_tokens(number: usize) -> usize {
     number % 7 + 1
 }
 
 /// Uploads, creates, and begins to watch and to follow.
 pub async fn submit(anybody: &Anybody, lines: usize, name: &str) -> Submitted {
+    submit_as(anybody, lines, name, |request| request).await
+}
+
+/// The same, and what creates the batch is changed first.
+pub async fn submit_as(
+    anybody: &Anybody,
+    lines: usize,
+    name: &str,
+    change: impl Fn(CreateBatchRequest) -> CreateBatchRequest,
+) -> Submitted {
     let file = anybody.upload(&input(lines), &format!("file-{name}")).await;
-    let id = anybody.create(&file, name).await;
-    assert_eq!(anybody.create(&file, name).await, id, "the same request id is the same batch, on every node");
+    let request = change(of_file(&file, name));
+    let id = anybody.create_from(&request).await;
+    assert_eq!(anybody.create_from(&request).await, id, "the same request id is the same batch, on every node");
     Submitted::of(anybody, id, lines)
 }
 
@@ -99,7 +110,7 @@ impl Submitted {
 }
 
 /// The states that one watcher was told of: each once, in order, to the end.
-fn check_states(states: &[State], last: BatchStatus) {
+pub fn check_states(states: &[State], last: BatchStatus) {
     for pair in states.windows(2) {
         assert!(pair[0].revision < pair[1].revision && pair[0].sequence < pair[1].sequence, "{states:?}");
     }
@@ -122,6 +133,7 @@ pub async fn check_events(anybody: &Anybody, watched: &[(String, BatchStatus)]) 
     }
     for (id, status) in watched {
         check_states(&by_batch[id], *status);
+        assert_eq!(by_batch[id].len(), 4, "{id}: from the first state to the last");
     }
 }
 
