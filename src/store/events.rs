@@ -1,13 +1,13 @@
 //! State changes: the one place where a batch enters a state, together with the event that tells of it.
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
-    QueryOrder, QuerySelect, Set,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
+    Set,
     sea_query::{Expr, ExprTrait},
 };
 
 use super::{
-    Store, StoreError,
+    DatabaseTransaction, Store, StoreError,
     convert::{self, to_json},
     entity::{batch, batch_event, counter, file, segment},
     webhooks,

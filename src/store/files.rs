@@ -1,12 +1,12 @@
 //! Files and their segment index.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, Set, sea_query::OnConflict,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    sea_query::OnConflict,
 };
 
 use super::{
-    Store, StoreError,
+    DatabaseTransaction, Store, StoreError,
     again::again,
     convert::to_json,
     entity::{batch, file, file_segment, garbage, part, segment},

@@ -7,6 +7,7 @@
 
 mod again;
 mod batches;
+mod bounded;
 mod claims;
 mod convert;
 mod entity;
@@ -32,8 +33,8 @@ use std::{
 };
 
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, DatabaseTransaction, DbErr,
-    RuntimeErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
+    ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DbErr, RuntimeErr, SqliteTransactionMode, Statement,
+    TransactionOptions,
 };
 use tokio::sync::broadcast;
 use tokio_util::task::AbortOnDropHandle;
@@ -50,6 +51,8 @@ pub use webhooks::{
     RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
+
+use bounded::{DatabaseTransaction, Pool, Silence};
 
 use crate::domain::{BatchId, Timestamp};
 
@@ -100,8 +103,8 @@ pub struct Store {
 }
 
 struct Inner {
-    read: DatabaseConnection,
-    write: DatabaseConnection,
+    read: Pool,
+    write: Pool,
     /// Batches that a commit changed: of this node, and on PostgreSQL of any.
     changes: broadcast::Sender<BatchId>,
     /// Tells this store's commits from others'.
@@ -165,7 +168,7 @@ impl Store {
         };
         let write = connect(1).await?;
         let read = connect(4).await?;
-        Ok(Self::of(read, write))
+        Ok(Self::of(Pool::new(read, None), Pool::new(write, None)))
     }
 
     /// Connects to PostgreSQL (`postgres://…`) and migrates it.
@@ -185,6 +188,8 @@ impl Store {
     /// [`StoreError`] if it can't be reached.
     pub async fn postgres_unmigrated(url: &str, connections: u32) -> Result<Self, StoreError> {
         let mut options = ConnectOptions::new(url.to_owned());
+        let silence = Silence::new();
+        let watch = silence.clone();
         options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE).map_sqlx_postgres_opts(
             |postgres| {
                 postgres.options([
@@ -196,6 +201,7 @@ impl Store {
                 ])
             },
         );
+        options.map_sqlx_postgres_pool_opts(move |pool| watch.watch(pool));
         // A database that starts at the same time is waited for; the pool's own error does not say for what.
         let pool = Database::connect(options).await.map_err(|error| match error {
             DbErr::Conn(_) | DbErr::ConnectionAcquire(_) => StoreError::Open(format!(
@@ -205,10 +211,11 @@ impl Store {
             )),
             error => error.into(),
         })?;
+        let pool = Pool::new(pool, Some(silence));
         Ok(Self::of(pool.clone(), pool))
     }
 
-    fn of(read: DatabaseConnection, write: DatabaseConnection) -> Self {
+    fn of(read: Pool, write: Pool) -> Self {
         let inner = Inner {
             read,
             write,
@@ -240,12 +247,11 @@ impl Store {
         if let Some(listener) = self.inner.listener.get() {
             listener.abort();
         }
-        // Nothing is lost if closing fails: every answered write is committed.
-        let _ = self.inner.write.close_by_ref().await;
-        let _ = self.inner.read.close_by_ref().await;
+        self.inner.write.close().await;
+        self.inner.read.close().await;
     }
 
-    fn read(&self) -> &DatabaseConnection {
+    fn read(&self) -> &Pool {
         &self.inner.read
     }
 
@@ -258,7 +264,7 @@ impl Store {
             sqlite_transaction_mode: self.is_sqlite().then_some(SqliteTransactionMode::Immediate),
             ..TransactionOptions::default()
         };
-        Ok(self.inner.write.begin_with_options(options).await?)
+        Ok(self.inner.write.begin(options).await?)
     }
 
     /// Tells the listeners of [`Store::changes`].

@@ -3,16 +3,21 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, DatabaseBackend, DatabaseTransaction, Statement};
-use sqlx::postgres::{PgListener, PgPoolOptions};
-use tokio::sync::broadcast;
+use sea_orm::{ConnectionTrait, DatabaseBackend, Statement};
+use sqlx::{
+    Executor,
+    postgres::{PgListener, PgPoolOptions},
+};
+use tokio::{sync::broadcast, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Store, StoreError};
+use super::{DatabaseTransaction, Store, StoreError, bounded::ANSWER};
 use crate::domain::BatchId;
 
 /// PostgreSQL's name for it.
 const CHANNEL: &str = "tidemill";
+/// After so long without word the connection is tried: it may be that nothing changes, or that nothing comes through.
+const QUIET: Duration = Duration::from_secs(10);
 /// Between two tries to listen to a database that is away.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -53,8 +58,12 @@ async fn pass_on(
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.listen(CHANNEL).await?;
     loop {
+        let Ok(heard) = timeout(QUIET, listener.try_recv()).await else {
+            timeout(ANSWER, listener.execute("SELECT 1")).await.map_err(std::io::Error::from)??;
+            continue;
+        };
         // None: the connection was lost, and is there again.
-        let Some(notification) = listener.try_recv().await? else { continue };
+        let Some(notification) = heard? else { continue };
         // Another version may say it otherwise: then it is found by asking.
         let Some((batch, from)) = notification.payload().split_once(' ') else { continue };
         if from != origin {

@@ -1,12 +1,12 @@
 //! Parts: the checkpoint of a segment. One transaction a part, none a request.
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    QuerySelect, Set, sea_query::Expr,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Set,
+    sea_query::Expr,
 };
 
 use super::{
-    Store, StoreError,
+    DatabaseTransaction, Store, StoreError,
     again::again,
     claims::{DONE, fenced},
     convert,

@@ -89,8 +89,9 @@ impl Store {
         if !self.is_sqlite() {
             // Whoever has waited for the lock must see what was done meanwhile, whatever isolation the database is set to.
             tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
-            tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
-            // Not for the lock before it: who migrates may take long.
+            // Without a bound, as the migrations: whoever migrates a large database takes its time.
+            tx.unbounded().execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
+            // Not for the lock before it, for that reason.
             tx.execute_unprepared(&format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'")).await?;
         }
         let (known, applied) = (known(), applied(&tx).await?);
@@ -102,7 +103,7 @@ impl Store {
             row.map(|row| row.try_get::<String>("", "migration")).transpose()?
         };
         match judge(&known, &applied, required.as_deref()).map_err(StoreError::Open)? {
-            Step::Migrate => Migrator::up(&tx, None).await?,
+            Step::Migrate => Migrator::up(tx.unbounded(), None).await?,
             Step::Leave => tracing::info!(
                 newest = applied.last(),
                 version = VERSION,

@@ -14,6 +14,6 @@ mod lifecycle;
 mod limits;
 mod raw;
 mod recovery;
+mod rot;
 #[path = "../support/s3.rs"]
 mod s3;
-mod rot;

@@ -15,6 +15,7 @@ mod database;
 mod faults;
 mod history;
 mod hooks;
+mod partitions;
 mod proxy;
 #[allow(dead_code)] // other tests use more of it
 #[path = "../webhooks/receiver.rs"]

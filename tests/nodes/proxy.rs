@@ -29,6 +29,8 @@ struct State {
     held: Held,
     /// Connections of an earlier time are reset.
     resets: usize,
+    /// Connections of an earlier time are silent for ever.
+    stranded: usize,
 }
 
 /// The proxy. It serves until the test ends. Clones are the same proxy.
@@ -42,7 +44,7 @@ impl Proxy {
     pub async fn start(to: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let state = State { latency: Duration::ZERO, held: Held::Neither, resets: 0 };
+        let state = State { latency: Duration::ZERO, held: Held::Neither, resets: 0, stranded: 0 };
         let proxy = Self { address, state: Arc::new(watch::Sender::new(state)) };
         let serving = proxy.clone();
         tokio::spawn(async move {
@@ -90,6 +92,12 @@ impl Proxy {
         self.state.send_modify(|state| state.resets += 1);
     }
 
+    /// Every connection there is stays open and is silent for ever, as behind a firewall that has forgotten it. New ones
+    /// work.
+    pub fn strand(&self) {
+        self.state.send_modify(|state| state.stranded += 1);
+    }
+
     async fn relay(&self, mut client: TcpStream, to: SocketAddr) {
         let mut state = self.state.subscribe();
         let now = *state.borrow();
@@ -99,8 +107,8 @@ impl Proxy {
             return;
         };
         let _ = (client.set_nodelay(true), server.set_nodelay(true));
-        let up = |state: &State| state.held == Held::Both;
-        let down = |state: &State| state.held != Held::Neither;
+        let up = |state: &State| state.held == Held::Both || state.stranded > now.stranded;
+        let down = |state: &State| state.held != Held::Neither || state.stranded > now.stranded;
         {
             let (from_client, to_client) = tokio::io::split(&mut client);
             let (from_server, to_server) = tokio::io::split(&mut server);

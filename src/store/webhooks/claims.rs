@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use sea_orm::{
-    ColumnTrait, Condition, DatabaseTransaction, EntityTrait, FromQueryResult, IntoActiveModel, QueryFilter,
-    QueryOrder, QuerySelect, Statement,
+    ColumnTrait, Condition, EntityTrait, FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
+    Statement,
     sea_query::{Expr, ExprTrait, LockBehavior, LockType},
 };
 use uuid::Uuid;
@@ -19,7 +19,7 @@ use crate::{
     },
     fault::{self, Fault},
     store::{
-        Store, StoreError,
+        DatabaseTransaction, Store, StoreError,
         entity::{webhook_attempt, webhook_delivery, webhook_endpoint},
         now,
     },

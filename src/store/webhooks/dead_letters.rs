@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait,
-    QueryFilter, QueryOrder, QuerySelect, sea_query::Expr,
+    ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, sea_query::Expr,
 };
 use uuid::Uuid;
 
@@ -23,7 +23,7 @@ use crate::{
         webhook::{AttemptError, AttemptResult, ErrorKind, WebhookEvent, target_of},
     },
     store::{
-        Store, StoreError,
+        DatabaseTransaction, Store, StoreError,
         again::again,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,

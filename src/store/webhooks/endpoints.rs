@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect, sea_query::Expr,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
+    sea_query::Expr,
 };
 use uuid::Uuid;
 
@@ -19,7 +19,7 @@ use crate::{
         webhook::{DeliveryState, EventFilter, SealedSecret, WebhookEvent, target_of, test_payload},
     },
     store::{
-        Store, StoreError,
+        DatabaseTransaction, Store, StoreError,
         again::again,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},

@@ -13,7 +13,7 @@ mod retention;
 mod retry_jobs;
 mod settle;
 
-use sea_orm::{ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr};
+use sea_orm::{ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr};
 
 pub use claims::{ClaimedDelivery, Due, Signing};
 pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};
@@ -24,7 +24,7 @@ pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
 pub use settle::{Reaped, Settled, SettledAs, Settlement};
 
 use super::{
-    StoreError, convert,
+    DatabaseTransaction, StoreError, convert,
     entity::{batch, webhook_delivery, webhook_endpoint},
 };
 use crate::domain::{

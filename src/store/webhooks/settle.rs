@@ -3,8 +3,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    QuerySelect,
+    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     sea_query::{Expr, LockBehavior, LockType},
 };
 
@@ -16,7 +15,7 @@ use crate::{
         webhook::{AttemptError, AttemptResult, DeliveryState, Effect, ErrorKind, Input, WebhookEvent, apply},
     },
     store::{
-        Store, StoreError,
+        DatabaseTransaction, Store, StoreError,
         entity::{webhook_attempt, webhook_delivery},
         now,
     },

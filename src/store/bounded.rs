@@ -1,0 +1,188 @@
+//! No call waits for ever for PostgreSQL. One that hangs, or a network that swallows what is sent, closes no connection and
+//! answers nothing, and no setting of the server or of the socket helps: so each statement is given up here after
+//! [`ANSWER`], and a connection that does not come to itself then is closed instead of going back to its pool.
+//!
+//! A transaction with a statement that was given up is never committed, except by the COMMIT that was given up itself:
+//! that one may or may not have happened, as with any answer that gets lost.
+
+use std::{
+    future::Future,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use sea_orm::{
+    ConnectionTrait, DatabaseBackend, DatabaseConnection, DbErr, ExecResult, QueryResult, RuntimeErr, Statement,
+    TransactionOptions, TransactionTrait,
+};
+use sqlx::{Connection, PgConnection, postgres::PgPoolOptions};
+use tokio::time::timeout;
+
+/// The longest that one statement may take, the wait for a connection included. Far above what any needs, and above the
+/// time for which a frozen node's transaction can hold a lock.
+pub(super) const ANSWER: Duration = Duration::from_secs(15);
+/// How long a connection may take to come to itself when a statement on it was given up.
+const RECOVERY: Duration = Duration::from_secs(5);
+/// For so long after a statement was given up, connections are looked at before they go back to their pool.
+const SUSPICIOUS: Duration = Duration::from_secs(60);
+
+/// When a statement was last given up, by this node's clock.
+#[derive(Clone, Debug)]
+pub(super) struct Silence {
+    start: Instant,
+    /// Milliseconds from `start`, plus one; 0: never.
+    last: Arc<AtomicU64>,
+}
+
+impl Silence {
+    pub(super) fn new() -> Self {
+        Self { start: Instant::now(), last: Arc::default() }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    fn note(&self) {
+        self.last.store(self.now(), Ordering::Release);
+    }
+
+    fn is_recent(&self) -> bool {
+        let last = self.last.load(Ordering::Acquire);
+        last > 0 && Duration::from_millis(self.now().saturating_sub(last)) < SUSPICIOUS
+    }
+
+    /// Has the pool close connections that stay silent. By itself it waits for them, each in a place of the pool, until TCP
+    /// gives them up: a quarter of an hour, or for ever if something on the way still says that it has got the bytes.
+    pub(super) fn watch(&self, pool: PgPoolOptions) -> PgPoolOptions {
+        let silence = self.clone();
+        pool.after_release(move |connection: &mut PgConnection, _| {
+            let suspicious = silence.is_recent();
+            Box::pin(async move {
+                if suspicious {
+                    timeout(RECOVERY, connection.ping()).await.map_err(std::io::Error::from)??;
+                }
+                Ok(true)
+            })
+        })
+    }
+}
+
+/// Notes a statement that is dropped before it has ended: given up here, or by its caller.
+struct Unfinished<'a>(Option<&'a Silence>);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if let Some(silence) = self.0 {
+            silence.note();
+        }
+    }
+}
+
+/// Waits for a statement, at most [`ANSWER`] where there is a `silence` to note.
+async fn within<T>(
+    silence: Option<&Silence>,
+    statement: impl Future<Output = Result<T, DbErr>> + Send,
+) -> Result<T, DbErr> {
+    if silence.is_none() {
+        return statement.await;
+    }
+    let statement = pin!(timeout(ANSWER, statement));
+    // Dropped before the statement, and so before its connection goes back to the pool.
+    let mut unfinished = Unfinished(silence);
+    match statement.await {
+        Ok(done) => {
+            unfinished.0 = None;
+            done
+        }
+        Err(_) => {
+            let error = format!("no answer from PostgreSQL within {} s", ANSWER.as_secs());
+            Err(DbErr::Conn(RuntimeErr::Internal(error)))
+        }
+    }
+}
+
+/// A pool of connections. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Pool {
+    inner: DatabaseConnection,
+    /// None on SQLite: a file does not hang.
+    silence: Option<Silence>,
+}
+
+impl Pool {
+    pub(super) fn new(inner: DatabaseConnection, silence: Option<Silence>) -> Self {
+        Self { inner, silence }
+    }
+
+    /// The pool without a bound: for migrations, which may take as long as they take.
+    pub(super) fn unbounded(&self) -> &DatabaseConnection {
+        &self.inner
+    }
+
+    pub(super) async fn begin(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
+        let inner = within(self.silence.as_ref(), self.inner.begin_with_options(options)).await?;
+        Ok(DatabaseTransaction { inner, silence: self.silence.clone() })
+    }
+
+    pub(super) async fn ping(&self) -> Result<(), DbErr> {
+        within(self.silence.as_ref(), self.inner.ping()).await
+    }
+
+    /// Closes the connections, but waits for none that is in use for longer than [`RECOVERY`].
+    pub(super) async fn close(&self) {
+        // Nothing is lost if closing fails: every answered write is committed.
+        let _ = timeout(RECOVERY, self.inner.close_by_ref()).await;
+    }
+}
+
+/// A transaction. Dropped, it is undone.
+#[derive(Debug)]
+pub(super) struct DatabaseTransaction {
+    inner: sea_orm::DatabaseTransaction,
+    silence: Option<Silence>,
+}
+
+impl DatabaseTransaction {
+    /// Without a bound: for migrations.
+    pub(super) fn unbounded(&self) -> &sea_orm::DatabaseTransaction {
+        &self.inner
+    }
+
+    pub(super) async fn commit(self) -> Result<(), DbErr> {
+        within(self.silence.as_ref(), self.inner.commit()).await
+    }
+}
+
+macro_rules! bounded {
+    ($($name:ty),*) => {$(
+        #[async_trait::async_trait]
+        impl ConnectionTrait for $name {
+            fn get_database_backend(&self) -> DatabaseBackend {
+                self.inner.get_database_backend()
+            }
+
+            async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+                within(self.silence.as_ref(), self.inner.execute_raw(statement)).await
+            }
+
+            async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
+                within(self.silence.as_ref(), self.inner.execute_unprepared(sql)).await
+            }
+
+            async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+                within(self.silence.as_ref(), self.inner.query_one_raw(statement)).await
+            }
+
+            async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+                within(self.silence.as_ref(), self.inner.query_all_raw(statement)).await
+            }
+        }
+    )*};
+}
+
+bounded!(Pool, DatabaseTransaction);
