@@ -145,6 +145,7 @@ async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchI
         request_timeout: Duration::from_secs(600),
         tries: TryPolicy::default(),
         drain: Duration::from_secs(5),
+        worker_priority: None,
     };
     let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
     let scheduler = Scheduler::new(store.clone(), blobs, fleet, NodeId::generate(), options, shutdown.clone());

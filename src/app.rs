@@ -309,6 +309,7 @@ fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
 
 fn scheduler_options(config: &ServeConfig) -> SchedulerOptions {
     SchedulerOptions {
+        worker_priority: config.worker_priority,
         lease: config.lease,
         flush_interval: config.flush_interval,
         request_timeout: config.request_timeout,

@@ -134,6 +134,7 @@ mod tests {
             worker = ["http://a:8000", "http://b:8000/v1"]
             worker_max_in_flight = 7
             worker_max_in_flight_cap = 70
+            worker_priority = -3
             request_timeout = "1m 30s"
             max_tries = 2
             data_dir = "/d"

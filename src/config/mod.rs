@@ -180,6 +180,17 @@ pub struct ServeConfig {
         help_heading = "Workers", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
     pub worker_max_in_flight_cap: u32,
 
+    /// Priority that batch requests carry to their worker, for vLLM with --scheduling-policy priority: lower goes first, and
+    /// what carries none, such as Infer calls, has 0. A request with a priority of its own keeps it. Default: none is sent.
+    #[arg(
+        long,
+        env = "TIDEMILL_WORKER_PRIORITY",
+        value_name = "N",
+        allow_hyphen_values = true,
+        help_heading = "Workers"
+    )]
+    pub worker_priority: Option<i32>,
+
     /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
     /// file: a flag is seen by everybody on the machine.
     #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",

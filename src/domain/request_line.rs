@@ -29,6 +29,19 @@ pub struct RequestLine<'a> {
     pub model: Cow<'a, str>,
     /// The body, a JSON object, byte for byte.
     pub body: &'a str,
+    /// Of the body, what says in which order and how to send it.
+    pub hints: Hints<'a>,
+}
+
+/// What a body says of itself that no rule depends on: nothing in it is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hints<'a> {
+    /// The JSON of what the model reads: `messages`, `prompt` or `input`; empty if there is none of them.
+    pub prompt: &'a str,
+    /// The most tokens that the answer may have, as far as it says.
+    pub max_tokens: Option<u32>,
+    /// It has a `priority` of its own.
+    pub has_priority: bool,
 }
 
 /// Reads a line, with or without its line end. Fields that no rule knows are accepted and ignored. Takes time and memory

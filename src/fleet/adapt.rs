@@ -46,11 +46,10 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let (mut read_at, mut published_at) = (None::<Instant>, began);
     let mut before = Deeds::default();
     let mut prefix = (0.0, 0.0);
-    let tick = if limiter.is_some() { TICK } else { PACE };
     loop {
         tokio::select! {
             () = worker.gone.cancelled() => return,
-            () = tokio::time::sleep(tick) => {}
+            () = tokio::time::sleep(TICK) => {}
         }
         let now = Instant::now();
         let idle = worker.deeds() == before && fleet.desks.lock().board.load(worker.key).0 == 0;

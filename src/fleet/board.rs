@@ -3,12 +3,17 @@
 //! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
 //! the best rank first, then to who asked first, and among the workers that serve the model to the least loaded one.
 //!
+//! Within a priority tenants share: the next slot goes to the one that has the fewest of the model's slots. So each gets the
+//! same share while it has enough to send, a small batch is not stuck behind a large one of somebody else, and what one
+//! does not use the others have. A tenant's own batches go by their deadlines.
+//!
 //! A request that may be what kills workers is sent alone: it gets a worker that has nothing else in flight, and nothing
 //! else goes there until it is back. If all are at work, one of them is reserved: it gets nothing new until it is idle.
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    hash::BuildHasher,
     sync::Arc,
 };
 
@@ -20,25 +25,61 @@ use crate::domain::{Priority, Timestamp};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerKey(pub u32);
 
-/// Who goes first: interactive calls, then higher priority, then the earlier deadline.
+/// Whose work it is: a fingerprint of the owner's name, for the board need not know the name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tenant(u64);
+
+impl Tenant {
+    /// The tenant of that name.
+    #[must_use]
+    pub fn named(owner: &str) -> Self {
+        Self(foldhash::quality::FixedState::default().hash_one(owner))
+    }
+}
+
+/// Who goes first: interactive calls, then higher priority, then the earlier deadline; between tenants see [`Board`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     batch: bool,
     priority: Reverse<Priority>,
     expires_at: Timestamp,
+    tenant: Tenant,
 }
 
 impl Rank {
     /// Ahead of all batch work.
     #[must_use]
     pub fn interactive() -> Self {
-        Self { batch: false, priority: Reverse(Priority::default()), expires_at: Timestamp(0) }
+        Self {
+            batch: false,
+            priority: Reverse(Priority::default()),
+            expires_at: Timestamp(0),
+            tenant: Tenant::default(),
+        }
     }
 
     /// A batch's.
     #[must_use]
     pub fn batch(priority: Priority, expires_at: Timestamp) -> Self {
-        Self { batch: true, priority: Reverse(priority), expires_at }
+        Self { batch: true, priority: Reverse(priority), expires_at, tenant: Tenant::default() }
+    }
+
+    /// The same, of a tenant.
+    #[must_use]
+    pub fn of(self, tenant: Tenant) -> Self {
+        Self { tenant, ..self }
+    }
+
+    /// Whose it is.
+    #[must_use]
+    pub fn tenant(self) -> Tenant {
+        self.tenant
+    }
+
+    /// Whether it goes before the other whoever's they are.
+    #[must_use]
+    pub fn is_before_any(self, other: Self) -> bool {
+        (self.batch, self.priority) < (other.batch, other.priority)
     }
 }
 
@@ -57,6 +98,21 @@ pub struct Want {
 
 /// One in so many workers, and at least one, may be kept free for requests that must be alone.
 const ISOLATION_SHARE: usize = 4;
+
+/// What a slot counts for: a tenant's share of a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Holder {
+    tenant: Tenant,
+    model: Arc<str>,
+}
+
+impl Want {
+    /// Who holds the slot that it gets.
+    #[must_use]
+    pub fn holder(&self) -> Holder {
+        Holder { tenant: self.rank.tenant, model: self.model.clone() }
+    }
+}
 
 /// A waiting [`Want`].
 pub type Ticket = (Rank, u64);
@@ -84,17 +140,45 @@ struct Desk {
 pub struct Board {
     desks: BTreeMap<WorkerKey, Desk>,
     waiting: BTreeMap<Ticket, Want>,
+    /// The slots that each tenant has of each model.
+    held: BTreeMap<Tenant, BTreeMap<Arc<str>, u32>>,
     next: u64,
 }
 
 impl Board {
     /// Takes a free slot at once. None if there is none, or if somebody of the same or a better rank waits for that model.
     pub fn take(&mut self, want: &Want) -> Option<WorkerKey> {
-        let ahead = self
-            .waiting
-            .range(..=(want.rank, u64::MAX))
-            .any(|(_, other)| other.model == want.model && other.alone == want.alone);
+        if !self.desks.values().any(|desk| if want.alone { desk.idle(None) } else { desk.free() }) {
+            return None;
+        }
+        let turn = self.turn(want, u64::MAX);
+        let ahead = self.waiting.iter().any(|((_, number), other)| {
+            other.model == want.model && other.alone == want.alone && self.turn(other, *number) <= turn
+        });
         if ahead { None } else { self.seat(want, None) }
+    }
+
+    /// Whose turn it is: the smallest's.
+    fn turn(&self, want: &Want, number: u64) -> (bool, Reverse<Priority>, u32, Rank, u64) {
+        let rank = want.rank;
+        // Interactive calls are nobody's share.
+        let held = || self.held.get(&rank.tenant).and_then(|held| held.get(&want.model)).copied();
+        let held = if rank.batch { held().unwrap_or(0) } else { 0 };
+        (rank.batch, rank.priority, held, rank, number)
+    }
+
+    /// Who waits, whose turn it is first.
+    fn in_turn(&self) -> SmallVec<[Ticket; 16]> {
+        let mut tenants = self.waiting.keys().map(|(rank, _)| rank.tenant);
+        let first = tenants.next();
+        if tenants.all(|tenant| Some(tenant) == first) {
+            // One tenant's go by their ranks.
+            return self.waiting.keys().copied().collect();
+        }
+        let mut tickets: SmallVec<[_; 16]> =
+            self.waiting.iter().map(|(ticket, want)| (self.turn(want, ticket.1), *ticket)).collect();
+        tickets.sort_unstable();
+        tickets.into_iter().map(|(_, ticket)| ticket).collect()
     }
 
     /// Waits for a slot: [`Board::grant`] will name the ticket.
@@ -110,8 +194,19 @@ impl Board {
         self.waiting.remove(&ticket).is_some_and(|want| want.alone) && self.unreserve(ticket)
     }
 
-    /// Gives a slot back.
-    pub fn release(&mut self, worker: WorkerKey) {
+    /// Gives a slot back: of that worker, and of who had it.
+    pub fn release(&mut self, worker: WorkerKey, holder: &Holder) {
+        if let Some(models) = self.held.get_mut(&holder.tenant) {
+            if let Some(held) = models.get_mut(&holder.model) {
+                *held -= 1;
+                if *held == 0 {
+                    models.remove(&holder.model);
+                }
+            }
+            if models.is_empty() {
+                self.held.remove(&holder.tenant);
+            }
+        }
         if let Some(desk) = self.desks.get_mut(&worker) {
             desk.in_flight = desk.in_flight.saturating_sub(1);
             desk.alone = desk.alone && desk.in_flight > 0;
@@ -124,22 +219,27 @@ impl Board {
         if self.waiting.is_empty() {
             return granted;
         }
-        let tickets: SmallVec<[Ticket; 16]> = self.waiting.keys().copied().collect();
         let mut again = true;
         while std::mem::take(&mut again) {
-            for ticket in &tickets {
-                let Some(want) = self.waiting.get(ticket) else { continue };
+            for ticket in self.in_turn() {
+                let Some(want) = self.waiting.get(&ticket) else { continue };
                 if !want.alone && !self.desks.values().any(Desk::free) {
                     continue;
                 }
                 let want = want.clone();
-                if let Some(worker) = self.seat(&want, Some(*ticket)) {
-                    self.waiting.remove(ticket);
-                    granted.push((*ticket, worker));
+                if let Some(worker) = self.seat(&want, Some(ticket)) {
+                    self.waiting.remove(&ticket);
+                    granted.push((ticket, worker));
                     // Another worker was kept free for it: that is for the others now.
-                    again |= want.alone && self.unreserve(*ticket);
+                    let freed = want.alone && self.unreserve(ticket);
+                    // It has one more now: it may be another tenant's turn.
+                    let others = self.waiting.keys().any(|(rank, _)| rank.tenant != want.rank.tenant);
+                    if freed || (others && want.rank.batch) {
+                        again = true;
+                        break;
+                    }
                 } else if want.alone {
-                    self.reserve(*ticket, &want);
+                    self.reserve(ticket, &want);
                 }
             }
         }
@@ -238,6 +338,12 @@ impl Board {
         self.desks.values().filter(|desk| desk.serving && desk.models.contains(model)).map(|desk| desk.limit).sum()
     }
 
+    /// The workers that serve a model now.
+    pub fn serving<'a>(&'a self, model: &'a str) -> impl Iterator<Item = WorkerKey> + 'a {
+        let serves = move |desk: &Desk| desk.serving && desk.models.contains(model);
+        self.desks.iter().filter(move |(_, desk)| serves(desk)).map(|(key, _)| *key)
+    }
+
     /// The models that are served now.
     #[must_use]
     pub fn served(&self) -> BTreeSet<Arc<str>> {
@@ -253,6 +359,7 @@ impl Board {
             desk.alone = true;
             desk.reserved = None;
         }
+        *self.held.entry(want.rank.tenant).or_default().entry(want.model.clone()).or_default() += 1;
         Some(key)
     }
 
@@ -285,189 +392,4 @@ impl Desk {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn want(model: &str, rank: Rank, avoid: &[u32]) -> Want {
-        Want { model: model.into(), rank, avoid: avoid.iter().map(|key| WorkerKey(*key)).collect(), alone: false }
-    }
-
-    fn alone(model: &str) -> Want {
-        Want { alone: true, ..want(model, rank(0, 5), &[]) }
-    }
-
-    fn rank(priority: i32, expires_at: i64) -> Rank {
-        Rank::batch(Priority::new(priority).unwrap(), Timestamp(expires_at))
-    }
-
-    fn board(workers: &[(u32, &[&str], u32)]) -> Board {
-        let mut board = Board::default();
-        for (key, models, limit) in workers {
-            board.set(WorkerKey(*key), models.iter().map(|model| Arc::from(*model)), true, true, *limit);
-        }
-        board
-    }
-
-    #[test]
-    fn the_best_rank_goes_first_then_who_asked_first() {
-        let mut board = board(&[(1, &["m"], 1)]);
-        assert_eq!(board.take(&want("m", rank(0, 5), &[])), Some(WorkerKey(1)));
-        let late = board.queue(want("m", rank(0, 9), &[]));
-        let low = board.queue(want("m", rank(-1, 1), &[]));
-        let early = board.queue(want("m", rank(0, 2), &[]));
-        let early_too = board.queue(want("m", rank(0, 2), &[]));
-        let high = board.queue(want("m", rank(1, 99), &[]));
-        let now = board.queue(want("m", Rank::interactive(), &[]));
-        let mut order = Vec::new();
-        for _ in 0..6 {
-            board.release(WorkerKey(1));
-            order.extend(board.grant().into_iter().map(|(ticket, _)| ticket));
-        }
-        assert_eq!(order, [now, high, early, early_too, late, low]);
-    }
-
-    #[test]
-    fn a_limit_that_falls_takes_no_slot_back_and_one_that_grows_gives_more() {
-        let mut board = board(&[(1, &["m"], 3)]);
-        let any = want("m", rank(0, 5), &[]);
-        let take = |board: &mut Board| board.take(&any).is_some();
-        assert!(take(&mut board) && take(&mut board) && !board.was_full(WorkerKey(1)));
-        assert!(take(&mut board) && !take(&mut board));
-        board.release(WorkerKey(1));
-        assert!(board.was_full(WorkerKey(1)) && !board.was_full(WorkerKey(1)), "since the last question");
-        assert!(!board.relimit(WorkerKey(1), 1));
-        assert_eq!(board.load(WorkerKey(1)), (2, 1));
-        board.release(WorkerKey(1));
-        assert!(!take(&mut board));
-        assert!(board.relimit(WorkerKey(1), 4));
-        assert!(take(&mut board) && take(&mut board) && take(&mut board) && !take(&mut board));
-        assert!(!board.relimit(WorkerKey(9), 4), "there is no such worker");
-    }
-
-    #[test]
-    fn nobody_jumps_the_queue() {
-        let mut board = board(&[(1, &["m"], 1), (2, &["other"], 1)]);
-        board.take(&want("m", rank(0, 5), &[])).unwrap();
-        board.queue(want("m", rank(0, 5), &[]));
-        board.release(WorkerKey(1));
-        assert_eq!(board.take(&want("m", rank(0, 5), &[])), None, "somebody of the same rank waits");
-        assert_eq!(board.take(&want("other", rank(0, 5), &[])), Some(WorkerKey(2)), "for another model nobody waits");
-        assert_eq!(board.take(&want("m", Rank::interactive(), &[])), Some(WorkerKey(1)), "a better rank may");
-    }
-
-    #[test]
-    fn a_worker_that_failed_it_is_the_last_choice() {
-        let mut board = board(&[(1, &["m"], 2), (2, &["m"], 1)]);
-        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), Some(WorkerKey(2)));
-        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), None, "better to wait for the other one");
-        assert_eq!(board.take(&want("m", rank(0, 1), &[1, 2])), Some(WorkerKey(1)), "all have failed it");
-        board.open(WorkerKey(2), false);
-        assert_eq!(board.take(&want("m", rank(0, 1), &[1])), Some(WorkerKey(1)), "no other is there");
-    }
-
-    #[test]
-    fn a_closed_worker_gets_nothing_and_opens_to_those_who_wait() {
-        let mut board = board(&[(1, &["m"], 8)]);
-        assert!(board.open(WorkerKey(1), false));
-        assert!(!board.open(WorkerKey(1), false));
-        assert_eq!(board.take(&want("m", rank(0, 1), &[])), None);
-        assert_eq!(board.capacity("m"), 0);
-        let ticket = board.queue(want("m", rank(0, 1), &[]));
-        assert!(board.grant().is_empty());
-        board.open(WorkerKey(1), true);
-        assert_eq!(board.grant().as_slice(), [(ticket, WorkerKey(1))]);
-        assert_eq!(board.capacity("m"), 8);
-    }
-
-    #[test]
-    fn who_must_be_alone_gets_an_idle_worker_for_itself() {
-        let mut board = board(&[(1, &["m"], 4)]);
-        let normal = want("m", rank(0, 5), &[]);
-        board.take(&normal).unwrap();
-        board.take(&normal).unwrap();
-        assert_eq!(board.take(&alone("m")), None);
-        let ticket = board.queue(alone("m"));
-        assert!(board.grant().is_empty());
-        assert_eq!(board.take(&normal), None, "it is kept free: otherwise it would never be idle");
-        let next = board.queue(want("m", Rank::interactive(), &[]));
-        assert!(board.grant().is_empty());
-        board.release(WorkerKey(1));
-        assert!(board.grant().is_empty());
-        board.release(WorkerKey(1));
-        assert_eq!(board.grant().as_slice(), [(ticket, WorkerKey(1))]);
-        assert_eq!(board.take(&normal), None, "nothing else goes there meanwhile");
-        board.release(WorkerKey(1));
-        assert_eq!(board.grant().as_slice(), [(next, WorkerKey(1))]);
-    }
-
-    #[test]
-    fn a_kept_worker_that_is_not_needed_is_for_all_again() {
-        let mut board = board(&[(1, &["m"], 2), (2, &["m"], 1)]);
-        let normal = want("m", rank(0, 5), &[]);
-        for _ in 0..3 {
-            board.take(&normal).unwrap();
-        }
-        let first = board.queue(alone("m"));
-        let second = board.queue(alone("m"));
-        assert!(board.grant().is_empty());
-        board.release(WorkerKey(1));
-        let kept = if board.take(&normal).is_some() { WorkerKey(2) } else { WorkerKey(1) };
-        assert!(board.leave(first));
-        assert!(!board.leave(second), "one at a time is kept");
-        board.grant();
-        board.release(kept);
-        assert!(board.take(&normal).is_some());
-        let last = board.queue(alone("m"));
-        board.grant();
-        for key in [1, 2] {
-            board.open(WorkerKey(key), false);
-            board.open(WorkerKey(key), true);
-        }
-        assert!(
-            board.take(&normal).is_some() || board.desks[&WorkerKey(1)].in_flight == 2,
-            "a closed worker is not kept"
-        );
-        board.leave(last);
-    }
-
-    proptest! {
-        #[test]
-        fn limits_hold_and_no_slot_is_idle_while_somebody_waits(steps in proptest::collection::vec((0u8..5, 0u32..3, 0i32..3, proptest::bool::weighted(0.2)), 1..200)) {
-            let mut board = board(&[(0, &["a"], 2), (1, &["a", "b"], 3), (2, &["b"], 1)]);
-            let mut out: Vec<WorkerKey> = Vec::new();
-            let mut tickets = Vec::new();
-            for (step, pick, priority, sole) in steps {
-                let model = if pick == 0 { "a" } else { "b" };
-                let wish = Want { alone: sole, ..want(model, rank(priority - 1, i64::from(pick)), &[pick]) };
-                match step {
-                    0 => out.extend(board.take(&wish)),
-                    1 => tickets.push(board.queue(wish)),
-                    2 if !out.is_empty() => board.release(out.swap_remove(pick as usize % out.len())),
-                    3 if !tickets.is_empty() => {
-                        board.leave(tickets.swap_remove(0));
-                    }
-                    _ => {
-                        let open = priority != 0;
-                        board.open(WorkerKey(pick), open);
-                    }
-                }
-                for (ticket, worker) in board.grant() {
-                    tickets.retain(|other| *other != ticket);
-                    out.push(worker);
-                }
-                for (key, desk) in &board.desks {
-                    prop_assert!(desk.in_flight <= desk.limit);
-                    prop_assert!(!desk.alone || desk.in_flight == 1);
-                    prop_assert!(desk.reserved.is_none_or(|ticket| desk.open && board.waiting.contains_key(&ticket)));
-                    prop_assert_eq!(desk.in_flight as usize, out.iter().filter(|worker| *worker == key).count());
-                }
-                for wish in board.waiting.values() {
-                    let fits = board.desks.iter().any(|(key, desk)| (if wish.alone { desk.idle(None) } else { desk.free() }) && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
-                    prop_assert!(!fits, "a fitting slot is idle");
-                }
-            }
-        }
-    }
-}
+mod tests;

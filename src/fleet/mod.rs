@@ -32,7 +32,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use board::{Rank, Want, WorkerKey};
+pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable};
 pub use slots::{Acquire, Slot};
 pub use worker::{Worker, base_url};
@@ -386,7 +386,15 @@ impl Fleet {
         self.inner.desks.lock().board.capacity(model)
     }
 
-    /// Changes whenever another set of models is served, or with another capacity.
+    /// The workers that serve a model now, by [`Worker::affinity`].
+    #[must_use]
+    pub fn affinities(&self, model: &str) -> Vec<u64> {
+        let keys: Vec<WorkerKey> = self.inner.desks.lock().board.serving(model).collect();
+        let workers = self.inner.workers.lock();
+        keys.iter().filter_map(|key| workers.get(key)).map(|worker| worker.affinity()).collect()
+    }
+
+    /// Changes whenever other workers serve, or a worker other models.
     #[must_use]
     pub fn topology(&self) -> watch::Receiver<u64> {
         self.inner.topology.subscribe()
@@ -396,7 +404,7 @@ impl Fleet {
     #[must_use]
     pub fn try_acquire(&self, want: &Want) -> Option<Slot> {
         let key = self.inner.desks.lock().board.take(want)?;
-        self.inner.slot(key)
+        self.inner.slot(key, want.holder())
     }
 
     /// Waits for a slot, for as long as it takes. Dropped, it waits no more.

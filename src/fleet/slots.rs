@@ -16,14 +16,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Inner, Worker, WorkerKey,
-    board::{Board, Ticket, Want},
+    board::{Board, Holder, Ticket, Want},
 };
 
 /// The board and those who wait.
 #[derive(Default)]
 pub(super) struct Desks {
     pub(super) board: Board,
-    waiting: BTreeMap<Ticket, oneshot::Sender<Slot>>,
+    waiting: BTreeMap<Ticket, (oneshot::Sender<Slot>, Holder)>,
     pub(super) next_key: u32,
 }
 
@@ -40,12 +40,12 @@ impl Inner {
     }
 
     /// The slot that the board has just given out.
-    pub(super) fn slot(self: &Arc<Self>, key: WorkerKey) -> Option<Slot> {
+    pub(super) fn slot(self: &Arc<Self>, key: WorkerKey, holder: Holder) -> Option<Slot> {
         let worker = self.workers.lock().get(&key).cloned();
         match worker {
-            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker }),
+            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker, holder }),
             None => {
-                self.desks.lock().board.release(key);
+                self.desks.lock().board.release(key, &holder);
                 None
             }
         }
@@ -53,17 +53,17 @@ impl Inner {
 
     /// Hands free slots to those who wait.
     pub(super) fn grant(self: &Arc<Self>) {
-        let granted: SmallVec<[(Option<oneshot::Sender<Slot>>, WorkerKey); 4]> = {
+        let granted: SmallVec<[(oneshot::Sender<Slot>, Holder, WorkerKey); 4]> = {
             let mut desks = self.desks.lock();
             let granted = desks.board.grant();
-            granted.into_iter().map(|(ticket, key)| (desks.waiting.remove(&ticket), key)).collect()
+            // Both are entered and left together.
+            let waits = |(ticket, key)| desks.waiting.remove(&ticket).map(|(sender, holder)| (sender, holder, key));
+            granted.into_iter().filter_map(waits).collect()
         };
-        for (sender, key) in granted {
-            match (sender, self.slot(key)) {
-                // Nobody waits any more: the slot comes back as it is dropped.
-                (Some(sender), Some(slot)) => drop(sender.send(slot)),
-                (None, Some(slot)) => drop(slot),
-                (_, None) => {}
+        for (sender, holder, key) in granted {
+            if let Some(slot) = self.slot(key, holder) {
+                // If nobody waits any more the slot comes back as it is dropped.
+                drop(sender.send(slot));
             }
         }
     }
@@ -133,12 +133,14 @@ pub struct Slot {
     pub(super) fleet: Arc<Inner>,
     /// The worker.
     pub worker: Arc<Worker>,
+    /// Whose share it counts for.
+    pub(super) holder: Holder,
     pub(super) abandoned: CancellationToken,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.fleet.desks.lock().board.release(self.worker.key);
+        self.fleet.desks.lock().board.release(self.worker.key, &self.holder);
         self.fleet.grant();
     }
 }
@@ -153,10 +155,11 @@ pub struct Acquire {
 impl Acquire {
     pub(super) fn new(inner: Arc<Inner>, want: Want) -> Self {
         let (sender, receiver) = oneshot::channel();
+        let holder = want.holder();
         let ticket = {
             let mut desks = inner.desks.lock();
             let ticket = desks.board.queue(want);
-            desks.waiting.insert(ticket, sender);
+            desks.waiting.insert(ticket, (sender, holder));
             ticket
         };
         inner.grant();

@@ -1,6 +1,7 @@
 //! One worker as this node knows it, and the slots that requests hold there.
 
 use std::{
+    hash::BuildHasher,
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -33,6 +34,7 @@ pub struct Worker {
     pub url: String,
     created_at: Timestamp,
     endpoints: [Url; Endpoint::ALL.len()],
+    affinity: u64,
     /// What its probes and requests have shown. Held for a few instructions at a time.
     pub(super) state: Mutex<State>,
     /// Cancelled when what is in flight is to be abandoned; then replaced.
@@ -96,6 +98,7 @@ impl Worker {
             id: record.id.clone(),
             url: record.url.clone(),
             created_at: record.created_at,
+            affinity: foldhash::quality::FixedState::default().hash_one(&record.url),
             endpoints: Endpoint::ALL.map(|endpoint| below(base, endpoint.path())),
             state: Mutex::new(State { draining: record.draining, ..State::default() }),
             abandon: Mutex::new(gone.child_token()),
@@ -108,6 +111,18 @@ impl Worker {
             took_micros: AtomicU64::new(0),
             pushed_back: AtomicU64::new(0),
         }
+    }
+
+    /// A number for it that is the same on every node and after every restart: what goes there again finds what it left.
+    #[must_use]
+    pub fn affinity(&self) -> u64 {
+        self.affinity
+    }
+
+    /// Its place on the board.
+    #[must_use]
+    pub fn key(&self) -> WorkerKey {
+        self.key
     }
 
     /// How many requests this node may have in flight there.

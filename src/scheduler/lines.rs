@@ -1,17 +1,15 @@
 //! The lines of one segment that are still to be run: which are ready, which wait for another try. Pure.
 
-use std::{
-    cmp::Reverse,
-    collections::{BinaryHeap, VecDeque},
-    ops::Range,
-    sync::Arc,
-};
+use std::{cmp::Reverse, collections::BinaryHeap, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::tries::Tally;
+use super::{
+    order::{Ready, Sketch},
+    tries::Tally,
+};
 use crate::{
     domain::{LineSet, request_line},
     fleet::WorkerKey,
@@ -28,11 +26,24 @@ struct Line {
     tally: Tally,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
+    /// Its body has a `priority` of its own.
+    has_priority: bool,
 }
 
 /// Which line: its place in the work list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LineKey(u32);
+
+#[cfg(test)]
+impl LineKey {
+    pub(super) fn at(place: u32) -> Self {
+        Self(place)
+    }
+
+    pub(super) fn place(self) -> u32 {
+        self.0
+    }
+}
 
 /// Lines that wait for the same kind of slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +78,7 @@ pub struct WorkList {
     bytes: Bytes,
     models: Vec<Arc<str>>,
     lines: Vec<Line>,
-    ready: Vec<VecDeque<LineKey>>,
+    ready: Vec<Ready>,
     later: BinaryHeap<Reverse<(Instant, LineKey)>>,
     open: usize,
 }
@@ -79,7 +90,7 @@ impl WorkList {
     /// [`Unreadable`] if the bytes are not what was validated at upload.
     pub fn read(bytes: Bytes, models: &[String], done: &LineSet) -> Result<Self, Unreadable> {
         let mut lines = Vec::new();
-        let mut ready = vec![VecDeque::new(); 2 * models.len()];
+        let mut fresh: Vec<Vec<Sketch<'_>>> = vec![Vec::new(); models.len()];
         for (index, text) in request_line::lines(&bytes) {
             if done.contains(index) {
                 continue;
@@ -99,9 +110,16 @@ impl WorkList {
                 tally: Tally::default(),
                 failed_on: SmallVec::new(),
                 open: true,
+                has_priority: request.hints.has_priority,
             });
-            ready[Lane { model, alone: false }.place()].push_back(key);
+            let (prompt, max_tokens) = (request.hints.prompt.as_bytes(), request.hints.max_tokens);
+            fresh[model].push(Sketch { key, prompt, max_tokens });
         }
+        let mut ready = vec![Ready::default(); 2 * models.len()];
+        for (model, sketches) in fresh.iter().enumerate() {
+            ready[Lane { model, alone: false }.place()] = Ready::plan(sketches);
+        }
+        drop(fresh);
         let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
         Ok(Self { bytes, models, open: lines.len(), lines, ready, later: BinaryHeap::new() })
     }
@@ -127,7 +145,7 @@ impl WorkList {
     /// How many lines of a model are ready to be sent.
     #[must_use]
     pub fn ready(&self, model: usize) -> usize {
-        [false, true].iter().map(|alone| self.ready[Lane { model, alone: *alone }.place()].len()).sum()
+        [false, true].iter().map(|alone| self.ready[Lane { model, alone: *alone }.place()].count()).sum()
     }
 
     /// All lanes, by place.
@@ -153,7 +171,7 @@ impl WorkList {
             if let Some(Reverse((_, key))) = self.later.pop() {
                 let line = self.line(key);
                 let lane = Lane { model: usize::from(line.model), alone: line.tally.alone() };
-                self.ready[lane.place()].push_front(key);
+                self.ready[lane.place()].again(key);
             }
         }
     }
@@ -161,12 +179,20 @@ impl WorkList {
     /// The next ready line of a lane.
     #[must_use]
     pub fn peek(&self, lane: Lane) -> Option<LineKey> {
-        self.ready[lane.place()].front().copied()
+        self.ready[lane.place()].peek()
     }
 
     /// Takes the next ready line of a lane.
     pub fn take(&mut self, lane: Lane) -> Option<LineKey> {
-        self.ready[lane.place()].pop_front()
+        self.ready[lane.place()].take()
+    }
+
+    /// Takes the ready line of a lane that is best sent to this worker. `workers` are all that serve the model, by
+    /// [`Worker::affinity`](crate::fleet::Worker::affinity).
+    pub fn take_for(&mut self, lane: Lane, worker: (WorkerKey, u64), workers: &[u64]) -> Option<LineKey> {
+        let lines = &self.lines;
+        let fits = |key: LineKey| !lines[key.0 as usize].failed_on.contains(&worker.0);
+        self.ready[lane.place()].take_for(worker.1, workers, fits)
     }
 
     /// Whether a line without a result has used up tries, or was there when a worker died.
@@ -220,6 +246,20 @@ impl WorkList {
     pub fn body(&self, key: LineKey) -> Bytes {
         let range = &self.line(key).body;
         self.bytes.slice(range.start as usize..range.end as usize)
+    }
+
+    /// The same with a `priority`, for vLLM's scheduler, unless the client has set one.
+    #[must_use]
+    pub fn body_with_priority(&self, key: LineKey, priority: i32) -> Bytes {
+        let body = self.body(key);
+        if self.line(key).has_priority {
+            return body;
+        }
+        // It is an object, and has a model: a field can go before the others.
+        let mut text = Vec::with_capacity(body.len() + 24);
+        text.extend_from_slice(format!("{{\"priority\":{priority},").as_bytes());
+        text.extend_from_slice(&body[1..]);
+        text.into()
     }
 
     /// Workers on which the line has failed.
@@ -298,6 +338,18 @@ mod tests {
         assert_eq!((list.ready(0), list.peek(SUSPECT)), (2, Some(x)), "it was there at two deaths");
         assert_eq!(list.failed_on(x), [WorkerKey(7)]);
         assert_eq!(list.unfinished().len(), 2);
+    }
+
+    #[test]
+    fn a_priority_is_set_where_the_client_has_set_none() {
+        let own = r#"{"custom_id":"o","method":"POST","url":"/v1/completions","body":{ "priority" : 3, "model":"a"}}"#;
+        let nested =
+            r#"{"custom_id":"n","method":"POST","url":"/v1/completions","body": {"x":{"priority":1},"model":"a"} }"#;
+        let mut list = list(&format!("{own}\n{nested}"), &[]);
+        let (own, nested) = (list.take(A).unwrap(), list.take(A).unwrap());
+        assert_eq!(list.body_with_priority(own, 9), r#"{ "priority" : 3, "model":"a"}"#);
+        assert_eq!(list.body_with_priority(nested, -9), r#"{"priority":-9,"x":{"priority":1},"model":"a"}"#);
+        assert_eq!(list.body(nested), r#"{"x":{"priority":1},"model":"a"}"#);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Which segments this node runs, and the run of each.
 //!
-//! [`plan`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with [`checkpoint`] for
+//! [`plan`], [`order`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with [`checkpoint`] for
 //! what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
 //! what has become of their batches.
 
 mod checkpoint;
 #[doc(hidden)]
 pub mod lines;
+mod order;
 #[doc(hidden)]
 pub mod plan;
 mod segment;
@@ -17,7 +18,7 @@ mod troubles;
 mod work;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -35,8 +36,8 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
-    domain::{BatchId, Epoch, NodeId, SegmentRef, lifecycle::Ending},
-    fleet::{Fleet, Rank},
+    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, lifecycle::Ending},
+    fleet::{Fleet, Rank, Tenant},
     store::{ClaimedSegment, Store, StoreError},
 };
 use plan::Demand;
@@ -79,6 +80,8 @@ pub struct SchedulerOptions {
     pub request_timeout: Duration,
     /// How often a request is tried.
     pub tries: TryPolicy,
+    /// The `priority` that batch requests carry to their worker, for vLLM's `--scheduling-policy priority`.
+    pub worker_priority: Option<i32>,
     /// How long requests in flight may go on at a stop.
     pub drain: Duration,
 }
@@ -244,8 +247,11 @@ impl Scheduler {
         }
     }
 
-    fn demand(&self) -> Demand {
+    /// `tenants`: who has segments to claim, besides those of whom some run here.
+    fn demand(&self, tenants: &BTreeSet<Tenant>) -> Demand {
         let mut demand = Demand::new();
+        let running = self.running.values().map(|running| running.rank.tenant());
+        demand.share(tenants.iter().copied().chain(running).collect::<BTreeSet<_>>().len());
         for model in self.fleet.served() {
             let capacity = self.fleet.capacity(&model);
             demand.serve(model, capacity);
@@ -275,7 +281,7 @@ impl Scheduler {
 
     /// Claims segments as long as more lines are wanted.
     async fn claim(&mut self, ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>) -> Result<(), StoreError> {
-        if self.shutdown.is_cancelled() || !self.demand().has_room() {
+        if self.shutdown.is_cancelled() || !self.demand(&BTreeSet::new()).has_room() {
             return Ok(());
         }
         // A node that was held up would otherwise claim what it runs itself.
@@ -289,10 +295,11 @@ impl Scheduler {
         if self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
             return Ok(());
         }
+        let tenants: BTreeSet<Tenant> = candidates.iter().map(|candidate| Tenant::named(&candidate.owner)).collect();
         for candidate in candidates {
-            let rank = Rank::batch(candidate.priority, candidate.expires_at);
+            let rank = rank(&candidate.owner, candidate.priority, candidate.expires_at);
             loop {
-                let demand = self.demand();
+                let demand = self.demand(&tenants);
                 if !demand.has_room() {
                     return Ok(());
                 }
@@ -322,7 +329,7 @@ impl Scheduler {
             epoch: claimed.epoch,
             control,
             models: claimed.models.iter().map(|model| Arc::from(model.as_str())).collect(),
-            rank: Rank::batch(claimed.priority, claimed.expires_at),
+            rank: rank(&claimed.owner, claimed.priority, claimed.expires_at),
             remaining: remaining.clone(),
             bytes: u64::try_from(claimed.span.length).unwrap_or(0),
         };
@@ -406,6 +413,11 @@ impl Scheduler {
         }
         Ok(())
     }
+}
+
+/// A batch's.
+fn rank(owner: &str, priority: Priority, expires_at: Timestamp) -> Rank {
+    Rank::batch(priority, expires_at).of(Tenant::named(owner))
 }
 
 /// Says that a run has ended, however it ended.

@@ -16,6 +16,7 @@ pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
     wanted: BTreeMap<Arc<str>, u64>,
+    tenants: u64,
     at_hand: Vec<(Arc<str>, Rank, u64)>,
     segments: usize,
     bytes: u64,
@@ -26,6 +27,12 @@ impl Demand {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// So many tenants have lines for this node. Each is to have lines at hand, and all of them together not many more than
+    /// one alone.
+    pub fn share(&mut self, tenants: usize) {
+        self.tenants = tenants as u64;
     }
 
     /// Workers can take `capacity` requests for a model at once.
@@ -50,15 +57,17 @@ impl Demand {
         self.segments == 0 || (self.segments < MAX_SEGMENTS && self.bytes < MAX_BYTES)
     }
 
-    /// Those of the models of which more lines of that rank are wanted, as a mask. Lines of a worse rank don't count: a
-    /// batch that is to go first need not wait until what is at hand is used up.
+    /// Those of the models of which more lines of that rank are wanted, as a mask. What counts are the lines of its tenant
+    /// and of whoever has a better priority. Lines of a worse rank don't: a batch that is to go first need not wait until
+    /// what is at hand is used up; nor do those of another tenant, which has a share of its own.
     #[must_use]
     pub fn wanted(&self, models: &[String], rank: Rank) -> i64 {
         let wants = |model: &String| {
-            let at_hand = self.at_hand.iter().filter(|(other, at, _)| **other == **model && *at <= rank);
-            self.wanted
-                .get(model.as_str())
-                .is_some_and(|wanted| at_hand.map(|(_, _, lines)| lines).sum::<u64>() < *wanted)
+            let counts = |at: Rank| at.is_before_any(rank) || (at.tenant() == rank.tenant() && at <= rank);
+            let at_hand = self.at_hand.iter().filter(|(other, at, _)| **other == **model && counts(*at));
+            self.wanted.get(model.as_str()).is_some_and(|wanted| {
+                at_hand.map(|(_, _, lines)| lines).sum::<u64>() < wanted.div_ceil(self.tenants.max(1))
+            })
         };
         (0u32..).zip(models).filter(|(_, model)| wants(model)).fold(0, |mask, (bit, _)| mask | 1i64 << bit)
     }
@@ -69,7 +78,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::domain::{Priority, Timestamp};
+    use crate::{
+        domain::{Priority, Timestamp},
+        fleet::Tenant,
+    };
 
     fn rank(priority: i32) -> Rank {
         Rank::batch(Priority::new(priority).unwrap(), Timestamp(1))
@@ -93,6 +105,24 @@ mod tests {
         demand.at_hand("c".into(), rank(0), 1);
         assert_eq!(wanted(&demand), 0);
         assert_eq!(demand.wanted(&models, rank(1)), 0b101, "lines of a worse rank are no reason to wait");
+    }
+
+    #[test]
+    fn every_tenant_has_lines_at_hand() {
+        let models = ["m".to_owned()];
+        let of = |name: &str, priority: i32| rank(priority).of(Tenant::named(name));
+        let mut demand = Demand::new();
+        demand.serve("m".into(), 64);
+        demand.share(4);
+        demand.at_hand("m".into(), of("large", 0), 1_000_000);
+        assert_eq!(demand.wanted(&models, of("large", 0)), 0);
+        assert_eq!(demand.wanted(&models, of("small", 0)), 1, "what another one has is nothing to it");
+        demand.at_hand("m".into(), of("small", 0), 499);
+        assert_eq!(demand.wanted(&models, of("small", 0)), 1);
+        demand.at_hand("m".into(), of("small", 0), 1);
+        assert_eq!(demand.wanted(&models, of("small", 0)), 0, "a quarter of what one alone wants");
+        demand.at_hand("m".into(), of("third", 1), 500);
+        assert_eq!(demand.wanted(&models, of("fourth", 0)), 0, "a better priority goes first, whoever's it is");
     }
 
     #[test]

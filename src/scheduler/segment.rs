@@ -15,7 +15,7 @@ use super::{
 use crate::{
     blobs::{BlobError, Blobs},
     domain::{BatchError, LineSet},
-    fleet::{Fleet, Rank},
+    fleet::Fleet,
     results::{self, PartBuilder},
     store::{ClaimedSegment, Commit, NewPart, Part, Store},
 };
@@ -113,8 +113,9 @@ impl Run {
         };
         let mut work = Work {
             endpoint: self.claimed.endpoint,
-            rank: Rank::batch(self.claimed.priority, self.claimed.expires_at),
+            rank: super::rank(&self.claimed.owner, self.claimed.priority, self.claimed.expires_at),
             list,
+            peers: Vec::new(),
             run: self,
             checkpoint,
             number,

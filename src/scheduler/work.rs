@@ -45,6 +45,8 @@ pub(super) struct Work<'a> {
     pub(super) endpoint: Endpoint,
     pub(super) rank: Rank,
     pub(super) list: WorkList,
+    /// By model: the workers that serve it, by affinity.
+    pub(super) peers: Vec<Vec<u64>>,
     pub(super) number: &'a mut u32,
     pub(super) builder: PartBuilder,
     /// When the oldest line in `builder` was finished.
@@ -65,6 +67,7 @@ impl Work<'_> {
         let mut waiting = vec![false; self.list.lanes().count()];
         let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
         let mut topology = self.run.fleet.topology();
+        self.look_at_peers();
         let mut control = self.run.control.clone();
         let timer = tokio::time::sleep(Duration::ZERO);
         tokio::pin!(timer);
@@ -110,7 +113,7 @@ impl Work<'_> {
                 }
                 Some((lane, slot)) = acquiring.next() => {
                     waiting[lane.place()] = false;
-                    if let (Some(slot), Some(key)) = (slot, self.list.take(lane)) {
+                    if let Some(slot) = slot && let Some(key) = self.take_for(lane, &slot) {
                         in_flight.push(self.send(slot, key));
                     }
                 }
@@ -124,7 +127,7 @@ impl Work<'_> {
                     }
                 }
                 changed = control.changed() => if changed.is_err() { return Ok(Ended::Lost) },
-                _ = topology.changed() => {}
+                _ = topology.changed() => self.look_at_peers(),
             }
         }
     }
@@ -146,8 +149,9 @@ impl Work<'_> {
                 };
                 match self.run.fleet.try_acquire(&want) {
                     Some(slot) => {
-                        self.list.take(lane);
-                        in_flight.push(self.send(slot, key));
+                        if let Some(key) = self.take_for(lane, &slot) {
+                            in_flight.push(self.send(slot, key));
+                        }
                     }
                     None => {
                         *waits = true;
@@ -158,8 +162,22 @@ impl Work<'_> {
         }
     }
 
+    fn look_at_peers(&mut self) {
+        self.peers = self.list.models().iter().map(|model| self.run.fleet.affinities(model)).collect();
+    }
+
+    /// Takes the line that is best sent to the slot's worker.
+    fn take_for(&mut self, lane: Lane, slot: &Slot) -> Option<LineKey> {
+        let worker = (slot.worker.key(), slot.worker.affinity());
+        self.list.take_for(lane, worker, &self.peers[lane.model])
+    }
+
     fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
-        let (body, endpoint, timeout) = (self.list.body(key), self.endpoint, self.run.options.request_timeout);
+        let body = match self.run.options.worker_priority {
+            None => self.list.body(key),
+            Some(priority) => self.list.body_with_priority(key, priority),
+        };
+        let (endpoint, timeout) = (self.endpoint, self.run.options.request_timeout);
         let slotted = stages::is_sampled(self.list.index(key)).then(Instant::now);
         if let Some(slotted) = slotted {
             Stage::Queue.took(slotted - self.started);

@@ -30,6 +30,8 @@ pub(super) const DONE: &str = "done";
 pub struct Candidate {
     /// The batch.
     pub id: BatchId,
+    /// Whose it is.
+    pub owner: String,
     /// Whether it goes before others.
     pub priority: Priority,
     /// When its window closes.
@@ -51,6 +53,8 @@ pub struct ClaimedSegment {
     pub span: SegmentSpan,
     /// The object that holds them.
     pub object_key: String,
+    /// Whose batch it is.
+    pub owner: String,
     /// The batch's.
     pub endpoint: Endpoint,
     /// The batch's.
@@ -139,6 +143,7 @@ impl Store {
             .map(|row| {
                 Ok(Candidate {
                     id: BatchId::from_text(row.id),
+                    owner: row.owner,
                     priority: Priority::new(row.priority).unwrap_or_default(),
                     expires_at: Timestamp(row.expires_at),
                     models: convert::json("model list", &row.models)?,
@@ -200,6 +205,7 @@ impl Store {
             epoch: Epoch(row.epoch + 1),
             span: span(&row),
             object_key: owner.input_object_key,
+            owner: owner.owner,
             endpoint: owner.endpoint.parse().map_err(|_| StoreError::Corrupt("an unknown endpoint".into()))?,
             models: convert::json("model list", &owner.models)?,
             priority: Priority::new(owner.priority).unwrap_or_default(),

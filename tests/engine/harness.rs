@@ -64,6 +64,7 @@ pub fn options() -> SchedulerOptions {
         request_timeout: Duration::from_secs(20),
         tries: TryPolicy { base: Duration::from_millis(10), ..TryPolicy::default() },
         drain: Duration::from_secs(5),
+        worker_priority: None,
     }
 }
 
@@ -138,9 +139,18 @@ impl Node {
     }
 
     pub async fn submit_as(&self, lines: &[String], per_segment: usize, priority: i32) -> BatchId {
-        let file = self.upload(lines, per_segment).await;
+        self.submit_by("", lines, per_segment, priority).await
+    }
+
+    /// A batch of somebody's.
+    pub async fn submit_of(&self, owner: &str, lines: &[String], per_segment: usize) -> BatchId {
+        self.submit_by(owner, lines, per_segment, 0).await
+    }
+
+    async fn submit_by(&self, owner: &str, lines: &[String], per_segment: usize, priority: i32) -> BatchId {
+        let file = self.upload(owner, lines, per_segment).await;
         let new = NewBatch {
-            owner: String::new(),
+            owner: owner.to_owned(),
             input_file_id: file,
             endpoint: Endpoint::ChatCompletions,
             completion_window: DEFAULT_WINDOW,
@@ -156,7 +166,7 @@ impl Node {
         }
     }
 
-    async fn upload(&self, lines: &[String], per_segment: usize) -> FileId {
+    async fn upload(&self, owner: &str, lines: &[String], per_segment: usize) -> FileId {
         let id = FileId::generate();
         let key = format!("inputs/{id}");
         let (mut text, mut segments, mut models) = (String::new(), Vec::new(), Vec::<String>::new());
@@ -185,7 +195,7 @@ impl Node {
         }
         let file = File {
             id: id.clone(),
-            owner: String::new(),
+            owner: owner.to_owned(),
             kind: FileKind::Input,
             filename: "test.jsonl".into(),
             bytes: text.len() as i64,

@@ -12,6 +12,7 @@ mod faulty;
 mod harness;
 mod lifecycle;
 mod limits;
+mod order;
 mod raw;
 mod recovery;
 mod rot;

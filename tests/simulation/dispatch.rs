@@ -12,8 +12,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidemill::{
     domain::{LineSet, Priority, Timestamp},
     fleet::{
-        FailureKind, Rank, Want, WorkerKey,
-        board::{Board, Ticket},
+        FailureKind, Rank, Tenant, Want, WorkerKey,
+        board::{Board, Holder, Ticket},
         health::{Change, Health, Probe},
     },
     scheduler::{
@@ -52,10 +52,17 @@ struct Segment {
     done_before: u32,
 }
 
+impl Segment {
+    fn holder(&self, model: usize) -> Holder {
+        Want { model: MODELS[model].into(), rank: self.rank, avoid: [].into_iter().collect(), alone: false }.holder()
+    }
+}
+
 struct Flight {
     segment: usize,
     line: LineKey,
     worker: u32,
+    holder: Holder,
 }
 
 pub struct Dispatch {
@@ -158,13 +165,13 @@ impl Dispatch {
             let asked = self.random.random_bool(0.2).then(|| Duration::from_secs(self.random.random_range(0..60)));
             self.failed(&flight, FailureKind::Status, asked);
         } else {
-            self.board.release(WorkerKey(flight.worker));
+            self.board.release(WorkerKey(flight.worker), &flight.holder);
             self.end(&flight);
         }
     }
 
     fn failed(&mut self, flight: &Flight, kind: FailureKind, asked: Option<Duration>) {
-        self.board.release(WorkerKey(flight.worker));
+        self.board.release(WorkerKey(flight.worker), &flight.holder);
         let random = self.random.random_range(0.0..1.0);
         let segment = &mut self.segments[flight.segment];
         if kind == FailureKind::Removed {
@@ -219,7 +226,8 @@ impl Dispatch {
             if self.segments[at].list.peek(lane(model)).is_some() {
                 self.start(at, model, worker);
             } else {
-                self.board.release(worker);
+                let holder = self.segments[at].holder(model);
+                self.board.release(worker, &holder);
             }
         }
     }
@@ -234,7 +242,8 @@ impl Dispatch {
         assert!(*begun <= TRIES.max_tries, "a line has more tries than it may");
         let desk = &self.workers[worker.0 as usize];
         assert!(desk.health.is_well() && desk.models.contains(&MODELS[model]), "sent to a worker that can't take it");
-        self.flights.push(Flight { segment: at, line, worker: worker.0 });
+        let holder = segment.holder(model);
+        self.flights.push(Flight { segment: at, line, worker: worker.0, holder });
     }
 
     fn check(&self) {
@@ -274,7 +283,8 @@ fn segment(random: &mut StdRng) -> Segment {
         ));
     }
     let done: LineSet = (0..lines).filter(|_| random.random_bool(0.2)).collect();
-    let rank = Rank::batch(Priority::new(random.random_range(-1..=1)).unwrap(), Timestamp(random.random_range(0..3)));
+    let rank = Rank::batch(Priority::new(random.random_range(-1..=1)).unwrap(), Timestamp(random.random_range(0..3)))
+        .of(Tenant::named(["a", "b"][random.random_range(0..2)]));
     Segment {
         rank,
         list: WorkList::read(text.into(), &MODELS.map(str::to_owned), &done).unwrap(),

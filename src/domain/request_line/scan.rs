@@ -8,7 +8,7 @@ use serde::{
     de::{Error, IgnoredAny, Visitor},
 };
 
-use super::{Field, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown};
+use super::{Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown};
 use crate::domain::Endpoint;
 
 /// Reads a line that is UTF-8.
@@ -45,6 +45,7 @@ struct Seen<'a> {
     endpoint: Option<Endpoint>,
     body: Option<&'a str>,
     model: Option<Cow<'a, str>>,
+    hints: Hints<'a>,
     /// The fields that have been there, as bits.
     fields: u8,
     /// The first thing that is wrong, though the line is JSON so far: the rest is read on for the `custom_id`.
@@ -82,6 +83,19 @@ impl<'a> Seen<'a> {
         cursor.object(|key, cursor| match key {
             "model" => self.text(Field::Model, cursor),
             "stream" => self.stream(cursor),
+            "messages" | "prompt" | "input" => {
+                self.hints.prompt = cursor.skip()?.1;
+                Ok(())
+            }
+            "max_tokens" | "max_completion_tokens" | "max_output_tokens" => {
+                let limit = cursor.skip()?.1.parse().ok();
+                self.hints.max_tokens = limit.or(self.hints.max_tokens);
+                Ok(())
+            }
+            "priority" => {
+                self.hints.has_priority = true;
+                cursor.skip().map(drop)
+            }
             _ => cursor.skip().map(drop),
         })?;
         self.body = Some(&cursor.text[start..cursor.at]);
@@ -158,7 +172,7 @@ impl<'a> Seen<'a> {
         let model = self.model.take().ok_or(Problem::Missing(Field::Model))?;
         // Taken last: until then an error names it.
         let (custom_id, custom_id_json) = self.custom_id.take().ok_or(Problem::Missing(Field::CustomId))?;
-        Ok(RequestLine { custom_id, custom_id_json, endpoint, model, body })
+        Ok(RequestLine { custom_id, custom_id_json, endpoint, model, body, hints: self.hints })
     }
 }
 

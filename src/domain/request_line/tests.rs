@@ -26,6 +26,23 @@ fn a_line_is_read_and_its_bytes_are_kept() {
 }
 
 #[test]
+fn what_says_how_to_send_it_is_found_and_not_checked() {
+    let hints = |body: &str| {
+        let line = GOOD.replace(r#"{"model":"m"}"#, body);
+        let hints = parse(line.as_bytes()).unwrap().hints;
+        (hints.prompt.to_owned(), hints.max_tokens, hints.has_priority)
+    };
+    let messages = r#"[{"role":"user","content":"priority\"}]"#;
+    assert_eq!(
+        hints(&format!(r#"{{"max_tokens": 7,"model":"m","messages" : {messages}}}"#)),
+        (messages.into(), Some(7), false)
+    );
+    assert_eq!(hints(r#"{"model":"m","input":"x","priority":"high"}"#), (r#""x""#.into(), None, true));
+    assert_eq!(hints(r#"{"model":"m","prompt":[1,2],"max_tokens":1e9}"#), ("[1,2]".into(), None, false));
+    assert_eq!(hints(r#"{"model":"m","x":{"messages":1,"priority":2}}"#), (String::new(), None, false));
+}
+
+#[test]
 fn keys_are_known_however_they_are_written() {
     let line = GOOD.replace("body", r"b\u006fdy").replace("\"model", r#""\u006dodel"#);
     assert_eq!(parse(line.as_bytes()).unwrap().model, "m");
