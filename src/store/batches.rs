@@ -1,11 +1,9 @@
 //! Batches: create, read, list, cancel, expire, fail.
 
-use std::collections::BTreeMap;
-
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
     QueryOrder, QuerySelect, Set, Statement,
-    sea_query::{Expr, ExprTrait, OnConflict, Query},
+    sea_query::{Expr, ExprTrait, OnConflict},
 };
 
 use super::{
@@ -19,19 +17,6 @@ use super::{
 use crate::domain::{
     Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp, lifecycle::Input,
 };
-
-/// Which batches to list.
-#[derive(Clone, Debug, Default)]
-pub struct BatchFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
-    /// Only in one of these states; empty: in any.
-    pub statuses: Vec<BatchStatus>,
-    /// Only those that use this model.
-    pub model: Option<String>,
-    /// Only those whose metadata has all of these pairs.
-    pub metadata: BTreeMap<String, String>,
-}
 
 /// What became of a new batch.
 #[derive(Debug)]
@@ -125,46 +110,6 @@ impl Store {
     /// [`StoreError`].
     pub async fn batch_by_request_id(&self, owner: &str, request_id: &str) -> Result<Option<Batch>, StoreError> {
         find_by_request_id(self.read(), owner, request_id).await
-    }
-
-    /// Batches, newest first, those after `after` in that order, at most `limit`.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn batches(
-        &self,
-        filter: &BatchFilter,
-        after: Option<&BatchId>,
-        limit: u64,
-    ) -> Result<Vec<Batch>, StoreError> {
-        let mut find = batch::Entity::find().order_by_desc(batch::Column::Id).limit(limit);
-        if let Some(owner) = &filter.owner {
-            find = find.filter(batch::Column::Owner.eq(owner));
-        }
-        if !filter.statuses.is_empty() {
-            find = find.filter(batch::Column::Status.is_in(filter.statuses.iter().map(|status| status.as_str())));
-        }
-        if let Some(model) = &filter.model {
-            let with = Query::select()
-                .column(batch_model::Column::BatchId)
-                .from(batch_model::Entity)
-                .and_where(batch_model::Column::Model.eq(model))
-                .to_owned();
-            find = find.filter(batch::Column::Id.in_subquery(with));
-        }
-        for (name, value) in &filter.metadata {
-            let with = Query::select()
-                .column(batch_metadata::Column::BatchId)
-                .from(batch_metadata::Entity)
-                .and_where(batch_metadata::Column::Name.eq(name))
-                .and_where(batch_metadata::Column::Value.eq(value))
-                .to_owned();
-            find = find.filter(batch::Column::Id.in_subquery(with));
-        }
-        if let Some(after) = after {
-            find = find.filter(batch::Column::Id.lt(after.as_str()));
-        }
-        find.all(self.read()).await?.into_iter().map(Batch::try_from).collect()
     }
 
     /// Begins to cancel a batch.
@@ -289,17 +234,24 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn unfinished(&self, owner: Option<&str>, limit: u64) -> Result<Vec<BatchId>, StoreError> {
-        let statuses = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
-        let mut find = batch::Entity::find()
-            .select_only()
-            .column(batch::Column::Id)
-            .filter(batch::Column::Status.is_in(statuses))
-            .order_by_asc(batch::Column::Id)
-            .limit(limit);
-        if let Some(owner) = owner {
-            find = find.filter(batch::Column::Owner.eq(owner));
+        let mut ids: Vec<String> = Vec::new();
+        // A walk for each state: SQLite would take the order of ids from an index that has the finished ones as well. In the
+        // order in which states are entered, so that a batch that moves on meanwhile is met twice rather than never.
+        for status in BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()) {
+            let mut find = batch::Entity::find()
+                .select_only()
+                .column(batch::Column::Id)
+                .filter(batch::Column::Status.eq(status.as_str()))
+                .order_by_asc(batch::Column::Id)
+                .limit(limit);
+            if let Some(owner) = owner {
+                find = find.filter(batch::Column::Owner.eq(owner));
+            }
+            ids.extend(find.into_tuple::<String>().all(self.read()).await?);
         }
-        let ids: Vec<String> = find.into_tuple().all(self.read()).await?;
+        ids.sort_unstable();
+        ids.dedup();
+        ids.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
         Ok(ids.into_iter().map(BatchId::from_text).collect())
     }
 

@@ -12,19 +12,10 @@ use super::{
     entity::{batch, file, file_segment, garbage, part, segment},
     now,
 };
-use crate::domain::{BatchId, BatchStatus, File, FileId, FileKind, SegmentSpan, Timestamp};
+use crate::domain::{BatchId, BatchStatus, File, FileId, SegmentSpan, Timestamp};
 
 /// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
-
-/// Which files to list.
-#[derive(Clone, Debug, Default)]
-pub struct FileFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
-    /// Only of this purpose.
-    pub purpose: Option<String>,
-}
 
 /// What became of a new file.
 #[derive(Debug)]
@@ -53,31 +44,6 @@ impl Store {
     /// [`StoreError`].
     pub async fn file(&self, id: &FileId) -> Result<Option<File>, StoreError> {
         file::Entity::find_by_id(id.as_str()).one(self.read()).await?.map(File::try_from).transpose()
-    }
-
-    /// Files, newest first, those after `after` in that order, at most `limit`.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn files(
-        &self,
-        filter: &FileFilter,
-        after: Option<&FileId>,
-        limit: u64,
-    ) -> Result<Vec<File>, StoreError> {
-        let mut find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
-        if let Some(owner) = &filter.owner {
-            find = find.filter(file::Column::Owner.eq(owner));
-        }
-        if let Some(purpose) = &filter.purpose {
-            let input = FileKind::Input.purpose() == purpose;
-            let kinds: &[&str] = if input { &["input"] } else { &["output", "error"] };
-            find = find.filter(file::Column::Kind.is_in(kinds.iter().copied()));
-        }
-        if let Some(after) = after {
-            find = find.filter(file::Column::Id.lt(after.as_str()));
-        }
-        find.all(self.read()).await?.into_iter().map(File::try_from).collect()
     }
 
     /// The file that an owner's request id made.

@@ -16,6 +16,7 @@ mod files;
 mod garbage;
 mod nodes;
 mod notify;
+mod pages;
 mod parts;
 mod queue;
 mod schema;
@@ -39,11 +40,12 @@ use sea_orm::{
 use tokio::sync::broadcast;
 use tokio_util::task::AbortOnDropHandle;
 
-pub use batches::{BatchFilter, CancelledBatch, CreatedBatch};
+pub use batches::{CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use events::StateEvent;
-pub use files::{DeletedFile, FileFilter, InsertedFile};
+pub use files::{DeletedFile, InsertedFile};
 pub use nodes::NodeRecord;
+pub use pages::{BatchFilter, FileFilter};
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter, DeletedDeadLetter,

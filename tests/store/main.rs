@@ -13,6 +13,7 @@ mod files;
 mod migrations;
 mod migrations_rolling;
 mod notify;
+mod pages;
 mod parts;
 mod rivals;
 mod start;

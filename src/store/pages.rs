@@ -1,0 +1,224 @@
+//! Pages of batches and files, newest first.
+//!
+//! Each page walks down one index from where the page before ended, and looks at every other filter by the key of the row at
+//! hand. So a page costs as much with ten million batches as with ten, unless two filters are both common and yet hardly
+//! ever met together: then the rarer one is walked.
+
+use std::collections::BTreeMap;
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, EntityTrait, Order, QueryFilter, QueryOrder, QuerySelect,
+    sea_query::{ColumnRef, Expr, ExprTrait, IntoColumnRef, Query, SelectStatement},
+};
+
+use super::{
+    Store, StoreError,
+    entity::{batch, batch_metadata, batch_model, file},
+};
+use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind};
+
+/// How much of an index is counted to find the rarest of several filters: some 1 ms.
+const COUNTED: u64 = 10_000;
+/// The table that is walked, and those that are looked at by the way.
+const WALKED: &str = "walked";
+const LOOKED_AT: &str = "looked_at";
+
+/// Which batches to list.
+#[derive(Clone, Debug, Default)]
+pub struct BatchFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only in one of these states; empty: in any.
+    pub statuses: Vec<BatchStatus>,
+    /// Only those that use this model.
+    pub model: Option<String>,
+    /// Only those whose metadata has all of these pairs.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Which files to list.
+#[derive(Clone, Debug, Default)]
+pub struct FileFilter {
+    /// Only this owner's.
+    pub owner: Option<String>,
+    /// Only of this purpose.
+    pub purpose: Option<String>,
+}
+
+/// The index that a page of batches walks down. All are in the order of the batches' ids.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Walk<'a> {
+    /// The batches of the owner and the state that the filter names, if it does.
+    Batches,
+    /// Those with this model.
+    Model(&'a str),
+    /// Those with this pair of metadata.
+    Pair(&'a str, &'a str),
+}
+
+/// A [`BatchFilter`] with at most one state, from where on.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    filter: &'a BatchFilter,
+    status: Option<BatchStatus>,
+    after: Option<&'a BatchId>,
+}
+
+impl Store {
+    /// Batches, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batches(
+        &self,
+        filter: &BatchFilter,
+        after: Option<&BatchId>,
+        limit: u64,
+    ) -> Result<Vec<Batch>, StoreError> {
+        // No index has the batches of several states in the order of their ids: each state is walked by itself. In the order
+        // in which states are entered, so that a batch that moves on meanwhile is met twice rather than never.
+        let states = BatchStatus::ALL.into_iter().filter(|status| filter.statuses.contains(status)).map(Some);
+        let states: Vec<_> = if filter.statuses.is_empty() { vec![None] } else { states.collect() };
+        let mut rows = Vec::new();
+        for status in states {
+            let wanted = Wanted { filter, status, after };
+            let walk = self.rarest(wanted).await?;
+            let page = batch::Entity::find().filter(batch::Column::Id.in_subquery(wanted.page(walk, limit)));
+            rows.extend(page.all(self.read()).await?);
+        }
+        newest_first(&mut rows, limit, |row| &row.id);
+        rows.into_iter().map(Batch::try_from).collect()
+    }
+
+    /// The walk that meets the fewest batches. Only where there is a choice anything is counted.
+    async fn rarest<'a>(&self, wanted: Wanted<'a>) -> Result<Walk<'a>, StoreError> {
+        let walks = wanted.walks();
+        if let [only] = walks.as_slice() {
+            return Ok(*only);
+        }
+        let mut rarest = (COUNTED + 1, Walk::Batches);
+        for walk in walks {
+            let some = wanted.walk(walk).limit(COUNTED).to_owned();
+            let count = Query::select().expr_as(Expr::cust("COUNT(*)"), "met").from_subquery(some, "some").to_owned();
+            let row = self.read().query_one(&count).await?;
+            let row = row.ok_or_else(|| StoreError::Corrupt("no count".into()))?;
+            let met = u64::try_from(row.try_get::<i64>("", "met")?).unwrap_or(0);
+            if met < rarest.0 {
+                rarest = (met, walk);
+            }
+        }
+        Ok(rarest.1)
+    }
+
+    /// Files, newest first, those after `after` in that order, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn files(
+        &self,
+        filter: &FileFilter,
+        after: Option<&FileId>,
+        limit: u64,
+    ) -> Result<Vec<File>, StoreError> {
+        let kinds: &[Option<&str>] = match &filter.purpose {
+            None => &[None],
+            Some(purpose) if purpose == FileKind::Input.purpose() => &[Some("input")],
+            Some(_) => &[Some("output"), Some("error")],
+        };
+        let mut rows = Vec::new();
+        for kind in kinds {
+            let mut find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
+            if let Some(owner) = &filter.owner {
+                find = find.filter(file::Column::Owner.eq(owner));
+            }
+            if let Some(kind) = kind {
+                find = find.filter(file::Column::Kind.eq(*kind));
+            }
+            if let Some(after) = after {
+                find = find.filter(file::Column::Id.lt(after.as_str()));
+            }
+            rows.extend(find.all(self.read()).await?);
+        }
+        newest_first(&mut rows, limit, |row| &row.id);
+        rows.into_iter().map(File::try_from).collect()
+    }
+}
+
+impl<'a> Wanted<'a> {
+    /// The walks that there are.
+    fn walks(self) -> Vec<Walk<'a>> {
+        let batches = self.filter.owner.is_some() || self.status.is_some();
+        let pairs = self.filter.metadata.iter().map(|(name, value)| Walk::Pair(name, value));
+        let model = self.filter.model.as_deref().map(Walk::Model);
+        let walks: Vec<_> = batches.then_some(Walk::Batches).into_iter().chain(pairs).chain(model).collect();
+        if walks.is_empty() { vec![Walk::Batches] } else { walks }
+    }
+
+    /// The ids that a walk meets.
+    fn walk(self, walk: Walk<'_>) -> SelectStatement {
+        let key = walk.key(WALKED);
+        let mut ids = self.rows_of(walk, WALKED);
+        ids.column(key.clone());
+        if let Some(after) = self.after {
+            ids.and_where(Expr::col(key).lt(after.as_str()));
+        }
+        ids
+    }
+
+    /// The first ids that a walk meets and that are wanted.
+    fn page(self, walk: Walk<'_>, limit: u64) -> SelectStatement {
+        let key = walk.key(WALKED);
+        let mut ids = self.walk(walk);
+        for other in self.walks().into_iter().filter(|other| *other != walk) {
+            let mut rows = self.rows_of(other, LOOKED_AT);
+            rows.expr(Expr::val(1)).and_where(Expr::col(other.key(LOOKED_AT)).equals(key.clone()));
+            ids.and_where(Expr::exists(rows));
+        }
+        ids.order_by(key, Order::Desc).limit(limit);
+        ids
+    }
+
+    /// The rows that are good by this filter.
+    fn rows_of(self, walk: Walk<'_>, alias: &'static str) -> SelectStatement {
+        let mut rows = Query::select();
+        match walk {
+            Walk::Batches => {
+                rows.from_as(batch::Entity, alias);
+                if let Some(owner) = &self.filter.owner {
+                    rows.and_where(Expr::col((alias, batch::Column::Owner)).eq(owner));
+                }
+                if let Some(status) = self.status {
+                    rows.and_where(Expr::col((alias, batch::Column::Status)).eq(status.as_str()));
+                }
+            }
+            Walk::Model(model) => {
+                rows.from_as(batch_model::Entity, alias);
+                rows.and_where(Expr::col((alias, batch_model::Column::Model)).eq(model));
+            }
+            Walk::Pair(name, value) => {
+                rows.from_as(batch_metadata::Entity, alias);
+                rows.and_where(Expr::col((alias, batch_metadata::Column::Name)).eq(name));
+                rows.and_where(Expr::col((alias, batch_metadata::Column::Value)).eq(value));
+            }
+        }
+        rows
+    }
+}
+
+impl Walk<'_> {
+    /// Its column with the batch's id.
+    fn key(self, alias: &'static str) -> ColumnRef {
+        match self {
+            Walk::Batches => (alias, batch::Column::Id).into_column_ref(),
+            Walk::Model(_) => (alias, batch_model::Column::BatchId).into_column_ref(),
+            Walk::Pair(..) => (alias, batch_metadata::Column::BatchId).into_column_ref(),
+        }
+    }
+}
+
+/// What several walks have found, each at most `limit`, as one page.
+fn newest_first<T>(rows: &mut Vec<T>, limit: u64, id: impl Fn(&T) -> &String) {
+    rows.sort_by(|one, other| id(other).cmp(id(one)));
+    rows.dedup_by(|one, other| id(one) == id(other));
+    rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+}
