@@ -1,8 +1,17 @@
-//! Who is served next: picks go round the targets, no target and no host takes more than its share of the sends in flight,
-//! and one that fails again and again is only probed. Pure: time is an argument.
+//! Who is served next: sends go round the targets, no target and no host takes more than its share of those in flight, and
+//! one that fails again and again is only probed. Pure: time is an argument.
+//!
+//! A delivery is claimed before it is sent, and a claim is a transaction. So that sends don't wait for the database, some are
+//! claimed ahead and stand in line for a free send. How many follows what was delivered lately: as much as is gone in a
+//! moment. A target that answers slowly, fails or is new has nothing in line but what can be sent at once.
+//!
+//! A delivery passes through here as: [`shares`](Fairness::shares) (to be claimed), [`claimed`](Fairness::claimed) (in line) or
+//! [`give_back`](Fairness::give_back), [`next`](Fairness::next) (in flight) or [`unsent`](Fairness::unsent), then
+//! [`succeeded`](Fairness::succeeded) or [`failed`](Fairness::failed).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -10,6 +19,13 @@ use std::{
 pub const PER_TARGET: usize = 4;
 /// Sends in flight in all.
 pub const IN_FLIGHT: usize = 64;
+/// Deliveries in line in all, at most: those of some 30 ms at full speed, which is what a commit may take.
+pub const AHEAD: usize = 1_024;
+/// In line may be twice what was delivered within this time.
+pub const HORIZON: Duration = Duration::from_millis(100);
+/// The longest that a claimed delivery stands in line; then it is given back. Its lease is longer than its attempt's timeout
+/// by 30 s, in which this and writing down what came of it must have room.
+pub const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Failures in a row after which a target is only probed.
 pub const FAILURES_BEFORE_PROBING: u32 = 5;
 /// The first and the longest wait between two probes.
@@ -22,23 +38,67 @@ pub struct Due {
     pub target: String,
     /// Its host and port: what targets share.
     pub host: String,
-    /// How many are due; more than can be sent at once need not be counted.
+    /// How many are due, or more if that is not known.
     pub count: usize,
+    /// Some of them may stand in line.
+    pub ahead: bool,
 }
 
-/// How many of a target's deliveries to take.
+/// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Share {
     /// Its key.
     pub target: String,
     /// At least one.
     pub count: usize,
+    /// So many of them are sent as soon as the target has its turn. Only these may be the last attempt of a delivery: a crash
+    /// would have used it up in line.
+    pub at_once: usize,
 }
 
+/// What was done lately, in windows of [`HORIZON`].
 #[derive(Default)]
-struct Target {
-    host: String,
+struct Pace {
+    window: Option<Instant>,
+    this: usize,
+    before: usize,
+}
+
+impl Pace {
+    fn count(&mut self, now: Instant) {
+        let age = self.window.map(|start| now.saturating_duration_since(start));
+        match age {
+            Some(age) if age < HORIZON => {}
+            Some(age) if age < HORIZON * 2 => {
+                self.before = std::mem::take(&mut self.this);
+                self.window = self.window.map(|start| start + HORIZON);
+            }
+            Some(_) | None => *self = Self { window: Some(now), this: 0, before: 0 },
+        }
+        self.this += 1;
+    }
+
+    /// How much was done in the last window, or in this one if that is more already.
+    fn recent(&self, now: Instant) -> usize {
+        match self.window.map(|start| now.saturating_duration_since(start)) {
+            Some(age) if age < HORIZON => self.this.max(self.before),
+            Some(age) if age < HORIZON * 2 => self.this,
+            Some(_) | None => 0,
+        }
+    }
+}
+
+struct Target<T> {
+    key: Arc<str>,
+    host: Arc<str>,
     in_flight: usize,
+    /// To be claimed: it is not known yet whether they are there.
+    asked: usize,
+    /// Claimed, with the time from which they wait.
+    line: VecDeque<(T, Instant)>,
+    /// It is in [`Fairness::turns`], or parked at its host.
+    has_turn: bool,
+    pace: Pace,
     failures: u32,
     /// The wait before the next probe, while only probed.
     probe_wait: Duration,
@@ -46,26 +106,68 @@ struct Target {
     last_used: Option<Instant>,
 }
 
-/// The state of all targets that are not at rest.
-pub struct Fairness {
+impl<T> Target<T> {
+    fn new(key: Arc<str>, host: Arc<str>) -> Self {
+        Self {
+            key,
+            host,
+            in_flight: 0,
+            asked: 0,
+            line: VecDeque::new(),
+            has_turn: false,
+            pace: Pace::default(),
+            failures: 0,
+            probe_wait: Duration::ZERO,
+            not_before: None,
+            last_used: None,
+        }
+    }
+
+    fn is_held(&self, now: Instant) -> bool {
+        self.not_before.is_some_and(|at| at > now)
+    }
+
+    /// Sends that may be in flight.
+    fn limit(&self, per_target: usize) -> usize {
+        if self.failures >= FAILURES_BEFORE_PROBING { 1 } else { per_target }
+    }
+}
+
+#[derive(Default)]
+struct Host {
+    in_flight: usize,
+    /// Asked for or in line.
+    ahead: usize,
+    /// Targets that wait for it to have room.
+    parked: Vec<Arc<str>>,
+}
+
+/// The state of all targets that are not at rest, with what is claimed of each and not yet sent.
+pub struct Fairness<T> {
     per_target: usize,
     per_host: usize,
     in_flight_limit: usize,
-    targets: HashMap<String, Target>,
-    /// Sends in flight to each host.
-    hosts: HashMap<String, usize>,
+    targets: HashMap<Arc<str>, Target<T>>,
+    hosts: HashMap<Arc<str>, Host>,
+    /// Targets with something in line, in the order of their turns.
+    turns: VecDeque<Arc<str>>,
     in_flight: usize,
-    /// The target served last: the round goes on after it.
+    /// Asked for or in line.
+    ahead: usize,
+    pace: Pace,
+    /// Not to be sent any more.
+    unsent: Vec<T>,
+    /// The target claimed for last: the round goes on after it.
     last: String,
 }
 
-impl Default for Fairness {
+impl<T> Default for Fairness<T> {
     fn default() -> Self {
         Self::new(PER_TARGET, IN_FLIGHT)
     }
 }
 
-impl Fairness {
+impl<T> Fairness<T> {
     /// With these limits on sends in flight. One host gets at most half of all, however many targets it has.
     #[must_use]
     pub fn new(per_target: usize, in_flight_limit: usize) -> Self {
@@ -75,7 +177,11 @@ impl Fairness {
             in_flight_limit: in_flight_limit.max(1),
             targets: HashMap::new(),
             hosts: HashMap::new(),
+            turns: VecDeque::new(),
             in_flight: 0,
+            ahead: 0,
+            pace: Pace::default(),
+            unsent: Vec::new(),
             last: String::new(),
         }
     }
@@ -86,48 +192,156 @@ impl Fairness {
         self.in_flight_limit - self.in_flight
     }
 
-    /// Divides the free sends among the targets, one each in turn, and counts them as in flight.
-    pub fn take(&mut self, due: &[Due], now: Instant) -> Vec<Share> {
+    /// What is to be claimed or is claimed, and is not in flight yet.
+    #[must_use]
+    pub fn ahead(&self) -> usize {
+        self.ahead
+    }
+
+    /// Divides what may be claimed now among the targets, one each in turn. Nothing while no send is free and enough stands
+    /// in line: claims are better made many at once.
+    pub fn shares(&mut self, due: &[Due], now: Instant) -> Vec<Share> {
+        let line = self.line_limit(now);
+        if self.free() <= self.ahead && self.ahead > line / 2 {
+            return Vec::new();
+        }
+        let mut room = (self.free() + line).saturating_sub(self.ahead);
         let mut order: Vec<&Due> = due.iter().filter(|due| due.count > 0).collect();
         order.sort_by(|a, b| a.target.cmp(&b.target));
         let start = order.partition_point(|due| due.target <= self.last);
         order.rotate_left(start);
-        let mut shares: Vec<usize> = vec![0; order.len()];
-        loop {
-            let mut gave = false;
-            for (due, share) in order.iter().zip(&mut shares) {
-                if self.free() == 0 {
-                    break;
-                }
-                if *share < due.count && self.has_room(due, now) {
-                    self.start(due, now);
-                    *share += 1;
+        // What each may have at once, and in all.
+        let rooms: Vec<(usize, usize)> = order.iter().map(|due| self.room(due, line, now)).collect();
+        let mut hosts: HashMap<&str, (usize, usize)> = HashMap::new();
+        for due in &order {
+            hosts.entry(&due.host).or_insert_with(|| {
+                let (in_flight, ahead) = self.hosts.get(&*due.host).map_or((0, 0), |host| (host.in_flight, host.ahead));
+                let taken = in_flight + ahead;
+                (self.per_host.saturating_sub(taken), (self.per_host + line / 2).saturating_sub(taken))
+            });
+        }
+        let mut given: Vec<(usize, usize)> = vec![(0, 0); order.len()];
+        let mut last = None;
+        // First what can be sent at once, of everyone; then what stands in line.
+        for at_once in [true, false] {
+            loop {
+                let mut gave = false;
+                for ((due, of), given) in order.iter().zip(&rooms).zip(&mut given) {
+                    let Some(host) = hosts.get_mut(&*due.host) else { continue };
+                    let fits =
+                        if at_once { given.0 < of.0 && host.0 > 0 } else { given.0 + given.1 < of.1 && host.1 > 0 };
+                    if room == 0 || !fits {
+                        continue;
+                    }
+                    if at_once {
+                        given.0 += 1;
+                        host.0 -= 1;
+                    } else {
+                        given.1 += 1;
+                    }
+                    room -= 1;
+                    host.1 = host.1.saturating_sub(1);
+                    last = Some(&due.target);
                     gave = true;
                 }
-            }
-            if !gave {
-                break;
+                if !gave {
+                    break;
+                }
             }
         }
-        order
-            .into_iter()
-            .zip(shares)
-            .filter(|(_, count)| *count > 0)
-            .map(|(due, count)| Share { target: due.target.clone(), count })
-            .collect()
+        if let Some(last) = last {
+            self.last.clone_from(last);
+        }
+        let mut shares = Vec::new();
+        for (due, (at_once, more)) in order.into_iter().zip(given) {
+            let count = at_once + more;
+            if count > 0 {
+                self.ask(due, count, now);
+                shares.push(Share { target: due.target.clone(), count, at_once });
+            }
+        }
+        shares
     }
 
-    /// Gives back what was taken but not sent.
-    pub fn give_back(&mut self, target: &str, count: usize) {
-        for _ in 0..count {
-            self.finish(target);
+    /// One that was asked for is there, and stands in line.
+    pub fn claimed(&mut self, target: &str, one: T, now: Instant) {
+        let Some(state) = self.targets.get_mut(target).filter(|state| state.asked > 0) else {
+            // Nobody asked for it.
+            self.unsent.push(one);
+            return;
+        };
+        state.asked -= 1;
+        state.line.push_back((one, now));
+        if !std::mem::replace(&mut state.has_turn, true) {
+            self.turns.push_back(state.key.clone());
         }
+    }
+
+    /// So many that were asked for are not there.
+    pub fn give_back(&mut self, target: &str, count: usize) {
+        if let Some(state) = self.targets.get_mut(target) {
+            let count = count.min(state.asked);
+            state.asked -= count;
+            let host = state.host.clone();
+            self.left_line(&host, count);
+        }
+    }
+
+    /// The next to be sent, counted as in flight from now on. None: all sends are busy, or nothing in line may be sent.
+    pub fn next(&mut self, now: Instant) -> Option<T> {
+        while self.in_flight < self.in_flight_limit {
+            let key = self.turns.pop_front()?;
+            let Some(state) = self.targets.get_mut(&key) else { continue };
+            state.has_turn = false;
+            let limit = state.limit(self.per_target);
+            if state.in_flight >= limit || state.line.is_empty() || state.is_held(now) {
+                // The end of a send gives it another turn; what is held back does not stay in line.
+                continue;
+            }
+            let host = self.hosts.entry(state.host.clone()).or_default();
+            if host.in_flight >= self.per_host {
+                state.has_turn = true;
+                host.parked.push(key);
+                continue;
+            }
+            let Some((one, since)) = state.line.pop_front() else { continue };
+            let fresh = now.saturating_duration_since(since) <= MAX_WAIT;
+            if fresh {
+                state.in_flight += 1;
+                state.last_used = Some(now);
+                host.in_flight += 1;
+                self.in_flight += 1;
+            }
+            if !state.line.is_empty() && state.in_flight < limit {
+                state.has_turn = true;
+                self.turns.push_back(key);
+            }
+            let host = state.host.clone();
+            self.left_line(&host, 1);
+            if fresh {
+                return Some(one);
+            }
+            self.unsent.push(one);
+        }
+        None
+    }
+
+    /// What is not to be sent now after all, to be given back: it has stood in line for too long, or its target is held back.
+    pub fn unsent(&mut self, now: Instant) -> Vec<T> {
+        self.leave_line(|state, since| state.is_held(now) || now.saturating_duration_since(since) > MAX_WAIT)
+    }
+
+    /// Everything in line, to be given back.
+    pub fn drain(&mut self) -> Vec<T> {
+        self.leave_line(|_, _| true)
     }
 
     /// A send has ended well.
-    pub fn succeeded(&mut self, target: &str) {
+    pub fn succeeded(&mut self, target: &str, now: Instant) {
         self.finish(target);
+        self.pace.count(now);
         if let Some(state) = self.targets.get_mut(target) {
+            state.pace.count(now);
             state.failures = 0;
             state.probe_wait = Duration::ZERO;
             state.not_before = None;
@@ -140,7 +354,7 @@ impl Fairness {
         let Some(state) = self.targets.get_mut(target) else { return };
         state.failures = state.failures.saturating_add(1);
         // What was in flight when the first of them failed says nothing new.
-        let held = state.not_before.is_some_and(|at| at > now);
+        let held = state.is_held(now);
         let probing = (state.failures >= FAILURES_BEFORE_PROBING && !held).then(|| {
             let (first, longest) = PROBE_WAIT;
             state.probe_wait = (state.probe_wait * 2).clamp(first, longest);
@@ -160,10 +374,7 @@ impl Fairness {
     /// Targets that are held back or only probed.
     #[must_use]
     pub fn held(&self, now: Instant) -> usize {
-        self.targets
-            .values()
-            .filter(|state| state.failures >= FAILURES_BEFORE_PROBING || state.not_before.is_some_and(|at| at > now))
-            .count()
+        self.targets.values().filter(|state| state.failures >= FAILURES_BEFORE_PROBING || state.is_held(now)).count()
     }
 
     /// Forgets targets at rest, so that memory does not grow with the number of targets ever seen. One that only ever
@@ -172,41 +383,85 @@ impl Fairness {
         const LONG: Duration = Duration::from_secs(3_600);
         self.targets.retain(|_, state| {
             let recent = state.last_used.is_some_and(|at| now.saturating_duration_since(at) < LONG);
-            state.in_flight > 0 || state.not_before.is_some_and(|at| at > now) || (state.failures > 0 && recent)
+            let busy = state.in_flight > 0 || state.asked > 0 || !state.line.is_empty();
+            busy || state.is_held(now) || (state.failures > 0 && recent) || state.pace.recent(now) > 0
         });
+        self.hosts.retain(|_, host| host.in_flight > 0 || host.ahead > 0 || !host.parked.is_empty());
     }
 
-    fn has_room(&self, due: &Due, now: Instant) -> bool {
-        if self.hosts.get(&due.host).is_some_and(|in_flight| *in_flight >= self.per_host) {
-            return false;
+    /// How many may stand in line. None while all sends are busy and none ends.
+    fn line_limit(&self, now: Instant) -> usize {
+        let recent = self.pace.recent(now);
+        if recent == 0 && self.free() == 0 { 0 } else { (recent * 2).max(self.in_flight_limit).min(AHEAD) }
+    }
+
+    /// How many a target may have more: at once, and in all.
+    fn room(&self, due: &Due, line: usize, now: Instant) -> (usize, usize) {
+        let (at_once, in_all) = match self.targets.get(&*due.target) {
+            None => (self.per_target, self.per_target),
+            Some(state) if state.is_held(now) => (0, 0),
+            Some(state) => {
+                let limit = state.limit(self.per_target);
+                let taken = state.in_flight + state.asked + state.line.len();
+                let line = if state.failures > 0 || !due.ahead { 0 } else { (state.pace.recent(now) * 2).min(line) };
+                (limit.saturating_sub(taken), (limit + line).saturating_sub(taken))
+            }
+        };
+        (at_once.min(due.count), in_all.min(due.count))
+    }
+
+    fn ask(&mut self, due: &Due, count: usize, now: Instant) {
+        if !self.targets.contains_key(&*due.target) {
+            let key: Arc<str> = due.target.as_str().into();
+            self.targets.insert(key.clone(), Target::new(key, due.host.as_str().into()));
         }
-        let Some(state) = self.targets.get(&due.target) else { return true };
-        let limit = if state.failures >= FAILURES_BEFORE_PROBING { 1 } else { self.per_target };
-        state.in_flight < limit && state.not_before.is_none_or(|at| at <= now)
+        let Some(state) = self.targets.get_mut(&*due.target) else { return };
+        state.asked += count;
+        state.last_used = Some(now);
+        self.hosts.entry(state.host.clone()).or_default().ahead += count;
+        self.ahead += count;
     }
 
-    fn start(&mut self, due: &Due, now: Instant) {
-        let state = self.targets.entry(due.target.clone()).or_default();
-        state.host.clone_from(&due.host);
-        state.in_flight += 1;
-        state.last_used = Some(now);
-        *self.hosts.entry(due.host.clone()).or_default() += 1;
-        self.in_flight += 1;
-        self.last.clone_from(&due.target);
+    fn left_line(&mut self, host: &str, count: usize) {
+        self.ahead -= count;
+        if let Some(host) = self.hosts.get_mut(host) {
+            host.ahead -= count;
+        }
+    }
+
+    fn leave_line(&mut self, leaves: impl Fn(&Target<T>, Instant) -> bool) -> Vec<T> {
+        let mut left = std::mem::take(&mut self.unsent);
+        for state in self.targets.values_mut() {
+            let mut count = 0;
+            // Whoever has waited longest is in front.
+            while let Some(since) = state.line.front().map(|(_, since)| *since)
+                && leaves(state, since)
+                && let Some((one, _)) = state.line.pop_front()
+            {
+                left.push(one);
+                count += 1;
+            }
+            self.ahead -= count;
+            if let Some(host) = self.hosts.get_mut(&state.host) {
+                host.ahead -= count;
+            }
+        }
+        left
     }
 
     fn finish(&mut self, target: &str) {
-        if let Some(state) = self.targets.get_mut(target)
-            && state.in_flight > 0
-        {
-            state.in_flight -= 1;
-            self.in_flight -= 1;
-            if let Some(on_host) = self.hosts.get_mut(&state.host) {
-                *on_host -= 1;
-                if *on_host == 0 {
-                    self.hosts.remove(&state.host);
-                }
-            }
+        let Some(state) = self.targets.get_mut(target) else { return };
+        if state.in_flight == 0 {
+            return;
+        }
+        state.in_flight -= 1;
+        self.in_flight -= 1;
+        if let Some(host) = self.hosts.get_mut(&state.host) {
+            host.in_flight -= 1;
+            self.turns.extend(host.parked.drain(..));
+        }
+        if !state.line.is_empty() && !std::mem::replace(&mut state.has_turn, true) {
+            self.turns.push_back(state.key.clone());
         }
     }
 }
@@ -218,11 +473,22 @@ mod tests {
     use super::*;
 
     fn due(target: &str, count: usize) -> Due {
-        Due { target: target.into(), host: target.into(), count }
+        Due { target: target.into(), host: target.into(), count, ahead: true }
     }
 
-    fn counts(shares: &[Share]) -> Vec<(&str, usize)> {
-        let mut all: Vec<_> = shares.iter().map(|share| (share.target.as_str(), share.count)).collect();
+    /// Claims all that may be claimed and sends all that may be sent.
+    fn send(fairness: &mut Fairness<String>, due: &[Due], now: Instant) -> Vec<String> {
+        for share in fairness.shares(due, now) {
+            assert!(share.at_once <= share.count && share.count > 0);
+            for _ in 0..share.count {
+                fairness.claimed(&share.target, share.target.clone(), now);
+            }
+        }
+        std::iter::from_fn(|| fairness.next(now)).collect()
+    }
+
+    fn counts(shares: &[Share]) -> Vec<(&str, usize, usize)> {
+        let mut all: Vec<_> = shares.iter().map(|share| (share.target.as_str(), share.count, share.at_once)).collect();
         all.sort_unstable();
         all
     }
@@ -230,10 +496,12 @@ mod tests {
     #[test]
     fn four_a_target_and_no_more_than_there_are() {
         let (mut fairness, now) = (Fairness::new(4, 64), Instant::now());
-        assert_eq!(counts(&fairness.take(&[due("a", 100), due("b", 2), due("c", 0)], now)), [("a", 4), ("b", 2)]);
-        assert_eq!(fairness.take(&[due("a", 96)], now), []);
-        fairness.succeeded("a");
-        assert_eq!(counts(&fairness.take(&[due("a", 96)], now)), [("a", 1)]);
+        let mut sent = send(&mut fairness, &[due("a", 100), due("b", 2), due("c", 0)], now);
+        sent.sort();
+        assert_eq!(sent.join(""), "aaaabb");
+        assert!(send(&mut fairness, &[due("a", 96)], now).is_empty());
+        fairness.succeeded("a", now);
+        assert_eq!(send(&mut fairness, &[due("a", 96)], now), ["a"]);
     }
 
     #[test]
@@ -242,10 +510,9 @@ mod tests {
         let all: Vec<_> = ["a", "b", "c", "d", "e"].map(|name| due(name, 10)).to_vec();
         let mut served = Vec::new();
         for _ in 0..5 {
-            for share in fairness.take(&all, now) {
-                assert_eq!(share.count, 1);
-                fairness.succeeded(&share.target);
-                served.push(share.target);
+            for target in send(&mut fairness, &all, now) {
+                fairness.failed(&target, None, now);
+                served.push(target);
             }
         }
         assert_eq!(served.join(""), "abcdeabcde");
@@ -254,83 +521,177 @@ mod tests {
     #[test]
     fn a_host_with_many_targets_leaves_half_to_others() {
         let (mut fairness, now) = (Fairness::new(4, 8), Instant::now());
-        let one = |path: usize| Due { target: format!("https://one/{path}"), host: "one".into(), count: 9 };
+        let one = |path: usize| Due { host: "one".into(), ..due(&format!("https://one/{path}"), 9) };
         let all: Vec<_> = (0..20).map(one).collect();
-        let taken: usize = fairness.take(&all, now).iter().map(|share| share.count).sum();
-        assert_eq!(taken, 4);
-        assert_eq!(counts(&fairness.take(&[due("two", 9)], now)), [("two", 4)]);
+        assert_eq!(send(&mut fairness, &all, now).len(), 4);
+        assert_eq!(send(&mut fairness, &[due("two", 9)], now), ["two"; 4]);
+        let later = now + MAX_WAIT * 2;
+        fairness.succeeded("https://one/0", later);
+        assert!(fairness.next(later).is_none(), "what stood in line for too long is not sent");
+        let unsent = fairness.unsent(later);
+        assert!(unsent.iter().all(|target| target.starts_with("https://one/")));
+        assert_eq!(fairness.ahead(), 0);
     }
 
     #[test]
     fn five_failures_in_a_row_then_probes_from_a_second_to_a_minute() {
         let (mut fairness, mut now) = (Fairness::default(), Instant::now());
         for _ in 0..5 {
-            assert_eq!(counts(&fairness.take(&[due("a", 1)], now)), [("a", 1)]);
+            assert_eq!(send(&mut fairness, &[due("a", 1)], now), ["a"]);
             fairness.failed("a", None, now);
         }
         for wait in [1, 2, 4, 8, 16, 32, 60, 60] {
             let wait = Duration::from_secs(wait);
             assert_eq!(fairness.held_until("a", now), Some(now + wait));
-            assert_eq!(fairness.take(&[due("a", 9)], now + wait - Duration::from_millis(1)), []);
+            assert!(send(&mut fairness, &[due("a", 9)], now + wait - Duration::from_millis(1)).is_empty());
             now += wait;
-            assert_eq!(counts(&fairness.take(&[due("a", 9)], now)), [("a", 1)], "one probe at a time");
+            assert_eq!(send(&mut fairness, &[due("a", 9)], now), ["a"], "one probe at a time");
             fairness.failed("a", None, now);
         }
         now += Duration::from_secs(60);
-        fairness.take(&[due("a", 9)], now);
-        fairness.succeeded("a");
-        assert_eq!(counts(&fairness.take(&[due("a", 9)], now)), [("a", 4)]);
+        send(&mut fairness, &[due("a", 9)], now);
+        fairness.succeeded("a", now);
+        assert_eq!(send(&mut fairness, &[due("a", 9)], now), ["a"; 4]);
     }
 
     #[test]
     fn retry_after_holds_the_target_back() {
         let (mut fairness, now) = (Fairness::default(), Instant::now());
-        fairness.take(&[due("a", 1), due("b", 1)], now);
+        send(&mut fairness, &[due("a", 1), due("b", 1)], now);
         fairness.failed("a", Some(Duration::from_secs(30)), now);
-        assert_eq!(counts(&fairness.take(&[due("a", 9), due("b", 9)], now + Duration::from_secs(29))), [("b", 3)]);
-        assert_eq!(counts(&fairness.take(&[due("a", 9)], now + Duration::from_secs(30))), [("a", 4)]);
+        let later = now + Duration::from_secs(29);
+        assert_eq!(send(&mut fairness, &[due("a", 9), due("b", 9)], later), ["b"; 3]);
+        assert_eq!(send(&mut fairness, &[due("a", 9)], now + Duration::from_secs(30)), ["a"; 4]);
+    }
+
+    #[test]
+    fn what_stands_in_line_follows_what_was_delivered_lately() {
+        let (mut fairness, mut now) = (Fairness::new(4, 64), Instant::now());
+        let all = [due("fast", 9_999), due("new", 9_999)];
+        assert_eq!(counts(&fairness.shares(&all[..1], now)), [("fast", 4, 4)], "nothing is known of it");
+        for _ in 0..4 {
+            fairness.claimed("fast", "fast".to_owned(), now);
+        }
+        for _ in 0..50 {
+            now += Duration::from_millis(1);
+            assert_eq!(fairness.next(now).as_deref(), Some("fast"));
+            fairness.succeeded("fast", now);
+            for share in fairness.shares(&all[..1], now) {
+                (0..share.count).for_each(|_| fairness.claimed("fast", "fast".to_owned(), now));
+            }
+        }
+        let line = fairness.ahead();
+        assert!((50..=104).contains(&line), "{line}");
+        assert_eq!(fairness.shares(&all, now), [], "that is enough for now");
+        assert_eq!(fairness.drain().len(), line);
+        let no_line = Due { ahead: false, ..all[0].clone() };
+        for (due, most) in [(all[1].clone(), 4), (no_line, 4), (all[0].clone(), 104)] {
+            let target = due.target.clone();
+            let shares = fairness.shares(&[due], now);
+            assert_eq!(counts(&shares), [(&*target, most, 4)]);
+            fairness.give_back(&target, most);
+        }
+        // Five failures, and what was in line leaves it.
+        let sent = send(&mut fairness, &all, now);
+        assert_eq!(sent.iter().filter(|target| *target == "fast").count(), 4);
+        let line = fairness.ahead();
+        for _ in 0..5 {
+            fairness.failed("fast", None, now);
+            fairness.next(now);
+        }
+        assert_eq!(fairness.unsent(now).len(), line - 4);
+        assert_eq!(fairness.shares(&all[..1], now), []);
+    }
+
+    #[test]
+    fn where_nothing_ends_nothing_is_claimed_ahead() {
+        let (mut fairness, now) = (Fairness::new(4, 8), Instant::now());
+        let all: Vec<_> = (0..20).map(|name| due(&name.to_string(), 100)).collect();
+        assert_eq!(send(&mut fairness, &all, now).len(), 8);
+        let later = now + MAX_WAIT * 2;
+        let unsent = fairness.unsent(later).len();
+        assert!(unsent <= 8, "{unsent}");
+        assert_eq!(fairness.shares(&all, later), []);
     }
 
     #[test]
     fn targets_at_rest_are_forgotten() {
         let (mut fairness, now) = (Fairness::default(), Instant::now());
-        fairness.take(&[due("a", 1), due("b", 1), due("c", 1)], now);
-        fairness.succeeded("a");
+        send(&mut fairness, &[due("a", 1), due("b", 1)], now);
+        assert_eq!(fairness.shares(&[due("c", 1)], now).len(), 1);
+        fairness.succeeded("a", now);
         fairness.failed("b", None, now);
-        fairness.forget_idle(now);
+        fairness.forget_idle(now + HORIZON * 2);
         assert_eq!(fairness.targets.len(), 2);
         fairness.give_back("c", 1);
         fairness.forget_idle(now + Duration::from_secs(3_600));
-        assert_eq!(fairness.targets.len(), 0);
-        assert_eq!(fairness.free(), IN_FLIGHT);
+        assert_eq!((fairness.targets.len(), fairness.hosts.len()), (0, 0));
+        assert_eq!((fairness.free(), fairness.ahead()), (IN_FLIGHT, 0));
     }
 
     proptest! {
+        /// Whatever happens: the limits hold, whatever was claimed is sent or given back, once, and nothing waits for long.
         #[test]
-        fn limits_always_hold_and_all_sends_come_back(
-            steps in proptest::collection::vec((0usize..6, 0usize..9, 0u64..90, any::<bool>()), 1..120),
+        fn limits_always_hold_and_all_come_back(
+            steps in proptest::collection::vec((0usize..6, 0usize..40, 0u64..9_000, 0usize..12, any::<bool>()), 1..120),
         ) {
-            let (mut fairness, start) = (Fairness::new(4, 10), Instant::now());
-            let mut now = start;
-            let mut flying: Vec<String> = Vec::new();
-            for (which, count, later, good) in steps {
-                now += Duration::from_secs(later);
-                let all: Vec<_> = (0..6).map(|name| due(&name.to_string(), if name == which { count } else { 1 })).collect();
-                for share in fairness.take(&all, now) {
-                    flying.extend(std::iter::repeat_n(share.target, share.count));
+            let mut fairness = Fairness::new(4, 10);
+            let mut now = Instant::now();
+            let mut flying: Vec<(usize, usize)> = Vec::new();
+            let (mut claimed, mut gone) = (0, std::collections::HashSet::new());
+            for (which, count, later, ends, good) in steps {
+                now += Duration::from_millis(later);
+                let all: Vec<_> = (0..6)
+                    .map(|name| {
+                        let count = if name == which { count } else { 9 };
+                        Due { host: (name / 3).to_string(), ..due(&name.to_string(), count) }
+                    })
+                    .collect();
+                for share in fairness.shares(&all, now) {
+                    let flying = flying.iter().filter(|(target, _)| target.to_string() == share.target).count();
+                    prop_assert!(flying + share.at_once <= 4);
+                    let there = if good { share.count } else { share.count / 2 };
+                    for _ in 0..there {
+                        fairness.claimed(&share.target, (share.target.parse().unwrap(), claimed), now);
+                        claimed += 1;
+                    }
+                    fairness.give_back(&share.target, share.count - there);
+                }
+                for (_, id) in fairness.unsent(now) {
+                    prop_assert!(gone.insert(id), "given back once");
+                }
+                while let Some(one) = fairness.next(now) {
+                    flying.push(one);
                 }
                 prop_assert_eq!(flying.len() + fairness.free(), 10);
+                prop_assert_eq!(claimed, flying.len() + fairness.ahead() + gone.len() + fairness.unsent.len());
                 for name in 0..6 {
-                    prop_assert!(flying.iter().filter(|target| **target == name.to_string()).count() <= 4);
+                    prop_assert!(flying.iter().filter(|(target, _)| *target == name).count() <= 4);
                 }
-                if !flying.is_empty() {
-                    let target = flying.swap_remove(which % flying.len());
-                    if good { fairness.succeeded(&target) } else { fairness.failed(&target, None, now) }
+                for host in 0..2 {
+                    prop_assert!(flying.iter().filter(|(target, _)| target / 3 == host).count() <= 5);
+                }
+                for _ in 0..ends.min(flying.len()) {
+                    let (target, id) = flying.swap_remove(which % flying.len());
+                    prop_assert!(gone.insert(id), "sent once");
+                    let target = target.to_string();
+                    if good { fairness.succeeded(&target, now) } else { fairness.failed(&target, None, now) }
                 }
                 fairness.forget_idle(now);
             }
-            for target in flying { fairness.give_back(&target, 1) }
-            prop_assert_eq!(fairness.free(), 10);
+            // Nothing is stuck: with every end the next goes.
+            for _ in 0..claimed {
+                while let Some(one) = fairness.next(now) {
+                    flying.push(one);
+                }
+                let Some((target, id)) = flying.pop() else { break };
+                prop_assert!(gone.insert(id), "sent once");
+                fairness.succeeded(&target.to_string(), now);
+            }
+            for (_, id) in fairness.unsent(now) {
+                prop_assert!(gone.insert(id), "given back once");
+            }
+            prop_assert_eq!((gone.len(), fairness.ahead(), fairness.free()), (claimed, 0, 10));
         }
     }
 }

@@ -119,11 +119,6 @@ impl Pool {
         Self { inner, silence }
     }
 
-    /// The pool without a bound: for migrations, which may take as long as they take.
-    pub(super) fn unbounded(&self) -> &DatabaseConnection {
-        &self.inner
-    }
-
     pub(super) async fn begin(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         let inner = within(self.silence.as_ref(), self.inner.begin_with_options(options)).await?;
         Ok(DatabaseTransaction { inner, silence: self.silence.clone() })
@@ -148,7 +143,7 @@ pub(super) struct DatabaseTransaction {
 }
 
 impl DatabaseTransaction {
-    /// Without a bound: for migrations.
+    /// Without a bound: for migrations, which may take as long as they take.
     pub(super) fn unbounded(&self) -> &sea_orm::DatabaseTransaction {
         &self.inner
     }

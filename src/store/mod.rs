@@ -48,9 +48,9 @@ pub use nodes::NodeRecord;
 pub use pages::{BatchFilter, FileFilter};
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
-    AttemptRecord, BeginRetry, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter, DeletedDeadLetter,
-    DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, EndpointChange, EndpointRecord, NewEndpoint, Reaped,
-    RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
+    AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
+    DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, EndpointChange, EndpointRecord,
+    NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing, Turn,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 

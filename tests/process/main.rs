@@ -4,9 +4,9 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod again;
+mod crowds;
 #[cfg(target_os = "linux")]
 mod disk;
-mod crowds;
 // Only debug builds have points to die at.
 #[cfg(debug_assertions)]
 mod faults;

@@ -35,7 +35,7 @@ pub struct Deliveries {
     rows: Vec<Row>,
     /// What this sender has in flight.
     flights: Vec<usize>,
-    fairness: Fairness,
+    fairness: Fairness<usize>,
     faults: bool,
 }
 
@@ -88,6 +88,16 @@ impl Deliveries {
             11 if self.faults => self.supersede(),
             _ => self.fairness.forget_idle(self.now),
         }
+        while let Some(at) = self.fairness.next(self.now) {
+            assert!(
+                self.fairness.held_until(&self.rows[at].target.to_string(), self.now).is_none(),
+                "a target that is held back"
+            );
+            self.flights.push(at);
+        }
+        for at in self.fairness.unsent(self.now) {
+            self.input(at, Input::Released);
+        }
         assert!(self.flights.len() <= IN_FLIGHT);
         assert_eq!(self.fairness.free(), IN_FLIGHT - self.flights.len(), "every send in flight is counted once");
         for target in 0..TARGETS {
@@ -123,9 +133,10 @@ impl Deliveries {
                 target: target.to_string(),
                 host: (target / 2).to_string(),
                 count: self.rows.iter().filter(|row| row.target == target && ready(row, self.now)).count(),
+                ahead: true,
             })
             .collect();
-        for share in self.fairness.take(&due, self.now) {
+        for share in self.fairness.shares(&due, self.now) {
             let target: usize = share.target.parse().unwrap();
             assert!(self.fairness.held_until(&share.target, self.now).is_none(), "a target that is held back");
             let mine: Vec<usize> = (0..self.rows.len())
@@ -136,7 +147,7 @@ impl Deliveries {
             let taken = if self.faults { self.random.random_range(0..=share.count) } else { share.count };
             for at in &mine[..taken] {
                 assert!(self.input(*at, Input::Claimed));
-                self.flights.push(*at);
+                self.fairness.claimed(&share.target, *at, self.now);
             }
             self.fairness.give_back(&share.target, share.count - taken);
         }
@@ -150,16 +161,14 @@ impl Deliveries {
         let target = self.rows[at].target.to_string();
         let input = match self.random.random_range(0..10) {
             0 if self.faults => Input::FailedForGood,
-            1 if self.faults => Input::Released,
             2..6 if self.faults => Input::Failed,
             _ => Input::Succeeded,
         };
         match input {
             Input::Succeeded => {
                 self.rows[at].received = true;
-                self.fairness.succeeded(&target);
+                self.fairness.succeeded(&target, self.now);
             }
-            Input::Released => self.fairness.give_back(&target, 1),
             _ => {
                 let asked = self.random.random_bool(0.2).then(|| Duration::from_secs(30));
                 self.fairness.failed(&target, asked, self.now);

@@ -13,7 +13,8 @@ use tidemill::{
         webhook::{AttemptResult, DeliveryState, ErrorKind, PROGRESS_LIFETIME, WebhookEvent, target_of},
     },
     store::{
-        BeginRetry, ClaimedDelivery, DeadLetterFilter, DeliveryFilter, DeliveryRecord, SettledAs, Settlement, Store,
+        BeginRetry, ClaimShare, ClaimedDelivery, DeadLetterFilter, DeliveryFilter, DeliveryRecord, SettledAs,
+        Settlement, Store,
     },
 };
 
@@ -277,9 +278,10 @@ impl Outbox {
             *first = known.due.min(*first);
         }
         assert!(due.iter().map(|due| (due.target.as_str(), due.due)).eq(expected), "{due:?}");
-        let shares: Vec<_> = due.into_iter().map(|due| (due.target, random.random_range(1..=2))).collect();
+        let shares: Vec<_> =
+            due.into_iter().map(|due| ClaimShare::at_once(due.target, random.random_range(1..=2))).collect();
         let mut wanted = Vec::new();
-        for (target, count) in &shares {
+        for ClaimShare { target, count, .. } in &shares {
             let mut ready: Vec<_> = self
                 .known
                 .iter()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tidemill::{
     domain::webhook::{AttemptResult, ErrorKind, WebhookTarget},
-    store::{BeginRetry, ClaimedDelivery, SettledAs, Settlement},
+    store::{BeginRetry, ClaimShare, ClaimedDelivery, SettledAs, Settlement},
 };
 
 use crate::fixture::{Db, target};
@@ -16,7 +16,7 @@ crate::on_both!(
 
 async fn claim(db: &Db) -> ClaimedDelivery {
     let (due, _) = db.store.due_targets().await.unwrap();
-    let shares: Vec<_> = due.into_iter().map(|due| (due.target, 1)).collect();
+    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.target, 1)).collect();
     db.store.claim_deliveries(&shares).await.unwrap().remove(0)
 }
 

@@ -9,6 +9,7 @@ mod atomic;
 mod delivery;
 mod endpoints;
 mod fixture;
+mod groups;
 mod late;
 mod outbox;
 mod receiver;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tidemill::{
     domain::webhook::{AttemptResult, DeliveryState, ErrorKind, EventFilter, WebhookEvent, WebhookTarget},
-    store::{ClaimedDelivery, SettledAs, Settlement},
+    store::{ClaimShare, ClaimedDelivery, SettledAs, Settlement},
 };
 
 use crate::fixture::{Db, target};
@@ -44,7 +44,7 @@ fn failure() -> Option<AttemptResult> {
 
 async fn claim(db: &Db) -> Vec<ClaimedDelivery> {
     let (due, _) = db.store.due_targets().await.unwrap();
-    let shares: Vec<_> = due.into_iter().map(|due| (due.target, 10)).collect();
+    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.target, 10)).collect();
     db.store.claim_deliveries(&shares).await.unwrap()
 }
 

@@ -8,7 +8,7 @@ use tidemill::{
         DeadLetterId,
         webhook::{AttemptResult, ErrorKind, SealedSecret, WebhookConfig},
     },
-    store::{BeginRetry, EndpointChange, Settlement, Store},
+    store::{BeginRetry, ClaimShare, EndpointChange, Settlement, Store},
 };
 
 use crate::{
@@ -24,7 +24,7 @@ async fn dead_letter(db: &Db) -> DeadLetterId {
     db.complete(&batch.id).await;
     for _ in 0..3 {
         let (due, _) = db.store.due_targets().await.unwrap();
-        let shares: Vec<_> = due.into_iter().map(|due| (due.target, 10)).collect();
+        let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.target, 10)).collect();
         let [claim] = db.store.claim_deliveries(&shares).await.unwrap().try_into().unwrap();
         let failed = Settlement {
             id: claim.id,

@@ -4,14 +4,12 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use sea_orm::{
-    ColumnTrait, Condition, EntityTrait, FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
-    Statement,
-    sea_query::{Expr, ExprTrait, LockBehavior, LockType},
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, FromQueryResult, QueryFilter, Statement,
+    sea_query::Expr,
 };
 use uuid::Uuid;
 
-use super::{LEASE_MARGIN_MICROS, NEVER, event_of, outcome, state_of};
-use crate::store::again::again;
+use super::{LEASE_MARGIN_MICROS, NEVER, event_of, groups, outcome, state_of};
 use crate::{
     domain::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
@@ -32,6 +30,26 @@ pub struct Due {
     pub target: String,
     /// When the first of them is due, in microseconds since the Unix epoch.
     pub due: i64,
+}
+
+/// How many of a target's deliveries to claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClaimShare {
+    /// Its key ([`crate::domain::webhook::target_of`]).
+    pub target: String,
+    /// At most so many.
+    pub count: usize,
+    /// At most so many of those whose last attempt this would be: the others are not claimed before they can be sent at
+    /// once, lest a crash makes a dead letter of what was never sent.
+    pub at_once: usize,
+}
+
+impl ClaimShare {
+    /// So many, to be sent at once.
+    #[must_use]
+    pub fn at_once(target: impl Into<String>, count: usize) -> Self {
+        Self { target: target.into(), count, at_once: count }
+    }
 }
 
 /// Which secrets sign a delivery.
@@ -94,7 +112,7 @@ impl Store {
              FROM scan WHERE scan.target IS NOT NULL) \
              SELECT target, (SELECT MIN(d.next_attempt_at) FROM webhook_deliveries d \
              WHERE d.state = 'pending' AND d.target = scan.target) AS due FROM scan WHERE target IS NOT NULL";
-        let backend = sea_orm::ConnectionTrait::get_database_backend(self.read());
+        let backend = self.read().get_database_backend();
         let due = Due::find_by_statement(Statement::from_string(backend, sql)).all(self.read()).await?;
         Ok((due, at))
     }
@@ -104,72 +122,145 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn claim_deliveries(&self, shares: &[(String, usize)]) -> Result<Vec<ClaimedDelivery>, StoreError> {
-        again(|| self.claim_deliveries_once(shares)).await
-    }
-
-    async fn claim_deliveries_once(&self, shares: &[(String, usize)]) -> Result<Vec<ClaimedDelivery>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let mut rows = Vec::new();
-        for (target, count) in shares {
-            let found = webhook_delivery::Entity::find()
-                .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
-                .filter(webhook_delivery::Column::Target.eq(target))
-                .filter(webhook_delivery::Column::NextAttemptAt.lte(at.0))
-                .filter(
-                    Condition::any()
-                        .add(webhook_delivery::Column::ExpiresAt.is_null())
-                        .add(webhook_delivery::Column::ExpiresAt.gt(at.0)),
-                )
-                .order_by_asc(webhook_delivery::Column::NextAttemptAt)
-                .order_by_asc(webhook_delivery::Column::Id)
-                .limit(u64::try_from(*count).unwrap_or(u64::MAX))
-                .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
-                .all(&tx)
-                .await?;
-            rows.extend(found);
-        }
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let endpoints = endpoints_of(&tx, &rows).await?;
-        let (held, rows): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| {
-            row.endpoint_id.as_ref().and_then(|id| endpoints.get(id)).is_some_and(|endpoint| endpoint.disabled)
-        });
-        if !held.is_empty() {
-            // An attempt that began before its endpoint was disabled has put them back.
-            webhook_delivery::Entity::update_many()
-                .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(NEVER))
-                .filter(webhook_delivery::Column::Id.is_in(held.into_iter().map(|row| row.id)))
-                .exec(&tx)
-                .await?;
-        }
-        let lease = Uuid::new_v4().simple().to_string();
-        let claimed = take(&tx, rows, &endpoints, &lease, at).await?;
-        tx.commit().await?;
-        Ok(claimed)
+    pub async fn claim_deliveries(&self, shares: &[ClaimShare]) -> Result<Vec<ClaimedDelivery>, StoreError> {
+        self.turn_deliveries(&[], shares).await.map(|turn| turn.claimed)
     }
 }
 
-/// Leases locked rows and writes their attempts.
+/// Takes due deliveries, in the caller's transaction: one statement finds them, one leases them, one writes their attempts,
+/// however many they are.
+pub(super) async fn claim(
+    tx: &DatabaseTransaction,
+    shares: &[ClaimShare],
+    at: Timestamp,
+) -> Result<Vec<ClaimedDelivery>, StoreError> {
+    let found = due_of(tx, shares, at).await?;
+    if found.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut at_once: HashMap<&str, usize> = shares.iter().map(|share| (share.target.as_str(), share.at_once)).collect();
+    let endpoints = endpoints_of(tx, &found).await?;
+    let (mut held, mut rows) = (Vec::new(), Vec::with_capacity(found.len()));
+    for row in found {
+        if row.endpoint_id.as_ref().and_then(|id| endpoints.get(id)).is_some_and(|endpoint| endpoint.disabled) {
+            held.push(row.id);
+            continue;
+        }
+        let at_once = at_once.get_mut(row.target.as_str());
+        let is_last = row.attempts + 1 >= row.max_attempts;
+        match at_once {
+            Some(at_once) if *at_once > 0 => *at_once -= 1,
+            Some(_) | None if is_last => continue,
+            Some(_) | None => {}
+        }
+        rows.push(row);
+    }
+    if !held.is_empty() {
+        // An attempt that began before its endpoint was disabled has put them back.
+        webhook_delivery::Entity::update_many()
+            .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(NEVER))
+            .filter(webhook_delivery::Column::Id.is_in(held))
+            .exec(tx)
+            .await?;
+    }
+    let lease = Uuid::new_v4().simple().to_string();
+    take(tx, rows, &endpoints, &lease, at).await
+}
+
+/// Finds and locks what is due of these targets. Locked by somebody else is passed over.
+async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) -> Result<Vec<Candidate>, StoreError> {
+    const COLUMNS: &str = "d.id, d.batch_id, d.endpoint_id, d.event, d.url, d.target, d.secret, d.body, d.timeout, \
+         d.attempts, d.max_attempts, d.created_at";
+    // The state is written out: only then do the databases use the index of what is pending.
+    const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.target = v.value ->> 0 \
+         AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
+    let rows = groups::rows(tx);
+    let targets = groups::json(shares.iter().map(|share| (&share.target, share.count)))?;
+    let most = shares.iter().map(|share| share.count).max().unwrap_or(0);
+    let most = i64::try_from(most).unwrap_or(i64::MAX);
+    let statement = match tx.get_database_backend() {
+        // Its LIMIT can't be a column of `v`.
+        DatabaseBackend::Sqlite => Statement::from_sql_and_values(
+            DatabaseBackend::Sqlite,
+            format!(
+                "SELECT {COLUMNS} FROM {rows} CROSS JOIN webhook_deliveries d WHERE d.id IN (SELECT id FROM \
+                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 1)"
+            ),
+            [targets.into(), at.0.into(), most.into()],
+        ),
+        backend => Statement::from_sql_and_values(
+            backend,
+            format!(
+                "SELECT {COLUMNS} FROM {rows} CROSS JOIN LATERAL (SELECT w.* {DUE} \
+                 LIMIT CAST(v.value ->> 1 AS BIGINT) FOR UPDATE SKIP LOCKED) d"
+            ),
+            [targets.into(), at.0.into()],
+        ),
+    };
+    Ok(Candidate::find_by_statement(statement).all(tx).await?)
+}
+
+/// What of a delivery is needed to send it.
+#[derive(FromQueryResult)]
+pub(super) struct Candidate {
+    id: String,
+    batch_id: Option<String>,
+    endpoint_id: Option<String>,
+    event: String,
+    url: String,
+    target: String,
+    secret: Option<Vec<u8>>,
+    body: Vec<u8>,
+    timeout: i64,
+    attempts: i32,
+    max_attempts: i32,
+    created_at: i64,
+}
+
+impl From<webhook_delivery::Model> for Candidate {
+    fn from(row: webhook_delivery::Model) -> Self {
+        Self {
+            id: row.id,
+            batch_id: row.batch_id,
+            endpoint_id: row.endpoint_id,
+            event: row.event,
+            url: row.url,
+            target: row.target,
+            secret: row.secret,
+            body: row.body,
+            timeout: row.timeout,
+            attempts: row.attempts,
+            max_attempts: row.max_attempts,
+            created_at: row.created_at,
+        }
+    }
+}
+
+/// Leases locked rows that are pending and writes their attempts.
 pub(super) async fn take(
     tx: &DatabaseTransaction,
-    rows: Vec<webhook_delivery::Model>,
+    rows: Vec<Candidate>,
     endpoints: &HashMap<String, webhook_endpoint::Model>,
     lease: &str,
     at: Timestamp,
 ) -> Result<Vec<ClaimedDelivery>, StoreError> {
     let mut claimed = Vec::with_capacity(rows.len());
     for row in rows {
-        let step = apply(delivery_of(&row)?, Input::Claimed)
+        let event = event_of(&row.event)?;
+        let of = Delivery {
+            state: DeliveryState::Pending,
+            attempts: row.attempts,
+            max_attempts: row.max_attempts,
+            disposable: event.is_disposable(),
+        };
+        let step = apply(of, Input::Claimed)
             .map_err(|refused| StoreError::Corrupt(format!("a delivery without an attempt left: {refused}")))?;
         let endpoint = row.endpoint_id.as_ref().and_then(|id| endpoints.get(id));
         let signing = signing(row.endpoint_id.as_deref(), endpoint, row.secret, at);
         claimed.push(ClaimedDelivery {
             id: DeliveryId::from_text(row.id),
             batch_id: row.batch_id.map(BatchId::from_text),
-            event: event_of(&row.event)?,
+            event,
             url: row.url,
             target: row.target,
             signing,
@@ -185,20 +276,21 @@ pub(super) async fn take(
     if claimed.is_empty() {
         return Ok(claimed);
     }
-    webhook_delivery::Entity::update_many()
-        .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Leased.as_str()))
-        .col_expr(webhook_delivery::Column::Attempts, Expr::col(webhook_delivery::Column::Attempts).add(1))
-        .col_expr(webhook_delivery::Column::LeaseToken, Expr::val(lease))
-        .col_expr(
-            webhook_delivery::Column::LeaseExpiresAt,
-            Expr::col(webhook_delivery::Column::Timeout).add(at.0 + LEASE_MARGIN_MICROS),
-        )
-        .filter(webhook_delivery::Column::Id.is_in(claimed.iter().map(|one| one.id.as_str())))
-        .exec(tx)
-        .await?;
+    let (backend, rows) = (tx.get_database_backend(), groups::rows(tx));
+    let ids = groups::json(claimed.iter().map(|one| (one.id.as_str(), one.attempt)))?;
+    let leased = format!(
+        "UPDATE webhook_deliveries SET state = 'leased', attempts = attempts + 1, lease_token = $2, \
+         lease_expires_at = timeout + $3 WHERE id IN (SELECT v.value ->> 0 FROM {rows})"
+    );
+    let values = [ids.as_str().into(), lease.into(), (at.0 + LEASE_MARGIN_MICROS).into()];
+    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;
     fault::point(Fault::DeliveryClaimed);
-    let attempts = claimed.iter().map(|one| started(&one.id, one.generation, one.attempt, at).into_active_model());
-    webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;
+    let started = format!(
+        "INSERT INTO webhook_attempts (delivery_id, generation, attempt, started_at, outcome, forced) \
+         SELECT v.value ->> 0, 0, CAST(v.value ->> 1 AS INTEGER), $2, '{}', FALSE FROM {rows}",
+        outcome::STARTED
+    );
+    tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()])).await?;
     Ok(claimed)
 }
 
@@ -256,7 +348,7 @@ pub(super) fn signing(
 /// The endpoints that rows name, by id.
 async fn endpoints_of(
     tx: &DatabaseTransaction,
-    rows: &[webhook_delivery::Model],
+    rows: &[Candidate],
 ) -> Result<HashMap<String, webhook_endpoint::Model>, StoreError> {
     let ids: Vec<_> = rows.iter().filter_map(|row| row.endpoint_id.clone()).collect();
     if ids.is_empty() {

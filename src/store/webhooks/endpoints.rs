@@ -330,7 +330,7 @@ impl Store {
         webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
         let lease = Uuid::new_v4().simple().to_string();
         let endpoints = [(endpoint.id.clone(), endpoint)].into();
-        let claimed = take(&tx, vec![row], &endpoints, &lease, at).await?.pop();
+        let claimed = take(&tx, vec![row.into()], &endpoints, &lease, at).await?.pop();
         tx.commit().await?;
         Ok(claimed)
     }

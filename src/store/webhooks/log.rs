@@ -5,7 +5,7 @@ use sea_orm::{
     sea_query::{Expr, ExprTrait},
 };
 
-use super::{NEVER, event_of, state_of};
+use super::{NEVER, event_of, is, state_of};
 use crate::{
     domain::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
@@ -159,7 +159,7 @@ impl Store {
         let oldest = webhook_delivery::Entity::find()
             .select_only()
             .expr_as(Expr::col(webhook_delivery::Column::NextAttemptAt).min(), "due")
-            .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+            .filter(is(DeliveryState::Pending))
             .into_model::<OldestDue>()
             .one(self.read())
             .await?;

@@ -7,21 +7,25 @@
 mod claims;
 mod dead_letters;
 mod endpoints;
+mod groups;
 mod log;
 mod reseal;
 mod retention;
 mod retry_jobs;
 mod settle;
 
-use sea_orm::{ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, sea_query::Expr};
+use sea_orm::{
+    ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter,
+    sea_query::{Expr, SimpleExpr},
+};
 
-pub use claims::{ClaimedDelivery, Due, Signing};
+pub use claims::{ClaimShare, ClaimedDelivery, Due, Signing};
 pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};
 pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint};
 pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
 pub use reseal::SecretOf;
 pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
-pub use settle::{Reaped, Settled, SettledAs, Settlement};
+pub use settle::{Reaped, Settled, SettledAs, Settlement, Turn};
 
 use super::{
     DatabaseTransaction, StoreError, convert,
@@ -39,6 +43,12 @@ use crate::domain::{
 pub(super) const LEASE_MARGIN_MICROS: i64 = 30_000_000;
 /// When a delivery to a disabled endpoint is due: not before somebody enables it.
 pub(super) const NEVER: i64 = i64::MAX;
+
+/// That a delivery is in this state. Written out: the databases use the index over one state only where they see at once that
+/// no other is meant.
+fn is(state: DeliveryState) -> SimpleExpr {
+    Expr::cust(format!("state = '{}'", state.as_str()))
+}
 
 /// An attempt's outcome, as stored. `started` becomes `unknown` when whoever started it is gone.
 pub(super) mod outcome {

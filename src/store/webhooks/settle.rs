@@ -1,13 +1,19 @@
 //! What came of attempts, written down; and attempts of which nobody will say.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     sea_query::{Expr, LockBehavior, LockType},
 };
 
-use super::{claims::delivery_of, dead_letters, outcome};
+use super::{
+    claims::{ClaimShare, ClaimedDelivery, claim, delivery_of},
+    dead_letters, groups, is, outcome,
+};
 use crate::store::again::again;
 use crate::{
     domain::{
@@ -74,56 +80,47 @@ pub struct Reaped {
     pub expired: u64,
 }
 
+/// What one transaction of the outbox came to.
+#[derive(Clone, Debug, Default)]
+pub struct Turn {
+    /// What became of the settlements, in their order.
+    pub settled: Vec<Settled>,
+    /// What was claimed.
+    pub claimed: Vec<ClaimedDelivery>,
+}
+
 impl Store {
     /// Writes down what came of attempts, all in one transaction. Whoever lost its lease changes nothing.
     ///
     /// # Errors
     /// [`StoreError`]. Nothing is written then; the same call again is right.
     pub async fn settle_deliveries(&self, settlements: &[Settlement]) -> Result<Vec<Settled>, StoreError> {
-        again(|| self.settle_deliveries_once(settlements)).await
+        self.turn_deliveries(settlements, &[]).await.map(|turn| turn.settled)
     }
 
-    async fn settle_deliveries_once(&self, settlements: &[Settlement]) -> Result<Vec<Settled>, StoreError> {
+    /// [`Store::settle_deliveries`] and [`Store::claim_deliveries`] in one transaction: a commit costs the same for one row
+    /// as for hundreds.
+    ///
+    /// # Errors
+    /// [`StoreError`]. Nothing is written then; the same call again is right.
+    pub async fn turn_deliveries(&self, settlements: &[Settlement], shares: &[ClaimShare]) -> Result<Turn, StoreError> {
+        again(|| self.turn_deliveries_once(settlements, shares)).await
+    }
+
+    async fn turn_deliveries_once(
+        &self,
+        settlements: &[Settlement],
+        shares: &[ClaimShare],
+    ) -> Result<Turn, StoreError> {
+        if settlements.is_empty() && shares.is_empty() {
+            return Ok(Turn::default());
+        }
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let mut rows: HashMap<String, webhook_delivery::Model> = webhook_delivery::Entity::find()
-            .filter(webhook_delivery::Column::Id.is_in(settlements.iter().map(|one| one.id.as_str())))
-            .order_by_asc(webhook_delivery::Column::Id)
-            .lock_exclusive()
-            .all(&tx)
-            .await?
-            .into_iter()
-            .map(|row| (row.id.clone(), row))
-            .collect();
-        let mut settled = Vec::with_capacity(settlements.len());
-        let mut delivered = Vec::new();
-        for one in settlements {
-            // A late one of the same delivery may come with it, and must not take its place.
-            let mine = |row: &webhook_delivery::Model| row.lease_token.as_deref() == Some(&one.lease);
-            let row = if rows.get(one.id.as_str()).is_some_and(mine) { rows.remove(one.id.as_str()) } else { None };
-            let Some(row) = row else {
-                settled.push(Settled { id: one.id.clone(), now: SettledAs::LeaseLost });
-                continue;
-            };
-            let now = settle(&tx, row, one, at).await?;
-            if now == SettledAs::Delivered {
-                delivered.push(one.id.as_str());
-            }
-            settled.push(Settled { id: one.id.clone(), now });
-        }
-        if !delivered.is_empty() {
-            webhook_delivery::Entity::update_many()
-                .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Delivered.as_str()))
-                .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
-                .col_expr(webhook_delivery::Column::LeaseToken, Expr::val(Option::<String>::None))
-                .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
-                .col_expr(webhook_delivery::Column::ErrorMessage, Expr::val(Option::<String>::None))
-                .filter(webhook_delivery::Column::Id.is_in(delivered))
-                .exec(&tx)
-                .await?;
-        }
+        let settled = settle_all(&tx, settlements, at).await?;
+        let claimed = if shares.is_empty() { Vec::new() } else { claim(&tx, shares, at).await? };
         tx.commit().await?;
-        Ok(settled)
+        Ok(Turn { settled, claimed })
     }
 
     /// Ends the leases of senders that are gone, and progress that nobody wants any more. `all`: every lease, not only those
@@ -154,8 +151,8 @@ impl Store {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let mut find = webhook_delivery::Entity::find()
-            .filter(webhook_delivery::Column::State.eq(DeliveryState::Leased.as_str()))
-            .order_by_asc(webhook_delivery::Column::Id)
+            .filter(is(DeliveryState::Leased))
+            .order_by_asc(webhook_delivery::Column::LeaseExpiresAt)
             .limit(REAPED_AT_ONCE)
             .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
         if !all {
@@ -181,7 +178,7 @@ impl Store {
         let expired = webhook_delivery::Entity::update_many()
             .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
             .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
-            .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+            .filter(is(DeliveryState::Pending))
             .filter(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()))
             .filter(webhook_delivery::Column::ExpiresAt.lte(at.0))
             .exec(&self.inner.write)
@@ -190,8 +187,64 @@ impl Store {
     }
 }
 
-/// Settles one locked delivery, of which the caller holds the lease. Those that are delivered the caller writes itself, many
-/// at once.
+/// Settles each delivery whose lease still holds. What was delivered or not sent is written by statements over all of them,
+/// what failed one by one: a receiver that fails is soon only probed.
+async fn settle_all(
+    tx: &DatabaseTransaction,
+    settlements: &[Settlement],
+    at: Timestamp,
+) -> Result<Vec<Settled>, StoreError> {
+    let mut seen = HashSet::with_capacity(settlements.len());
+    let (mut delivered, mut released, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    for one in settlements {
+        // An id that is there twice was leased twice, and one of the leases is lost.
+        match &one.result {
+            _ if !seen.insert(one.id.as_str()) => others.push(one),
+            Some(result) if result.succeeded() => delivered.push(one),
+            Some(_) => others.push(one),
+            None => released.push(one),
+        }
+    }
+    let mut after: HashMap<(&str, &str), SettledAs> = HashMap::with_capacity(settlements.len());
+    if !delivered.is_empty() {
+        let mine = groups::deliver(tx, &delivered, at).await?;
+        let mine = delivered.into_iter().filter(|one| mine.contains(one.id.as_str()));
+        after.extend(mine.map(|one| (key(one), SettledAs::Delivered)));
+    }
+    if !released.is_empty() {
+        let mine = groups::release(tx, &released).await?;
+        let mine = released.into_iter().filter(|one| mine.contains(one.id.as_str()));
+        after.extend(mine.map(|one| (key(one), SettledAs::Pending)));
+    }
+    if !others.is_empty() {
+        let rows = webhook_delivery::Entity::find()
+            .filter(webhook_delivery::Column::Id.is_in(others.iter().map(|one| one.id.as_str())))
+            .order_by_asc(webhook_delivery::Column::Id)
+            .lock_exclusive()
+            .all(tx)
+            .await?;
+        let mut rows: HashMap<String, webhook_delivery::Model> =
+            rows.into_iter().map(|row| (row.id.clone(), row)).collect();
+        for one in others {
+            let mine = rows.get(one.id.as_str()).is_some_and(|row| row.lease_token.as_deref() == Some(&one.lease));
+            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {
+                after.insert(key(one), settle(tx, row, one, at).await?);
+            }
+        }
+    }
+    let settled = settlements.iter().map(|one| {
+        // Each lease settles once.
+        Settled { id: one.id.clone(), now: after.remove(&key(one)).unwrap_or(SettledAs::LeaseLost) }
+    });
+    Ok(settled.collect())
+}
+
+/// What a settlement is for: no lease is given twice for one delivery.
+fn key(one: &Settlement) -> (&str, &str) {
+    (one.id.as_str(), &one.lease)
+}
+
+/// Settles one locked delivery, of which the caller holds the lease.
 async fn settle(
     tx: &DatabaseTransaction,
     row: webhook_delivery::Model,
@@ -204,15 +257,14 @@ async fn settle(
         return Ok(SettledAs::Pending);
     };
     finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;
-    let Some(error) = &result.error else {
-        return match apply(delivery_of(&row)?, Input::Succeeded) {
-            Ok(_) => Ok(SettledAs::Delivered),
-            Err(refused) => Err(StoreError::Corrupt(refused.to_string())),
-        };
+    let error = result.error.as_ref();
+    let input = match error {
+        None => Input::Succeeded,
+        Some(error) if error.kind.is_for_good() => Input::FailedForGood,
+        Some(_) => Input::Failed,
     };
-    let input = if error.kind.is_for_good() { Input::FailedForGood } else { Input::Failed };
     let row = webhook_delivery::Model { http_status: result.http_status.map(i32::from), ..row };
-    Ok(match put(tx, row, input, Some(error), one.wait, at).await? {
+    Ok(match put(tx, row, input, error, one.wait, at).await? {
         DeliveryState::Pending | DeliveryState::Leased => SettledAs::Pending,
         DeliveryState::Delivered => SettledAs::Delivered,
         DeliveryState::Dead => SettledAs::Dead,

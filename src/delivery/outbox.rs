@@ -1,0 +1,406 @@
+//! The outbox loop: claims what is due, sends it, writes down what came of it.
+//!
+//! The database is asked in turns, one at a time: a transaction that settles all attempts that have ended and claims what the
+//! line has room for, then a look at what is due. While a turn is under way sends go on, from the line, and what they come to
+//! is gathered for the next turn. So the busier it is the more deliveries share a commit, and no send waits for one.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant as StdInstant},
+};
+
+use futures::{FutureExt, future::BoxFuture};
+use rand::{SeedableRng, rngs::StdRng};
+use tokio::{
+    sync::broadcast::{self, error::RecvError},
+    task::{Id, JoinError, JoinSet},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use url::{Position, Url};
+
+use super::{
+    Webhooks,
+    fairness::{AHEAD, Due, Fairness, Share},
+    metrics,
+    send::Sent,
+};
+use crate::{
+    domain::{BatchId, Timestamp, webhook::AttemptResult},
+    fault::{self, Fault},
+    store::{self, ClaimShare, ClaimedDelivery, Settled, SettledAs, Settlement, Store, StoreError, Turn},
+};
+
+/// While sends are in flight, so many results are gathered before they are written down by themselves.
+const GATHER: usize = AHEAD / 2;
+/// And the first of them waits at most so long.
+const GATHER_FOR: Duration = Duration::from_millis(10);
+
+/// What the loop must remember of a send in flight.
+struct InFlight {
+    target: String,
+    created_at: Timestamp,
+}
+
+/// What came of an attempt and is not written down yet.
+struct Unsettled {
+    settlement: Settlement,
+    created_at: Timestamp,
+}
+
+/// One turn's work.
+struct Work {
+    unsettled: Vec<Unsettled>,
+    shares: Vec<Share>,
+    look: bool,
+}
+
+/// What came of it: of the transaction, and of the look if there was one.
+struct Done {
+    work: Work,
+    turn: Result<Turn, StoreError>,
+    look: Option<Result<(Vec<store::Due>, Timestamp), StoreError>>,
+}
+
+pub(super) struct Outbox {
+    webhooks: Webhooks,
+    shutdown: CancellationToken,
+    fairness: Fairness<ClaimedDelivery>,
+    random: StdRng,
+    sends: JoinSet<(ClaimedDelivery, Sent)>,
+    in_flight: HashMap<Id, InFlight>,
+    /// It is kept until the database takes it.
+    unsettled: Vec<Unsettled>,
+    /// When the first of it came.
+    gathering_since: Option<Instant>,
+    /// What was due at the last look.
+    due: Vec<Due>,
+    /// It is time for another look.
+    look: bool,
+    /// When it will be, at the latest.
+    look_at: Instant,
+    /// The database is away until then: it is asked again at the next poll, not at the next event.
+    away_until: Option<Instant>,
+    /// A turn that did both failed: they are done in turns of their own, until a claim works again. So a row that can't be
+    /// claimed does not keep others from being settled.
+    apart: bool,
+    /// Then, whether it is the claims' turn.
+    claims_next: bool,
+    /// Of these targets less than was asked for was there: nothing (false), or nothing that may stand in line (true). They are
+    /// not asked for it again before there is news or it is time to look.
+    spent: HashMap<String, bool>,
+}
+
+impl Outbox {
+    pub(super) fn new(webhooks: Webhooks, shutdown: CancellationToken) -> Self {
+        let options = &webhooks.inner.options;
+        Self {
+            fairness: Fairness::new(options.per_target, options.in_flight),
+            random: options.seed.map_or_else(|| StdRng::seed_from_u64(rand::random()), StdRng::seed_from_u64),
+            sends: JoinSet::new(),
+            in_flight: HashMap::new(),
+            unsettled: Vec::new(),
+            gathering_since: None,
+            due: Vec::new(),
+            look: true,
+            look_at: Instant::now(),
+            away_until: None,
+            apart: false,
+            claims_next: false,
+            spent: HashMap::new(),
+            shutdown,
+            webhooks,
+        }
+    }
+
+    /// Delivers until the shutdown, and then until what is in flight has ended and is written down, or the time for that is over.
+    pub(super) async fn run(mut self) {
+        let mut changes = self.webhooks.inner.store.changes();
+        let mut turn: Option<BoxFuture<'static, Done>> = None;
+        let mut stop_by = None;
+        loop {
+            if self.shutdown.is_cancelled() {
+                let by = *stop_by.get_or_insert_with(|| Instant::now() + self.webhooks.inner.options.drain);
+                for claim in self.fairness.drain() {
+                    self.release(claim);
+                }
+                let done = self.sends.is_empty() && self.unsettled.is_empty() && turn.is_none();
+                if done || Instant::now() >= by {
+                    break;
+                }
+            } else {
+                while let Some(claim) = self.fairness.next(now()) {
+                    self.send(claim);
+                }
+            }
+            if turn.is_none() {
+                turn = self.work().map(|work| act(self.webhooks.inner.store.clone(), work).boxed());
+            }
+            let wake_at = self.wake_at(turn.is_some(), stop_by);
+            tokio::select! {
+                Some(ended) = self.sends.join_next_with_id() => {
+                    self.ended(ended);
+                    while let Some(ended) = self.sends.try_join_next_with_id() {
+                        self.ended(ended);
+                    }
+                }
+                done = act_on(&mut turn) => {
+                    turn = None;
+                    self.done(done);
+                }
+                () = changed(&mut changes), if stop_by.is_none() => self.look = true,
+                () = self.webhooks.inner.wake.notified(), if stop_by.is_none() => self.look = true,
+                () = self.shutdown.cancelled(), if stop_by.is_none() => {}
+                () = sleep_until(wake_at) => {}
+            }
+        }
+        if !self.sends.is_empty() {
+            warn!(count = self.sends.len(), "webhooks still in flight at shutdown; they will be sent again");
+        }
+    }
+
+    /// When there is something to do although nothing happens.
+    fn wake_at(&self, turning: bool, stop_by: Option<Instant>) -> Instant {
+        let soon = Instant::now() + self.webhooks.inner.options.poll;
+        // During a turn its end is waited for, and after the shutdown nobody looks.
+        let look_at = if turning || stop_by.is_some() { soon } else { self.look_at };
+        let gathered = self.gathering_since.map(|since| since + GATHER_FOR).filter(|_| !turning);
+        let next = gathered.map_or(look_at, |gathered| gathered.min(look_at));
+        let next = self.away_until.map_or(next, |away| next.max(away));
+        stop_by.map_or(next, |by| next.min(by))
+    }
+
+    /// What the next turn is to do. None if nothing is to be done now.
+    fn work(&mut self) -> Option<Work> {
+        let at = Instant::now();
+        if self.away_until.is_some_and(|until| until > at) {
+            return None;
+        }
+        for claim in self.fairness.unsent(now()) {
+            self.release(claim);
+        }
+        let stopping = self.shutdown.is_cancelled();
+        let news = !stopping && (self.look || at >= self.look_at);
+        if news {
+            self.spent.clear();
+        }
+        let claiming = !stopping && (!self.apart || self.claims_next || self.unsettled.is_empty());
+        let shares = if claiming { self.fairness.shares(&self.due, now()) } else { Vec::new() };
+        let gathered = self.unsettled.len() >= GATHER
+            || self.gathering_since.is_some_and(|since| at >= since + GATHER_FOR)
+            || self.sends.is_empty();
+        let settling = if self.apart { shares.is_empty() } else { gathered || stopping || !shares.is_empty() };
+        let look = news || !shares.is_empty();
+        let unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
+        if self.unsettled.is_empty() {
+            self.gathering_since = None;
+        }
+        if unsettled.is_empty() && shares.is_empty() && !look {
+            return None;
+        }
+        self.claims_next = shares.is_empty();
+        self.look = false;
+        Some(Work { unsettled, shares, look })
+    }
+
+    /// Takes note of what a turn has come to.
+    fn done(&mut self, done: Done) {
+        let Done { work: Work { unsettled, shares, look }, turn, look: looked } = done;
+        let poll = self.webhooks.inner.options.poll;
+        self.away_until = None;
+        match turn {
+            Ok(Turn { settled, claimed }) => {
+                // Apart, claims are made alone.
+                self.apart &= shares.is_empty();
+                settle_metrics(&unsettled, &settled);
+                self.line_up(&shares, claimed);
+            }
+            Err(error) => {
+                warn!(%error, waiting = unsettled.len(), "the webhook outbox can't be written");
+                let both = !unsettled.is_empty() && !shares.is_empty();
+                self.apart |= both;
+                self.away_until = (!both).then(|| Instant::now() + poll);
+                for share in &shares {
+                    self.fairness.give_back(&share.target, share.count);
+                }
+                let since = std::mem::replace(&mut self.unsettled, unsettled);
+                self.unsettled.extend(since);
+                if !self.unsettled.is_empty() {
+                    self.gathering_since.get_or_insert_with(Instant::now);
+                }
+                self.look |= look;
+            }
+        }
+        match looked {
+            Some(Ok((targets, at))) => self.looked(targets, at),
+            Some(Err(error)) => {
+                warn!(%error, "the webhook outbox can't be read");
+                self.look = true;
+                self.away_until = Some(Instant::now() + poll);
+            }
+            None => {}
+        }
+        metrics::state(self.in_flight.len(), self.fairness.held(now()));
+    }
+
+    /// What is due, and when to look again.
+    fn looked(&mut self, targets: Vec<store::Due>, at: Timestamp) {
+        let now = now();
+        // What is due now and not taken waits for room, which comes with the end of a send.
+        let next = targets.iter().filter_map(|target| {
+            let due = now + Timestamp(target.due).since(at);
+            let ready = self.fairness.held_until(&target.target, now).map_or(due, |held| due.max(held));
+            (ready > now).then_some(ready)
+        });
+        let poll = Instant::now() + self.webhooks.inner.options.poll;
+        self.look_at = next.min().map_or(poll, |next| poll.min(Instant::from_std(next)));
+        self.due = targets
+            .into_iter()
+            .filter(|target| target.due <= at.0)
+            .filter_map(|store::Due { target, .. }| {
+                let spent = self.spent.get(&target).copied();
+                let ahead = match spent {
+                    None => true,
+                    Some(true) => false,
+                    Some(false) => return None,
+                };
+                Some(Due { host: host(&target), target, count: usize::MAX, ahead })
+            })
+            .collect();
+        if self.due.is_empty() {
+            self.fairness.forget_idle(now);
+        }
+    }
+
+    /// Puts what was claimed in line, and notes what was asked for and is not there.
+    fn line_up(&mut self, shares: &[Share], claimed: Vec<ClaimedDelivery>) {
+        let mut there: HashMap<String, usize> = shares.iter().map(|share| (share.target.clone(), 0)).collect();
+        let now = now();
+        for claim in claimed {
+            if let Some(there) = there.get_mut(&claim.target) {
+                *there += 1;
+            }
+            let target = claim.target.clone();
+            self.fairness.claimed(&target, claim, now);
+        }
+        for share in shares {
+            let there = there.get(&share.target).copied().unwrap_or(0);
+            self.fairness.give_back(&share.target, share.count.saturating_sub(there));
+            if there == 0 && share.at_once > 0 {
+                self.spent.insert(share.target.clone(), false);
+            } else if there <= share.at_once && there < share.count {
+                self.spent.insert(share.target.clone(), true);
+            }
+        }
+    }
+
+    fn send(&mut self, claim: ClaimedDelivery) {
+        let known = InFlight { target: claim.target.clone(), created_at: claim.created_at };
+        let webhooks = self.webhooks.clone();
+        let task = self.sends.spawn(async move {
+            let sent = webhooks.send(&claim).await;
+            (claim, sent)
+        });
+        self.in_flight.insert(task.id(), known);
+    }
+
+    /// Nothing was sent, so nothing is charged.
+    fn release(&mut self, claim: ClaimedDelivery) {
+        self.settle(claim, None, Duration::ZERO);
+    }
+
+    fn ended(&mut self, ended: Result<(Id, (ClaimedDelivery, Sent)), JoinError>) {
+        let (claim, sent) = match ended {
+            Ok((id, ended)) => {
+                self.in_flight.remove(&id);
+                ended
+            }
+            Err(error) => {
+                // Its lease runs out, and the attempt is counted.
+                if let Some(known) = self.in_flight.remove(&error.id()) {
+                    warn!(%error, target = known.target, created_at = known.created_at.0, "a webhook's sender died");
+                    self.fairness.failed(&known.target, None, now());
+                }
+                return;
+            }
+        };
+        match &sent.result.error {
+            None => self.fairness.succeeded(&claim.target, now()),
+            Some(_) => self.fairness.failed(&claim.target, sent.retry_after, now()),
+        }
+        let wait = self.webhooks.inner.options.backoff.wait(claim.attempt, sent.retry_after, &mut self.random);
+        self.settle(claim, Some(sent.result), wait);
+    }
+
+    fn settle(&mut self, claim: ClaimedDelivery, result: Option<AttemptResult>, wait: Duration) {
+        let ClaimedDelivery { id, lease, attempt, created_at, .. } = claim;
+        self.unsettled.push(Unsettled { settlement: Settlement { id, lease, attempt, result, wait }, created_at });
+        self.gathering_since.get_or_insert_with(Instant::now);
+    }
+}
+
+/// One turn at the database.
+async fn act(store: Store, work: Work) -> Done {
+    let settlements: Vec<_> = work.unsettled.iter().map(|one| one.settlement.clone()).collect();
+    let shares: Vec<_> = work
+        .shares
+        .iter()
+        .map(|share| ClaimShare { target: share.target.clone(), count: share.count, at_once: share.at_once })
+        .collect();
+    let turn = store.turn_deliveries(&settlements, &shares).await;
+    if turn.is_ok() && !settlements.is_empty() {
+        fault::point(Fault::DeliverySettled);
+    }
+    let look = if work.look && turn.is_ok() { Some(store.due_targets().await) } else { None };
+    Done { work, turn, look }
+}
+
+/// The end of the turn under way; never, if there is none.
+async fn act_on(turn: &mut Option<BoxFuture<'static, Done>>) -> Done {
+    match turn {
+        Some(turn) => turn.await,
+        None => std::future::pending().await,
+    }
+}
+
+fn settle_metrics(unsettled: &[Unsettled], settled: &[Settled]) {
+    let arrived = Timestamp::now();
+    // In the same order.
+    for (one, Settled { id, now }) in unsettled.iter().zip(settled) {
+        match now {
+            SettledAs::Delivered => metrics::delivered(arrived.since(one.created_at)),
+            SettledAs::Dead => {
+                let error = one.settlement.result.as_ref().and_then(|result| result.error.as_ref());
+                let reason = error.map_or("none", |error| error.kind.as_str());
+                metrics::dead(reason);
+                info!(delivery = %id, reason, "a webhook could not be delivered and is a dead letter");
+            }
+            SettledAs::LeaseLost => {
+                metrics::lease_lost();
+                warn!(delivery = %id, "a webhook's result came after its lease was lost");
+            }
+            SettledAs::Pending | SettledAs::Cancelled => {}
+        }
+    }
+}
+
+/// Waits for a commit of this node, however many there were.
+async fn changed(changes: &mut broadcast::Receiver<BatchId>) {
+    match changes.recv().await {
+        Ok(_) | Err(RecvError::Lagged(_)) => while changes.try_recv().is_ok() {},
+        // The store lives as long as this loop.
+        Err(RecvError::Closed) => std::future::pending().await,
+    }
+}
+
+/// What targets on the same host and port share.
+fn host(target: &str) -> String {
+    Url::parse(target)
+        .map_or_else(|_| target.to_owned(), |url| url[Position::BeforeHost..Position::AfterPort].to_owned())
+}
+
+/// The runtime's clock, which tests can stop.
+fn now() -> StdInstant {
+    Instant::now().into_std()
+}
