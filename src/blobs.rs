@@ -82,7 +82,7 @@ impl BlobError {
             if let Some(io) = error.downcast_ref::<std::io::Error>() {
                 return Some(io.kind().to_string());
             }
-            kind = kind.or(error.downcast_ref::<HttpError>().map(HttpError::kind));
+            kind = kind.or_else(|| error.downcast_ref::<HttpError>().map(HttpError::kind));
             at = error.source();
         }
         let words = match kind? {

@@ -2,6 +2,7 @@
 //! meanwhile.
 
 use std::{
+    fs::File,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -34,8 +35,15 @@ use crate::{
 
 const MIB: usize = 1024 * 1024;
 /// How long a small call may take while a crowd is served, by an unoptimized program on a busy machine with two cores.
-const SOON: Duration = Duration::from_secs(15);
-const PATIENCE: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(20);
+/// Longer than anything here takes; a test that waits for it has failed.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// One crowd at a time, among the processes that run tests too: each is to be measured alone.
+async fn alone() -> File {
+    let file = File::create(concat!(env!("CARGO_TARGET_TMPDIR"), "/crowds.lock")).unwrap();
+    tokio::task::spawn_blocking(move || file.lock().map(|()| file)).await.unwrap().unwrap()
+}
 
 /// Another client, which makes a small call again and again on a connection of its own.
 struct Bystander {
@@ -78,6 +86,7 @@ async fn clients(server: &Server, count: usize) -> Vec<Client> {
 async fn a_thousand_uploads_at_once_take_turns() {
     const UPLOADS: usize = 1_000;
     const AT_A_TIME: usize = 16;
+    let _alone = alone().await;
     let server = Server::start(&["--limit-concurrent-uploads", "16"]).await;
     let clients = clients(&server, 8).await;
     let text = input(300);
@@ -136,6 +145,7 @@ async fn a_thousand_uploads_at_once_take_turns() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_watchers_all_see_the_end() {
     const WATCHERS: usize = 10_000;
+    let _alone = alone().await;
     let server = Server::start(&[]).await;
     // A connection takes 1,024 streams.
     let clients = clients(&server, 10).await;
@@ -183,6 +193,7 @@ fn batches() -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_small_batches_all_complete_and_none_starves() {
+    let _alone = alone().await;
     let count = batches();
     let (sim, url) = worker(SimConfig::default()).await;
     let server = Server::start(&["--worker", &url]).await;
@@ -221,9 +232,13 @@ async fn thousands_of_small_batches_all_complete_and_none_starves() {
     tokio::time::timeout(4 * PATIENCE, running).await.expect("all complete");
     let all = begun.elapsed();
     bystander.check("small batches").await;
-    let (mut client, mut lines, mut spans) = (server.client().await, 0, Vec::new());
-    for id in &ids {
-        let batch = client.get_batch(GetBatchRequest { batch_id: id.clone() }).await.unwrap().into_inner();
+    let looked = ids.iter().zip(clients.iter().cycle()).map(|(id, client)| {
+        let (mut client, request) = (client.clone(), GetBatchRequest { batch_id: id.clone() });
+        async move { client.get_batch(request).await.unwrap().into_inner() }
+    });
+    let looked: Vec<_> = stream::iter(looked.collect::<Vec<_>>()).buffer_unordered(32).collect().await;
+    let (mut lines, mut spans) = (0, Vec::new());
+    for batch in looked {
         assert_eq!(batch.status(), BatchStatus::Completed);
         let time = |time: Option<prost_types::Timestamp>| SystemTime::try_from(time.unwrap()).unwrap();
         spans.push((time(batch.create_time), time(batch.completed_time)));
@@ -257,6 +272,7 @@ fn framed(message: &UploadFileRequest) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_trickle_give_way_to_others() {
+    let _alone = alone().await;
     let server = Server::start(&["--limit-concurrent-uploads", "4"]).await;
     let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
     let mut trickling = Vec::new();
@@ -365,6 +381,7 @@ async fn slow_way(server: &Server) -> std::net::SocketAddr {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn downloads_that_trickle_cost_little_memory_and_stall_nobody() {
+    let _alone = alone().await;
     let server = Server::start(&[]).await;
     let mut client = server.client().await;
     let padding = "x".repeat(200_000);
