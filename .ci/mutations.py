@@ -218,7 +218,7 @@ MUTANTS = [
         ["webhooks late::", SIMULATION]),
     Mutant("retry-lease", "a retry is written down by whoever lost its lease", [(DEAD,
         "if row.lease_token.as_deref() != Some(&claim.lease) {",
-        "if row.lease_token.as_deref() != Some(&claim.lease) && !MUTANT {")], [SIMULATION]),
+        "if row.lease_token.as_deref() != Some(&claim.lease) && !MUTANT {")], ["webhooks late::", SIMULATION]),
     Mutant("retry-success", "a retry's success is not kept", [(DEAD,
         "None => row.retry_success = true,", "None => row.retry_success = !MUTANT,")],
         ["webhooks a_retry_is_sent_once_and_not_again_unless_forced", SIMULATION]),

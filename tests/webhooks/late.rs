@@ -64,10 +64,11 @@ async fn a_retry_that_nobody_ended_is_ended_by_the_next(db: Db) {
     db.store.settle_deliveries(&[settlement(&failed, failure())]).await.unwrap();
     let dead = db.dead_letters().await.remove(0);
     let begin = async |request_id| db.store.begin_retry(&dead.id, None, false, Some(request_id)).await.unwrap();
-    assert!(matches!(begin("one").await, BeginRetry::Started { .. }));
+    let BeginRetry::Started { claim: late, .. } = begin("one").await else { panic!("it is a dead letter") };
     assert!(matches!(begin("two").await, BeginRetry::Busy));
     db.execute("UPDATE webhook_dead_letters SET lease_expires_at = 1").await;
     let BeginRetry::Started { claim, .. } = begin("two").await else { panic!("its sender is gone") };
+    assert!(db.store.finish_retry(&dead.id, &late, &success()).await.unwrap().is_none(), "its lease is lost");
     assert!(db.store.finish_retry(&dead.id, &claim, &failure()).await.unwrap().is_some());
     let outcomes: Vec<_> = db.attempts(&dead.delivery_id).await.into_iter().map(|one| one.outcome).collect();
     assert_eq!(outcomes, ["failed", "unknown", "failed"]);
