@@ -17,7 +17,7 @@ mod outbox;
 mod seeds;
 mod world;
 
-/// With a database, by default.
+/// With a database, by default. CI runs 10,000 in an optimised build (`.ci/run simulation`).
 const SEEDS: u64 = 400;
 /// Of the pure cores.
 const CORE_SEEDS: u64 = 10_000;
