@@ -103,8 +103,9 @@ def batch(options, folder, worker, source, *flags):
             # The worker must have been seen healthy: that wait is not the batch's.
             while not json.loads(cli("workers", "list")[0]).get("models"):
                 time.sleep(0.1)
-            submitted = json.loads(cli("batch", "submit", source, "--watch")[-1])
-            ended = json.loads(cli("batch", "get", submitted["id"])[0])
+            name = json.loads(cli("batch", "submit", source)[-1])["id"]
+            cli("batch", "watch", name)
+            ended = json.loads("".join(cli("batch", "get", name)))
             assert ended["status"] == "COMPLETED" and int(ended["request_counts"].get("failed", 0)) == 0, ended
             limit = json.loads(cli("workers", "list")[0])["limit"]
             began, end = (datetime.datetime.fromisoformat(ended[key]) for key in ("create_time", "completed_time"))

@@ -65,7 +65,7 @@ impl Default for Climb {
 impl Climb {
     /// Returns the limit from now on, at most `most`.
     pub(super) fn look(&mut self, now: Duration, seen: &Seen, limit: u32, most: u32) -> u32 {
-        let stale = self.stale.get_or_insert(limit.max(seen.in_flight));
+        let stale = self.stale.get_or_insert_with(|| limit.max(seen.in_flight));
         if *stale > 0 {
             *stale = stale.saturating_sub(seen.answered);
             self.since = now;
