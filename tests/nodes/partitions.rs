@@ -8,12 +8,12 @@ use tidemill::{
     sim::SimConfig,
 };
 use tokio::time::Instant;
-use tonic::{Code, Status};
+use tonic::{Code, Status, transport::Endpoint};
 use tonic_types::StatusExt;
 
 use crate::{
     calls::Anybody,
-    cluster::{Cluster, LEASE, Node, worker},
+    cluster::{Client, Cluster, LEASE, Node, worker},
     faults::until,
     history::{self, Submitted, submit},
     proxy::{Held, Proxy},
@@ -26,9 +26,15 @@ const STARTED: Duration = Duration::from_secs(20);
 /// The longest that a call may take while the database is silent: one statement, and the wait for a connection.
 const BOUND: Duration = Duration::from_secs(22);
 
+/// A client that does not give up a node that is slow to say that it is there: only the node may say that it can't.
+async fn patient(node: &Node) -> Client {
+    let endpoint = Endpoint::from_shared(format!("http://{}", node.address)).unwrap();
+    Client::new(endpoint.connect().await.unwrap())
+}
+
 /// A call to this node whose answer must be that the database is away, in time and with when to try again.
 async fn assert_refused(node: &Node, batch: &str) {
-    let (mut client, began) = (node.client().await, Instant::now());
+    let (mut client, began) = (patient(node).await, Instant::now());
     let status = refused(client.get_batch(GetBatchRequest { batch_id: batch.to_owned() })).await;
     assert_away(&status);
     assert!(began.elapsed() < BOUND, "{:?}", began.elapsed());
@@ -117,7 +123,7 @@ async fn a_database_that_hangs_refuses_calls_in_time_and_costs_nothing_else() {
     let unwanted = submit(&anybody, 600, "unwanted").await;
     until("it is under way", STARTED, async || sim.faults().received() > 50).await;
     let locked = lock(&database, &[&batch.id, &unwanted.id]).await;
-    let mut client = cluster.nodes[0].client().await;
+    let mut client = patient(&cluster.nodes[0]).await;
     let cancel = CancelBatchRequest { batch_id: unwanted.id.clone() };
     let began = Instant::now();
     let cancelled = tokio::spawn(async move { refused(client.cancel_batch(cancel)).await });
@@ -154,7 +160,7 @@ async fn connections_that_are_silent_for_ever_are_given_up_and_replaced() {
     until("it is under way", STARTED, async || sim.faults().received() > 50).await;
     let locked = lock(&database, &[&batch.id]).await;
     // A part and five cancellations wait; then the clients of those don't any more, which leaves connections behind, too.
-    let client = cluster.nodes[0].client().await;
+    let client = patient(&cluster.nodes[0]).await;
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..5 {
         let (mut client, request) = (client.clone(), CancelBatchRequest { batch_id: batch.id.clone() });
