@@ -145,6 +145,8 @@ impl Store {
             let mut options = ConnectOptions::new("sqlite://");
             let file = file.to_owned();
             options.max_connections(connections).min_connections(1).sqlx_logging(false).acquire_timeout(SQLITE_TURN);
+            // A connection to a file does not break: the test would be a second trip to its thread for each query.
+            options.test_before_acquire(false);
             options.map_sqlx_sqlite_opts(move |sqlite| {
                 sqlite
                     .filename(&file)
