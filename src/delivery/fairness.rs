@@ -15,14 +15,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::pace::Pace;
+
 /// Sends in flight to one target.
 pub const PER_TARGET: usize = 4;
 /// Sends in flight in all.
 pub const IN_FLIGHT: usize = 64;
-/// Deliveries in line in all, at most: those of some 30 ms at full speed, which is what a commit may take.
+/// Deliveries in line in all, at most: those of some 30 ms at full speed, which is what a commit may take. And never more than
+/// twice what was delivered in the last moment ([`super::pace`]).
 pub const AHEAD: usize = 1_024;
-/// In line may be twice what was delivered within this time.
-pub const HORIZON: Duration = Duration::from_millis(100);
 /// The longest that a claimed delivery stands in line; then it is given back. Its lease is longer than its attempt's timeout
 /// by 30 s, in which this and writing down what came of it must have room.
 pub const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -54,38 +55,6 @@ pub struct Share {
     /// So many of them are sent as soon as the target has its turn. Only these may be the last attempt of a delivery: a crash
     /// would have used it up in line.
     pub at_once: usize,
-}
-
-/// What was done lately, in windows of [`HORIZON`].
-#[derive(Default)]
-struct Pace {
-    window: Option<Instant>,
-    this: usize,
-    before: usize,
-}
-
-impl Pace {
-    fn count(&mut self, now: Instant) {
-        let age = self.window.map(|start| now.saturating_duration_since(start));
-        match age {
-            Some(age) if age < HORIZON => {}
-            Some(age) if age < HORIZON * 2 => {
-                self.before = std::mem::take(&mut self.this);
-                self.window = self.window.map(|start| start + HORIZON);
-            }
-            Some(_) | None => *self = Self { window: Some(now), this: 0, before: 0 },
-        }
-        self.this += 1;
-    }
-
-    /// How much was done in the last window, or in this one if that is more already.
-    fn recent(&self, now: Instant) -> usize {
-        match self.window.map(|start| now.saturating_duration_since(start)) {
-            Some(age) if age < HORIZON => self.this.max(self.before),
-            Some(age) if age < HORIZON * 2 => self.this,
-            Some(_) | None => 0,
-        }
-    }
 }
 
 struct Target<T> {
@@ -198,14 +167,20 @@ impl<T> Fairness<T> {
         self.ahead
     }
 
-    /// Divides what may be claimed now among the targets, one each in turn. Nothing while no send is free and enough stands
-    /// in line: claims are better made many at once.
+    /// Whether it is time to claim: a send is free with nobody to take it, or half of the line is empty. Later would be too late,
+    /// and sooner would be many small claims instead of a large one.
+    #[must_use]
+    pub fn is_low(&self, now: Instant) -> bool {
+        self.free() > self.ahead || self.ahead <= self.line_limit(now) / 2
+    }
+
+    /// Divides what may be claimed now among the targets, one each in turn.
     pub fn shares(&mut self, due: &[Due], now: Instant) -> Vec<Share> {
         let line = self.line_limit(now);
-        if self.free() <= self.ahead && self.ahead > line / 2 {
+        let mut room = (self.free() + line).saturating_sub(self.ahead);
+        if room == 0 {
             return Vec::new();
         }
-        let mut room = (self.free() + line).saturating_sub(self.ahead);
         let mut order: Vec<&Due> = due.iter().filter(|due| due.count > 0).collect();
         order.sort_by(|a, b| a.target.cmp(&b.target));
         let start = order.partition_point(|due| due.target <= self.last);
@@ -392,7 +367,7 @@ impl<T> Fairness<T> {
     /// How many may stand in line. None while all sends are busy and none ends.
     fn line_limit(&self, now: Instant) -> usize {
         let recent = self.pace.recent(now);
-        if recent == 0 && self.free() == 0 { 0 } else { (recent * 2).max(self.in_flight_limit).min(AHEAD) }
+        if recent == 0 && self.free() == 0 { 0 } else { (recent * 2).max(self.in_flight_limit * 4).min(AHEAD) }
     }
 
     /// How many a target may have more: at once, and in all.
@@ -471,6 +446,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::delivery::pace::HORIZON;
 
     fn due(target: &str, count: usize) -> Due {
         Due { target: target.into(), host: target.into(), count, ahead: true }
@@ -582,7 +558,6 @@ mod tests {
         }
         let line = fairness.ahead();
         assert!((50..=104).contains(&line), "{line}");
-        assert_eq!(fairness.shares(&all, now), [], "that is enough for now");
         assert_eq!(fairness.drain().len(), line);
         let no_line = Due { ahead: false, ..all[0].clone() };
         for (due, most) in [(all[1].clone(), 4), (no_line, 4), (all[0].clone(), 104)] {
@@ -609,9 +584,8 @@ mod tests {
         let all: Vec<_> = (0..20).map(|name| due(&name.to_string(), 100)).collect();
         assert_eq!(send(&mut fairness, &all, now).len(), 8);
         let later = now + MAX_WAIT * 2;
-        let unsent = fairness.unsent(later).len();
-        assert!(unsent <= 8, "{unsent}");
-        assert_eq!(fairness.shares(&all, later), []);
+        assert_eq!((fairness.ahead(), fairness.unsent(later).len()), (32, 32));
+        assert_eq!((fairness.ahead(), fairness.shares(&all, later)), (0, Vec::new()));
     }
 
     #[test]

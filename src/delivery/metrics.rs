@@ -35,11 +35,12 @@ pub(super) fn lease_lost() {
 }
 
 /// How things are.
-pub(super) fn state(in_flight: usize, held: usize) {
-    // Both are at most some thousands.
+pub(super) fn state(in_flight: usize, in_line: usize, held: usize) {
+    // All are at most some thousands.
     #[allow(clippy::cast_precision_loss)]
-    let (in_flight, held) = (in_flight as f64, held as f64);
+    let [in_flight, in_line, held] = [in_flight, in_line, held].map(|count| count as f64);
     gauge!("tidemill_webhook_in_flight").set(in_flight);
+    gauge!("tidemill_webhook_in_line").set(in_line);
     gauge!("tidemill_webhook_targets_held").set(held);
 }
 

@@ -12,6 +12,7 @@ pub mod fairness;
 mod jobs;
 mod metrics;
 mod outbox;
+mod pace;
 pub mod schedule;
 pub mod secrets;
 mod send;

@@ -186,11 +186,15 @@ impl Outbox {
             self.spent.clear();
         }
         let claiming = !stopping && (!self.apart || self.claims_next || self.unsettled.is_empty());
-        let shares = if claiming { self.fairness.shares(&self.due, now()) } else { Vec::new() };
-        let gathered = self.unsettled.len() >= GATHER
-            || self.gathering_since.is_some_and(|since| at >= since + GATHER_FOR)
-            || self.sends.is_empty();
-        let settling = if self.apart { shares.is_empty() } else { gathered || stopping || !shares.is_empty() };
+        let gathered = !self.unsettled.is_empty()
+            && (self.unsettled.len() >= GATHER
+                || self.gathering_since.is_some_and(|since| at >= since + GATHER_FOR)
+                || self.sends.is_empty()
+                || stopping);
+        // Whatever a turn is begun for, it settles and claims all it can.
+        let due = gathered || news || self.fairness.is_low(now());
+        let shares = if claiming && due { self.fairness.shares(&self.due, now()) } else { Vec::new() };
+        let settling = if self.apart { shares.is_empty() } else { gathered || !shares.is_empty() };
         let look = news || !shares.is_empty();
         let unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
         if self.unsettled.is_empty() {
@@ -241,7 +245,7 @@ impl Outbox {
             }
             None => {}
         }
-        metrics::state(self.in_flight.len(), self.fairness.held(now()));
+        metrics::state(self.in_flight.len(), self.fairness.ahead(), self.fairness.held(now()));
     }
 
     /// What is due, and when to look again.
