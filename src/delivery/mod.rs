@@ -10,6 +10,7 @@ pub mod deliverer;
 pub mod egress;
 pub mod fairness;
 mod jobs;
+mod memo;
 mod metrics;
 mod outbox;
 mod pace;

@@ -8,17 +8,19 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tokio::time::timeout;
 use tracing::warn;
+use url::Url;
 
 use super::{
     egress::{Forbidden, Guard, ResolveError},
+    memo::Memo,
     schedule,
-    secrets::Vault,
+    secrets::{OpenError, Vault},
     signature::{self, BODY_SIGNATURE, STANDARD_ID, STANDARD_SIGNATURE, STANDARD_TIMESTAMP, TIMESTAMP},
 };
 use crate::{
     domain::{
         Timestamp,
-        webhook::{AttemptError, AttemptResult, ErrorKind, Secret},
+        webhook::{AttemptError, AttemptResult, ErrorKind, SealedSecret, Secret},
     },
     store::{ClaimedDelivery, Signing},
 };
@@ -41,6 +43,10 @@ pub(super) struct Sender {
     client: reqwest::Client,
     guard: Guard,
     vault: Arc<Vault>,
+    /// URLs that have passed the guard: its policy does not change. Where a name leads is asked for each connection.
+    urls: Memo<Url>,
+    /// Opened secrets, by what they were sealed as and for.
+    opened: Memo<Secret>,
     /// Sign where neither batch nor endpoint has a secret; the newest first.
     secrets: Vec<Secret>,
 }
@@ -74,12 +80,12 @@ impl Sender {
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .build()?;
-        Ok(Self { client, guard, vault, secrets })
+        Ok(Self { client, guard, vault, urls: Memo::default(), opened: Memo::default(), secrets })
     }
 
     /// Makes one attempt. Never takes longer than the delivery's timeout.
     pub(super) async fn send(&self, claim: &ClaimedDelivery) -> Sent {
-        let url = match self.guard.check_url(&claim.url) {
+        let url = match self.urls.get(claim.url.as_bytes(), || self.guard.check_url(&claim.url)) {
             Ok(url) => url,
             Err(forbidden) => return refused(&forbidden),
         };
@@ -113,18 +119,25 @@ impl Sender {
         }
     }
 
+    fn unseal(&self, sealed: &SealedSecret, context: &str) -> Result<Secret, OpenError> {
+        // With the length, lest the end of one looks like the beginning of the other.
+        let length = sealed.as_bytes().len().to_be_bytes();
+        let key = [&length, sealed.as_bytes(), context.as_bytes()].concat();
+        self.opened.get(&key, || self.vault.open(sealed, context))
+    }
+
     /// The secrets that sign a delivery, the newest first; none if it goes unsigned.
     fn open(&self, claim: &ClaimedDelivery) -> Result<Vec<Secret>, Sent> {
         let unopenable = |error| Sent::failed(ErrorKind::SecretUnopenable, format!("{error}"));
         match &claim.signing {
             Signing::Global => Ok(self.secrets.clone()),
             Signing::Batch(sealed) => {
-                self.vault.open(sealed, &batch_context(&claim.url)).map(|secret| vec![secret]).map_err(unopenable)
+                self.unseal(sealed, &batch_context(&claim.url)).map(|secret| vec![secret]).map_err(unopenable)
             }
             Signing::Endpoint(id, sealed) => {
                 let mut opened = Vec::with_capacity(sealed.len());
                 for (at, one) in sealed.iter().enumerate() {
-                    match self.vault.open(one, id.as_str()) {
+                    match self.unseal(one, id.as_str()) {
                         Ok(secret) => opened.push(secret),
                         Err(error) if at == 0 => return Err(unopenable(error)),
                         // The new secret signs; only receivers that still have the old one will notice.
