@@ -1,12 +1,13 @@
 //! Claim "webhooks": of 100 receivers one hangs, and the other 99 do not notice. And: deliveries/s, each claimed, signed, sent
-//! and written down, over a bare loop of the same HTTP client that keeps nothing.
+//! and written down durably (SQLite, synchronous=FULL), over a bare loop of the same HTTP client with the same settings and as
+//! many requests in flight, which signs nothing, keeps nothing and sends one header instead of nine.
 //!
 //!     cargo bench --bench webhooks [-- DELIVERIES [ROUNDS]]
 //!
 //! All deliveries are due at once, spread evenly over the receivers. A delivery's time is from the start of the deliverer
 //! to its arrival. The three variants take turns; medians of the rounds are compared. The receivers are one server with an
-//! address of 127.0.0.0/8 for each, on a thread of its own; the hanging one reads its requests and never answers. Writes
-//! `target/bench/webhooks.json`.
+//! address of 127.0.0.0/8 for each, on a thread of its own; the hanging one reads its requests and never answers. Loop and
+//! deliverer run on the same one thread; the deliverer has SQLite's threads besides. Writes `target/bench/webhooks.json`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -82,12 +83,18 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (mut healthy, mut with_dead, mut bare) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
-        bare.push(runtime.block_on(bare_loop(address, &receivers, deliveries)));
-        healthy.push(runtime.block_on(deliver(address, &receivers, deliveries, false)));
-        with_dead.push(runtime.block_on(deliver(address, &receivers, deliveries, true)));
+        bare.push(run(&runtime, bare_loop(address, receivers.clone(), deliveries)));
+        healthy.push(run(&runtime, deliver(address, receivers.clone(), deliveries, false)));
+        with_dead.push(run(&runtime, deliver(address, receivers.clone(), deliveries, true)));
+        let [bare, healthy] = [&bare, &healthy].map(|rounds| rounds.last().unwrap().per_second);
+        eprintln!("round: {healthy:.0}/s delivered, bare loop {bare:.0}/s");
     }
     let (bare, healthy, with_dead) = (median(&bare), median(&healthy), median(&with_dead));
-    println!("webhooks: {deliveries} deliveries to {RECEIVERS} receivers, {rounds} rounds, one core each, SQLite");
+    let machine = machine();
+    println!(
+        "webhooks: {deliveries} deliveries of {} bytes to {RECEIVERS} receivers, {rounds} rounds, on {machine}",
+        BODY.len()
+    );
     println!("| | all answer | one hangs | ratio |\n| --- | --- | --- | --- |");
     for (name, of) in [("p50", (|round: &Round| round.p50) as fn(&Round) -> Duration), ("p99", |round| round.p99)] {
         let (without, with) = (of(&healthy), of(&with_dead));
@@ -100,11 +107,26 @@ fn main() {
     std::fs::create_dir_all("target/bench").unwrap();
     let seconds = |round: Round| serde_json::json!({"p50": round.p50.as_secs_f64(), "p99": round.p99.as_secs_f64()});
     let report = serde_json::json!({
-        "claim": "webhooks", "deliveries": deliveries, "receivers": RECEIVERS, "rounds": rounds, "in_flight": IN_FLIGHT,
+        "claim": "webhooks", "machine": machine, "deliveries": deliveries, "body_bytes": BODY.len(), "receivers": RECEIVERS, "rounds": rounds, "in_flight": IN_FLIGHT,
         "all_answer_seconds": seconds(healthy), "one_hangs_seconds": seconds(with_dead),
         "delivered_per_second": healthy.per_second, "bare_per_second": bare.per_second, "ratio": ratio,
     });
     std::fs::write("target/bench/webhooks.json", report.to_string()).unwrap();
+}
+
+/// On the runtime's one worker, not on the thread that waits for it.
+fn run(runtime: &tokio::runtime::Runtime, variant: impl Future<Output = Round> + Send + 'static) -> Round {
+    runtime.block_on(runtime.spawn(variant)).unwrap()
+}
+
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let about = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model =
+        about.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, model)| model);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or_default();
+    format!("{cores} cores of {}, load {load}", model.unwrap_or("an unknown CPU"))
 }
 
 /// All receivers, on every address of 127.0.0.0/8.
@@ -153,7 +175,7 @@ fn url(address: SocketAddr, receiver: usize) -> String {
     format!("http://{}:{}/hook", ip(receiver), address.port())
 }
 
-async fn deliver(address: SocketAddr, receivers: &Receivers, deliveries: usize, dead: bool) -> Round {
+async fn deliver(address: SocketAddr, receivers: Receivers, deliveries: usize, dead: bool) -> Round {
     let folder = tempfile::tempdir_in("target").unwrap();
     let file = folder.path().join("db");
     let store = Store::sqlite(&file).await.unwrap();
@@ -177,22 +199,24 @@ async fn deliver(address: SocketAddr, receivers: &Receivers, deliveries: usize, 
     let arrived = tokio::time::timeout(Duration::from_secs(120), receivers.all.notified()).await;
     arrived.expect("the healthy receivers get all of theirs");
     // Not before it is written down.
-    let settled = "SELECT COUNT(*) AS n FROM webhook_deliveries WHERE state = 'delivered'";
+    let settled = "SELECT COUNT(*) AS n FROM webhook_deliveries WHERE settled_at IS NOT NULL";
+    let delivered = "SELECT COUNT(*) AS n FROM webhook_deliveries WHERE state = 'delivered'";
     let wanted = i64::try_from(if dead { counted } else { counted + deliveries / RECEIVERS }).unwrap();
-    loop {
-        let statement = Statement::from_string(raw.get_database_backend(), settled);
-        let count: i64 = raw.query_one_raw(statement).await.unwrap().unwrap().try_get("", "n").unwrap();
-        if count >= wanted {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    while count(&raw, settled).await < wanted {
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let round = round(receivers, began, wanted);
+    let round = round(&receivers, began, wanted);
+    assert_eq!(count(&raw, delivered).await, wanted);
     shutdown.cancel();
     running.await.unwrap();
     raw.close().await.unwrap();
     store.close().await;
     round
+}
+
+async fn count(raw: &DatabaseConnection, sql: &str) -> i64 {
+    let statement = Statement::from_string(raw.get_database_backend(), sql);
+    raw.query_one_raw(statement).await.unwrap().unwrap().try_get("", "n").unwrap()
 }
 
 /// Deliveries as a batch's end writes them, many at once.
@@ -209,8 +233,18 @@ async fn enqueue(raw: &DatabaseConnection, webhooks: &Webhooks, url: &str, recei
     raw.execute_unprepared(&sql).await.unwrap();
 }
 
-async fn bare_loop(address: SocketAddr, receivers: &Receivers, deliveries: usize) -> Round {
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+async fn bare_loop(address: SocketAddr, receivers: Receivers, deliveries: usize) -> Round {
+    // As the deliverer's.
+    let client = reqwest::Client::builder()
+        .user_agent(concat!("tidemill/", env!("CARGO_PKG_VERSION")))
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .connect_timeout(Duration::from_secs(10))
+        .pool_idle_timeout(Duration::from_secs(30))
+        .build()
+        .unwrap();
     let urls: Vec<reqwest::Url> = (0..RECEIVERS).map(|receiver| url(address, receiver).parse().unwrap()).collect();
     receivers.expect(usize::MAX, false);
     let began = Instant::now();
@@ -226,7 +260,7 @@ async fn bare_loop(address: SocketAddr, receivers: &Receivers, deliveries: usize
         in_flight.next().await.unwrap();
         done += 1;
     }
-    round(receivers, began, i64::try_from(deliveries).unwrap())
+    round(&receivers, began, i64::try_from(deliveries).unwrap())
 }
 
 fn round(receivers: &Receivers, began: Instant, done: i64) -> Round {
