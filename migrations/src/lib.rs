@@ -8,7 +8,7 @@ pub mod requires;
 mod m20261124_000001_foundation;
 mod m20261124_000002_webhooks;
 mod m20261125_000003_requires;
-mod m20261125_000003_webhook_indexes;
+mod m20261125_000004_webhook_indexes;
 mod m20261125_000005_pages;
 
 /// All migrations, oldest first.
@@ -21,8 +21,8 @@ impl MigratorTrait for Migrator {
             Box::new(m20261124_000001_foundation::Migration),
             Box::new(m20261124_000002_webhooks::Migration),
             Box::new(m20261125_000003_requires::Migration),
+            Box::new(m20261125_000004_webhook_indexes::Migration),
             Box::new(m20261125_000005_pages::Migration),
-            Box::new(m20261125_000003_webhook_indexes::Migration),
         ]
     }
 }

@@ -53,7 +53,7 @@ async fn webhooks_go_with_their_migration_and_nothing_else_does(db: Db) {
     let url = "https://example.com/hook".to_owned();
     let timeout = Duration::from_secs(30);
     let (events, secret, max_attempts) = (EventFilter::default(), None, 3);
-    let target = WebhookTarget { url: url.clone(), secret, max_attempts, timeout, events: events.clone() };
+    let target = WebhookTarget { url: url.clone(), secret, max_attempts, timeout, events };
     let file = db.file(1).await;
     let batch = db.create(tidemill::domain::NewBatch { webhook: Some(target), ..new_batch(&file.id) }).await;
     let claimed = db.claim(&batch.id).await;
