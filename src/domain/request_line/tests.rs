@@ -32,7 +32,7 @@ fn what_says_how_to_send_it_is_found_and_not_checked() {
         let hints = parse(line.as_bytes()).unwrap().hints;
         (hints.prompt.to_owned(), hints.max_tokens, hints.has_priority)
     };
-    let messages = r#"[{"role":"user","content":"priority\"}]"#;
+    let messages = r#"[{"role":"user","content":"priority"}]"#;
     assert_eq!(
         hints(&format!(r#"{{"max_tokens": 7,"model":"m","messages" : {messages}}}"#)),
         (messages.into(), Some(7), false)
