@@ -80,7 +80,7 @@ async fn closing_a_window_survives_a_deadlock() {
     let batch = db.batch(1).await;
     db.store.set_expiry(&batch.id, Timestamp(1)).await.unwrap();
     let (events, batches) = ("SELECT 1 FROM counters FOR UPDATE", "SELECT 1 FROM batches FOR UPDATE");
-    let closed = deadlock(&db.raw, events, batches, db.store.close_windows(10)).await.unwrap();
+    let closed = deadlock(&db.raw, events, batches, Box::pin(db.store.close_windows(10))).await.unwrap();
     assert_eq!(closed, std::slice::from_ref(&batch.id));
     let statuses: Vec<_> = db.events(&batch.id).await.into_iter().map(|event| event.batch.status).collect();
     let once = [BatchStatus::Validating, BatchStatus::InProgress, BatchStatus::Finalizing];
@@ -92,7 +92,7 @@ async fn deleting_a_file_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
     let file = db.file(1).await;
     let (index, files) = ("SELECT 1 FROM file_segments FOR UPDATE", "SELECT 1 FROM files FOR UPDATE");
-    let deleted = deadlock(&db.raw, index, files, db.store.delete_file(&file.id)).await.unwrap();
+    let deleted = deadlock(&db.raw, index, files, Box::pin(db.store.delete_file(&file.id))).await.unwrap();
     assert_eq!(deleted, DeletedFile::Deleted);
     assert!(db.store.file(&file.id).await.unwrap().is_none());
 }

@@ -46,10 +46,11 @@ async fn a_retry_survives_a_deadlock() {
     let attempt = "INSERT INTO webhook_attempts (delivery_id, generation, attempt, started_at, outcome) \
                    SELECT delivery_id, 1, attempt, started_at, outcome FROM webhook_attempts WHERE attempt = 1";
     let letter = "SELECT 1 FROM webhook_dead_letters FOR UPDATE";
-    let begun = deadlock(&db.raw, attempt, letter, db.store.begin_retry(&id, None, false, None)).await.unwrap();
+    let begun =
+        deadlock(&db.raw, attempt, letter, Box::pin(db.store.begin_retry(&id, None, false, None))).await.unwrap();
     let BeginRetry::Started { claim, forced: false } = begun else { panic!("{begun:?}") };
     let failed = AttemptResult::failed(ErrorKind::Connect, "refused");
-    let finish = db.store.finish_retry(&id, &claim, &failed);
+    let finish = Box::pin(db.store.finish_retry(&id, &claim, &failed));
     let attempts = "SELECT 1 FROM webhook_attempts FOR UPDATE";
     let finished = deadlock(&db.raw, attempts, letter, finish).await.unwrap().unwrap();
     assert_eq!(finished.retry_count, 1);
@@ -65,7 +66,7 @@ async fn moving_an_endpoint_survives_a_deadlock() {
     let change = EndpointChange { url: Some("http://127.0.0.1:2/".into()), ..EndpointChange::default() };
     let (waiting, endpoints) =
         ("SELECT 1 FROM webhook_deliveries FOR UPDATE", "SELECT 1 FROM webhook_endpoints FOR UPDATE");
-    let update = db.store.update_endpoint(&endpoint.id, None, change);
+    let update = Box::pin(db.store.update_endpoint(&endpoint.id, None, change));
     let moved = deadlock(&db.raw, waiting, endpoints, update).await.unwrap().unwrap();
     assert_eq!(moved.url, "http://127.0.0.1:2/");
     assert_eq!(db.deliveries(&batch.id).await[0].url, moved.url);
@@ -78,7 +79,8 @@ async fn retention_survives_a_deadlock() {
     assert_eq!(db.store.purge_dead_letters(Duration::ZERO, None).await.unwrap(), 1, "{id}");
     let (deliveries, attempts) =
         ("SELECT 1 FROM webhook_deliveries FOR UPDATE", "SELECT 1 FROM webhook_attempts FOR UPDATE");
-    let purged = deadlock(&db.raw, deliveries, attempts, db.store.purge_deliveries(Duration::ZERO)).await.unwrap();
+    let purged =
+        deadlock(&db.raw, deliveries, attempts, Box::pin(db.store.purge_deliveries(Duration::ZERO))).await.unwrap();
     assert_eq!(purged, 1);
 }
 
