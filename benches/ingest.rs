@@ -135,10 +135,10 @@ fn chunks(content: usize, bytes: usize, lines: usize) -> impl Iterator<Item = By
     std::iter::from_fn(move || {
         let mut chunk = String::with_capacity(CHUNK + content.len() + 256);
         while chunk.len() < CHUNK && sent + chunk.len() < bytes && line < lines {
-            write!(
+            writeln!(
                 chunk,
                 "{{\"custom_id\":\"request-{line}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
-                 \"messages\":[{{\"role\":\"user\",\"content\":\"{content}\"}}],\"max_tokens\":16}}}}\n"
+                 \"messages\":[{{\"role\":\"user\",\"content\":\"{content}\"}}],\"max_tokens\":16}}}}"
             )
             .unwrap();
             line += 1;

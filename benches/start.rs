@@ -22,7 +22,7 @@ const GOAL_MS: f64 = 300.0;
 
 fn main() {
     let rounds = common::arguments().0.first().copied().unwrap_or(30);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (mut empty, mut stopped, mut killed, mut bare) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
         let folder = tempfile::tempdir_in("target").unwrap();

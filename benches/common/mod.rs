@@ -38,7 +38,7 @@ impl Process {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
         command.args(arguments).args(["--listen", &address.to_string()]).stdin(Stdio::null());
-        command.env("TIDEMILL_LOG", "warn");
+        command.env("TIDEMILL_LOG", "error");
         Self { child: command.spawn().unwrap(), address }
     }
 
