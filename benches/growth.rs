@@ -78,7 +78,9 @@ async fn measure(requests: usize) -> Run {
     );
     let server = Kill(
         Command::new(tidemill)
-            .args(["serve", "--listen", &address, "--worker", &format!("http://{worker}"), "--data-dir"])
+            .args(["serve", "--listen", &address, "--worker", &format!("http://{worker}")])
+            // The default stops at a million.
+            .args(["--max-file-lines", &requests.max(1_000_000).to_string(), "--data-dir"])
             .arg(folder.path())
             .stderr(Stdio::null())
             .spawn()
