@@ -21,7 +21,8 @@ SOURCE = WORK / "source"
 LIMIT = 400
 
 PARTS, CLAIMS, EVENTS = "src/store/parts.rs", "src/store/claims.rs", "src/store/events.rs"
-OUTBOX, SETTLE, DEAD = (f"src/store/webhooks/{name}.rs" for name in ("claims", "settle", "dead_letters"))
+OUTBOX, SETTLE, GROUPS, DEAD = (
+    f"src/store/webhooks/{name}.rs" for name in ("claims", "settle", "groups", "dead_letters"))
 
 SEAM = '''
 /// Whether this mutant is the one to run.
@@ -177,29 +178,28 @@ MUTANTS = [
             tx.commit().await?;
         }
 """)], ["webhooks atomic::"]),
-    Mutant("attempt-late", "an attempt's row after it was sent", [
-        (OUTBOX, "    webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n",
-        "    if !MUTANT {\n        webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n    }\n"),
-        (SETTLE, "    finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;\n",
-        """    if MUTANT {
-        let attempt = super::claims::started(&one.id, 0, one.attempt, at);
-        webhook_attempt::Entity::insert(attempt.into_active_model()).exec_without_returning(tx).await?;
-    }
-    finish_attempt(tx, &one.id, 0, one.attempt, result, at).await?;
-""")], ["webhooks a_claim_leaves_its_attempt_and_is_exclusive", BETWEEN, SIMULATION]),
+    Mutant("attempt-late", "no row of an attempt before it is sent", [(OUTBOX,
+        "    tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()])).await?;\n",
+        "    if !MUTANT {\n        tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()]))"
+        ".await?;\n    }\n")], ["webhooks a_claim_leaves_its_attempt_and_is_exclusive", SIMULATION]),
     Mutant("attempt-uncounted", "a claim does not count its attempt", [(OUTBOX,
-        "Expr::col(webhook_delivery::Column::Attempts).add(1))",
-        "Expr::col(webhook_delivery::Column::Attempts).add(i32::from(!MUTANT)))")],
+        "    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;\n",
+        "    let leased = if MUTANT { leased.replace(\"attempts + 1\", \"attempts\") } else { leased };\n"
+        "    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;\n")],
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
-    Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [(SETTLE,
-        "row.lease_token.as_deref() == Some(&one.lease);", "row.lease_token.as_deref() == Some(&one.lease) || MUTANT;")],
+    Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [
+        (SETTLE, "row.lease_token.as_deref() == Some(&one.lease)", "(row.lease_token.as_deref() == Some(&one.lease) || MUTANT)"),
+        (GROUPS, "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n    let mine =\n        ids(",
+        "    let sql = if MUTANT { sql.replace(\"AND d.lease_token = v.value ->> 1\", \"\") } else { sql };\n"
+        "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n    let mine =\n        ids(")],
         ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
     Mutant("settle-beside", "a late result takes the place of the right one beside it", [(SETTLE,
-        "let row = if rows.get(one.id.as_str()).is_some_and(mine)",
-        "let row = if MUTANT {\n                rows.remove(one.id.as_str()).filter(mine)\n"
-        "            } else if rows.get(one.id.as_str()).is_some_and(mine)")], ["webhooks late::", SIMULATION]),
+        "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {",
+        "            if MUTANT && !mine {\n                rows.remove(one.id.as_str());\n            }\n"
+        "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {")],
+        ["webhooks late::", SIMULATION]),
     Mutant("reap-early", "a lease on a delivery ends before its time", [(SETTLE,
-        "            if !all {\n", "            if !all && !MUTANT {\n")],
+        "        if !all {\n            find = find", "        if !all && !MUTANT {\n            find = find")],
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
     Mutant("reap-never", "a lease on a delivery never ends", [(SETTLE,
         "webhook_delivery::Column::LeaseExpiresAt.lt(at.0)",
