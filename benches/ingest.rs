@@ -49,7 +49,8 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     println!("ingest: {megabytes} MB, {rounds} rounds, {}", machine());
     println!(
-        "| lines | upload MB/s | from_slice MB/s | ratio | from_str MB/s | ratio |\n| --- | --- | --- | --- | --- | --- |"
+        "| lines | upload MB/s | from_slice MB/s | ratio | from_str MB/s | ratio | server ns/B | client ns/B |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- |"
     );
     let mut figures = serde_json::json!({ "megabytes": megabytes, "rounds": rounds, "goal": GOAL });
     for (name, content) in SIZES {
@@ -60,6 +61,7 @@ fn main() {
         let server = serve(folder.path());
         let mut client = runtime.block_on(client(&server));
         let (mut uploads, mut slices, mut strs) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut client_cpu, before) = (0.0, server.cpu_seconds());
         for _ in 0..rounds {
             let began = Instant::now();
             for line in whole.split_inclusive(|byte| *byte == b'\n') {
@@ -72,18 +74,25 @@ fn main() {
                 black_box(serde_json::from_str::<Line<'_>>(line).unwrap());
             }
             strs.push(per_second(began));
-            let began = Instant::now();
+            let (began, client_before) = (Instant::now(), common::cpu_seconds("self"));
             let sent = runtime.block_on(upload(&mut client, file.clone().into_iter()));
             uploads.push(per_second(began));
+            client_cpu += common::cpu_seconds("self") - client_before;
             // So that the disk does not fill up.
             runtime.block_on(client.delete_file(DeleteFileRequest { file_id: sent.id })).unwrap();
         }
         let (upload, slice, str) = (median(&mut uploads), median(&mut slices), median(&mut strs));
         let (ratio, ratio_str) = (upload / slice, upload / str);
-        println!("| {name} | {upload:.0} | {slice:.0} | {ratio:.2} | {str:.0} | {ratio_str:.2} |");
+        // What two cores would have to do at once.
+        let per_byte = |seconds: f64| seconds * 1e9 / (whole.len() * rounds) as f64;
+        let (server_cpu, client_cpu) = (per_byte(server.cpu_seconds() - before), per_byte(client_cpu));
+        println!(
+            "| {name} | {upload:.0} | {slice:.0} | {ratio:.2} | {str:.0} | {ratio_str:.2} | {server_cpu:.2} | {client_cpu:.2} |"
+        );
         figures[name] = serde_json::json!({
             "upload_mb_per_second": upload, "from_slice_mb_per_second": slice, "ratio": ratio,
             "from_str_mb_per_second": str, "ratio_from_str": ratio_str,
+            "server_ns_per_byte": server_cpu, "client_ns_per_byte": client_cpu,
         });
     }
     println!("goal: at least {GOAL} of from_slice");

@@ -13,7 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// Of `/proc/<pid>/stat`: Linux has 100 ticks a second on every platform that Rust has.
-const TICKS_PER_SECOND: f64 = 100.0;
+pub const TICKS_PER_SECOND: f64 = 100.0;
 
 /// A process that is killed when it is dropped.
 pub struct Process {
