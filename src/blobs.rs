@@ -3,6 +3,8 @@
 //! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
 //! name. Names are never reused, so an object never changes once it can be read.
 
+mod local;
+
 use std::{error::Error, ops::Range, path::Path as FsPath, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -20,10 +22,14 @@ use object_store::{
 };
 use url::Url;
 
+use local::LocalWriter;
+
 /// Parts of a multipart write: S3's least is 5 MiB.
 const WRITE_CHUNK: usize = 5 * 1024 * 1024;
 /// How many parts of one write may be under way.
 const WRITE_CONCURRENCY: usize = 2;
+/// In the names of files that are being written; no object's has it.
+const STAGED: char = '#';
 /// What the object store's client bridges by itself: seconds, so that an upload outlives a short "slow down". Whatever
 /// lasts longer is told to whoever waits, and tried again where it can be said why nothing moves. The library's own
 /// three minutes would be three minutes without a word.
@@ -60,6 +66,10 @@ impl BlobError {
     /// Of a write: whatever it is that is not there, trying again may help.
     fn of_write(error: object_store::Error) -> Self {
         Self::Failed(error)
+    }
+
+    fn of_file(error: std::io::Error) -> Self {
+        Self::Failed(object_store::Error::Generic { store: "directory", source: Box::new(error) })
     }
 
     /// Why the store failed, fit for clients: no address, no key, no secret. None: there are no such words for it.
@@ -112,6 +122,8 @@ fn status_of(error: &(dyn Error + 'static)) -> Option<String> {
 #[derive(Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
+    /// The store, if it is a directory.
+    directory: Option<Arc<LocalFileSystem>>,
 }
 
 impl Blobs {
@@ -136,7 +148,8 @@ impl Blobs {
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
             .with_fsync(true);
-        Ok(Self { store: Arc::new(store) })
+        let store = Arc::new(store);
+        Ok(Self { directory: Some(store.clone()), store })
     }
 
     /// An object store: `s3://bucket/prefix`, `gs://…`, `az://…`, with credentials from the environment as the cloud's
@@ -187,20 +200,20 @@ impl Blobs {
             ObjectStoreScheme::MicrosoftAzure => built!(MicrosoftAzureBuilder),
             _ => return Err(BlobError::Open(format!("{url}: not s3://, gs://, az:// or file://"))),
         };
-        Ok(Self { store: Arc::new(PrefixStore::new(store, prefix)) })
+        Ok(Self::over(Arc::new(PrefixStore::new(store, prefix))))
     }
 
     /// Objects that end with the process: for simulations.
     #[doc(hidden)]
     #[must_use]
     pub fn memory() -> Self {
-        Self { store: Arc::new(InMemory::new()) }
+        Self::over(Arc::new(InMemory::new()))
     }
 
     /// Any object store, in which a write that has returned is durable: for tests that make it fail.
     #[must_use]
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
-        Self { store }
+        Self { store, directory: None }
     }
 
     /// Writes a whole object. Durable when it returns.
@@ -217,8 +230,13 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn writer(&self, key: &str) -> Result<ObjectWriter, BlobError> {
-        let upload = self.store.put_multipart(&Path::from(key)).await.map_err(BlobError::of_write)?;
-        Ok(ObjectWriter { upload: WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK) })
+        let key = Path::from(key);
+        if let Some(directory) = &self.directory {
+            let path = directory.path_to_filesystem(&key).map_err(BlobError::of_write)?;
+            return Ok(ObjectWriter(Writer::Local(LocalWriter::new(path))));
+        }
+        let upload = self.store.put_multipart(&key).await.map_err(BlobError::of_write)?;
+        Ok(ObjectWriter(Writer::Parts(WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK))))
     }
 
     /// Reads a whole object.
@@ -286,8 +304,11 @@ impl Blobs {
 }
 
 /// An object being written. Dropped before [`ObjectWriter::finish`], it never exists.
-pub struct ObjectWriter {
-    upload: WriteMultipart,
+pub struct ObjectWriter(Writer);
+
+enum Writer {
+    Local(LocalWriter),
+    Parts(WriteMultipart),
 }
 
 impl ObjectWriter {
@@ -295,10 +316,15 @@ impl ObjectWriter {
     ///
     /// # Errors
     /// [`BlobError::Failed`].
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
-        self.upload.wait_for_capacity(WRITE_CONCURRENCY).await.map_err(BlobError::of_write)?;
-        self.upload.write(bytes);
-        Ok(())
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), BlobError> {
+        match &mut self.0 {
+            Writer::Local(file) => file.write(bytes).await.map_err(BlobError::of_file),
+            Writer::Parts(upload) => {
+                upload.wait_for_capacity(WRITE_CONCURRENCY).await.map_err(BlobError::of_write)?;
+                upload.write(&bytes);
+                Ok(())
+            }
+        }
     }
 
     /// Makes the object durable and visible.
@@ -306,7 +332,10 @@ impl ObjectWriter {
     /// # Errors
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn finish(self) -> Result<(), BlobError> {
-        self.upload.finish().await.map(|_| ()).map_err(BlobError::of_write)
+        match self.0 {
+            Writer::Local(file) => file.finish().await.map_err(BlobError::of_file),
+            Writer::Parts(upload) => upload.finish().await.map(|_| ()).map_err(BlobError::of_write),
+        }
     }
 
     /// Gives up: nothing is left behind.
@@ -314,7 +343,10 @@ impl ObjectWriter {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn abort(self) -> Result<(), BlobError> {
-        self.upload.abort().await.map_err(BlobError::of_write)
+        match self.0 {
+            Writer::Local(file) => file.abort().await.map_err(BlobError::of_file),
+            Writer::Parts(upload) => upload.abort().await.map_err(BlobError::of_write),
+        }
     }
 }
 
@@ -357,13 +389,13 @@ fn sync_folder(_: &FsPath) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The local store writes `name#N` and renames it when it is whole.
+/// The local store, too, writes `name#N` and renames it when it is whole.
 fn remove_staged(folder: &FsPath) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             remove_staged(&entry.path())?;
-        } else if entry.file_name().to_string_lossy().contains('#') {
+        } else if entry.file_name().to_string_lossy().contains(STAGED) {
             std::fs::remove_file(entry.path())?;
         }
     }
@@ -379,7 +411,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let blobs = Blobs::directory(folder.path()).unwrap();
         let mut writer = blobs.writer("a/b").await.unwrap();
-        writer.write(&vec![7; 6 * 1024 * 1024]).await.unwrap();
+        writer.write(vec![7; 6 * 1024 * 1024].into()).await.unwrap();
         writer.abort().await.unwrap();
         assert!(matches!(blobs.get("a/b").await, Err(BlobError::Missing(_))));
         std::fs::write(folder.path().join("a/c#1"), "half").unwrap();
@@ -408,7 +440,7 @@ mod tests {
         let bytes: Vec<u8> = (0..12_000_000u32).map(|i| (i % 251) as u8).collect();
         let mut writer = blobs.writer("x").await.unwrap();
         for chunk in bytes.chunks(700_001) {
-            writer.write(chunk).await.unwrap();
+            writer.write(Bytes::copy_from_slice(chunk)).await.unwrap();
         }
         writer.finish().await.unwrap();
         let read: Vec<Bytes> = blobs.stream("x".into(), 5..11_999_990).try_collect().await.unwrap();

@@ -38,6 +38,8 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from
 const STREAMS: u32 = 1_024;
 /// What one upload may send ahead, and all on one connection together: 15 that stand still don't stop the sixteenth.
 const WINDOWS: (u32, u32) = (1024 * 1024, 16 * 1024 * 1024);
+/// The most bytes of a frame: with HTTP/2's least of 16 KiB an upload would be read in as many pieces.
+const FRAME: u32 = 256 * 1024;
 /// The most bytes of a request's headers.
 const HEADERS: u32 = 16 * 1024;
 /// How long a TLS handshake may take.
@@ -154,6 +156,7 @@ pub async fn serve(
         .max_concurrent_streams(STREAMS)
         .initial_stream_window_size(WINDOWS.0)
         .initial_connection_window_size(WINDOWS.1)
+        .max_frame_size(FRAME)
         .http2_max_header_list_size(HEADERS);
     if let Some(age) = options.max_connection_age {
         server = server.max_connection_age(age.mul_f64(rand::random_range(0.9..1.1)));

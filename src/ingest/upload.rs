@@ -16,6 +16,8 @@ use crate::{
 /// Bytes that are checked in one go. Large enough that handing them to another thread costs nothing beside, small enough
 /// to be no matter for memory.
 const CHECK_BYTES: usize = 256 * 1024;
+/// Bytes that may wait while others are checked; then the client waits.
+const AHEAD_BYTES: usize = 2 * 1024 * 1024;
 
 /// Takes uploads. Cheap to clone.
 #[derive(Clone)]
@@ -112,6 +114,7 @@ pub struct Upload {
     check: Checking,
     /// Written, but not yet checked.
     pending: Vec<Bytes>,
+    /// What they take.
     pending_bytes: usize,
     received: u64,
     /// No row names the object, and none will.
@@ -138,14 +141,16 @@ impl Upload {
         if self.received > announced {
             return Err(IngestError::SizeMismatch { expected: announced, received: self.received });
         }
-        self.pending_bytes += bytes.len();
+        // A message of a single byte takes more than that.
+        self.pending_bytes += bytes.len() + size_of::<Bytes>();
         self.pending.push(bytes.clone());
-        if self.pending_bytes >= CHECK_BYTES {
+        let busy = matches!(&self.check, Checking::Busy(running) if !running.is_finished());
+        if self.pending_bytes >= if busy { AHEAD_BYTES } else { CHECK_BYTES } {
             self.check_pending().await?;
         }
         // Meanwhile the lines are checked.
         if let Some(object) = &mut self.object {
-            object.write(&bytes).await?;
+            object.write(bytes).await?;
         }
         Ok(())
     }

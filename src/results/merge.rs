@@ -50,9 +50,9 @@ impl Merged {
         while let Some(Reverse((_, at))) = next.pop() {
             let section = &mut sections[at];
             let text = section.next_line().await?;
-            self.writer.write(&text).await?;
             self.crc = crc32c::crc32c_append(self.crc, &text);
             self.bytes += text.len() as u64;
+            self.writer.write(text).await?;
             written += 1;
             section.lines.pop();
             if let Some(line) = section.lines.last() {

@@ -1,0 +1,277 @@
+//! An object in a directory, written as it comes. Its bytes are on their way to the disk from the start, so that the fsync
+//! at the end has little left to wait for: of a large upload half the time would be that wait.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::{STAGED, make_folder, sync_folder};
+
+/// Bytes that are written in one go.
+const WRITE: usize = 1024 * 1024;
+/// Bytes that may wait while others are being written; then the writer waits.
+const WAITING: usize = 4 * WRITE;
+/// Pieces below this size are copied together: each of its own would cost more than its bytes, and keep alive what it was
+/// cut out of.
+const SMALL: usize = 16 * 1024;
+/// Where small ones go.
+const BLOCK: usize = 64 * 1024;
+
+/// An object being written.
+#[derive(Debug)]
+pub(super) struct LocalWriter {
+    object: PathBuf,
+    file: Staging,
+    waiting: Pieces,
+}
+
+/// Where the file is. It is written by a thread for blocking work.
+#[derive(Debug)]
+enum Staging {
+    /// Not begun: a small object is made in one go.
+    Nowhere,
+    Busy(JoinHandle<io::Result<Staged>>),
+    /// A write has failed, or was cut off.
+    Failed,
+}
+
+impl LocalWriter {
+    pub(super) fn new(object: PathBuf) -> Self {
+        Self { object, file: Staging::Nowhere, waiting: Pieces::default() }
+    }
+
+    /// Returns once there is room for more.
+    pub(super) async fn write(&mut self, bytes: Bytes) -> io::Result<()> {
+        self.waiting.push(bytes);
+        let busy = matches!(&self.file, Staging::Busy(writing) if !writing.is_finished());
+        if self.waiting.bytes < if busy { WAITING } else { WRITE } {
+            return Ok(());
+        }
+        let staged = self.staged().await?;
+        let (object, pieces) = (self.object.clone(), self.waiting.take());
+        self.file = Staging::Busy(spawn_blocking(move || {
+            let mut staged = staged.map_or_else(|| Staged::create(&object), Ok)?;
+            staged.write(&pieces)?;
+            staged.start_writeback();
+            Ok(staged)
+        }));
+        Ok(())
+    }
+
+    /// The object is durable and has its name when this returns.
+    pub(super) async fn finish(mut self) -> io::Result<()> {
+        let staged = self.staged().await?;
+        let (object, pieces) = (std::mem::take(&mut self.object), self.waiting.take());
+        let publish = spawn_blocking(move || {
+            let mut staged = staged.map_or_else(|| Staged::create(&object), Ok)?;
+            staged.write(&pieces)?;
+            staged.publish(&object)
+        });
+        publish.await?
+    }
+
+    /// Nothing is left when this returns.
+    pub(super) async fn abort(mut self) -> io::Result<()> {
+        // What failed has removed its file.
+        if let Ok(Some(staged)) = self.staged().await {
+            spawn_blocking(move || staged.remove()).await??;
+        }
+        Ok(())
+    }
+
+    /// The file, once what was begun is written. None: it is still to be made.
+    async fn staged(&mut self) -> io::Result<Option<Staged>> {
+        // Stays in place while it is awaited: this future may be dropped and another one come.
+        if let Staging::Busy(writing) = &mut self.file {
+            let written = writing.await;
+            self.file = Staging::Failed;
+            return written?.map(Some);
+        }
+        match std::mem::replace(&mut self.file, Staging::Failed) {
+            Staging::Nowhere => Ok(None),
+            Staging::Busy(_) | Staging::Failed => Err(io::Error::other("an earlier write has failed")),
+        }
+    }
+}
+
+/// A file that has not yet its name. Dropped before it has, it is removed.
+#[derive(Debug)]
+struct Staged {
+    file: File,
+    /// None: it has been renamed or removed.
+    path: Option<PathBuf>,
+    written: u64,
+    /// How much of that is on its way to the disk.
+    started: u64,
+}
+
+impl Staged {
+    fn create(object: &Path) -> io::Result<Self> {
+        let mut name = object.file_name().unwrap_or_default().to_owned();
+        // Another process may be at the same object: whoever is last has it, and both have the same bytes.
+        name.push(format!("{STAGED}{}", uuid::Uuid::new_v4().simple()));
+        let path = object.with_file_name(name);
+        let create = || OpenOptions::new().write(true).create_new(true).open(&path);
+        let file = match (create(), object.parent()) {
+            (Err(error), Some(folder)) if error.kind() == io::ErrorKind::NotFound => {
+                make_folder(folder)?;
+                create()?
+            }
+            (created, _) => created?,
+        };
+        Ok(Self { file, path: Some(path), written: 0, started: 0 })
+    }
+
+    fn write(&mut self, pieces: &[Bytes]) -> io::Result<()> {
+        for piece in pieces {
+            self.file.write_all(piece)?;
+            self.written += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Of no consequence but for the time that the fsync will take.
+    fn start_writeback(&mut self) {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{Advice, fadvise};
+            // Linux begins to write such pages, and drops only those of them that are written already.
+            let length = std::num::NonZeroU64::new(self.written - self.started);
+            let _ = fadvise(&self.file, self.started, length, Advice::DontNeed);
+        }
+        self.started = self.written;
+    }
+
+    fn publish(mut self, object: &Path) -> io::Result<()> {
+        self.file.sync_all()?;
+        if let Some(path) = &self.path {
+            fs::rename(path, object)?;
+            self.path = None;
+        }
+        object.parent().map_or(Ok(()), sync_folder)
+    }
+
+    fn remove(mut self) -> io::Result<()> {
+        self.path.take().map_or(Ok(()), fs::remove_file)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Some(path) = self.path.take() {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Bytes to be written.
+#[derive(Debug, Default)]
+struct Pieces {
+    pieces: Vec<Bytes>,
+    /// Small ones after these, copied.
+    block: BytesMut,
+    bytes: usize,
+}
+
+impl Pieces {
+    fn push(&mut self, piece: Bytes) {
+        self.bytes += piece.len();
+        if piece.len() < SMALL {
+            if self.block.capacity() - self.block.len() < piece.len() {
+                self.seal();
+                self.block = BytesMut::with_capacity(BLOCK);
+            }
+            self.block.extend_from_slice(&piece);
+        } else {
+            self.seal();
+            self.pieces.push(piece);
+        }
+    }
+
+    fn take(&mut self) -> Vec<Bytes> {
+        self.seal();
+        self.bytes = 0;
+        std::mem::take(&mut self.pieces)
+    }
+
+    fn seal(&mut self) {
+        if !self.block.is_empty() {
+            // What is left of the block is for the next ones.
+            self.pieces.push(self.block.split().freeze());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[tokio::test]
+    async fn an_object_that_is_given_up_or_dropped_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        for size in [10, 3 * WRITE] {
+            let mut writer = LocalWriter::new(folder.path().join("a/b"));
+            writer.write(vec![7; size].into()).await.unwrap();
+            writer.abort().await.unwrap();
+            assert!(!folder.path().join("a").exists() || names(&folder.path().join("a")).is_empty());
+        }
+        let mut writer = LocalWriter::new(folder.path().join("a/b"));
+        writer.write(vec![7; 2 * WRITE].into()).await.unwrap();
+        writer.write(vec![7; 5 * WRITE].into()).await.unwrap();
+        // Only once the write that is under way has ended.
+        drop(writer);
+        while !names(&folder.path().join("a")).is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_is_told_and_so_is_all_after_it() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a"), "not a folder").unwrap();
+        let mut writer = LocalWriter::new(folder.path().join("a/b"));
+        writer.write(vec![7; WRITE].into()).await.unwrap();
+        assert_eq!(writer.write(vec![7; WAITING].into()).await.unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        assert!(writer.write(vec![7; WRITE].into()).await.is_err());
+        assert!(writer.finish().await.is_err());
+        let writer = LocalWriter::new(folder.path().join("a/b"));
+        assert_eq!(writer.finish().await.unwrap_err().kind(), io::ErrorKind::NotADirectory);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn what_was_written_is_there(
+            sizes in proptest::collection::vec(
+                prop_oneof![0..100usize, SMALL - 2..SMALL + 2, BLOCK - 2..BLOCK + 2, WRITE - 2..WRITE + 2], 0..20),
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("a/b");
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let expected = runtime.block_on(async {
+                let (mut writer, mut expected) = (LocalWriter::new(path.clone()), Vec::new());
+                for (size, fill) in sizes.into_iter().zip(0..) {
+                    expected.extend(std::iter::repeat_n(fill, size));
+                    writer.write(vec![fill; size].into()).await.unwrap();
+                }
+                assert!(!path.exists());
+                writer.finish().await.unwrap();
+                expected
+            });
+            prop_assert!(fs::read(&path).unwrap() == expected);
+            prop_assert_eq!(names(&folder.path().join("a")), ["b"]);
+        }
+    }
+}
