@@ -4,6 +4,7 @@
 
 mod problem;
 mod scan;
+mod skip;
 
 use std::borrow::Cow;
 

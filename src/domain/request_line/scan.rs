@@ -1,5 +1,6 @@
-//! The scan of a line. The punctuation of the line's object and of its body is read here, and each value by `serde_json`,
-//! which tells where it is only between two values: so the body is both read and kept as it is in a single pass.
+//! The scan of a line. The punctuation of the line's object and of its body is read here, and each value is skipped as a
+//! whole, by [`skip`] or, where that does not know, by `serde_json`: so the body is both read and kept as it is in a single
+//! pass.
 
 use std::{borrow::Cow, fmt};
 
@@ -8,7 +9,9 @@ use serde::{
     de::{Error, IgnoredAny, Visitor},
 };
 
-use super::{Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown};
+use super::{
+    Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown, skip,
+};
 use crate::domain::Endpoint;
 
 /// Reads a line that is UTF-8.
@@ -27,7 +30,7 @@ pub(super) fn request(line: &str) -> Result<RequestLine<'_>, LineError> {
 /// Reads a body that is UTF-8.
 pub(super) fn body(text: &str) -> Result<Cow<'_, str>, Problem> {
     let mut seen = Seen::default();
-    let mut cursor = Cursor { text, at: 0 };
+    let mut cursor = Cursor::new(text);
     seen.body(&mut cursor)?;
     cursor.end()?;
     seen.problem.map_or_else(|| seen.model.ok_or(Problem::Missing(Field::Model)), Err)
@@ -54,7 +57,7 @@ struct Seen<'a> {
 
 impl<'a> Seen<'a> {
     fn line(&mut self, line: &'a str) -> Result<(), Problem> {
-        let mut cursor = Cursor { text: line, at: 0 };
+        let mut cursor = Cursor::new(line);
         if cursor.peek() != Some(b'{') {
             let (found, _) = cursor.skip()?;
             cursor.end()?;
@@ -180,9 +183,15 @@ impl<'a> Seen<'a> {
 struct Cursor<'a> {
     text: &'a str,
     at: usize,
+    /// [`skip`] may be asked.
+    fast: bool,
 }
 
 impl<'a> Cursor<'a> {
+    fn new(text: &'a str) -> Self {
+        Self { text, at: 0, fast: skip::may(text) }
+    }
+
     /// The next byte that is not whitespace; the cursor moves to it.
     fn peek(&mut self) -> Option<u8> {
         let bytes = self.text.as_bytes();
@@ -241,10 +250,9 @@ impl<'a> Cursor<'a> {
     /// Reads a string, at whose quote the cursor stands: it and its JSON.
     fn string(&mut self) -> Result<(Cow<'a, str>, &'a str), Problem> {
         let rest = &self.text[self.at..];
-        // Keys and short values, which most are, have no escapes and need no deserializer.
-        let special = rest.bytes().skip(1).position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20));
-        if let Some(length) = special
-            && rest.as_bytes()[length + 1] == b'"'
+        // Most have no escapes and need no deserializer.
+        if self.fast
+            && let Some(length) = skip::plain(&rest.as_bytes()[1..])
         {
             self.at += length + 2;
             return Ok((Cow::Borrowed(&rest[1..=length]), &rest[..length + 2]));
@@ -279,6 +287,13 @@ impl<'a> Cursor<'a> {
             Some(b't' | b'f') => "a boolean",
             Some(_) | None => "a number",
         };
+        if self.fast
+            && let Some(end) = skip::value(self.text.as_bytes(), self.at)
+        {
+            let json = &self.text[self.at..end];
+            self.at = end;
+            return Ok((found, json));
+        }
         // Does not recurse, so that no nesting is too deep for the stack.
         let (_, json) = self.value::<IgnoredAny>()?;
         Ok((found, json))
