@@ -15,12 +15,12 @@ use std::{
 
 use foldhash::quality::RandomState;
 
-/// Entries of a run: 8 MiB.
-const RUN: usize = 512 * 1024;
+/// Entries of a run: 2 MiB. Ten million ids are 77 runs.
+const RUN: usize = 128 * 1024;
 /// Bytes of texts that are kept in memory before they go to the file.
-const TEXTS: usize = 4 * 1024 * 1024;
+const TEXTS: usize = 1024 * 1024;
 /// Memory for reading all runs at once when they are merged, but for the least of 4 KiB a run.
-const MERGE: usize = 8 * 1024 * 1024;
+const MERGE: usize = 4 * 1024 * 1024;
 /// Of an entry in a run file.
 const ENTRY_BYTES: usize = 16;
 /// Of a record in the log, before its text: line number and length.
