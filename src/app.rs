@@ -143,7 +143,7 @@ impl App {
             scheduler_options(&config),
             scheduling.clone(),
         );
-        let troubles = scheduler.troubles();
+        let (troubles, stages) = (scheduler.troubles(), scheduler.stages());
         let scheduler = run_if(config.has_role(Role::Scheduler), scheduler.run(), &scheduling);
         let hub = Hub::new(store.clone(), fleet.clone(), troubles, serving.clone());
         let hub_runs = hub.clone();
@@ -163,6 +163,7 @@ impl App {
             reader: Reader::new(store.clone(), blobs),
             hub,
             fleet,
+            stages,
             webhooks,
             metrics: Arc::new(telemetry::render),
         };

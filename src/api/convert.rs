@@ -13,6 +13,7 @@ use crate::{
     pb,
     progress::{Event, EventKind, Progress},
     results::ResultLine,
+    scheduler::{Stage, Stages},
 };
 
 fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
@@ -180,5 +181,17 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
         last_error: of.last_error.unwrap_or_default(),
         create_time: Some(of.created_at.to_proto()),
         reports_metrics: of.load.is_some(),
+        prefix_hit_rate: of.prefix_hit_rate,
+        request_time: of.request_time.map(span),
+    }
+}
+
+pub(super) fn stages(of: &Stages) -> pb::RequestStages {
+    let mean = |stage: Stage| of.mean(stage).map(span);
+    pb::RequestStages {
+        queue: mean(Stage::Queue),
+        dispatch: mean(Stage::Dispatch),
+        worker: mean(Stage::Worker),
+        persist: mean(Stage::Persist),
     }
 }

@@ -37,7 +37,8 @@ pub use limits::CallerLimits;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
 use crate::{
-    blobs::Blobs, delivery::Webhooks, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, store::Store,
+    blobs::Blobs, delivery::Webhooks, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, scheduler::Stages,
+    store::Store,
 };
 
 /// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an
@@ -59,6 +60,8 @@ pub struct Services {
     pub hub: Hub,
     /// The workers.
     pub fleet: Fleet,
+    /// Where the time of this process's requests goes.
+    pub stages: Stages,
     /// Whom to tell of batches.
     pub webhooks: Webhooks,
     /// Renders this process's metrics in Prometheus's text format.

@@ -227,7 +227,7 @@ fn routes(
     };
     let limits = Arc::new(Limiter::new(limits));
     let batches = Api { services: services.clone(), limits: limits.clone(), shutdown: shutdown.clone() };
-    let workers = Workers { fleet: services.fleet.clone() };
+    let workers = Workers { fleet: services.fleet.clone(), stages: services.stages.clone() };
     let hooks = Admin { webhooks: services.webhooks.clone() };
     let mut grpc = Routes::new(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())));
     if rpcs {

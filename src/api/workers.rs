@@ -6,11 +6,13 @@ use super::{auth::Caller, convert, status, validate};
 use crate::{
     fleet::Fleet,
     pb::{self, worker_admin_server::WorkerAdmin},
+    scheduler::Stages,
 };
 
 /// Adds, shows, drains and removes workers.
 pub(super) struct Workers {
     pub(super) fleet: Fleet,
+    pub(super) stages: Stages,
 }
 
 #[tonic::async_trait]
@@ -20,7 +22,8 @@ impl WorkerAdmin for Workers {
         _: Request<pb::ListWorkersRequest>,
     ) -> Result<Response<pb::ListWorkersResponse>, Status> {
         let workers = self.fleet.workers().into_iter().map(convert::worker).collect();
-        Ok(Response::new(pb::ListWorkersResponse { workers }))
+        let request_stages = Some(convert::stages(&self.stages));
+        Ok(Response::new(pb::ListWorkersResponse { workers, request_stages }))
     }
 
     async fn register_worker(

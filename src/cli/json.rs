@@ -211,6 +211,19 @@ pub fn worker(worker: &pb::Worker) -> Value {
         "last_error": worker.last_error,
         "create_time": time(worker.create_time.as_ref()),
         "reports_metrics": worker.reports_metrics,
+        "prefix_hit_rate": worker.prefix_hit_rate,
+        "request_time": seconds(worker.request_time.as_ref()),
+    }))
+}
+
+/// Where the time of requests goes.
+#[must_use]
+pub fn stages(stages: &pb::RequestStages) -> Value {
+    object(json!({
+        "queue": seconds(stages.queue.as_ref()),
+        "dispatch": seconds(stages.dispatch.as_ref()),
+        "worker": seconds(stages.worker.as_ref()),
+        "persist": seconds(stages.persist.as_ref()),
     }))
 }
 
@@ -275,9 +288,16 @@ mod tests {
             url: "u".into(),
             last_error: "e".into(),
             create_time: now,
+            prefix_hit_rate: Some(0.0),
+            request_time: Some(prost_types::Duration::default()),
             ..pb::Worker::default()
         };
-        assert_eq!(worker(&worker_sent).as_object().unwrap().len(), 14, "the proto's number of fields");
+        assert_eq!(worker(&worker_sent).as_object().unwrap().len(), 16, "the proto's number of fields");
+        let stages_sent = pb::RequestStages {
+            queue: Some(prost_types::Duration { seconds: 0, nanos: 250_000_000 }),
+            ..pb::RequestStages::default()
+        };
+        assert_eq!(stages(&stages_sent), json!({ "queue": "0.25s" }), "what was not measured is left out");
     }
 
     #[test]

@@ -72,6 +72,28 @@ pub fn span(span: Duration) -> String {
     }
 }
 
+/// A span in at most six characters or so, down to what a request takes: 85us, 1.4ms, 230ms, 4.2s, 3m 20s.
+#[must_use]
+pub fn brief(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    let scaled = |number: f64, unit: &str| {
+        if number < 9.95 { format!("{number:.1}{unit}") } else { format!("{number:.0}{unit}") }
+    };
+    match seconds {
+        _ if time.is_zero() => "0s".into(),
+        _ if seconds < 999.5e-6 => format!("{:.0}us", seconds * 1e6),
+        _ if seconds < 0.9995 => scaled(seconds * 1e3, "ms"),
+        _ if seconds < 59.5 => scaled(seconds, "s"),
+        _ => span(time),
+    }
+}
+
+/// The share of prompts that a worker's prefix cache held, or a dash if it does not say.
+#[must_use]
+pub fn hits(worker: &pb::Worker) -> String {
+    worker.prefix_hit_rate.map_or_else(|| "-".into(), |rate| format!("{:.0}%", rate * 100.0))
+}
+
 /// A state in words: "in progress".
 #[must_use]
 pub fn words(name: &str) -> String {
@@ -181,6 +203,24 @@ mod tests {
     fn spans_have_two_units() {
         for (seconds, text) in [(0.4, "0s"), (44.6, "45s"), (60.0, "1m 0s"), (3_599.9, "1h 0m"), (273_600.0, "3d 4h")] {
             assert_eq!(span(Duration::from_secs_f64(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn spans_of_requests_are_short() {
+        for (seconds, text) in [
+            (0.0, "0s"),
+            (85e-6, "85us"),
+            (999.6e-6, "1.0ms"),
+            (0.00142, "1.4ms"),
+            (0.2304, "230ms"),
+            (0.9996, "1.0s"),
+            (4.24, "4.2s"),
+            (42.4, "42s"),
+            (59.7, "1m 0s"),
+            (200.0, "3m 20s"),
+        ] {
+            assert_eq!(brief(Duration::from_secs_f64(seconds)), text);
         }
     }
 

@@ -30,8 +30,12 @@ Examples:
   tidemill top --once              one look, as text
   tidemill top --json --interval 10s | jq '[.workers[].output_tokens_per_second] | add'
 
-Where stdout is no terminal, each look is printed as text. A worker's REQ/S, TOK/S, IN FLIGHT and LIMIT are those of the \
-server that is asked; RUNNING, WAITING and KV are the worker's own, whoever sends to it.";
+Where stdout is no terminal, each look is printed as text. A worker's IN FLIGHT (of the limit), REQ/S, TOK/S and TIME (of \
+a request, from sending it to its answer) are those of the server that is asked; RUNNING, WAITING, KV and HITS (the share of \
+prompt tokens that its prefix cache held lately) are the worker's own, whoever sends to it.
+
+\"a request takes\" says where the time goes at the server that is asked: in line in its segment, being sent, at the worker, \
+and until its answer is durable.";
 
 /// How often, and how many times.
 #[derive(Debug, Args)]
@@ -57,6 +61,8 @@ fn interval(text: &str) -> Result<Duration, String> {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Look {
     pub workers: Vec<pb::Worker>,
+    /// Where the time of requests goes.
+    pub stages: pb::RequestStages,
     /// Unfinished ones, in the order in which they are served.
     pub batches: Vec<pb::Batch>,
     /// There are more than were asked for.
@@ -74,9 +80,10 @@ impl Look {
         };
         let (workers, batches) =
             tokio::try_join!(workers.list_workers(pb::ListWorkersRequest {}), batches.list_batches(unfinished))?;
-        let batches = batches.into_inner();
+        let (workers, batches) = (workers.into_inner(), batches.into_inner());
         let mut look = Self {
-            workers: workers.into_inner().workers,
+            workers: workers.workers,
+            stages: workers.request_stages.unwrap_or_default(),
             more: !batches.next_page_token.is_empty(),
             batches: batches.batches,
         };
@@ -89,8 +96,24 @@ impl Look {
     fn json(&self) -> Value {
         json!({
             "workers": self.workers.iter().map(json::worker).collect::<Vec<_>>(),
+            "request_stages": json::stages(&self.stages),
             "batches": self.batches.iter().map(json::batch).collect::<Vec<_>>(),
         })
+    }
+
+    /// Where the time of requests goes, in words; none if nothing was measured yet.
+    fn split(&self) -> Option<String> {
+        let stages = [
+            ("in line", &self.stages.queue),
+            ("to be sent", &self.stages.dispatch),
+            ("at the worker", &self.stages.worker),
+            ("until it is durable", &self.stages.persist),
+        ];
+        let known = stages.iter().filter_map(|(name, time)| {
+            json::duration(time.as_ref()).map(|time| format!("{} {name}", out::brief(time)))
+        });
+        let known: Vec<_> = known.collect();
+        (!known.is_empty()).then(|| format!("a request takes {}", known.join(", ")))
     }
 
     /// All workers together.
@@ -235,6 +258,9 @@ fn print(look: &Look, json: bool) -> io::Result<()> {
         return out::line(look.json());
     }
     out::line(look.totals())?;
+    if let Some(split) = look.split() {
+        out::line(split)?;
+    }
     out::table(screen::WORKERS, &look.workers.iter().map(screen::worker).collect::<Vec<_>>())?;
     out::line("")?;
     if look.batches.is_empty() {
@@ -259,6 +285,16 @@ mod tests {
         assert!(ends(KeyEvent::from(KeyCode::Char('q'))) && ends(KeyEvent::from(KeyCode::Esc)));
         assert!(ends(KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL)));
         assert!(!ends(KeyEvent::from(KeyCode::Char('c'))));
+    }
+
+    #[test]
+    fn the_time_of_a_request_is_split() {
+        assert_eq!(Look::default().split(), None);
+        let time = |millis| prost_types::Duration::try_from(Duration::from_millis(millis)).ok();
+        let stages = pb::RequestStages { queue: time(1_500), worker: time(20), ..pb::RequestStages::default() };
+        let look = Look { stages, ..Look::default() };
+        assert_eq!(look.split().as_deref(), Some("a request takes 1.5s in line, 20ms at the worker"));
+        assert_eq!(look.json()["request_stages"]["worker"], "0.02s");
     }
 
     #[test]

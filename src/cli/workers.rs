@@ -11,7 +11,7 @@ use crate::pb;
 /// What to do with workers.
 #[derive(Debug, Subcommand)]
 pub enum WorkersCommand {
-    /// List workers and how they are.
+    /// List workers and how they are. HITS is the share of prompt tokens that a worker's prefix cache held lately.
     List,
     /// Add a worker, or end the draining of one.
     #[command(
@@ -65,20 +65,21 @@ pub async fn run(command: WorkersCommand, client: &Client) -> anyhow::Result<()>
         return Ok(());
     }
     let rows: Vec<_> = workers.iter().map(row).collect();
-    out::table(["WORKER", "STATE", "IN FLIGHT", "REQ/S", "TOK/S", "URL", "MODELS"], &rows)?;
+    out::table(["WORKER", "STATE", "IN FLIGHT", "REQ/S", "TOK/S", "HITS", "URL", "MODELS"], &rows)?;
     for worker in workers.iter().filter(|worker| !worker.last_error.is_empty()) {
         out::line(format!("{}: {}", worker.url, worker.last_error))?;
     }
     Ok(())
 }
 
-fn row(worker: &pb::Worker) -> [String; 7] {
+fn row(worker: &pb::Worker) -> [String; 8] {
     [
         worker.id.clone(),
         out::words(json::worker_state(worker.state)),
         format!("{}/{}", worker.in_flight, worker.limit),
         out::short(worker.requests_per_second),
         out::short(worker.output_tokens_per_second),
+        out::hits(worker),
         worker.url.clone(),
         worker.models.join(","),
     ]

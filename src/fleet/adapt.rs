@@ -8,7 +8,8 @@ use tokio::time::{Instant, timeout};
 use super::{
     InFlight, Inner, Load,
     limit::{Limiter, Seen, TICK},
-    load, probe,
+    load::{self, HitRate},
+    probe,
     worker::{Deeds, Worker, below},
 };
 
@@ -45,7 +46,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let began = Instant::now();
     let (mut read_at, mut published_at) = (None::<Instant>, began);
     let mut before = Deeds::default();
-    let mut prefix = (0.0, 0.0);
+    let mut prefix = HitRate::default();
     loop {
         tokio::select! {
             () = worker.gone.cancelled() => return,
@@ -109,11 +110,14 @@ async fn read(fleet: &Inner, base: &Url) -> Option<Load> {
     page.await.ok().flatten().and_then(|page| load::parse(&String::from_utf8_lossy(&page)))
 }
 
-/// Shows how the worker is. `prefix`: tokens looked up and found in its prefix cache when the rate was last shown.
-fn publish(worker: &Worker, in_flight: u32, prefix: &mut (f64, f64)) {
-    let (requests, tokens, load) = {
-        let state = worker.state.lock();
-        (state.requests_per_second, state.tokens_per_second, state.load)
+/// Shows how the worker is. `prefix`: what is known of its prefix cache.
+fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
+    let (requests, tokens, load, hit_rate) = {
+        let mut state = worker.state.lock();
+        if let Some(load) = &state.load {
+            state.prefix_hit_rate = prefix.observe(load);
+        }
+        (state.requests_per_second, state.tokens_per_second, state.load, state.prefix_hit_rate)
     };
     let show = |name: &'static str, value: f64| metrics::gauge!(name, "worker" => worker.url.clone()).set(value);
     show(LIMIT, worker.limit().into());
@@ -124,11 +128,9 @@ fn publish(worker: &Worker, in_flight: u32, prefix: &mut (f64, f64)) {
     show(RUNNING, load.running);
     show(WAITING, load.waiting);
     show(CACHE, load.kv_cache_usage);
-    let (queries, hits) = (load.prefix_queries - prefix.0, load.prefix_hits - prefix.1);
-    if queries > 0.0 && hits >= 0.0 {
-        show(HIT_RATE, hits / queries);
+    if let Some(rate) = hit_rate {
+        show(HIT_RATE, rate);
     }
-    *prefix = (load.prefix_queries, load.prefix_hits);
 }
 
 /// A worker that is forgotten does nothing.

@@ -29,6 +29,33 @@ pub fn parse(page: &str) -> Option<Load> {
     seen.then_some(load)
 }
 
+/// How much of the prompts a worker's prefix cache held, lately.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HitRate {
+    /// Tokens looked up and found, when last seen.
+    before: Option<(f64, f64)>,
+    rate: Option<f64>,
+}
+
+impl HitRate {
+    /// Takes in what the worker reports. Returns the share of prompt tokens that were in its prefix cache, 0 to 1, since it
+    /// last looked any up; none as long as it has not.
+    pub fn observe(&mut self, load: &Load) -> Option<f64> {
+        let now = (load.prefix_queries, load.prefix_hits);
+        // A worker that was restarted counts from 0, and its cache is empty.
+        let restarted = self.before.is_some_and(|(queries, hits)| now.0 < queries || now.1 < hits);
+        if restarted {
+            *self = Self::default();
+        }
+        let (queries, hits) = self.before.map_or((0.0, 0.0), |(queries, hits)| (now.0 - queries, now.1 - hits));
+        if queries > 0.0 {
+            self.rate = Some((hits / queries).min(1.0));
+        }
+        self.before = Some(now);
+        self.rate
+    }
+}
+
 /// `name{labels} value [timestamp]`
 fn sample(line: &str) -> Option<(&str, f64)> {
     let (name, rest) = match line.find('{') {
@@ -71,12 +98,36 @@ mod tests {
     }
 
     #[test]
+    fn the_hit_rate_is_that_of_the_last_prompts() {
+        let mut rate = HitRate::default();
+        let mut seen =
+            |prefix_queries, prefix_hits| rate.observe(&Load { prefix_queries, prefix_hits, ..Load::default() });
+        assert_eq!(seen(1_000.0, 900.0), None, "what was before it was known is not lately");
+        assert_eq!(seen(1_000.0, 900.0), None);
+        assert_eq!(seen(1_100.0, 925.0), Some(0.25));
+        assert_eq!(seen(1_100.0, 925.0), Some(0.25), "nothing new");
+        assert_eq!(seen(1_200.0, 925.0), Some(0.0));
+        assert_eq!(seen(50.0, 0.0), None, "restarted");
+        assert_eq!(seen(60.0, 10.0), Some(1.0));
+        assert_eq!(HitRate::default().observe(&Load::default()), None, "a worker without those counters");
+    }
+
+    #[test]
     fn another_servers_page_is_not() {
         assert_eq!(parse("http_requests_total 7\n"), None);
         assert_eq!(parse("vllm:num_requests_running{ nonsense\nvllm:num_requests_waiting NaN\n"), None);
     }
 
     proptest! {
+        #[test]
+        fn a_hit_rate_is_a_share(steps in prop::collection::vec((0.0..1e6, 0.0..1e6), 0..20)) {
+            let mut rate = HitRate::default();
+            for (prefix_queries, prefix_hits) in steps {
+                let rate = rate.observe(&Load { prefix_queries, prefix_hits, ..Load::default() });
+                prop_assert!(rate.is_none_or(|rate| (0.0..=1.0).contains(&rate)), "{rate:?}");
+            }
+        }
+
         #[test]
         fn no_page_is_too_odd(page in "(vllm:num_requests_running)?[\\PC\n{} ]{0,60}") {
             let _ = parse(&page);

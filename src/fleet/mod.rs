@@ -85,6 +85,10 @@ pub struct WorkerView {
     pub output_tokens_per_second: f64,
     /// Requests answered per second over the last seconds, as seen from here.
     pub requests_per_second: f64,
+    /// The share of prompt tokens that its prefix cache held, 0 to 1, in the last second with any; none if it does not say.
+    pub prefix_hit_rate: Option<f64>,
+    /// From sending a request to its whole answer, on average over the last seconds with answers, as seen from here.
+    pub request_time: Option<Duration>,
     /// Why it is down.
     pub last_error: Option<String>,
     /// When it was first known.

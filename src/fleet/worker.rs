@@ -60,6 +60,14 @@ pub(super) struct Deeds {
     pub(super) pushed_back: u64,
 }
 
+impl Deeds {
+    /// How long what was answered since then took on average; none if nothing was.
+    fn mean_since(self, before: Self) -> Option<Duration> {
+        let took = self.took_micros.saturating_sub(before.took_micros);
+        took.checked_div(self.returned.saturating_sub(before.returned)).map(Duration::from_micros)
+    }
+}
+
 /// What is known of a worker.
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -76,7 +84,20 @@ pub(super) struct State {
     pub(super) held_until: Option<Instant>,
     pub(super) requests_per_second: f64,
     pub(super) tokens_per_second: f64,
-    sampled: Option<(Instant, u64, u64)>,
+    /// Of what `load` says, lately.
+    pub(super) prefix_hit_rate: Option<f64>,
+    /// How long a request is there, on average.
+    request_time: Option<Duration>,
+    sampled: Option<Sample>,
+}
+
+/// What a worker had done at some time.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: Instant,
+    answered: u64,
+    tokens: u64,
+    deeds: Deeds,
 }
 
 impl State {
@@ -184,18 +205,23 @@ impl Worker {
     /// Brings the rates up to date.
     pub(super) fn sample(&self, now: Instant) {
         let (answered, tokens) = (self.answered.load(Ordering::Relaxed), self.output_tokens.load(Ordering::Relaxed));
+        let deeds = self.deeds();
         let mut state = self.state.lock();
-        if let Some((then, answered_then, tokens_then)) = state.sampled {
-            let seconds = now.duration_since(then);
+        if let Some(before) = state.sampled {
+            let seconds = now.duration_since(before.at);
             if seconds < Duration::from_millis(500) {
                 return;
             }
             #[allow(clippy::cast_precision_loss)] // a rate for people
             let rate = |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds.as_secs_f64();
-            state.requests_per_second += SMOOTHING * (rate(answered, answered_then) - state.requests_per_second);
-            state.tokens_per_second += SMOOTHING * (rate(tokens, tokens_then) - state.tokens_per_second);
+            state.requests_per_second += SMOOTHING * (rate(answered, before.answered) - state.requests_per_second);
+            state.tokens_per_second += SMOOTHING * (rate(tokens, before.tokens) - state.tokens_per_second);
+            if let Some(time) = deeds.mean_since(before.deeds) {
+                let known = state.request_time.unwrap_or(time);
+                state.request_time = Some(known.mul_f64(1.0 - SMOOTHING) + time.mul_f64(SMOOTHING));
+            }
         }
-        state.sampled = Some((now, answered, tokens));
+        state.sampled = Some(Sample { at: now, answered, tokens, deeds });
     }
 
     pub(super) fn view(&self, in_flight: u32, limit: u32) -> WorkerView {
@@ -216,6 +242,8 @@ impl Worker {
             load: state.load,
             output_tokens_per_second: state.tokens_per_second,
             requests_per_second: state.requests_per_second,
+            prefix_hit_rate: state.load.and(state.prefix_hit_rate),
+            request_time: state.request_time,
             last_error: state.last_error.clone(),
             created_at: self.created_at,
         }
@@ -262,6 +290,13 @@ pub(super) fn canonical(url: &Url) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_of_requests_is_that_of_those_answered_since() {
+        let deeds = |returned, took_micros| Deeds { returned, took_micros, pushed_back: 0 };
+        assert_eq!(deeds(5, 9_000).mean_since(deeds(5, 9_000)), None);
+        assert_eq!(deeds(9, 13_000).mean_since(deeds(5, 9_000)), Some(Duration::from_millis(1)));
+    }
 
     #[test]
     fn base_urls_are_brought_to_one_form() {

@@ -30,6 +30,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use segment::Ended;
+pub use stages::{Stage, Stages};
 pub use tries::TryPolicy;
 pub use troubles::Troubles;
 pub use work::{PART_BYTES, PART_LINES};
@@ -103,6 +104,7 @@ pub struct Scheduler {
     /// When the database answered again after it was away.
     back_at: Option<Instant>,
     troubles: Troubles,
+    stages: Stages,
 }
 
 struct Running {
@@ -139,6 +141,7 @@ impl Scheduler {
             away: false,
             back_at: None,
             troubles: Troubles::default(),
+            stages: Stages::default(),
         }
     }
 
@@ -146,6 +149,12 @@ impl Scheduler {
     #[must_use]
     pub fn troubles(&self) -> Troubles {
         self.troubles.clone()
+    }
+
+    /// Where the time of its requests goes.
+    #[must_use]
+    pub fn stages(&self) -> Stages {
+        self.stages.clone()
     }
 
     /// Says what this module's metrics are.
@@ -348,6 +357,7 @@ impl Scheduler {
             control: told,
             remaining,
             troubles: self.troubles.clone(),
+            stages: self.stages.clone(),
         };
         self.runs.spawn(async move {
             // Told even if the run panics: then the lease runs out and the segment is run again.

@@ -9,6 +9,7 @@ use super::{
     Control, SchedulerOptions,
     checkpoint::{Checkpoint, Lost},
     lines::WorkList,
+    stages::Stages,
     troubles::Troubles,
     work::Work,
 };
@@ -52,6 +53,8 @@ pub struct Run {
     pub remaining: Remaining,
     /// What it is stuck on.
     pub troubles: Troubles,
+    /// Where its requests' time goes.
+    pub stages: Stages,
 }
 
 /// Why a run stops before its lines are done.

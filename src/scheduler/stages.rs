@@ -1,15 +1,20 @@
 //! Where a request's time goes: of some requests, how long each stage took.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 /// One request in so many is measured: the hot path stays free of clocks.
 const SAMPLE: u32 = 64;
+
+/// Measurements that a stage's mean goes back: seconds at full speed, and still a mean where little is sent.
+const MEMORY: u32 = 100;
 
 const SECONDS: &str = "tidemill_request_stage_seconds";
 
 /// A stage of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub enum Stage {
     /// From the start of its segment's run until a worker has a slot for it.
     Queue,
     /// From the slot to the HTTP client.
@@ -21,6 +26,9 @@ pub(super) enum Stage {
 }
 
 impl Stage {
+    /// In the order in which a request goes through them.
+    pub const ALL: [Self; 4] = [Self::Queue, Self::Dispatch, Self::Worker, Self::Persist];
+
     fn label(self) -> &'static str {
         match self {
             Self::Queue => "queue",
@@ -29,10 +37,41 @@ impl Stage {
             Self::Persist => "persist",
         }
     }
+}
 
-    /// Notes how long it took.
-    pub(super) fn took(self, time: Duration) {
-        metrics::histogram!(SECONDS, "stage" => self.label()).record(time.as_secs_f64());
+/// What this node's runs have measured. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Stages {
+    means: Arc<Mutex<[Mean; Stage::ALL.len()]>>,
+}
+
+impl Stages {
+    /// Notes how long a stage took.
+    pub(super) fn took(&self, stage: Stage, time: Duration) {
+        metrics::histogram!(SECONDS, "stage" => stage.label()).record(time.as_secs_f64());
+        self.means.lock()[stage as usize].add(time);
+    }
+
+    /// How long a stage takes, on average over the last hundred or so measured; none before the first.
+    #[must_use]
+    pub fn mean(&self, stage: Stage) -> Option<Duration> {
+        self.means.lock()[stage as usize].value
+    }
+}
+
+/// A mean that forgets: of all that was added, and as soon as it is more, of about the last [`MEMORY`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    added: u32,
+    value: Option<Duration>,
+}
+
+impl Mean {
+    fn add(&mut self, time: Duration) {
+        self.added = (self.added + 1).min(MEMORY);
+        let weight = 1.0 / f64::from(self.added);
+        let known = self.value.unwrap_or(time);
+        self.value = Some(known.mul_f64(1.0 - weight) + time.mul_f64(weight));
     }
 }
 
@@ -44,4 +83,25 @@ pub(super) fn is_sampled(index: u32) -> bool {
 pub(super) fn describe_metrics() {
     let what = "how long a stage took: queue, dispatch and worker of one request in 64, persist of every part";
     metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, what);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mean_is_that_of_the_last_ones() {
+        let stages = Stages::default();
+        assert_eq!(stages.mean(Stage::Queue), None);
+        for millis in [10, 20, 30] {
+            stages.took(Stage::Queue, Duration::from_millis(millis));
+        }
+        let mean = || stages.mean(Stage::Queue).unwrap();
+        assert!(mean().abs_diff(Duration::from_millis(20)) < Duration::from_micros(1), "{:?}", mean());
+        for _ in 0..1_000 {
+            stages.took(Stage::Queue, Duration::from_secs(5));
+        }
+        assert!(mean().abs_diff(Duration::from_secs(5)) < Duration::from_millis(1), "{:?}", mean());
+        assert!([Stage::Dispatch, Stage::Worker, Stage::Persist].iter().all(|stage| stages.mean(*stage).is_none()));
+    }
 }

@@ -179,17 +179,18 @@ impl Work<'_> {
         };
         let (endpoint, timeout) = (self.endpoint, self.run.options.request_timeout);
         let slotted = stages::is_sampled(self.list.index(key)).then(Instant::now);
-        if let Some(slotted) = slotted {
-            Stage::Queue.took(slotted - self.started);
-        }
+        let slotted = slotted.map(|slotted| {
+            self.run.stages.took(Stage::Queue, slotted - self.started);
+            (slotted, self.run.stages.clone())
+        });
         async move {
-            let sent = slotted.map(|slotted| {
-                Stage::Dispatch.took(slotted.elapsed());
-                Instant::now()
+            let sent = slotted.map(|(slotted, stages)| {
+                stages.took(Stage::Dispatch, slotted.elapsed());
+                (Instant::now(), stages)
             });
             let result = slot.send(endpoint, body, timeout).await;
-            if let Some(sent) = sent {
-                Stage::Worker.took(sent.elapsed());
+            if let Some((sent, stages)) = sent {
+                stages.took(Stage::Worker, sent.elapsed());
             }
             let result = result.and_then(|answer| {
                 let body = results::body_of(&answer.body);
@@ -325,10 +326,11 @@ impl Work<'_> {
         let builder = std::mem::take(&mut self.builder);
         // A task of its own: it goes on while the segment waits for something else.
         let task = tokio::spawn(self.checkpoint.clone().part(builder, *self.number));
+        let stages = self.run.stages.clone();
         async move {
             let part = task.await.unwrap_or(Err(Lost));
             if let (Some(oldest), Ok(_)) = (oldest, &part) {
-                Stage::Persist.took(oldest.elapsed());
+                stages.took(Stage::Persist, oldest.elapsed());
             }
             part
         }
@@ -347,7 +349,7 @@ impl Work<'_> {
         let oldest = self.oldest.take();
         let ended = self.write_end().await?;
         if let Some(oldest) = oldest {
-            Stage::Persist.took(oldest.elapsed());
+            self.run.stages.took(Stage::Persist, oldest.elapsed());
         }
         Ok(ended)
     }

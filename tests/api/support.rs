@@ -19,7 +19,7 @@ use tidemill::{
     },
     progress::Hub,
     results::Reader,
-    scheduler::Troubles,
+    scheduler::{Stages, Troubles},
     store::{Commit, FinalObject, Store},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -105,6 +105,7 @@ impl Server {
             reader: Reader::new(store.clone(), blobs.clone()),
             hub,
             fleet,
+            stages: Stages::default(),
             webhooks: webhooks(&store),
             metrics: Arc::new(|| "tidemill_up 1\n".to_owned()),
         };

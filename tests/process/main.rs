@@ -22,6 +22,7 @@ mod server;
 #[path = "../support/mod.rs"]
 mod support;
 mod upgrade;
+mod workers;
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -19,11 +19,12 @@ const CURVE: u16 = 3;
 /// Characters of a progress bar.
 const BAR: u64 = 16;
 
-pub const WORKERS: [&str; 9] = ["WORKER", "STATE", "IN FLIGHT", "RUNNING", "WAITING", "KV", "REQ/S", "TOK/S", "MODELS"];
+pub const WORKERS: [&str; 11] =
+    ["WORKER", "STATE", "IN FLIGHT", "RUNNING", "WAITING", "KV", "HITS", "REQ/S", "TOK/S", "TIME", "MODELS"];
 pub const BATCHES: [&str; 7] = ["BATCH", "STATE", "DONE", "", "FAILED", "MODELS", "NOW"];
 
 /// A worker's cells. What it does not report is a dash.
-pub fn worker(worker: &pb::Worker) -> [String; 9] {
+pub fn worker(worker: &pb::Worker) -> [String; 11] {
     let reported = |text: String| if worker.reports_metrics { text } else { "-".into() };
     [
         worker.url.split_once("://").map_or(worker.url.as_str(), |(_, host)| host).to_owned(),
@@ -32,8 +33,10 @@ pub fn worker(worker: &pb::Worker) -> [String; 9] {
         reported(out::short(worker.running)),
         reported(out::short(worker.waiting)),
         reported(format!("{:.0}%", worker.kv_cache_usage * 100.0)),
+        out::hits(worker),
         out::short(worker.requests_per_second),
         out::short(worker.output_tokens_per_second),
+        json::duration(worker.request_time.as_ref()).map_or_else(|| "-".into(), out::brief),
         if worker.last_error.is_empty() { worker.models.join(",") } else { worker.last_error.clone() },
     ]
 }
@@ -60,8 +63,10 @@ pub fn batch(batch: &pb::Batch) -> [String; 7] {
 /// Draws all of it.
 pub fn draw(frame: &mut Frame, view: &View, server: &str) {
     let workers = u16::try_from(view.look.workers.len()).unwrap_or(u16::MAX).saturating_add(2);
-    let [head, curve, upper, lower, foot] = Layout::vertical([
+    let split = view.look.split();
+    let [head, times, curve, upper, lower, foot] = Layout::vertical([
         Constraint::Length(1),
+        Constraint::Length(split.is_some().into()),
         Constraint::Length(CURVE),
         Constraint::Max(workers),
         Constraint::Fill(1),
@@ -70,6 +75,7 @@ pub fn draw(frame: &mut Frame, view: &View, server: &str) {
     .areas(frame.area());
     let title = format!("tidemill {server}: {}", view.look.totals());
     frame.render_widget(Line::styled(title, Modifier::BOLD), head);
+    frame.render_widget(Line::raw(split.unwrap_or_default()), times);
     draw_curve(frame, view, curve);
     let widths = [
         Constraint::Max(32),
@@ -78,6 +84,8 @@ pub fn draw(frame: &mut Frame, view: &View, server: &str) {
         Constraint::Length(7),
         Constraint::Length(7),
         Constraint::Length(5),
+        Constraint::Length(4),
+        Constraint::Length(6),
         Constraint::Length(6),
         Constraint::Length(6),
         Constraint::Fill(1),
@@ -164,6 +172,8 @@ mod tests {
             running: 56.0,
             waiting: 4.0,
             kv_cache_usage: 0.42,
+            prefix_hit_rate: Some(0.83),
+            request_time: Some(prost_types::Duration { seconds: 0, nanos: 186_000_000 }),
             requests_per_second: 321.0,
             output_tokens_per_second: 5_000.0,
             ..worker("http://gpu-1:8000", pb::WorkerState::Healthy)
@@ -180,7 +190,11 @@ mod tests {
             waiting_reason: if number == 1 { "no worker serves \"x\"".into() } else { String::new() },
             ..pb::Batch::default()
         });
-        Look { workers: vec![healthy, down], batches: batches.collect(), more: false }
+        let stages = pb::RequestStages {
+            persist: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+            ..pb::RequestStages::default()
+        };
+        Look { workers: vec![healthy, down], stages, batches: batches.collect(), more: false }
     }
 
     fn drawn(view: &View, width: u16, height: u16) -> String {
@@ -197,13 +211,14 @@ mod tests {
         assert!(
             line("tidemill http://h:4080").contains("1 of 2 workers healthy, 120 in flight of 128, 321 req/s, 5.0k")
         );
-        for cell in ["healthy", "60/64", "56", "42%", "321", "5.0k"] {
+        for cell in ["healthy", "60/64", "56", "42%", "83%", "321", "5.0k", "186ms"] {
             assert!(line("gpu-1:8000").contains(cell), "{cell}: {text}");
         }
         assert!(line("gpu-2:8000").contains("connection refused") && line("gpu-2:8000").contains(" - "), "{text}");
         assert!(line("batch_00").contains("50/100") && line("batch_00").contains("████████░░░░░░░░"), "{text}");
         assert!(line("batch_01").contains("waiting: no worker serves \"x\""), "{text}");
-        assert!(line("others").contains("and 17 others"), "{text}");
+        assert!(line("others").contains("and 18 others"), "{text}");
+        assert!(line("a request takes").contains("1.0s until it is durable"), "{text}");
         assert!(line("q: quit").contains("q: quit"));
         view.away = Some("connection refused".into());
         assert!(drawn(&view, 160, 24).contains("the server is away"));

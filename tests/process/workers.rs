@@ -1,0 +1,78 @@
+//! What is shown of workers: by the API and by the command line.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tidemill::{
+    pb::{self, worker_admin_client::WorkerAdminClient},
+    sim::SimConfig,
+};
+
+use crate::{create, server::Server, upload, watch, worker};
+
+/// Chats with a long beginning in common.
+fn alike(count: usize) -> String {
+    let system = "You are a patient teacher of mathematics. ".repeat(40);
+    (0..count)
+        .map(|number| {
+            format!(
+                r#"{{"custom_id":"r{number}","method":"POST","url":"/v1/chat/completions","body":{{"model":"sim","messages":[{{"role":"system","content":"{system}"}},{{"role":"user","content":"number {number}"}}],"max_tokens":3}}}}"#
+            ) + "\n"
+        })
+        .collect()
+}
+
+async fn said(server: &Server, arguments: &[&str]) -> String {
+    let mut program = tokio::process::Command::new(env!("CARGO_BIN_EXE_tidemill"));
+    let url = format!("http://{}", server.address());
+    let output = program.args(arguments).args(["--server", &url]).output().await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_a_worker_does_and_where_time_goes_is_shown() {
+    let latency = Duration::from_millis(40);
+    let (_, url) = worker(SimConfig { latency, max_num_seqs: 32, ..SimConfig::default() }).await;
+    let mut server = Server::start(&["--worker", &url, "--flush-interval", "100ms"]).await;
+    let mut workers = WorkerAdminClient::connect(format!("http://{}", server.address())).await.unwrap();
+    let mut list = async || workers.list_workers(pb::ListWorkersRequest {}).await.unwrap().into_inner();
+    let fresh = list().await;
+    assert_eq!(fresh.request_stages, Some(pb::RequestStages::default()), "nothing was sent yet");
+    assert_eq!((fresh.workers[0].prefix_hit_rate, fresh.workers[0].request_time), (None, None));
+
+    let file = upload(&mut server.client().await, alike(1_500)).await;
+    let batch = create(&mut server.client().await, &file, "").await;
+    watch(server.clone(), batch).await;
+    let mut tries = 0;
+    let (shown, stages) = loop {
+        let mut all = list().await;
+        let one = all.workers.remove(0);
+        if one.prefix_hit_rate.is_some() && one.request_time.is_some() {
+            break (one, all.request_stages.unwrap());
+        }
+        tries += 1;
+        assert!(tries < 1_500, "{one:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(shown.prefix_hit_rate.unwrap() > 0.9 && shown.prefix_hit_rate.unwrap() <= 1.0, "{shown:?}");
+    let time = |of: Option<prost_types::Duration>| Duration::try_from(of.unwrap()).unwrap();
+    assert!(time(shown.request_time) >= latency && time(stages.worker) >= latency, "{shown:?} {stages:?}");
+    assert!(time(stages.dispatch) < time(stages.worker), "{stages:?}");
+    // A thousand requests, 32 at a time: a line waits longer than it is at the worker.
+    assert!(time(stages.queue) > latency && time(stages.persist) > Duration::ZERO, "{stages:?}");
+
+    let listed: Value = serde_json::from_str(&said(&server, &["workers", "list", "--json"]).await).unwrap();
+    assert!(listed["prefix_hit_rate"].as_f64().unwrap() > 0.9 && listed["request_time"].is_string(), "{listed}");
+    let percent = |text: &str| text.split_whitespace().any(|cell| cell.ends_with('%') && cell != "0%");
+    let text = said(&server, &["workers", "list"]).await;
+    assert!(text.lines().next().unwrap().contains("HITS") && percent(text.lines().nth(1).unwrap()), "{text}");
+    let text = said(&server, &["top", "--once"]).await;
+    for shown in ["a request takes ", " in line, ", " at the worker, ", "HITS", "WAITING", "KV", "TIME"] {
+        assert!(text.contains(shown), "{shown}: {text}");
+    }
+    let seen: Value = serde_json::from_str(&said(&server, &["top", "--once", "--json"]).await).unwrap();
+    assert!(seen["request_stages"]["worker"].is_string() && seen["workers"][0]["prefix_hit_rate"].is_f64(), "{seen}");
+    assert!(server.metric("tidemill_worker_prefix_hit_rate").await.is_some());
+    server.kill().await;
+}
