@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tidemill::{
     blobs::Blobs,
-    domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, batch::DEFAULT_WINDOW},
+    domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, Weights, batch::DEFAULT_WINDOW},
     fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Begun, Ingest, Limits, NewUpload},
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
@@ -146,6 +146,7 @@ async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchI
         tries: TryPolicy::default(),
         drain: Duration::from_secs(5),
         worker_priority: None,
+        weights: Weights::default(),
     };
     let blobs = Blobs::directory(&folder.join("blobs")).unwrap();
     let scheduler = Scheduler::new(store.clone(), blobs, fleet, NodeId::generate(), options, shutdown.clone());

@@ -140,7 +140,7 @@ impl App {
             blobs.clone(),
             fleet.clone(),
             node.clone(),
-            scheduler_options(&config),
+            scheduler_options(&config, options.tokens.as_ref()),
             scheduling.clone(),
         );
         let (troubles, stages) = (scheduler.troubles(), scheduler.stages());
@@ -308,9 +308,10 @@ fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
     })
 }
 
-fn scheduler_options(config: &ServeConfig) -> SchedulerOptions {
+fn scheduler_options(config: &ServeConfig, tokens: Option<&Tokens>) -> SchedulerOptions {
     SchedulerOptions {
         worker_priority: config.worker_priority,
+        weights: tokens.map(Tokens::weights).unwrap_or_default(),
         lease: config.lease,
         flush_interval: config.flush_interval,
         request_timeout: config.request_timeout,

@@ -1,7 +1,7 @@
 //! Who calls, and what they may do.
 //!
-//! Access tokens come from a file, one a line: `name role sha256:<hex of the token>`. Only hashes are kept: a token has
-//! enough randomness of its own (see `tidemill token`) that a fast hash protects it.
+//! Access tokens come from a file, one a line: `name role sha256:<hex of the token>`, and if wanted `weight=<1 to 1000>`.
+//! Only hashes are kept: a token has enough randomness of its own (see `tidemill token`) that a fast hash protects it.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +11,7 @@ use subtle::ConstantTimeEq;
 use tonic::{Code, Request, Status};
 
 use super::status::error;
+use crate::domain::{Weight, Weights};
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +78,8 @@ impl Caller {
 /// A line of the token file that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "line {line} of the token file: {problem}; expected \"name role sha256:<64 hex digits>\" with role submit or admin"
+    "line {line} of the token file: {problem}; expected \"name role sha256:<64 hex digits>\" with role submit or admin, \
+     and after it, if wanted, \"weight=<1 to 1000>\""
 )]
 pub struct TokensError {
     /// From 1.
@@ -90,17 +92,18 @@ pub struct TokensError {
 #[derive(Clone, Debug)]
 pub struct Tokens {
     known: Vec<([u8; 32], Caller)>,
+    weights: Weights,
 }
 
 impl Tokens {
     /// Reads a token file. `#` begins a comment line. A name may have several tokens, for a change of token without a gap,
-    /// if their role is the same.
+    /// if their role and weight are the same. Without a weight it is 1.
     ///
     /// # Errors
     /// [`TokensError`]: the first bad line.
     pub fn parse(text: &str) -> Result<Self, TokensError> {
         let mut known: Vec<([u8; 32], Caller)> = Vec::new();
-        let mut roles: BTreeMap<&str, Role> = BTreeMap::new();
+        let mut names: BTreeMap<&str, (Role, Weight)> = BTreeMap::new();
         for (line, text) in (1..).zip(text.lines()) {
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
@@ -108,9 +111,10 @@ impl Tokens {
             }
             let bad = |problem: &str| TokensError { line, problem: problem.to_owned() };
             let mut words = text.split_whitespace();
-            let (Some(name), Some(role), Some(hash), None) = (words.next(), words.next(), words.next(), words.next())
+            let (Some(name), Some(role), Some(hash), weight, None) =
+                (words.next(), words.next(), words.next(), words.next(), words.next())
             else {
-                return Err(bad("does not have three words"));
+                return Err(bad("does not have three or four words"));
             };
             let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
             if name.len() > 64 || !name.bytes().all(good) {
@@ -124,15 +128,31 @@ impl Tokens {
             let hash = hash.strip_prefix("sha256:").and_then(|hex| hex::decode(hex).ok());
             let hash: [u8; 32] =
                 hash.and_then(|hash| hash.try_into().ok()).ok_or_else(|| bad("the hash is not one"))?;
-            if *roles.entry(name).or_insert(role) != role {
+            let weight = match weight.map(|word| word.strip_prefix("weight=").ok_or(word)) {
+                None => Weight::default(),
+                Some(Ok(weight)) => weight.parse().map_err(|error| bad(&format!("weight={weight}: {error}")))?,
+                Some(Err(word)) => return Err(bad(&format!("{word:?} is no weight"))),
+            };
+            let before = *names.entry(name).or_insert((role, weight));
+            if before.0 != role {
                 return Err(bad("the name has another role further up"));
+            }
+            if before.1 != weight {
+                return Err(bad("the name has another weight further up (1 where none is written)"));
             }
             if known.iter().any(|(other, _)| *other == hash) {
                 return Err(bad("the same token is further up"));
             }
             known.push((hash, Caller { owner: name.to_owned(), role }));
         }
-        Ok(Self { known })
+        let weights = names.into_iter().map(|(name, (_, weight))| (name.to_owned(), weight)).collect();
+        Ok(Self { known, weights })
+    }
+
+    /// How large the shares of the workers are of those whose tokens these are.
+    #[must_use]
+    pub fn weights(&self) -> Weights {
+        self.weights.clone()
     }
 
     /// Whether there are none: then nobody may call.
@@ -213,16 +233,36 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_is_the_fourth_word_and_else_one() {
+        let [a, b, c] = ["a", "b", "c"].map(hash_token);
+        let tokens =
+            Tokens::parse(&format!("ana submit {a} weight=3\nana submit {b}   weight=3\nbob admin {c}")).unwrap();
+        let weight = |name: &str| tokens.weights().of(name).get();
+        assert_eq!((weight("ana"), weight("bob"), weight("eve")), (3, 1, 1));
+        let no_gap = format!("ana submit {a} weight=1\nana submit {b}");
+        assert_eq!(Tokens::parse(&no_gap).unwrap().weights().of("ana").get(), 1);
+        let error = Tokens::parse(&format!("ana submit {a} weight=1001")).unwrap_err().to_string();
+        assert!(
+            error.starts_with("line 1 of the token file: weight=1001: expected a weight from 1 to 1000; "),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn bad_lines_are_named() {
         let hash = hash_token("t");
         let cases = [
-            ("ana admin".to_owned(), 1, "three words"),
+            ("ana admin".to_owned(), 1, "three or four words"),
             (format!("# ok\nana root {hash}"), 2, "role"),
             (format!("an/a admin {hash}"), 1, "name"),
             ("\n\nana admin sha256:12".to_owned(), 3, "hash"),
             (format!("ana admin {}", &hash[7..]), 1, "hash"),
             (format!("ana admin {hash}\nbob submit {hash}"), 2, "same token"),
             (format!("ana admin {hash}\nana submit {}", hash_token("u")), 2, "another role"),
+            (format!("ana admin {hash} weight=2\nana admin {}", hash_token("u")), 2, "another weight"),
+            (format!("ana admin {hash} weight=0"), 1, "from 1 to 1000"),
+            (format!("ana admin {hash} 3"), 1, "no weight"),
+            (format!("ana admin {hash} weight=3 more"), 1, "three or four words"),
         ];
         for (text, line, problem) in cases {
             let error = Tokens::parse(&text).unwrap_err();

@@ -271,6 +271,7 @@ mod tests {
             "tidemill webhooks verify --headers h --secret whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
             "tidemill webhooks listen --secret s",
             "tidemill token new --name n --role admin",
+            "tidemill token new --name n --weight 1000",
             "tidemill token hash",
             "tidemill migrate --data-dir /d --status",
             "tidemill sim --listen 127.0.0.1:0 --models a,b --latency-ms 5 --tokens-per-second 9.5 --error-rate 0.1 --seed 7",
@@ -303,6 +304,8 @@ mod tests {
             "tidemill infer model-only",
             "tidemill sim --error-rate 1.5",
             "tidemill token new --name a/b",
+            "tidemill token new --name n --weight 0",
+            "tidemill token new --name n --weight 1001",
             "tidemill serve --max-tries 0",
             "tidemill top --interval 1ms",
         ] {

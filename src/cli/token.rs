@@ -9,6 +9,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::{meter::note, out};
+use crate::domain::Weight;
 
 /// Random bytes in a token: far beyond guessing, so that a plain hash suffices.
 const TOKEN_BYTES: usize = 32;
@@ -27,6 +28,10 @@ pub enum TokenCommand {
         /// What it allows.
         #[arg(long, default_value = "submit")]
         role: Role,
+        /// How large its share of the workers is beside those of other names while both have work: 1 to 1000. Three times
+        /// the weight is three times the share. All tokens of a name have the same.
+        #[arg(long, value_name = "N", default_value = "1")]
+        weight: Weight,
     },
     /// Print the hash of a token that is read from stdin, as the server's --tokens file holds it.
     Hash,
@@ -47,10 +52,10 @@ pub enum Role {
 /// What went wrong, for people.
 pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
     match command {
-        TokenCommand::New { name, role } => {
+        TokenCommand::New { name, role, weight } => {
             let secret: [u8; TOKEN_BYTES] = rand::random();
             let token = format!("tm_{}", BASE64_URL_SAFE_NO_PAD.encode(secret));
-            let line = file_line(&name, role, &token);
+            let line = file_line(&name, role, weight, &token);
             if json {
                 return Ok(out::line(json!({"name": name, "token": token, "line": line}))?);
             }
@@ -70,13 +75,14 @@ pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A line of the server's tokens file: name, role, hash.
-fn file_line(name: &str, role: Role, token: &str) -> String {
+/// A line of the server's tokens file: name, role, hash, and the weight if it is not 1.
+fn file_line(name: &str, role: Role, weight: Weight, token: &str) -> String {
     let role = match role {
         Role::Submit => "submit",
         Role::Admin => "admin",
     };
-    format!("{name} {role} {}", hash(token))
+    let weight = if weight == Weight::default() { String::new() } else { format!(" weight={}", weight.get()) };
+    format!("{name} {role} {}{weight}", hash(token))
 }
 
 /// As the server's tokens file holds it.
@@ -98,9 +104,17 @@ mod tests {
 
     #[test]
     fn a_line_holds_the_hash_and_not_the_token() {
-        let line = file_line("team", Role::Admin, "abc");
+        let line = file_line("team", Role::Admin, Weight::default(), "abc");
         // FIPS 180-4's example
         assert_eq!(line, "team admin sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    #[test]
+    fn the_server_reads_what_is_written() {
+        let line = file_line("team", Role::Submit, Weight::new(20).unwrap(), "abc");
+        assert!(line.ends_with(" weight=20"), "{line}");
+        let tokens = crate::api::Tokens::parse(&line).unwrap();
+        assert_eq!((tokens.find("abc").unwrap().owner.as_str(), tokens.weights().of("team").get()), ("team", 20));
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod segment;
 pub mod time;
 pub mod usage;
 pub mod webhook;
+pub mod weight;
 
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
 pub use endpoint::Endpoint;
@@ -24,3 +25,4 @@ pub use line_set::LineSet;
 pub use segment::SegmentSpan;
 pub use time::Timestamp;
 pub use usage::TokenUsage;
+pub use weight::{BadWeight, Weight, Weights};

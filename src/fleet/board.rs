@@ -3,12 +3,14 @@
 //! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
 //! the best rank first, then to who asked first, and among the workers that serve the model to the least loaded one.
 //!
-//! Within a priority tenants share: the next slot goes to the one that has the fewest of the model's slots. So each gets the
-//! same share while it has enough to send, a small batch is not stuck behind a large one of somebody else, and what one
-//! does not use the others have. A tenant's own batches go by their deadlines.
+//! Within a priority tenants share: the next slot goes to the one that has the fewest of the model's slots for its weight
+//! ([`shares`]). So each gets its share while it has enough to send, a small batch is not stuck behind a large one of
+//! somebody else, and what one does not use the others have. A tenant's own batches go by their deadlines.
 //!
 //! A request that may be what kills workers is sent alone: it gets a worker that has nothing else in flight, and nothing
 //! else goes there until it is back. If all are at work, one of them is reserved: it gets nothing new until it is idle.
+
+mod shares;
 
 use std::{
     cmp::Reverse,
@@ -19,21 +21,37 @@ use std::{
 
 use smallvec::SmallVec;
 
-use crate::domain::{Priority, Timestamp};
+use crate::domain::{Priority, Timestamp, Weight};
+use shares::Shares;
 
 /// Which worker, on this node, for as long as this process knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerKey(pub u32);
 
-/// Whose work it is: a fingerprint of the owner's name, for the board need not know the name.
+/// Whose work it is: a fingerprint of the owner's name, for the board need not know the name; and how large its share is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tenant(u64);
+pub struct Tenant {
+    name: u64,
+    weight: Weight,
+}
 
 impl Tenant {
-    /// The tenant of that name.
+    /// The tenant of that name. It weighs 1.
     #[must_use]
     pub fn named(owner: &str) -> Self {
-        Self(foldhash::quality::FixedState::default().hash_one(owner))
+        Self { name: foldhash::quality::FixedState::default().hash_one(owner), weight: Weight::default() }
+    }
+
+    /// The same, with another weight. A name has the same one wherever it is used on a board.
+    #[must_use]
+    pub fn weighing(self, weight: Weight) -> Self {
+        Self { weight, ..self }
+    }
+
+    /// How large its share is.
+    #[must_use]
+    pub fn weight(self) -> Weight {
+        self.weight
     }
 }
 
@@ -117,6 +135,14 @@ impl Want {
 /// A waiting [`Want`].
 pub type Ticket = (Rank, u64);
 
+/// What waits under a ticket.
+#[derive(Clone, Debug)]
+struct Wish {
+    want: Want,
+    /// How many slots it still waits for, 1 or more.
+    slots: u32,
+}
+
 /// What the board knows of a worker.
 #[derive(Clone, Debug, Default)]
 struct Desk {
@@ -139,9 +165,8 @@ struct Desk {
 #[derive(Debug, Default)]
 pub struct Board {
     desks: BTreeMap<WorkerKey, Desk>,
-    waiting: BTreeMap<Ticket, Want>,
-    /// The slots that each tenant has of each model.
-    held: BTreeMap<Tenant, BTreeMap<Arc<str>, u32>>,
+    waiting: BTreeMap<Ticket, Wish>,
+    shares: Shares,
     next: u64,
 }
 
@@ -151,20 +176,15 @@ impl Board {
         if !self.desks.values().any(|desk| if want.alone { desk.idle(None) } else { desk.free() }) {
             return None;
         }
-        let turn = self.turn(want, u64::MAX);
-        let ahead = self.waiting.iter().any(|((_, number), other)| {
-            other.model == want.model && other.alone == want.alone && self.turn(other, *number) <= turn
-        });
-        if ahead { None } else { self.seat(want, None) }
-    }
-
-    /// Whose turn it is: the smallest's.
-    fn turn(&self, want: &Want, number: u64) -> (bool, Reverse<Priority>, u32, Rank, u64) {
-        let rank = want.rank;
-        // Interactive calls are nobody's share.
-        let held = || self.held.get(&rank.tenant).and_then(|held| held.get(&want.model)).copied();
-        let held = if rank.batch { held().unwrap_or(0) } else { 0 };
-        (rank.batch, rank.priority, held, rank, number)
+        let rivals = |(_, other): &(Ticket, &Want)| other.model == want.model && other.alone == want.alone;
+        let mine = (want.rank, u64::MAX);
+        if self.waiting().any(|wish| rivals(&wish)) {
+            let all = self.waiting().filter(rivals).chain([(mine, want)]);
+            if self.shares.in_turn(all).first() != Some(&mine) {
+                return None;
+            }
+        }
+        self.seat(want, None)
     }
 
     /// Who waits, whose turn it is first.
@@ -175,41 +195,57 @@ impl Board {
             // One tenant's go by their ranks.
             return self.waiting.keys().copied().collect();
         }
-        let mut tickets: SmallVec<[_; 16]> =
-            self.waiting.iter().map(|(ticket, want)| (self.turn(want, ticket.1), *ticket)).collect();
-        tickets.sort_unstable();
-        tickets.into_iter().map(|(_, ticket)| ticket).collect()
+        self.shares.in_turn(self.waiting())
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = (Ticket, &Want)> {
+        self.waiting.iter().map(|(ticket, wish)| (*ticket, &wish.want))
+    }
+
+    /// Whether a ticket waits for one more slot.
+    #[must_use]
+    pub fn is_waiting(&self, ticket: Ticket) -> bool {
+        self.waiting.contains_key(&ticket)
     }
 
     /// Waits for a slot: [`Board::grant`] will name the ticket.
     pub fn queue(&mut self, want: Want) -> Ticket {
+        self.queue_for(want, 1)
+    }
+
+    /// Waits for so many slots, 1 or more: [`Board::grant`] will name the ticket for each. Whoever has many to wait for
+    /// does so at once: who asked again after each would be passed over by those who are quicker, whatever the shares.
+    pub fn queue_for(&mut self, want: Want, slots: u32) -> Ticket {
         let ticket = (want.rank, self.next);
         self.next += 1;
-        self.waiting.insert(ticket, want);
+        self.shares.wish(&want);
+        self.waiting.insert(ticket, Wish { want, slots: slots.max(1) });
         ticket
     }
 
     /// Waits no more. Returns whether slots have become free by that.
     pub fn leave(&mut self, ticket: Ticket) -> bool {
-        self.waiting.remove(&ticket).is_some_and(|want| want.alone) && self.unreserve(ticket)
+        let Some(Wish { want, .. }) = self.waiting.remove(&ticket) else { return false };
+        self.note_idle(&want.holder());
+        want.alone && self.unreserve(ticket)
     }
 
     /// Gives a slot back: of that worker, and of who had it.
     pub fn release(&mut self, worker: WorkerKey, holder: &Holder) {
-        if let Some(models) = self.held.get_mut(&holder.tenant) {
-            if let Some(held) = models.get_mut(&holder.model) {
-                *held -= 1;
-                if *held == 0 {
-                    models.remove(&holder.model);
-                }
-            }
-            if models.is_empty() {
-                self.held.remove(&holder.tenant);
-            }
+        if self.shares.give_back(holder) {
+            self.note_idle(holder);
         }
         if let Some(desk) = self.desks.get_mut(&worker) {
             desk.in_flight = desk.in_flight.saturating_sub(1);
             desk.alone = desk.alone && desk.in_flight > 0;
+        }
+    }
+
+    /// Notes whether a tenant has no wish for a model's slots.
+    fn note_idle(&mut self, holder: &Holder) {
+        let wishes = |want: &Want| want.rank.tenant == holder.tenant && want.model == holder.model;
+        if !self.waiting.values().any(|wish| wishes(&wish.want)) {
+            self.shares.rest(holder);
         }
     }
 
@@ -221,29 +257,42 @@ impl Board {
         }
         let mut again = true;
         while std::mem::take(&mut again) {
-            for ticket in self.in_turn() {
-                let Some(want) = self.waiting.get(&ticket) else { continue };
-                if !want.alone && !self.desks.values().any(Desk::free) {
-                    continue;
-                }
-                let want = want.clone();
-                if let Some(worker) = self.seat(&want, Some(ticket)) {
-                    self.waiting.remove(&ticket);
+            'turns: for ticket in self.in_turn() {
+                while let Some(Wish { want, .. }) = self.waiting.get(&ticket) {
+                    if !want.alone && !self.desks.values().any(Desk::free) {
+                        break;
+                    }
+                    let want = want.clone();
+                    let Some(worker) = self.seat(&want, Some(ticket)) else {
+                        if want.alone {
+                            self.reserve(ticket, &want);
+                        }
+                        break;
+                    };
                     granted.push((ticket, worker));
+                    self.serve(ticket);
                     // Another worker was kept free for it: that is for the others now.
                     let freed = want.alone && self.unreserve(ticket);
                     // It has one more now: it may be another tenant's turn.
                     let others = self.waiting.keys().any(|(rank, _)| rank.tenant != want.rank.tenant);
                     if freed || (others && want.rank.batch) {
                         again = true;
-                        break;
+                        break 'turns;
                     }
-                } else if want.alone {
-                    self.reserve(ticket, &want);
                 }
             }
         }
         granted
+    }
+
+    /// One slot of those that a ticket waits for is there.
+    fn serve(&mut self, ticket: Ticket) {
+        if let Some(wish) = self.waiting.get_mut(&ticket) {
+            wish.slots -= 1;
+            if wish.slots == 0 {
+                self.waiting.remove(&ticket);
+            }
+        }
     }
 
     /// Keeps a worker free for a request that must be alone, unless enough of them are kept free already: most of the
@@ -283,7 +332,9 @@ impl Board {
         desk.serving = serving;
         desk.open = serving && open;
         desk.limit = limit;
-        let stays = |ticket: &Ticket| desk.open && waiting.get(ticket).is_some_and(|w| desk.models.contains(&w.model));
+        let stays = |ticket: &Ticket| {
+            desk.open && waiting.get(ticket).is_some_and(|wish| desk.models.contains(&wish.want.model))
+        };
         desk.reserved = desk.reserved.filter(stays);
     }
 
@@ -359,7 +410,7 @@ impl Board {
             desk.alone = true;
             desk.reserved = None;
         }
-        *self.held.entry(want.rank.tenant).or_default().entry(want.model.clone()).or_default() += 1;
+        self.shares.take(want);
         Some(key)
     }
 

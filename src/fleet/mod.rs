@@ -411,10 +411,10 @@ impl Fleet {
         self.inner.slot(key, want.holder())
     }
 
-    /// Waits for a slot, for as long as it takes. Dropped, it waits no more.
+    /// Waits for so many slots, 1 or more, for as long as it takes. Dropped, it waits no more.
     #[must_use]
-    pub fn acquire(&self, want: Want) -> Acquire {
-        Acquire::new(self.inner.clone(), want)
+    pub fn acquire(&self, want: Want, slots: u32) -> Acquire {
+        Acquire::new(self.inner.clone(), want, slots)
     }
 
     /// Runs one request now, ahead of all batch work.
@@ -435,8 +435,10 @@ impl Fleet {
             if self.capacity(model) == 0 {
                 return Err(InferError::NoWorker(model.to_owned()));
             }
-            let slot = tokio::time::timeout_at(deadline, self.acquire(want.clone()));
-            let Ok(Some(slot)) = slot.await else { return Err(InferError::Timeout(timeout)) };
+            let mut wish = self.acquire(want.clone(), 1);
+            let Ok(Some(slot)) = tokio::time::timeout_at(deadline, wish.next()).await else {
+                return Err(InferError::Timeout(timeout));
+            };
             match slot.send(endpoint, body.clone(), deadline.saturating_duration_since(Instant::now())).await {
                 Ok(answer) => {
                     slot.worker.count(0);

@@ -1,17 +1,10 @@
 //! Slots given out and taken back: the board under its lock, and those who wait for a slot.
 
-use std::{
-    collections::BTreeMap,
-    future::Future,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use reqwest::RequestBuilder;
 use smallvec::SmallVec;
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -23,7 +16,7 @@ use super::{
 #[derive(Default)]
 pub(super) struct Desks {
     pub(super) board: Board,
-    waiting: BTreeMap<Ticket, (oneshot::Sender<Slot>, Holder)>,
+    waiting: BTreeMap<Ticket, (mpsc::UnboundedSender<Slot>, Holder)>,
     pub(super) next_key: u32,
 }
 
@@ -53,12 +46,20 @@ impl Inner {
 
     /// Hands free slots to those who wait.
     pub(super) fn grant(self: &Arc<Self>) {
-        let granted: SmallVec<[(oneshot::Sender<Slot>, Holder, WorkerKey); 4]> = {
+        let granted: SmallVec<[(mpsc::UnboundedSender<Slot>, Holder, WorkerKey); 4]> = {
             let mut desks = self.desks.lock();
             let granted = desks.board.grant();
             // Both are entered and left together.
-            let waits = |(ticket, key)| desks.waiting.remove(&ticket).map(|(sender, holder)| (sender, holder, key));
-            granted.into_iter().filter_map(waits).collect()
+            let with_sender = granted.iter().filter_map(|(ticket, key)| {
+                desks.waiting.get(ticket).map(|(sender, holder)| (sender.clone(), holder.clone(), *key))
+            });
+            let slots = with_sender.collect();
+            for (ticket, _) in granted {
+                if !desks.board.is_waiting(ticket) {
+                    desks.waiting.remove(&ticket);
+                }
+            }
+            slots
         };
         for (sender, holder, key) in granted {
             if let Some(slot) = self.slot(key, holder) {
@@ -145,33 +146,35 @@ impl Drop for Slot {
     }
 }
 
-/// Waits for a [`Slot`]. None: the fleet is gone.
+/// Waits for [`Slot`]s.
 pub struct Acquire {
     inner: Arc<Inner>,
     ticket: Ticket,
-    receiver: oneshot::Receiver<Slot>,
+    receiver: mpsc::UnboundedReceiver<Slot>,
 }
 
 impl Acquire {
-    pub(super) fn new(inner: Arc<Inner>, want: Want) -> Self {
-        let (sender, receiver) = oneshot::channel();
+    pub(super) fn new(inner: Arc<Inner>, want: Want, slots: u32) -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
         let holder = want.holder();
         let ticket = {
             let mut desks = inner.desks.lock();
-            let ticket = desks.board.queue(want);
+            let ticket = desks.board.queue_for(want, slots);
             desks.waiting.insert(ticket, (sender, holder));
             ticket
         };
         inner.grant();
         Self { inner, ticket, receiver }
     }
-}
 
-impl Future for Acquire {
-    type Output = Option<Slot>;
+    /// The next slot, when it is there. None: that were all, or the fleet is gone.
+    pub async fn next(&mut self) -> Option<Slot> {
+        self.receiver.recv().await
+    }
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(Result::ok)
+    /// The next slot, if it is there.
+    pub fn try_next(&mut self) -> Option<Slot> {
+        self.receiver.try_recv().ok()
     }
 }
 
@@ -185,6 +188,6 @@ impl Drop for Acquire {
         if freed {
             self.inner.grant();
         }
-        // A slot that is in the channel already comes back as the receiver is dropped.
+        // Slots that are in the channel already come back as the receiver is dropped.
     }
 }

@@ -148,6 +148,12 @@ impl WorkList {
         [false, true].iter().map(|alone| self.ready[Lane { model, alone: *alone }.place()].count()).sum()
     }
 
+    /// How many lines of a lane are ready to be sent.
+    #[must_use]
+    pub fn ready_in(&self, lane: Lane) -> usize {
+        self.ready[lane.place()].count()
+    }
+
     /// All lanes, by place.
     pub fn lanes(&self) -> impl Iterator<Item = Lane> + use<> {
         (0..self.models.len()).flat_map(|model| [false, true].map(|alone| Lane { model, alone }))

@@ -37,9 +37,9 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
-    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, lifecycle::Ending},
+    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, lifecycle::Ending},
     fleet::{Fleet, Rank, Tenant},
-    store::{ClaimedSegment, Store, StoreError},
+    store::{Candidate, ClaimedSegment, Store, StoreError},
 };
 use plan::Demand;
 use segment::{Remaining, Run};
@@ -83,6 +83,8 @@ pub struct SchedulerOptions {
     pub tries: TryPolicy,
     /// The `priority` that batch requests carry to their worker, for vLLM's `--scheduling-policy priority`.
     pub worker_priority: Option<i32>,
+    /// How large the owners' shares of the workers are.
+    pub weights: Weights,
     /// How long requests in flight may go on at a stop.
     pub drain: Duration,
 }
@@ -260,13 +262,13 @@ impl Scheduler {
     fn demand(&self, tenants: &BTreeSet<Tenant>) -> Demand {
         let mut demand = Demand::new();
         let running = self.running.values().map(|running| running.rank.tenant());
-        demand.share(tenants.iter().copied().chain(running).collect::<BTreeSet<_>>().len());
+        demand.share(&tenants.iter().copied().chain(running).collect());
         for model in self.fleet.served() {
             let capacity = self.fleet.capacity(&model);
             demand.serve(model, capacity);
         }
         for running in self.running.values() {
-            demand.running(running.bytes);
+            demand.running(running.rank.tenant(), running.bytes);
             for (model, lines) in running.models.iter().zip(running.remaining.iter()) {
                 demand.at_hand(model.clone(), running.rank, lines.load(Ordering::Relaxed));
             }
@@ -304,13 +306,38 @@ impl Scheduler {
         if self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
             return Ok(());
         }
-        let tenants: BTreeSet<Tenant> = candidates.iter().map(|candidate| Tenant::named(&candidate.owner)).collect();
-        for candidate in candidates {
-            let rank = rank(&candidate.owner, candidate.priority, candidate.expires_at);
+        let ranked = candidates.into_iter().map(|candidate| {
+            let rank = rank(&self.options.weights, &candidate.owner, candidate.priority, candidate.expires_at);
+            (candidate, rank)
+        });
+        let mut candidates: Vec<(Candidate, Rank)> = ranked.collect();
+        let tenants: BTreeSet<Tenant> = candidates.iter().map(|(_, rank)| rank.tenant()).collect();
+        // First each within its own part of the room; what is left then is for all, in their order.
+        for lent in [false, true] {
+            candidates = self.claim_of(candidates, &tenants, lent, ended).await?;
+        }
+        Ok(())
+    }
+
+    /// Claims segments of these. `lent`: beyond their tenants' own parts of this node's room, too. Returns those that there
+    /// was no room for.
+    async fn claim_of(
+        &mut self,
+        candidates: Vec<(Candidate, Rank)>,
+        tenants: &BTreeSet<Tenant>,
+        lent: bool,
+        ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>,
+    ) -> Result<Vec<(Candidate, Rank)>, StoreError> {
+        let mut left = Vec::new();
+        for (candidate, rank) in candidates {
             loop {
-                let demand = self.demand(&tenants);
+                let demand = self.demand(tenants);
                 if !demand.has_room() {
-                    return Ok(());
+                    return Ok(Vec::new());
+                }
+                if !lent && !demand.has_room_of_its_own(rank.tenant()) {
+                    left.push((candidate, rank));
+                    break;
                 }
                 // Lines that are not to be run any more need no worker.
                 let mask = if candidate.ending.is_some() { i64::MAX } else { demand.wanted(&candidate.models, rank) };
@@ -322,7 +349,7 @@ impl Scheduler {
                 self.start(claimed, ended.clone());
             }
         }
-        Ok(())
+        Ok(left)
     }
 
     fn start(&mut self, claimed: ClaimedSegment, ended: mpsc::UnboundedSender<(SegmentRef, Epoch)>) {
@@ -338,7 +365,7 @@ impl Scheduler {
             epoch: claimed.epoch,
             control,
             models: claimed.models.iter().map(|model| Arc::from(model.as_str())).collect(),
-            rank: rank(&claimed.owner, claimed.priority, claimed.expires_at),
+            rank: rank(&self.options.weights, &claimed.owner, claimed.priority, claimed.expires_at),
             remaining: remaining.clone(),
             bytes: u64::try_from(claimed.span.length).unwrap_or(0),
         };
@@ -426,8 +453,8 @@ impl Scheduler {
 }
 
 /// A batch's.
-fn rank(owner: &str, priority: Priority, expires_at: Timestamp) -> Rank {
-    Rank::batch(priority, expires_at).of(Tenant::named(owner))
+fn rank(weights: &Weights, owner: &str, priority: Priority, expires_at: Timestamp) -> Rank {
+    Rank::batch(priority, expires_at).of(Tenant::named(owner).weighing(weights.of(owner)))
 }
 
 /// Says that a run has ended, however it ended.

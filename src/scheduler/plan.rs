@@ -1,8 +1,11 @@
 //! Which segments a node claims: pure.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use crate::fleet::Rank;
+use crate::fleet::{Rank, Tenant};
 
 /// Lines that a node wants at hand, at the least, for a model that is served: the next segment is there before the present
 /// one is sent, even with workers that answer at once.
@@ -16,10 +19,25 @@ pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
     wanted: BTreeMap<Arc<str>, u64>,
-    tenants: u64,
+    /// How many tenants there are, and what they weigh together.
+    tenants: (u64, u64),
     at_hand: Vec<(Arc<str>, Rank, u64)>,
+    running: Room,
+    running_of: BTreeMap<Tenant, Room>,
+}
+
+/// What runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Room {
     segments: usize,
     bytes: u64,
+}
+
+impl Room {
+    fn add(&mut self, bytes: u64) {
+        self.segments += 1;
+        self.bytes += bytes;
+    }
 }
 
 impl Demand {
@@ -29,10 +47,18 @@ impl Demand {
         Self::default()
     }
 
-    /// So many tenants have lines for this node. Each is to have lines at hand, and all of them together not many more than
+    /// These tenants have lines for this node. Each is to have lines at hand, and all of them together not many more than
     /// one alone.
-    pub fn share(&mut self, tenants: usize) {
-        self.tenants = tenants as u64;
+    pub fn share(&mut self, tenants: &BTreeSet<Tenant>) {
+        self.tenants = (tenants.len() as u64, tenants.iter().map(|tenant| u64::from(tenant.weight().get())).sum());
+    }
+
+    /// A tenant's part of what is for all of them: by its weight, and no less than if all weighed the same. One that is to
+    /// have few slots has lines at hand for all of them, should it soon be the only one.
+    fn part(&self, tenant: Tenant, of: u64) -> u64 {
+        let (count, weight) = self.tenants;
+        let by_weight = of.saturating_mul(tenant.weight().get().into()).div_ceil(weight.max(1));
+        by_weight.max(of.div_ceil(count.max(1))).min(of)
     }
 
     /// Workers can take `capacity` requests for a model at once.
@@ -40,10 +66,10 @@ impl Demand {
         *self.wanted.entry(model).or_default() += u64::from(capacity.saturating_mul(2).max(AT_HAND));
     }
 
-    /// A segment of `bytes` runs here.
-    pub fn running(&mut self, bytes: u64) {
-        self.segments += 1;
-        self.bytes += bytes;
+    /// A segment of `bytes` of that tenant runs here.
+    pub fn running(&mut self, tenant: Tenant, bytes: u64) {
+        self.running.add(bytes);
+        self.running_of.entry(tenant).or_default().add(bytes);
     }
 
     /// `lines` of a model are at hand, with this rank.
@@ -54,7 +80,16 @@ impl Demand {
     /// Whether this node may run one more segment.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.segments == 0 || (self.segments < MAX_SEGMENTS && self.bytes < MAX_BYTES)
+        self.running.segments == 0 || (self.running.segments < MAX_SEGMENTS && self.running.bytes < MAX_BYTES)
+    }
+
+    /// Whether one more segment of a tenant is within the part of this node's room that is the tenant's own. One that runs
+    /// none may run one.
+    #[must_use]
+    pub fn has_room_of_its_own(&self, tenant: Tenant) -> bool {
+        let Some(running) = self.running_of.get(&tenant) else { return true };
+        (running.segments as u64) < self.part(tenant, MAX_SEGMENTS as u64)
+            && running.bytes < self.part(tenant, MAX_BYTES)
     }
 
     /// Those of the models of which more lines of that rank are wanted, as a mask. What counts are the lines of its tenant
@@ -66,7 +101,7 @@ impl Demand {
             let counts = |at: Rank| at.is_before_any(rank) || (at.tenant() == rank.tenant() && at <= rank);
             let at_hand = self.at_hand.iter().filter(|(other, at, _)| **other == **model && counts(*at));
             self.wanted.get(model.as_str()).is_some_and(|wanted| {
-                at_hand.map(|(_, _, lines)| lines).sum::<u64>() < wanted.div_ceil(self.tenants.max(1))
+                at_hand.map(|(_, _, lines)| lines).sum::<u64>() < self.part(rank.tenant(), *wanted)
             })
         };
         (0u32..).zip(models).filter(|(_, model)| wants(model)).fold(0, |mask, (bit, _)| mask | 1i64 << bit)
@@ -78,10 +113,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{
-        domain::{Priority, Timestamp},
-        fleet::Tenant,
-    };
+    use crate::domain::{Priority, Timestamp, Weight};
 
     fn rank(priority: i32) -> Rank {
         Rank::batch(Priority::new(priority).unwrap(), Timestamp(1))
@@ -113,7 +145,7 @@ mod tests {
         let of = |name: &str, priority: i32| rank(priority).of(Tenant::named(name));
         let mut demand = Demand::new();
         demand.serve("m".into(), 64);
-        demand.share(4);
+        demand.share(&["large", "small", "third", "fourth"].map(Tenant::named).into());
         demand.at_hand("m".into(), of("large", 0), 1_000_000);
         assert_eq!(demand.wanted(&models, of("large", 0)), 0);
         assert_eq!(demand.wanted(&models, of("small", 0)), 1, "what another one has is nothing to it");
@@ -126,16 +158,42 @@ mod tests {
     }
 
     #[test]
+    fn who_weighs_more_has_more_at_hand_and_more_room() {
+        let models = ["m".to_owned()];
+        let heavy = Tenant::named("heavy").weighing(Weight::new(9).unwrap());
+        let light = Tenant::named("light");
+        let mut demand = Demand::new();
+        demand.serve("m".into(), 10_000);
+        demand.share(&[heavy, light].into());
+        let wants = |demand: &Demand, tenant| demand.wanted(&models, rank(0).of(tenant)) == 1;
+        demand.at_hand("m".into(), rank(0).of(heavy), 17_999);
+        demand.at_hand("m".into(), rank(0).of(light), 9_999);
+        assert!(wants(&demand, heavy) && wants(&demand, light), "nine tenths; a half, as if both weighed the same");
+        demand.at_hand("m".into(), rank(0).of(heavy), 1);
+        demand.at_hand("m".into(), rank(0).of(light), 1);
+        assert!(!wants(&demand, heavy) && !wants(&demand, light));
+
+        demand.running(light, MAX_BYTES / 2);
+        assert!(!demand.has_room_of_its_own(light), "it has its half");
+        assert!(demand.has_room() && demand.has_room_of_its_own(heavy), "there is room for who wants it");
+        demand.running(heavy, MAX_BYTES / 2);
+        assert!(demand.has_room_of_its_own(heavy) && !demand.has_room(), "its own part is lent to the other for now");
+        let third = Tenant::named("third");
+        assert!(demand.has_room_of_its_own(third), "who runs nothing may run one");
+    }
+
+    #[test]
     fn memory_is_bounded_but_one_segment_always_runs() {
+        let one = Tenant::named("one");
         let mut demand = Demand::new();
         assert!(demand.has_room());
-        demand.running(MAX_BYTES - 1);
+        demand.running(one, MAX_BYTES - 1);
         assert!(demand.has_room());
-        demand.running(1);
+        demand.running(one, 1);
         assert!(!demand.has_room());
         let mut demand = Demand::new();
         for _ in 0..MAX_SEGMENTS {
-            demand.running(0);
+            demand.running(one, 0);
         }
         assert!(!demand.has_room());
     }

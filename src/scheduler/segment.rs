@@ -116,7 +116,12 @@ impl Run {
         };
         let mut work = Work {
             endpoint: self.claimed.endpoint,
-            rank: super::rank(&self.claimed.owner, self.claimed.priority, self.claimed.expires_at),
+            rank: super::rank(
+                &self.options.weights,
+                &self.claimed.owner,
+                self.claimed.priority,
+                self.claimed.expires_at,
+            ),
             list,
             peers: Vec::new(),
             run: self,

@@ -20,7 +20,7 @@ use crate::{
     blobs::BlobError,
     domain::{Endpoint, TokenUsage, lifecycle::Ending},
     fault::{self, Fault},
-    fleet::{Answer, Failure, FailureKind, Rank, Slot, Want, Worker},
+    fleet::{Acquire, Answer, Failure, FailureKind, Rank, Slot, Want, Worker},
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
 };
@@ -34,6 +34,9 @@ pub const PART_BYTES: usize = 4 * 1024 * 1024;
 /// How long a segment is kept while no worker serves its models, if lines in it have failed: given back, it would forget
 /// how often, and a request that kills the only worker would kill it again and again. A vLLM worker is back within minutes.
 const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
+
+/// The next slot that a lane waits for, and the wish that it came from; none: it has come to its end.
+type Acquiring = FuturesUnordered<BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)>>;
 
 /// What came of a request; with the tokens of an answer that is JSON.
 type Sent = (LineKey, Arc<Worker>, Result<(Answer, Option<TokenUsage>), Failure>);
@@ -63,7 +66,7 @@ impl Work<'_> {
     /// Sends lines and takes answers until all are done, or nothing more can be.
     pub(super) async fn send_all(&mut self) -> Result<Ended, Stop> {
         let mut in_flight = FuturesUnordered::new();
-        let mut acquiring: FuturesUnordered<BoxFuture<'static, (Lane, Option<Slot>)>> = FuturesUnordered::new();
+        let mut acquiring = Acquiring::new();
         let mut waiting = vec![false; self.list.lanes().count()];
         let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
         let mut topology = self.run.fleet.topology();
@@ -90,6 +93,9 @@ impl Work<'_> {
             let draining = matches!(wish, Control::Drain { .. });
             if !draining && self.has_room(flushing.is_some()) {
                 self.send_ready(&in_flight, &acquiring, &mut waiting);
+            } else {
+                acquiring.clear();
+                waiting.fill(false);
             }
             self.count_remaining();
             if self.list.open() == 0 || (in_flight.is_empty() && (draining || self.is_given_up(now))) {
@@ -111,10 +117,11 @@ impl Work<'_> {
                         self.take(sent);
                     }
                 }
-                Some((lane, slot)) = acquiring.next() => {
-                    waiting[lane.place()] = false;
-                    if let Some(slot) = slot && let Some(key) = self.take_for(lane, &slot) {
-                        in_flight.push(self.send(slot, key));
+                Some((lane, granted)) = acquiring.next() => {
+                    let rest = granted.and_then(|(slot, wish)| self.use_all(lane, slot, wish, &in_flight));
+                    match rest {
+                        Some(wish) => acquiring.push(next_slot(lane, wish)),
+                        None => waiting[lane.place()] = false,
                     }
                 }
                 part = async { match flushing.as_mut() { Some(flush) => flush.await, None => std::future::pending().await } } => {
@@ -132,19 +139,22 @@ impl Work<'_> {
         }
     }
 
-    /// Sends what is ready, as far as slots are free; where none is, one wish a lane waits for the next.
+    /// Sends what is ready, as far as slots are free; where none is, one wish a lane waits for all that it needs.
     fn send_ready(
         &mut self,
         in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
-        acquiring: &FuturesUnordered<BoxFuture<'static, (Lane, Option<Slot>)>>,
+        acquiring: &Acquiring,
         waiting: &mut [bool],
     ) {
         for (lane, waits) in self.list.lanes().zip(waiting) {
             while !*waits && let Some(key) = self.list.peek(lane) {
+                let failed_on = self.list.failed_on(key);
+                // What has failed before has a wish of its own; so has what must be alone.
+                let slots = if lane.alone || !failed_on.is_empty() { 1 } else { self.list.ready_in(lane) };
                 let want = Want {
                     model: self.list.models()[lane.model].clone(),
                     rank: self.rank,
-                    avoid: self.list.failed_on(key).iter().copied().collect(),
+                    avoid: failed_on.iter().copied().collect(),
                     alone: lane.alone,
                 };
                 match self.run.fleet.try_acquire(&want) {
@@ -155,11 +165,30 @@ impl Work<'_> {
                     }
                     None => {
                         *waits = true;
-                        acquiring.push(self.run.fleet.acquire(want).map(move |slot| (lane, slot)).boxed());
+                        let slots = u32::try_from(slots).unwrap_or(u32::MAX);
+                        acquiring.push(next_slot(lane, self.run.fleet.acquire(want, slots)));
                     }
                 }
             }
         }
+    }
+
+    /// Sends with a slot that was waited for, and with those that have come with it. Returns the wish, if lines are left
+    /// for it.
+    fn use_all(
+        &mut self,
+        lane: Lane,
+        first: Slot,
+        mut wish: Acquire,
+        in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
+    ) -> Option<Acquire> {
+        let mut next = Some(first);
+        while let Some(slot) = next {
+            let key = self.take_for(lane, &slot)?;
+            in_flight.push(self.send(slot, key));
+            next = wish.try_next();
+        }
+        Some(wish)
     }
 
     fn look_at_peers(&mut self) {
@@ -415,6 +444,10 @@ impl Work<'_> {
             count.store(self.list.ready(model), Ordering::Relaxed);
         }
     }
+}
+
+fn next_slot(lane: Lane, mut wish: Acquire) -> BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)> {
+    async move { (lane, wish.next().await.map(|slot| (slot, wish))) }.boxed()
 }
 
 fn is_success(answer: &Answer) -> bool {

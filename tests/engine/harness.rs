@@ -9,7 +9,7 @@ use tidemill::{
     blobs::Blobs,
     domain::{
         Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex, SegmentSpan,
-        Timestamp, batch::DEFAULT_WINDOW,
+        Timestamp, Weights, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions, InFlight},
     progress::Hub,
@@ -65,6 +65,7 @@ pub fn options() -> SchedulerOptions {
         tries: TryPolicy { base: Duration::from_millis(10), ..TryPolicy::default() },
         drain: Duration::from_secs(5),
         worker_priority: None,
+        weights: Weights::default(),
     }
 }
 

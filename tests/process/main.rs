@@ -21,6 +21,7 @@ mod secrets;
 mod server;
 #[path = "../support/mod.rs"]
 mod support;
+mod tenants;
 mod upgrade;
 mod workers;
 

@@ -262,7 +262,7 @@ impl Dispatch {
             assert!(ready <= segment.list.open());
             assert_eq!(segment.list.open(), segment.list.unfinished().len());
             assert_eq!(segment.list.open() + segment.done.len(), (segment.lines - segment.done_before) as usize);
-            demand.running(1_000);
+            demand.running(segment.rank.tenant(), 1_000);
             for (at, name) in names.iter().enumerate() {
                 demand.at_hand(name.as_str().into(), segment.rank, segment.list.ready(at));
             }

@@ -15,6 +15,10 @@ fn alone(model: &str) -> Want {
     Want { alone: true, ..want(model, rank(0, 5), &[]) }
 }
 
+fn tenant(name: u64) -> Tenant {
+    Tenant { name, weight: Weight::default() }
+}
+
 fn rank(priority: i32, expires_at: i64) -> Rank {
     Rank::batch(Priority::new(priority).unwrap(), Timestamp(expires_at))
 }
@@ -149,8 +153,8 @@ fn a_kept_worker_that_is_not_needed_is_for_all_again() {
 #[test]
 fn a_small_batch_is_not_stuck_behind_a_large_one_of_another_tenant() {
     let mut board = board(&[(1, &["m"], 4)]);
-    let large = |at| want("m", rank(0, at).of(Tenant(1)), &[]);
-    let small = want("m", rank(0, 99).of(Tenant(2)), &[]);
+    let large = |at| want("m", rank(0, at).of(tenant(1)), &[]);
+    let small = want("m", rank(0, 99).of(tenant(2)), &[]);
     for _ in 0..4 {
         board.take(&large(1)).unwrap();
     }
@@ -179,12 +183,12 @@ proptest! {
         let mut tickets: Vec<(Ticket, Holder)> = Vec::new();
         for (step, pick, priority, sole) in steps {
             let model = if pick == 0 { "a" } else { "b" };
-            let rank = rank(priority - 1, i64::from(pick)).of(Tenant(u64::from(step % 2)));
+            let rank = rank(priority - 1, i64::from(pick)).of(tenant(u64::from(step % 2)));
             let wish = Want { alone: sole, ..want(model, rank, &[pick]) };
             let holder = wish.holder();
             match step {
                 0 => out.extend(board.take(&wish).map(|worker| (worker, holder))),
-                1 => tickets.push((board.queue(wish), holder)),
+                1 => tickets.push((board.queue_for(wish, pick + 1), holder)),
                 2 if !out.is_empty() => {
                     let (worker, holder) = out.swap_remove(pick as usize % out.len());
                     board.release(worker, &holder);
@@ -199,20 +203,20 @@ proptest! {
             }
             for (ticket, worker) in board.grant() {
                 let at = tickets.iter().position(|(other, _)| *other == ticket).unwrap();
-                out.push((worker, tickets.remove(at).1));
+                out.push((worker, tickets[at].1.clone()));
             }
+            tickets.retain(|(ticket, _)| board.is_waiting(*ticket));
             for (key, desk) in &board.desks {
                 prop_assert!(desk.in_flight <= desk.limit);
                 prop_assert!(!desk.alone || desk.in_flight == 1);
                 prop_assert!(desk.reserved.is_none_or(|ticket| desk.open && board.waiting.contains_key(&ticket)));
                 prop_assert_eq!(desk.in_flight as usize, out.iter().filter(|(worker, _)| worker == key).count());
             }
-            for (tenant, model, held) in board.held.iter().flat_map(|(tenant, models)| models.iter().map(move |(model, held)| (*tenant, model, held))) {
-                let holder = &Holder { tenant, model: model.clone() };
-                prop_assert_eq!(*held as usize, out.iter().filter(|(_, other)| other == holder).count());
+            for (holder, held) in board.shares.held() {
+                prop_assert_eq!(held as usize, out.iter().filter(|(_, other)| *other == holder).count());
             }
-            prop_assert_eq!(board.held.values().flat_map(BTreeMap::values).sum::<u32>() as usize, out.len());
-            for wish in board.waiting.values() {
+            prop_assert_eq!(board.shares.held().map(|(_, held)| held).sum::<u32>() as usize, out.len());
+            for (_, wish) in board.waiting() {
                 let fits = board.desks.iter().any(|(key, desk)| (if wish.alone { desk.idle(None) } else { desk.free() }) && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
                 prop_assert!(!fits, "a fitting slot is idle");
             }
@@ -231,9 +235,9 @@ proptest! {
         let mut out: Vec<Want> = Vec::new();
         let mut waiting: BTreeMap<Ticket, Want> = BTreeMap::new();
         // The first tenant has all slots before the others come.
-        for (tenant, segments) in (1u64..).zip(&segments) {
+        for (name, segments) in (1u64..).zip(&segments) {
             for segment in 0..*segments {
-                let wish = want("m", rank(0, 100 / i64::try_from(tenant).unwrap() + segment as i64).of(Tenant(tenant)), &[]);
+                let wish = want("m", rank(0, 100 / i64::try_from(name).unwrap() + segment as i64).of(tenant(name)), &[]);
                 waiting.insert(board.queue(wish.clone()), wish);
             }
             // What is free is filled, and then one slot comes back at a time.
@@ -259,7 +263,7 @@ proptest! {
             }
         }
         prop_assert_eq!(out.len(), limit as usize);
-        let held = |tenant: usize| out.iter().filter(|wish| wish.rank.tenant == Tenant(tenant as u64 + 1)).count();
+        let held = |at: usize| out.iter().filter(|wish| wish.rank.tenant == tenant(at as u64 + 1)).count();
         let shares: Vec<usize> = (0..segments.len()).map(held).collect();
         let (least, most) = (shares.iter().min().unwrap(), shares.iter().max().unwrap());
         prop_assert!(most - least <= 1, "{:?}", shares);

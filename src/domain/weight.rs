@@ -1,0 +1,82 @@
+//! How large the shares of those are who share the workers.
+
+use std::{collections::BTreeMap, str::FromStr};
+
+/// How large an owner's share is beside those of others: three times the weight, three times the share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Weight(u16);
+
+/// A weight that is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected a weight from 1 to {}", Weight::MAX)]
+pub struct BadWeight;
+
+impl Weight {
+    /// The largest. More than a worker has places, so that no ratio is missed; the smallest share is still more than none.
+    pub const MAX: u16 = 1_000;
+
+    /// 1 to [`Weight::MAX`].
+    #[must_use]
+    pub fn new(value: u16) -> Option<Self> {
+        (1..=Self::MAX).contains(&value).then_some(Self(value))
+    }
+
+    /// As given.
+    #[must_use]
+    pub fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl Default for Weight {
+    /// 1.
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+impl FromStr for Weight {
+    type Err = BadWeight;
+
+    fn from_str(text: &str) -> Result<Self, BadWeight> {
+        text.parse().ok().and_then(Self::new).ok_or(BadWeight)
+    }
+}
+
+/// The weights of owners, by name. Who is not named weighs 1.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Weights(BTreeMap<String, Weight>);
+
+impl Weights {
+    /// An owner's.
+    #[must_use]
+    pub fn of(&self, owner: &str) -> Weight {
+        self.0.get(owner).copied().unwrap_or_default()
+    }
+}
+
+impl FromIterator<(String, Weight)> for Weights {
+    fn from_iter<T: IntoIterator<Item = (String, Weight)>>(all: T) -> Self {
+        Self(all.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_have_bounds() {
+        assert_eq!("1".parse(), Ok(Weight::default()));
+        assert_eq!("1000".parse::<Weight>().unwrap().get(), 1_000);
+        for bad in ["", "0", "1001", "-1", "1.5", "99999999", "x", " 3"] {
+            assert_eq!(bad.parse::<Weight>(), Err(BadWeight), "{bad}");
+        }
+    }
+
+    #[test]
+    fn who_is_not_named_weighs_one() {
+        let weights: Weights = [("ana".to_owned(), Weight(3))].into_iter().collect();
+        assert_eq!((weights.of("ana").get(), weights.of("bob").get()), (3, 1));
+    }
+}
