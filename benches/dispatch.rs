@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tidemill::{
     blobs::Blobs,
+    config::WorkerPriority,
     domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, Weights, batch::DEFAULT_WINDOW},
     fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Begun, Ingest, Limits, NewUpload},
@@ -145,7 +146,7 @@ async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchI
         request_timeout: Duration::from_secs(600),
         tries: TryPolicy::default(),
         drain: Duration::from_secs(5),
-        worker_priority: None,
+        worker_priority: WorkerPriority::Off,
         weights: Weights::default(),
     };
     let blobs = Blobs::directory(&folder.join("blobs")).unwrap();

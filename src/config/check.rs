@@ -96,6 +96,7 @@ mod tests {
 
     use super::super::{BlobStore, ConfigFile, Database};
     use super::*;
+    use crate::config::WorkerPriority;
 
     fn load(flags: &[&str]) -> Result<ServeConfig, ConfigError> {
         ServeConfig::from_flags(flags.iter().copied(), None).unwrap().validate()
@@ -113,7 +114,7 @@ mod tests {
         assert_eq!(config.blob_store(), BlobStore::Directory(Path::new("./data/blobs").into()));
         assert_eq!((config.max_file_lines, config.max_file_bytes), (1_000_000, 10_000_000_000));
         assert_eq!((config.worker_max_in_flight, config.worker_max_in_flight_cap), (None, 1_024));
-        assert_eq!(config.worker_priority, None);
+        assert_eq!(config.worker_priority, WorkerPriority::Auto);
         assert_eq!((config.max_tries, config.database_connections), (5, 10));
         assert_eq!(config.request_timeout, Duration::from_secs(600));
         assert_eq!(config.lease, Duration::from_secs(30));

@@ -122,6 +122,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::WorkerPriority;
 
     fn refusal(text: &str) -> String {
         ConfigFile::parse("t.toml", text).unwrap_err().to_string()
@@ -172,6 +173,7 @@ mod tests {
         let config = ServeConfig::from_flags([], Some(&file)).unwrap();
         assert_eq!(config.worker.len(), 2);
         assert_eq!(config.role_names(), "api,scheduler");
+        assert_eq!(config.worker_priority, WorkerPriority::Body(-3));
         assert_eq!(config.max_file_bytes, 4 << 30);
         assert_eq!((config.limit_requests_per_second, config.limit_bytes_per_day), (20, 1_000_000_000));
         assert_eq!((config.limit_queued_lines, config.limit_concurrent_uploads), (5_000, 3));
@@ -198,6 +200,8 @@ mod tests {
         assert!(refusal("max_file_bytes = \"many\"").contains("10GB"));
         assert!(refusal("database_url = \"mysql://h/d\"").contains("expected postgres://"));
         assert!(refusal("worker = [1, 2").contains("is not valid TOML"));
+        let priority = "worker_priority: expected auto, off or a whole number such as 10";
+        assert!(refusal("worker_priority = \"low\"").contains(priority));
     }
 
     /// What a client of the same settings may give: values that are right for some of them, and nonsense.

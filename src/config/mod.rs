@@ -4,7 +4,7 @@
 mod check;
 mod file;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{
     Args, Command, FromArgMatches, ValueEnum,
@@ -81,6 +81,30 @@ impl Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(hidden)")
+    }
+}
+
+/// How batch requests say to their worker that others go first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WorkerPriority {
+    /// In a header that vLLM knows and others ignore.
+    #[default]
+    Auto,
+    /// Not at all.
+    Off,
+    /// With this `priority` in their body. Lower goes first.
+    Body(i32),
+}
+
+impl FromStr for WorkerPriority {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            number => number.parse().map(Self::Body).map_err(|_| "expected auto, off or a whole number such as 10"),
+        }
     }
 }
 
@@ -180,16 +204,19 @@ pub struct ServeConfig {
         help_heading = "Workers", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
     pub worker_max_in_flight_cap: u32,
 
-    /// Priority that batch requests carry to their worker, for vLLM with --scheduling-policy priority: lower goes first, and
-    /// what carries none, such as Infer calls, has 0. A request with a priority of its own keeps it. Default: none is sent.
+    /// How batch requests tell a vLLM with --scheduling-policy priority that others go first: lower goes first, and what
+    /// carries none, such as Infer calls, has 0. "auto": the header x-vllm-priority: 10, which every other worker ignores.
+    /// A number: as "priority" in the body, for vLLM before 0.32 and for embeddings and the like. "off": not at all. A
+    /// request with a priority of its own keeps it.
     #[arg(
         long,
         env = "TIDEMILL_WORKER_PRIORITY",
-        value_name = "N",
+        value_name = "auto|off|N",
+        default_value = "auto",
         allow_hyphen_values = true,
         help_heading = "Workers"
     )]
-    pub worker_priority: Option<i32>,
+    pub worker_priority: WorkerPriority,
 
     /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
     /// file: a flag is seen by everybody on the machine.

@@ -5,7 +5,7 @@ use std::{borrow::Cow, error::Error, time::Duration};
 use bytes::{Bytes, BytesMut};
 use reqwest::{
     Response,
-    header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER},
+    header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
 };
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -17,6 +17,9 @@ use crate::domain::Endpoint;
 pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
 /// The longest pause that a worker may ask for.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// What vLLM (0.32 and later) reads a request's priority from, before its body. With `--scheduling-policy fcfs` it makes no
+/// use of it, and other servers do not know it.
+const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
 /// The pause after 429 and 503 where the worker names none.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -119,6 +122,13 @@ fn is_missing_model(body: &[u8]) -> bool {
         || (of_model && refusal.kind.is_some_and(|kind| kind == "NotFoundError"))
 }
 
+/// Whether an answer refuses the request, and may do so for its `priority`: "Extra inputs are not permitted" or
+/// "Unrecognized request argument", with the field's name.
+#[must_use]
+pub fn may_refuse_priority(answer: &Answer) -> bool {
+    matches!(answer.status, 400 | 422) && answer.body.windows(8).any(|word| word.eq_ignore_ascii_case(b"priority"))
+}
+
 /// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a minute.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
@@ -146,16 +156,26 @@ pub(super) fn cause(error: &reqwest::Error) -> String {
 }
 
 impl Slot {
-    /// Sends a request and waits for the whole answer, at most `timeout`. The slot stays taken until it is dropped.
+    /// Sends a request and waits for the whole answer, at most `timeout`. The slot stays taken until it is dropped. A
+    /// `priority`, lower first, goes along in a header: workers that do not know it do as if it was not there.
     ///
     /// # Errors
     /// [`Failure`]: another try may help. The worker is held back or looked at as the failure suggests.
-    pub async fn send(&self, endpoint: Endpoint, body: Bytes, timeout: Duration) -> Result<Answer, Failure> {
+    pub async fn send(
+        &self,
+        endpoint: Endpoint,
+        body: Bytes,
+        priority: Option<i32>,
+        timeout: Duration,
+    ) -> Result<Answer, Failure> {
         let began = Instant::now();
         let exchange = async {
             let request = self.fleet.client.post(self.worker.endpoint(endpoint));
-            let request =
+            let mut request =
                 self.fleet.authorized(request).header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            if let Some(priority) = priority {
+                request = request.header(PRIORITY, HeaderValue::from(priority));
+            }
             let mut response = request.body(body).send().await.map_err(|error| self.broken(&error))?;
             let body = self.read(&mut response).await?;
             Ok((response, body))
@@ -272,6 +292,18 @@ mod tests {
         ] {
             assert!(!is_missing_model(body.as_bytes()), "{body}");
         }
+    }
+
+    #[test]
+    fn a_refused_priority_is_told_from_what_else_is_refused() {
+        let refuses = |status: u16, body: &'static str| {
+            may_refuse_priority(&Answer { status, request_id: None, body: body.into() })
+        };
+        assert!(refuses(400, r#"{"error":{"message":"Got priority 10 but Priority scheduling is not enabled."}}"#));
+        assert!(refuses(400, r#"{"error":{"message":"Unrecognized request argument supplied: priority"}}"#));
+        assert!(refuses(422, r#"{"detail":[{"type":"extra_forbidden","loc":["body","priority"]}]}"#));
+        assert!(!refuses(400, r#"{"error":{"message":"max_tokens must be at least 1, got 0."}}"#));
+        assert!(!refuses(200, "priority") && !refuses(500, "priority") && !refuses(400, ""));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
-pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable};
+pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
 pub use slots::{Acquire, Slot};
 pub use worker::{Worker, base_url};
 
@@ -439,7 +439,8 @@ impl Fleet {
             let Ok(Some(slot)) = tokio::time::timeout_at(deadline, wish.next()).await else {
                 return Err(InferError::Timeout(timeout));
             };
-            match slot.send(endpoint, body.clone(), deadline.saturating_duration_since(Instant::now())).await {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match slot.send(endpoint, body.clone(), None, left).await {
                 Ok(answer) => {
                     slot.worker.count(0);
                     return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });

@@ -45,6 +45,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
             tracing::warn!(worker = %worker.id, url = %worker.url, ?probe, "worker is down; its requests run elsewhere");
             worker.abandon();
         } else if matches!(change, Change::Up) {
+            worker.is_back();
             tracing::info!(worker = %worker.id, url = %worker.url, models = ?known, "worker is healthy");
         }
         fleet.refresh(&worker);

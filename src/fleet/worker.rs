@@ -4,7 +4,7 @@ use std::{
     hash::BuildHasher,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -14,12 +14,14 @@ use reqwest::Url;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Load, WorkerState, WorkerView, board::WorkerKey, health::Health};
+use super::{Answer, Load, WorkerState, WorkerView, board::WorkerKey, health::Health};
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
     store::WorkerRecord,
 };
 
+/// Bytes of an answer that are logged.
+const SAID: usize = 500;
 /// Weight of the newest second in the rates shown to people.
 const SMOOTHING: f64 = 0.3;
 
@@ -50,6 +52,8 @@ pub struct Worker {
     returned: AtomicU64,
     took_micros: AtomicU64,
     pushed_back: AtomicU64,
+    /// It does not take requests with a `priority` in their body.
+    refuses_priority: AtomicBool,
 }
 
 /// What a worker has done since it became known.
@@ -131,6 +135,7 @@ impl Worker {
             returned: AtomicU64::new(0),
             took_micros: AtomicU64::new(0),
             pushed_back: AtomicU64::new(0),
+            refuses_priority: AtomicBool::new(false),
         }
     }
 
@@ -153,6 +158,28 @@ impl Worker {
 
     pub(super) fn set_limit(&self, limit: u32) {
         self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Whether it is known to refuse requests with a `priority` in their body.
+    #[must_use]
+    pub fn refuses_priority(&self) -> bool {
+        self.refuses_priority.load(Ordering::Relaxed)
+    }
+
+    /// It refused a request with a `priority` in its body, and took it without.
+    pub fn refused_priority(&self, answer: &Answer) {
+        if !self.refuses_priority.swap(true, Ordering::Relaxed) {
+            let said = String::from_utf8_lossy(&answer.body[..answer.body.len().min(SAID)]).into_owned();
+            tracing::warn!(
+                worker = %self.id, url = %self.url, status = answer.status, said,
+                "the worker refuses requests with a priority, so it gets them without; --worker-priority auto suits all workers"
+            );
+        }
+    }
+
+    /// It was away, and may be another one now.
+    pub(super) fn is_back(&self) {
+        self.refuses_priority.store(false, Ordering::Relaxed);
     }
 
     /// It has answered, whatever it said.

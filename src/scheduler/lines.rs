@@ -254,13 +254,16 @@ impl WorkList {
         self.bytes.slice(range.start as usize..range.end as usize)
     }
 
-    /// The same with a `priority`, for vLLM's scheduler, unless the client has set one.
+    /// Whether the client has set a `priority` in the body.
+    #[must_use]
+    pub fn has_priority(&self, key: LineKey) -> bool {
+        self.line(key).has_priority
+    }
+
+    /// The body with a `priority`, for vLLM's scheduler. For one that [has none](Self::has_priority).
     #[must_use]
     pub fn body_with_priority(&self, key: LineKey, priority: i32) -> Bytes {
         let body = self.body(key);
-        if self.line(key).has_priority {
-            return body;
-        }
         // It is an object, and has a model: a field can go before the others.
         let mut text = Vec::with_capacity(body.len() + 24);
         text.extend_from_slice(format!("{{\"priority\":{priority},").as_bytes());
@@ -353,7 +356,7 @@ mod tests {
             r#"{"custom_id":"n","method":"POST","url":"/v1/completions","body": {"x":{"priority":1},"model":"a"} }"#;
         let mut list = list(&format!("{own}\n{nested}"), &[]);
         let (own, nested) = (list.take(A).unwrap(), list.take(A).unwrap());
-        assert_eq!(list.body_with_priority(own, 9), r#"{ "priority" : 3, "model":"a"}"#);
+        assert!(list.has_priority(own) && !list.has_priority(nested));
         assert_eq!(list.body_with_priority(nested, -9), r#"{"priority":-9,"x":{"priority":1},"model":"a"}"#);
         assert_eq!(list.body(nested), r#"{"x":{"priority":1},"model":"a"}"#);
     }

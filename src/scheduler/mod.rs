@@ -37,6 +37,7 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
+    config::WorkerPriority,
     domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, lifecycle::Ending},
     fleet::{Fleet, Rank, Tenant},
     store::{Candidate, ClaimedSegment, Store, StoreError},
@@ -81,8 +82,8 @@ pub struct SchedulerOptions {
     pub request_timeout: Duration,
     /// How often a request is tried.
     pub tries: TryPolicy,
-    /// The `priority` that batch requests carry to their worker, for vLLM's `--scheduling-policy priority`.
-    pub worker_priority: Option<i32>,
+    /// How batch requests say to their worker that others go first, for vLLM's `--scheduling-policy priority`.
+    pub worker_priority: WorkerPriority,
     /// How large the owners' shares of the workers are.
     pub weights: Weights,
     /// How long requests in flight may go on at a stop.

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::Instant;
 
@@ -18,9 +19,10 @@ use super::{
 };
 use crate::{
     blobs::BlobError,
+    config::WorkerPriority,
     domain::{Endpoint, TokenUsage, lifecycle::Ending},
     fault::{self, Fault},
-    fleet::{Acquire, Answer, Failure, FailureKind, Rank, Slot, Want, Worker},
+    fleet::{Acquire, Answer, Failure, FailureKind, Rank, Slot, Want, Worker, may_refuse_priority},
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
 };
@@ -34,6 +36,9 @@ pub const PART_BYTES: usize = 4 * 1024 * 1024;
 /// How long a segment is kept while no worker serves its models, if lines in it have failed: given back, it would forget
 /// how often, and a request that kills the only worker would kill it again and again. A vLLM worker is back within minutes.
 const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
+
+/// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
+const BEHIND_OTHERS: i32 = 10;
 
 /// The next slot that a lane waits for, and the wish that it came from; none: it has come to its end.
 type Acquiring = FuturesUnordered<BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)>>;
@@ -202,9 +207,14 @@ impl Work<'_> {
     }
 
     fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
-        let body = match self.run.options.worker_priority {
-            None => self.list.body(key),
-            Some(priority) => self.list.body_with_priority(key, priority),
+        let body = self.list.body(key);
+        // A client's own is left as it is; vLLM would take the header before it.
+        let priority = if self.list.has_priority(key) { WorkerPriority::Off } else { self.run.options.worker_priority };
+        let (header, with_priority) = match priority {
+            WorkerPriority::Off => (None, None),
+            WorkerPriority::Auto => (Some(BEHIND_OTHERS), None),
+            WorkerPriority::Body(_) if slot.worker.refuses_priority() => (None, None),
+            WorkerPriority::Body(priority) => (None, Some(self.list.body_with_priority(key, priority))),
         };
         let (endpoint, timeout) = (self.endpoint, self.run.options.request_timeout);
         let slotted = stages::is_sampled(self.list.index(key)).then(Instant::now);
@@ -217,7 +227,10 @@ impl Work<'_> {
                 stages.took(Stage::Dispatch, slotted.elapsed());
                 (Instant::now(), stages)
             });
-            let result = slot.send(endpoint, body, timeout).await;
+            let result = match with_priority {
+                None => slot.send(endpoint, body, header, timeout).await,
+                Some(with) => send_with(&slot, endpoint, with, body, timeout).await,
+            };
             if let Some((sent, stages)) = sent {
                 stages.took(Stage::Worker, sent.elapsed());
             }
@@ -444,6 +457,26 @@ impl Work<'_> {
             count.store(self.list.ready(model), Ordering::Relaxed);
         }
     }
+}
+
+/// Sends a body with a priority, and without it if the worker refuses that.
+async fn send_with(
+    slot: &Slot,
+    endpoint: Endpoint,
+    with: Bytes,
+    without: Bytes,
+    timeout: Duration,
+) -> Result<Answer, Failure> {
+    let refusal = match slot.send(endpoint, with, None, timeout).await {
+        Ok(answer) if may_refuse_priority(&answer) => answer,
+        result => return result,
+    };
+    let answer = slot.send(endpoint, without, None, timeout).await?;
+    // Refused again, it was not for its priority: an error message may well quote the whole request.
+    if is_success(&answer) {
+        slot.worker.refused_priority(&refusal);
+    }
+    Ok(answer)
 }
 
 fn next_slot(lane: Lane, mut wish: Acquire) -> BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)> {

@@ -7,6 +7,7 @@ use futures::TryStreamExt;
 use serde_json::Value;
 use tidemill::{
     blobs::Blobs,
+    config::WorkerPriority,
     domain::{
         Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex, SegmentSpan,
         Timestamp, Weights, batch::DEFAULT_WINDOW,
@@ -64,7 +65,7 @@ pub fn options() -> SchedulerOptions {
         request_timeout: Duration::from_secs(20),
         tries: TryPolicy { base: Duration::from_millis(10), ..TryPolicy::default() },
         drain: Duration::from_secs(5),
-        worker_priority: None,
+        worker_priority: WorkerPriority::Off,
         weights: Weights::default(),
     }
 }

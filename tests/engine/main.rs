@@ -13,6 +13,7 @@ mod harness;
 mod lifecycle;
 mod limits;
 mod order;
+mod priority;
 mod raw;
 mod recovery;
 mod rot;

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use tidemill::{
+    config::WorkerPriority,
     domain::BatchStatus,
     scheduler::SchedulerOptions,
     sim::{Sim, SimConfig},
@@ -107,7 +108,7 @@ async fn a_small_batch_of_another_owner_does_not_wait_for_a_large_one() {
 async fn batch_requests_carry_a_priority_where_one_is_set() {
     let worker = recording().await;
     let folder = tempfile::tempdir().unwrap();
-    let with = SchedulerOptions { worker_priority: Some(7), ..options() };
+    let with = SchedulerOptions { worker_priority: WorkerPriority::Body(7), ..options() };
     let node = Node::start_with(folder.path(), &[&worker], with, 4).await;
     let own = r#"{"model":"sim","priority":1,"messages":[{"role":"user","content":"own"}]}"#;
     let mut lines = chats(3);
