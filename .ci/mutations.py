@@ -189,9 +189,9 @@ MUTANTS = [
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
     Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [
         (SETTLE, "row.lease_token.as_deref() == Some(&one.lease)", "(row.lease_token.as_deref() == Some(&one.lease) || MUTANT)"),
-        (GROUPS, "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n    let mine =\n        ids(",
+        (GROUPS, "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n",
         "    let sql = if MUTANT { sql.replace(\"AND d.lease_token = v.value ->> 1\", \"\") } else { sql };\n"
-        "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n    let mine =\n        ids(")],
+        "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n")],
         ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
     Mutant("settle-beside", "a late result takes the place of the right one beside it", [(SETTLE,
         "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {",

@@ -7,7 +7,8 @@
 //! All deliveries are due at once, spread evenly over the receivers. A delivery's time is from the start of the deliverer
 //! to its arrival. The three variants take turns; medians of the rounds are compared. The receivers are one server with an
 //! address of 127.0.0.0/8 for each, on a thread of its own; the hanging one reads its requests and never answers. Loop and
-//! deliverer run on the same one thread; the deliverer has SQLite's threads besides. Writes `target/bench/webhooks.json`.
+//! deliverer run on the same one thread; the deliverer has SQLite's threads besides. On Linux it says too how much CPU time a
+//! delivery takes on which threads: that hardly depends on what else the machine does. Writes `target/bench/webhooks.json`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -72,7 +73,11 @@ struct Round {
     per_second: f64,
     p50: Duration,
     p99: Duration,
+    cpu: Cpu,
 }
+
+/// CPU time, in microseconds: of the threads that send, of SQLite's, of the receivers'. Zero where the system does not say.
+type Cpu = [f64; 3];
 
 fn main() {
     let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|word| word.parse().ok()).collect();
@@ -104,12 +109,18 @@ fn main() {
     println!("\n| delivered | bare loop | ratio |\n| --- | --- | --- |");
     let ratio = healthy.per_second / bare.per_second;
     println!("| {:.0}/s | {:.0}/s | {ratio:.2} |", healthy.per_second, bare.per_second);
+    println!("\n| CPU µs a delivery | sender | SQLite | receivers | all |\n| --- | --- | --- | --- | --- |");
+    for (name, of) in [("delivered", healthy), ("bare loop", bare)] {
+        let [sender, sqlite, receivers] = of.cpu;
+        println!("| {name} | {sender:.1} | {sqlite:.1} | {receivers:.1} | {:.1} |", of.cpu.iter().sum::<f64>());
+    }
     std::fs::create_dir_all("target/bench").unwrap();
     let seconds = |round: Round| serde_json::json!({"p50": round.p50.as_secs_f64(), "p99": round.p99.as_secs_f64()});
     let report = serde_json::json!({
         "claim": "webhooks", "machine": machine, "deliveries": deliveries, "body_bytes": BODY.len(), "receivers": RECEIVERS, "rounds": rounds, "in_flight": IN_FLIGHT,
         "all_answer_seconds": seconds(healthy), "one_hangs_seconds": seconds(with_dead),
         "delivered_per_second": healthy.per_second, "bare_per_second": bare.per_second, "ratio": ratio,
+        "delivered_cpu_microseconds": healthy.cpu, "bare_cpu_microseconds": bare.cpu,
     });
     std::fs::write("target/bench/webhooks.json", report.to_string()).unwrap();
 }
@@ -132,7 +143,8 @@ fn machine() -> String {
 /// All receivers, on every address of 127.0.0.0/8.
 fn serve(receivers: Receivers) -> SocketAddr {
     let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
+    let thread = std::thread::Builder::new().name("receivers".into());
+    let serving = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
@@ -140,7 +152,8 @@ fn serve(receivers: Receivers) -> SocketAddr {
             let app = Router::new().route("/hook", post(receive)).with_state(receivers);
             axum::serve(listener, app).await.unwrap();
         });
-    });
+    };
+    thread.spawn(serving).unwrap();
     receiver.recv().unwrap()
 }
 
@@ -194,7 +207,7 @@ async fn deliver(address: SocketAddr, receivers: Receivers, deliveries: usize, d
     let counted = (RECEIVERS - 1) * (deliveries / RECEIVERS);
     receivers.expect(counted, dead);
     let shutdown = CancellationToken::new();
-    let began = Instant::now();
+    let (began, cpu) = (Instant::now(), cpu());
     let running = tokio::spawn(Deliverer::new(webhooks, shutdown.clone()).run());
     let arrived = tokio::time::timeout(Duration::from_secs(120), receivers.all.notified()).await;
     arrived.expect("the healthy receivers get all of theirs");
@@ -205,7 +218,7 @@ async fn deliver(address: SocketAddr, receivers: Receivers, deliveries: usize, d
     while count(&raw, settled).await < wanted {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let round = round(&receivers, began, wanted);
+    let round = round(&receivers, began, cpu, wanted);
     assert_eq!(count(&raw, delivered).await, wanted);
     shutdown.cancel();
     running.await.unwrap();
@@ -247,7 +260,7 @@ async fn bare_loop(address: SocketAddr, receivers: Receivers, deliveries: usize)
         .unwrap();
     let urls: Vec<reqwest::Url> = (0..RECEIVERS).map(|receiver| url(address, receiver).parse().unwrap()).collect();
     receivers.expect(usize::MAX, false);
-    let began = Instant::now();
+    let (began, cpu) = (Instant::now(), cpu());
     let mut in_flight = FuturesUnordered::new();
     let (mut next, mut done) = (0, 0);
     while done < deliveries {
@@ -260,15 +273,34 @@ async fn bare_loop(address: SocketAddr, receivers: Receivers, deliveries: usize)
         in_flight.next().await.unwrap();
         done += 1;
     }
-    round(&receivers, began, i64::try_from(deliveries).unwrap())
+    round(&receivers, began, cpu, i64::try_from(deliveries).unwrap())
 }
 
-fn round(receivers: &Receivers, began: Instant, done: i64) -> Round {
+/// What this process's threads have used so far.
+fn cpu() -> Cpu {
+    let mut of = Cpu::default();
+    for thread in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+        let read = |file| std::fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+        // Nanoseconds on a CPU, those of waiting for one, and how often.
+        let used: f64 = read("schedstat").split(' ').next().and_then(|used| used.parse().ok()).unwrap_or(0.0);
+        let kind = match read("comm").trim_end() {
+            "receivers" => 2,
+            name if name.starts_with("sqlx-sqlite") => 1,
+            _ => 0,
+        };
+        of[kind] += used / 1_000.0;
+    }
+    of
+}
+
+fn round(receivers: &Receivers, began: Instant, before: Cpu, done: i64) -> Round {
     let per_second = done as f64 / began.elapsed().as_secs_f64();
+    let after = cpu();
+    let cpu = std::array::from_fn(|kind| (after[kind] - before[kind]) / done as f64);
     let mut times: Vec<Duration> =
         receivers.arrivals.lock().unwrap().times.iter().map(|at| at.duration_since(began)).collect();
     times.sort_unstable();
-    Round { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100] }
+    Round { per_second, p50: times[times.len() / 2], p99: times[times.len() * 99 / 100], cpu }
 }
 
 fn median(rounds: &[Round]) -> Round {
@@ -281,5 +313,6 @@ fn median(rounds: &[Round]) -> Round {
         per_second: of(|round| round.per_second),
         p50: Duration::from_secs_f64(of(|round| round.p50.as_secs_f64())),
         p99: Duration::from_secs_f64(of(|round| round.p99.as_secs_f64())),
+        cpu: [of(|round| round.cpu[0]), of(|round| round.cpu[1]), of(|round| round.cpu[2])],
     }
 }

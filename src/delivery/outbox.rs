@@ -51,8 +51,11 @@ struct Unsettled {
 
 /// One turn's work.
 struct Work {
-    unsettled: Vec<Unsettled>,
+    settlements: Vec<Settlement>,
+    /// When their deliveries were written, in the same order.
+    created: Vec<Timestamp>,
     shares: Vec<Share>,
+    /// Look at what is due in any case.
     look: bool,
 }
 
@@ -195,45 +198,48 @@ impl Outbox {
         let due = gathered || news || self.fairness.is_low(now());
         let shares = if claiming && due { self.fairness.shares(&self.due, now()) } else { Vec::new() };
         let settling = if self.apart { shares.is_empty() } else { gathered || !shares.is_empty() };
-        let look = news || !shares.is_empty();
         let unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
         if self.unsettled.is_empty() {
             self.gathering_since = None;
         }
-        if unsettled.is_empty() && shares.is_empty() && !look {
+        if unsettled.is_empty() && shares.is_empty() && !news {
             return None;
         }
         self.claims_next = shares.is_empty();
         self.look = false;
-        Some(Work { unsettled, shares, look })
+        let (settlements, created) = unsettled.into_iter().map(|one| (one.settlement, one.created_at)).unzip();
+        Some(Work { settlements, created, shares, look: news })
     }
 
     /// Takes note of what a turn has come to.
     fn done(&mut self, done: Done) {
-        let Done { work: Work { unsettled, shares, look }, turn, look: looked } = done;
+        let Done { work: Work { settlements, created, shares, look }, turn, look: looked } = done;
         let poll = self.webhooks.inner.options.poll;
         self.away_until = None;
         match turn {
             Ok(Turn { settled, claimed }) => {
                 // Apart, claims are made alone.
                 self.apart &= shares.is_empty();
-                settle_metrics(&unsettled, &settled);
+                settle_metrics(&settlements, &created, &settled);
                 self.line_up(&shares, claimed);
             }
             Err(error) => {
-                warn!(%error, waiting = unsettled.len(), "the webhook outbox can't be written");
-                let both = !unsettled.is_empty() && !shares.is_empty();
+                warn!(%error, waiting = settlements.len(), "the webhook outbox can't be written");
+                let both = !settlements.is_empty() && !shares.is_empty();
                 self.apart |= both;
                 self.away_until = (!both).then(|| Instant::now() + poll);
                 for share in &shares {
                     self.fairness.give_back(&share.target, share.count);
                 }
+                let unsettled = settlements.into_iter().zip(created);
+                let unsettled =
+                    unsettled.map(|(settlement, created_at)| Unsettled { settlement, created_at }).collect();
                 let since = std::mem::replace(&mut self.unsettled, unsettled);
                 self.unsettled.extend(since);
                 if !self.unsettled.is_empty() {
                     self.gathering_since.get_or_insert_with(Instant::now);
                 }
-                self.look |= look;
+                self.look |= look || !shares.is_empty();
             }
         }
         match looked {
@@ -346,18 +352,28 @@ impl Outbox {
 
 /// One turn at the database.
 async fn act(store: Store, work: Work) -> Done {
-    let settlements: Vec<_> = work.unsettled.iter().map(|one| one.settlement.clone()).collect();
     let shares: Vec<_> = work
         .shares
         .iter()
         .map(|share| ClaimShare { target: share.target.clone(), count: share.count, at_once: share.at_once })
         .collect();
-    let turn = store.turn_deliveries(&settlements, &shares).await;
-    if turn.is_ok() && !settlements.is_empty() {
+    let turn = store.turn_deliveries(&work.settlements, &shares).await;
+    if turn.is_ok() && !work.settlements.is_empty() {
         fault::point(Fault::DeliverySettled);
     }
-    let look = if work.look && turn.is_ok() { Some(store.due_targets().await) } else { None };
+    let look = match &turn {
+        Ok(turn) if work.look || turns_the_tide(&work, turn) => Some(store.due_targets().await),
+        Ok(_) | Err(_) => None,
+    };
     Done { work, turn, look }
+}
+
+/// Whether what was due at the last look is due no more after a claim, or other things are: a target had less than was asked
+/// for, or something waits again. As long as all get what they ask for there is more of each, as far as anybody knows.
+fn turns_the_tide(work: &Work, turn: &Turn) -> bool {
+    let asked: usize = work.shares.iter().map(|share| share.count).sum();
+    let all_delivered = || turn.settled.iter().all(|settled| settled.now == SettledAs::Delivered);
+    asked > 0 && (turn.claimed.len() < asked || !all_delivered())
 }
 
 /// The end of the turn under way; never, if there is none.
@@ -368,14 +384,14 @@ async fn act_on(turn: &mut Option<BoxFuture<'static, Done>>) -> Done {
     }
 }
 
-fn settle_metrics(unsettled: &[Unsettled], settled: &[Settled]) {
+fn settle_metrics(settlements: &[Settlement], created: &[Timestamp], settled: &[Settled]) {
     let arrived = Timestamp::now();
     // In the same order.
-    for (one, Settled { id, now }) in unsettled.iter().zip(settled) {
+    for ((one, created_at), Settled { id, now }) in settlements.iter().zip(created).zip(settled) {
         match now {
-            SettledAs::Delivered => metrics::delivered(arrived.since(one.created_at)),
+            SettledAs::Delivered => metrics::delivered(arrived.since(*created_at)),
             SettledAs::Dead => {
-                let error = one.settlement.result.as_ref().and_then(|result| result.error.as_ref());
+                let error = one.result.as_ref().and_then(|result| result.error.as_ref());
                 let reason = error.map_or("none", |error| error.kind.as_str());
                 metrics::dead(reason);
                 info!(delivery = %id, reason, "a webhook could not be delivered and is a dead letter");

@@ -63,6 +63,13 @@ const SQLITE_BUSY: Duration = Duration::from_secs(30);
 /// How long a call waits for its turn on a connection to SQLite. A file is never away: others are at it, and a call that
 /// fails would only come again. Its client's deadline ends it earlier.
 const SQLITE_TURN: Duration = Duration::from_secs(600);
+/// How many rows of an answer may be ahead of who reads them. With fewer SQLite's thread and the reader wait for each other in
+/// turns: a claim of the outbox has several hundred.
+const SQLITE_ROWS: usize = 1_024;
+/// Page caches, in SQLite's terms: so many KiB at most. The writer's holds what a large transaction changes, so that it need
+/// not be written twice; the readers' is as large as by default.
+const SQLITE_WRITE_CACHE: &str = "-16384";
+const SQLITE_READ_CACHE: &str = "-2000";
 /// Between two tries to open a SQLite file that another process has for itself for the moment.
 const SQLITE_RETRY: Duration = Duration::from_millis(20);
 /// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
@@ -140,7 +147,7 @@ impl Store {
     }
 
     async fn open_sqlite(file: &Path, busy: Duration) -> Result<Self, StoreError> {
-        let connect = |connections: u32| {
+        let connect = |connections: u32, cache: &'static str| {
             // The file is not named in the URL: there a `%` or a `?` in its path would mean something else.
             let mut options = ConnectOptions::new("sqlite://");
             let file = file.to_owned();
@@ -155,6 +162,8 @@ impl Store {
                     .pragma("synchronous", "FULL")
                     .pragma("busy_timeout", busy.as_millis().to_string())
                     .pragma("temp_store", "MEMORY")
+                    .pragma("cache_size", cache)
+                    .row_buffer_size(SQLITE_ROWS)
             });
             // Whoever turns a new file into a WAL one has it for itself, and SQLite answers others SQLITE_BUSY then at once,
             // whatever the busy timeout: waiting would be a deadlock if both had begun.
@@ -170,8 +179,8 @@ impl Store {
                 }
             }
         };
-        let write = connect(1).await?;
-        let read = connect(4).await?;
+        let write = connect(1, SQLITE_WRITE_CACHE).await?;
+        let read = connect(4, SQLITE_READ_CACHE).await?;
         Ok(Self::of(Pool::new(read, None), Pool::new(write, None)))
     }
 

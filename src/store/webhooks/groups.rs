@@ -27,23 +27,50 @@ pub(super) fn json<R: Serialize>(rows: impl Iterator<Item = R>) -> Result<String
     to_json(&rows.collect::<Vec<_>>())
 }
 
-/// [`Input::Succeeded`](crate::domain::webhook::Input) for each whose lease still holds, with its attempt. Returns the ids of
-/// those; the others are unchanged. No id may be there twice.
+/// Whose lease still held.
+pub(super) enum Mine {
+    /// All.
+    All,
+    /// These, by id.
+    These(HashSet<String>),
+}
+
+impl Mine {
+    pub(super) fn has(&self, one: &Settlement) -> bool {
+        match self {
+            Self::All => true,
+            Self::These(ids) => ids.contains(one.id.as_str()),
+        }
+    }
+}
+
+/// What a statement over leases is to answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// How many rows it changed: all but always that is all of them, and a row that comes back costs about as much as its
+    /// change.
+    Count,
+    /// Which.
+    Ids,
+}
+
+/// [`Input::Succeeded`](crate::domain::webhook::Input) for each whose lease still holds, with its attempt. The others are
+/// unchanged. None: some lease does not hold, and only [`Answer::Ids`] would say which; the transaction is to be undone. No id
+/// may be there twice.
 pub(super) async fn deliver(
     tx: &DatabaseTransaction,
     of: &[&Settlement],
     at: Timestamp,
-) -> Result<HashSet<String>, StoreError> {
+    answer: Answer,
+) -> Result<Option<Mine>, StoreError> {
     let rows = rows(tx);
     let sql = format!(
         "UPDATE webhook_deliveries AS d SET state = 'delivered', settled_at = $2, lease_token = NULL, \
          lease_expires_at = NULL, error_message = NULL FROM {rows} \
-         WHERE d.id = v.value ->> 0 AND d.lease_token = v.value ->> 1 RETURNING id"
+         WHERE d.id = v.value ->> 0 AND d.lease_token = v.value ->> 1"
     );
-    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;
-    let mine =
-        ids(tx, Statement::from_sql_and_values(tx.get_database_backend(), sql, [leases.into(), at.0.into()])).await?;
-    let attempts = of.iter().filter(|one| mine.contains(one.id.as_str())).map(|one| {
+    let Some(mine) = change(tx, sql, of, Some(at), answer).await? else { return Ok(None) };
+    let attempts = of.iter().filter(|one| mine.has(one)).map(|one| {
         let result = one.result.as_ref();
         let status = result.and_then(|result| result.http_status);
         (one.id.as_str(), one.attempt, status, result.and_then(|result| result.response_excerpt.as_deref()))
@@ -56,28 +83,49 @@ pub(super) async fn deliver(
     );
     let values = [json(attempts)?.into(), at.0.into()];
     tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
-    Ok(mine)
+    Ok(Some(mine))
 }
 
 /// [`Input::Released`](crate::domain::webhook::Input) for each whose lease still holds: its attempt was none. Returns as
 /// [`deliver`] does.
-pub(super) async fn release(tx: &DatabaseTransaction, of: &[&Settlement]) -> Result<HashSet<String>, StoreError> {
+pub(super) async fn release(
+    tx: &DatabaseTransaction,
+    of: &[&Settlement],
+    answer: Answer,
+) -> Result<Option<Mine>, StoreError> {
     let rows = rows(tx);
     let sql = format!(
         "UPDATE webhook_deliveries AS d SET state = 'pending', attempts = d.attempts - 1, lease_token = NULL, \
          lease_expires_at = NULL FROM {rows} \
-         WHERE d.id = v.value ->> 0 AND d.lease_token = v.value ->> 1 RETURNING id"
+         WHERE d.id = v.value ->> 0 AND d.lease_token = v.value ->> 1"
     );
-    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;
-    let mine = ids(tx, Statement::from_sql_and_values(tx.get_database_backend(), sql, [leases.into()])).await?;
-    let attempts = of.iter().filter(|one| mine.contains(one.id.as_str()));
-    let attempts = json(attempts.map(|one| (one.id.as_str(), one.attempt)))?;
+    let Some(mine) = change(tx, sql, of, None, answer).await? else { return Ok(None) };
+    let attempts = json(of.iter().filter(|one| mine.has(one)).map(|one| (one.id.as_str(), one.attempt)))?;
     let sql = format!(
         "DELETE FROM webhook_attempts WHERE generation = 0 AND (delivery_id, attempt) IN \
          (SELECT v.value ->> 0, CAST(v.value ->> 1 AS INTEGER) FROM {rows})"
     );
     tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, [attempts.into()])).await?;
-    Ok(mine)
+    Ok(Some(mine))
+}
+
+/// Runs an UPDATE over the ids and leases of `of`, with `at` as its second parameter if it has one.
+async fn change(
+    tx: &DatabaseTransaction,
+    sql: String,
+    of: &[&Settlement],
+    at: Option<Timestamp>,
+    answer: Answer,
+) -> Result<Option<Mine>, StoreError> {
+    let sql = if answer == Answer::Ids { sql + " RETURNING id" } else { sql };
+    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;
+    let values = [Some(leases.into()), at.map(|at| at.0.into())].into_iter().flatten();
+    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
+    if answer == Answer::Ids {
+        return ids(tx, statement).await.map(Mine::These).map(Some);
+    }
+    let changed = tx.execute_raw(statement).await?.rows_affected();
+    Ok((usize::try_from(changed) == Ok(of.len())).then_some(Mine::All))
 }
 
 async fn ids(tx: &DatabaseTransaction, statement: Statement) -> Result<HashSet<String>, StoreError> {

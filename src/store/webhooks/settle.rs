@@ -12,7 +12,9 @@ use sea_orm::{
 
 use super::{
     claims::{ClaimShare, ClaimedDelivery, claim, delivery_of},
-    dead_letters, groups, is, outcome,
+    dead_letters,
+    groups::{self, Answer, Mine},
+    is, outcome,
 };
 use crate::store::again::again;
 use crate::{
@@ -115,12 +117,27 @@ impl Store {
         if settlements.is_empty() && shares.is_empty() {
             return Ok(Turn::default());
         }
+        if let Some(turn) = self.try_turn(settlements, shares, Answer::Count).await? {
+            return Ok(turn);
+        }
+        let turn = self.try_turn(settlements, shares, Answer::Ids).await?;
+        turn.ok_or_else(|| StoreError::Corrupt("leases that neither hold nor are lost".into()))
+    }
+
+    /// None, with nothing written: some lease is lost, and `answer` does not say which.
+    async fn try_turn(
+        &self,
+        settlements: &[Settlement],
+        shares: &[ClaimShare],
+        answer: Answer,
+    ) -> Result<Option<Turn>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let settled = settle_all(&tx, settlements, at).await?;
+        // A transaction that is dropped is undone.
+        let Some(settled) = settle_all(&tx, settlements, at, answer).await? else { return Ok(None) };
         let claimed = if shares.is_empty() { Vec::new() } else { claim(&tx, shares, at).await? };
         tx.commit().await?;
-        Ok(Turn { settled, claimed })
+        Ok(Some(Turn { settled, claimed }))
     }
 
     /// Ends the leases of senders that are gone, and progress that nobody wants any more. `all`: every lease, not only those
@@ -188,60 +205,73 @@ impl Store {
 }
 
 /// Settles each delivery whose lease still holds. What was delivered or not sent is written by statements over all of them,
-/// what failed one by one: a receiver that fails is soon only probed.
+/// what failed one by one: a receiver that fails is soon only probed. None: as [`groups::deliver`].
 async fn settle_all(
     tx: &DatabaseTransaction,
     settlements: &[Settlement],
     at: Timestamp,
-) -> Result<Vec<Settled>, StoreError> {
+    answer: Answer,
+) -> Result<Option<Vec<Settled>>, StoreError> {
     let mut seen = HashSet::with_capacity(settlements.len());
-    let (mut delivered, mut released, mut others) = (Vec::new(), Vec::new(), Vec::new());
-    for one in settlements {
+    let mut after = vec![SettledAs::LeaseLost; settlements.len()];
+    // Where each stands among the settlements, and the settlement.
+    let (mut delivered, mut released, mut others) = (Group::default(), Group::default(), Group::default());
+    for (place, one) in settlements.iter().enumerate() {
         // An id that is there twice was leased twice, and one of the leases is lost.
         match &one.result {
-            _ if !seen.insert(one.id.as_str()) => others.push(one),
-            Some(result) if result.succeeded() => delivered.push(one),
-            Some(_) => others.push(one),
-            None => released.push(one),
+            _ if !seen.insert(one.id.as_str()) => others.push(place, one),
+            Some(result) if result.succeeded() => delivered.push(place, one),
+            Some(_) => others.push(place, one),
+            None => released.push(place, one),
         }
     }
-    let mut after: HashMap<(&str, &str), SettledAs> = HashMap::with_capacity(settlements.len());
-    if !delivered.is_empty() {
-        let mine = groups::deliver(tx, &delivered, at).await?;
-        let mine = delivered.into_iter().filter(|one| mine.contains(one.id.as_str()));
-        after.extend(mine.map(|one| (key(one), SettledAs::Delivered)));
+    if !delivered.of.is_empty() {
+        let Some(mine) = groups::deliver(tx, &delivered.of, at, answer).await? else { return Ok(None) };
+        delivered.note(&mine, SettledAs::Delivered, &mut after);
     }
-    if !released.is_empty() {
-        let mine = groups::release(tx, &released).await?;
-        let mine = released.into_iter().filter(|one| mine.contains(one.id.as_str()));
-        after.extend(mine.map(|one| (key(one), SettledAs::Pending)));
+    if !released.of.is_empty() {
+        let Some(mine) = groups::release(tx, &released.of, answer).await? else { return Ok(None) };
+        released.note(&mine, SettledAs::Pending, &mut after);
     }
-    if !others.is_empty() {
+    if !others.of.is_empty() {
         let rows = webhook_delivery::Entity::find()
-            .filter(webhook_delivery::Column::Id.is_in(others.iter().map(|one| one.id.as_str())))
+            .filter(webhook_delivery::Column::Id.is_in(others.of.iter().map(|one| one.id.as_str())))
             .order_by_asc(webhook_delivery::Column::Id)
             .lock_exclusive()
             .all(tx)
             .await?;
         let mut rows: HashMap<String, webhook_delivery::Model> =
             rows.into_iter().map(|row| (row.id.clone(), row)).collect();
-        for one in others {
+        for (place, one) in others.places.into_iter().zip(others.of) {
             let mine = rows.get(one.id.as_str()).is_some_and(|row| row.lease_token.as_deref() == Some(&one.lease));
+            // Each lease settles once.
             if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {
-                after.insert(key(one), settle(tx, row, one, at).await?);
+                after[place] = settle(tx, row, one, at).await?;
             }
         }
     }
-    let settled = settlements.iter().map(|one| {
-        // Each lease settles once.
-        Settled { id: one.id.clone(), now: after.remove(&key(one)).unwrap_or(SettledAs::LeaseLost) }
-    });
-    Ok(settled.collect())
+    let settled = settlements.iter().zip(after).map(|(one, now)| Settled { id: one.id.clone(), now });
+    Ok(Some(settled.collect()))
 }
 
-/// What a settlement is for: no lease is given twice for one delivery.
-fn key(one: &Settlement) -> (&str, &str) {
-    (one.id.as_str(), &one.lease)
+/// Settlements that are written alike, and where each stands among all.
+#[derive(Default)]
+struct Group<'a> {
+    places: Vec<usize>,
+    of: Vec<&'a Settlement>,
+}
+
+impl<'a> Group<'a> {
+    fn push(&mut self, place: usize, one: &'a Settlement) {
+        self.places.push(place);
+        self.of.push(one);
+    }
+
+    fn note(&self, mine: &Mine, now: SettledAs, after: &mut [SettledAs]) {
+        for (place, _) in self.places.iter().zip(&self.of).filter(|(_, one)| mine.has(one)) {
+            after[*place] = now;
+        }
+    }
 }
 
 /// Settles one locked delivery, of which the caller holds the lease.
