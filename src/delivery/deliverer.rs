@@ -118,8 +118,10 @@ impl Housekeeping {
     /// Stored secrets go over to the present master key, so that the one before can be dropped.
     async fn reseal(&self) {
         let inner = &self.webhooks.inner;
+        // Without a key there is nothing to seal with.
+        let Some(current) = inner.vault.mark() else { return };
         let mut unopened = 0u64;
-        let resealed = inner.store.reseal_secrets(|of, sealed| {
+        let resealed = inner.store.reseal_secrets(&current, |of, sealed| {
             let resealed = match of {
                 SecretOf::Endpoint(id) => inner.vault.reseal(sealed, id.as_str()),
                 SecretOf::Webhook(url) => inner.vault.reseal(sealed, &batch_context(url)),

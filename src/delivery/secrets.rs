@@ -101,6 +101,12 @@ impl Vault {
         self.current.is_some()
     }
 
+    /// How everything begins that is sealed with the current key. None: there is none.
+    #[must_use]
+    pub fn mark(&self) -> Option<Vec<u8>> {
+        self.current.as_ref().map(|key| [&[SEALED], key.id.as_slice()].concat())
+    }
+
     /// Makes a secret fit to be stored. `context` is what it belongs to: it opens only with the same.
     #[must_use]
     pub fn seal(&self, secret: &Secret, context: &str) -> SealedSecret {
@@ -149,9 +155,8 @@ impl Vault {
     /// # Errors
     /// [`OpenError`].
     pub fn reseal(&self, sealed: &SealedSecret, context: &str) -> Result<Option<SealedSecret>, OpenError> {
-        let Some(key) = &self.current else { return Ok(None) };
-        let bytes = sealed.as_bytes();
-        if bytes.first() == Some(&SEALED) && bytes.get(1..=KEY_ID_BYTES) == Some(key.id.as_slice()) {
+        let Some(mark) = self.mark() else { return Ok(None) };
+        if sealed.as_bytes().starts_with(&mark) {
             return Ok(None);
         }
         self.open(sealed, context).map(|secret| Some(self.seal(&secret, context)))

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::time::timeout;
 use tracing::warn;
 use url::Url;
@@ -96,11 +96,14 @@ impl Sender {
         let Ok(headers) = headers(claim, &secrets, Timestamp::now().unix_seconds()) else {
             return Sent::failed(ErrorKind::InvalidUrl, "the delivery's id can't be sent as a header");
         };
-        let request = self.client.post(url).headers(headers).body(claim.body.clone());
+        // Not by the builder, which would insert each header again.
+        let mut request = reqwest::Request::new(Method::POST, url);
+        *request.headers_mut() = headers;
+        *request.body_mut() = Some(claim.body.clone().into());
         // The status is kept outside: once it is 2xx the receiver has the event, even if its answer never ends.
         let mut answer = None;
         let attempt = async {
-            let mut response = request.send().await?;
+            let mut response = self.client.execute(request).await?;
             answer = Some((response.status(), retry_after(response.headers()), Vec::new()));
             let Some((_, _, body)) = &mut answer else { return Ok(()) };
             while body.len() < MAX_ANSWER {

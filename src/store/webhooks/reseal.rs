@@ -1,7 +1,8 @@
 //! Stored secrets, sealed anew after the master key was replaced: page by page, in small transactions.
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, sea_query::Expr,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QueryResult,
+    QuerySelect, Statement, sea_query::Expr,
 };
 
 use super::endpoints::lock;
@@ -31,18 +32,20 @@ pub enum SecretOf<'a> {
 }
 
 impl Store {
-    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped. Returns
-    /// how many. What is written meanwhile is left as it is written.
+    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped. It is not
+    /// asked for deliveries' secrets that begin with `current`, the mark of the present key: there may be many of them. Returns
+    /// how many were sealed anew. What is written meanwhile is left as it is written.
     ///
     /// # Errors
     /// [`StoreError`]: some may have been sealed anew; the same call again does the rest.
     pub async fn reseal_secrets(
         &self,
+        current: &[u8],
         mut reseal: impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
     ) -> Result<u64, StoreError> {
         Ok(self.reseal_endpoints(&mut reseal).await?
             + self.reseal_batches(&mut reseal).await?
-            + self.reseal_deliveries(&mut reseal).await?)
+            + self.reseal_deliveries(current, &mut reseal).await?)
     }
 
     async fn reseal_endpoints(
@@ -144,24 +147,24 @@ impl Store {
 
     async fn reseal_deliveries(
         &self,
+        current: &[u8],
         reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
     ) -> Result<u64, StoreError> {
         let (mut changed, mut after) = (0, String::new());
+        // The last of a page comes in any case: the next page begins after it.
+        let sql = format!(
+            "WITH page AS (SELECT id, url, secret FROM webhook_deliveries \
+             WHERE secret IS NOT NULL AND id > $1 ORDER BY id LIMIT {PAGE}) \
+             SELECT id, url, secret FROM page \
+             WHERE substr(secret, 1, $2) <> $3 OR id = (SELECT MAX(id) FROM page) ORDER BY id"
+        );
+        let length = i32::try_from(current.len()).unwrap_or(i32::MAX);
         loop {
-            let page: Vec<(String, String, Vec<u8>)> = webhook_delivery::Entity::find()
-                .select_only()
-                .columns([
-                    webhook_delivery::Column::Id,
-                    webhook_delivery::Column::Url,
-                    webhook_delivery::Column::Secret,
-                ])
-                .filter(webhook_delivery::Column::Secret.is_not_null())
-                .filter(webhook_delivery::Column::Id.gt(after.as_str()))
-                .order_by_asc(webhook_delivery::Column::Id)
-                .limit(PAGE)
-                .into_tuple()
-                .all(self.read())
-                .await?;
+            let values = [after.as_str().into(), length.into(), current.to_vec().into()];
+            let statement = Statement::from_sql_and_values(self.read().get_database_backend(), &sql, values);
+            let rows = self.read().query_all_raw(statement).await?;
+            let page: Vec<(String, String, Vec<u8>)> =
+                rows.iter().map(QueryResult::try_get_many_by_index).collect::<Result<_, _>>()?;
             let Some((last, ..)) = page.last() else { return Ok(changed) };
             after.clone_from(last);
             let anew: Vec<_> = page
