@@ -295,6 +295,9 @@ def run(executables, test, mutant=None):
 
 def main():
     asked = sys.argv[1:]
+    if {"-h", "--help"} & set(asked):
+        print(__doc__)
+        return
     if asked == ["--list"]:
         for mutant in MUTANTS:
             print(f"{mutant.name:18} {mutant.what}")
@@ -321,4 +324,5 @@ def main():
     sys.exit(survived > 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

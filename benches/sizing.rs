@@ -80,11 +80,13 @@ async fn measure(nodes: usize, requests: usize, slow: bool) -> Run {
     let objects = format!("file://{}", folder_of("objects").display());
     let latency = if slow { SLOW.0.as_millis() } else { 0 }.to_string();
     let mut running = Vec::new();
+    let in_flight = SLOW.1.to_string();
     for node in 0..nodes {
-        let sim = Process::sim(&["--models", "sim", "--tokens-per-second", "0", "--latency-ms", &latency]);
+        let sim =
+            ["--models", "sim", "--tokens-per-second", "0", "--latency-ms", &latency, "--max-num-seqs", &in_flight];
+        let sim = Process::sim(&sim);
         let worker = format!("http://{}", sim.address);
         let mut flags = vec!["--database-url", &database, "--blobs", &objects, "--worker", &worker];
-        let in_flight = SLOW.1.to_string();
         if slow {
             flags.extend(["--worker-max-in-flight", &in_flight]);
         }

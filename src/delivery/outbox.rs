@@ -357,23 +357,24 @@ async fn act(store: Store, work: Work) -> Done {
         .iter()
         .map(|share| ClaimShare { target: share.target.clone(), count: share.count, at_once: share.at_once })
         .collect();
+    let asked = shares.iter().map(|share| share.count).sum();
     let turn = store.turn_deliveries(&work.settlements, &shares).await;
     if turn.is_ok() && !work.settlements.is_empty() {
         fault::point(Fault::DeliverySettled);
     }
     let look = match &turn {
-        Ok(turn) if work.look || turns_the_tide(&work, turn) => Some(store.due_targets().await),
+        Ok(turn) if work.look || is_to_look(asked, turn.claimed.len(), &turn.settled) => {
+            Some(store.due_targets().await)
+        }
         Ok(_) | Err(_) => None,
     };
     Done { work, turn, look }
 }
 
-/// Whether what was due at the last look is due no more after a claim, or other things are: a target had less than was asked
-/// for, or something waits again. As long as all get what they ask for there is more of each, as far as anybody knows.
-fn turns_the_tide(work: &Work, turn: &Turn) -> bool {
-    let asked: usize = work.shares.iter().map(|share| share.count).sum();
-    let all_delivered = || turn.settled.iter().all(|settled| settled.now == SettledAs::Delivered);
-    asked > 0 && (turn.claimed.len() < asked || !all_delivered())
+/// Whether, after a claim, something else may be due than at the last look: a target had less than was asked for, or something
+/// waits again. As long as all get what they ask for there is more of each, as far as anybody knows.
+fn is_to_look(asked: usize, claimed: usize, settled: &[Settled]) -> bool {
+    asked > 0 && (claimed < asked || settled.iter().any(|one| one.now != SettledAs::Delivered))
 }
 
 /// The end of the turn under way; never, if there is none.
@@ -423,4 +424,25 @@ fn host(target: &str) -> String {
 /// The runtime's clock, which tests can stop.
 fn now() -> StdInstant {
     Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::DeliveryId;
+
+    #[test]
+    fn after_a_claim_is_looked_unless_all_got_what_they_asked_for_and_nothing_waits_again() {
+        let settled = |now: &[SettledAs]| -> Vec<_> {
+            now.iter().map(|now| Settled { id: DeliveryId::generate(), now: *now }).collect()
+        };
+        let delivered = settled(&[SettledAs::Delivered, SettledAs::Delivered]);
+        assert!(!is_to_look(4, 4, &delivered) && !is_to_look(4, 4, &[]));
+        assert!(is_to_look(4, 3, &delivered) && is_to_look(4, 0, &[]));
+        for now in [SettledAs::Pending, SettledAs::Dead, SettledAs::Cancelled, SettledAs::LeaseLost] {
+            assert!(is_to_look(4, 4, &settled(&[SettledAs::Delivered, now])), "{now:?}");
+            // Nothing was claimed: who settles without a claim looks when there is news.
+            assert!(!is_to_look(0, 0, &settled(&[now])));
+        }
+    }
 }
