@@ -233,7 +233,8 @@ impl Blobs {
         let key = Path::from(key);
         if let Some(directory) = &self.directory {
             let path = directory.path_to_filesystem(&key).map_err(BlobError::of_write)?;
-            return Ok(ObjectWriter(Writer::Local(LocalWriter::new(path))));
+            let file = LocalWriter::create(path).await.map_err(BlobError::of_file)?;
+            return Ok(ObjectWriter(Writer::Local(file)));
         }
         let upload = self.store.put_multipart(&key).await.map_err(BlobError::of_write)?;
         Ok(ObjectWriter(Writer::Parts(WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK))))

@@ -33,16 +33,17 @@ pub(super) struct LocalWriter {
 /// Where the file is. It is written by a thread for blocking work.
 #[derive(Debug)]
 enum Staging {
-    /// Not begun: a small object is made in one go.
-    Nowhere,
+    Here(Staged),
     Busy(JoinHandle<io::Result<Staged>>),
     /// A write has failed, or was cut off.
     Failed,
 }
 
 impl LocalWriter {
-    pub(super) fn new(object: PathBuf) -> Self {
-        Self { object, file: Staging::Nowhere, waiting: Pieces::default() }
+    /// Begins the file, so that a folder that can't be written is told at once.
+    pub(super) async fn create(object: PathBuf) -> io::Result<Self> {
+        let (object, staged) = spawn_blocking(move || Staged::create(&object).map(|staged| (object, staged))).await??;
+        Ok(Self { object, file: Staging::Here(staged), waiting: Pieces::default() })
     }
 
     /// Returns once there is room for more.
@@ -52,10 +53,9 @@ impl LocalWriter {
         if self.waiting.bytes < if busy { WAITING } else { WRITE } {
             return Ok(());
         }
-        let staged = self.staged().await?;
-        let (object, pieces) = (self.object.clone(), self.waiting.take());
+        let mut staged = self.staged().await?;
+        let pieces = self.waiting.take();
         self.file = Staging::Busy(spawn_blocking(move || {
-            let mut staged = staged.map_or_else(|| Staged::create(&object), Ok)?;
             staged.write(&pieces)?;
             staged.start_writeback();
             Ok(staged)
@@ -65,10 +65,9 @@ impl LocalWriter {
 
     /// The object is durable and has its name when this returns.
     pub(super) async fn finish(mut self) -> io::Result<()> {
-        let staged = self.staged().await?;
+        let mut staged = self.staged().await?;
         let (object, pieces) = (std::mem::take(&mut self.object), self.waiting.take());
         let publish = spawn_blocking(move || {
-            let mut staged = staged.map_or_else(|| Staged::create(&object), Ok)?;
             staged.write(&pieces)?;
             staged.publish(&object)
         });
@@ -78,22 +77,22 @@ impl LocalWriter {
     /// Nothing is left when this returns.
     pub(super) async fn abort(mut self) -> io::Result<()> {
         // What failed has removed its file.
-        if let Ok(Some(staged)) = self.staged().await {
+        if let Ok(staged) = self.staged().await {
             spawn_blocking(move || staged.remove()).await??;
         }
         Ok(())
     }
 
-    /// The file, once what was begun is written. None: it is still to be made.
-    async fn staged(&mut self) -> io::Result<Option<Staged>> {
+    /// The file, once what was begun is written.
+    async fn staged(&mut self) -> io::Result<Staged> {
         // Stays in place while it is awaited: this future may be dropped and another one come.
         if let Staging::Busy(writing) = &mut self.file {
             let written = writing.await;
             self.file = Staging::Failed;
-            return written?.map(Some);
+            return written?;
         }
         match std::mem::replace(&mut self.file, Staging::Failed) {
-            Staging::Nowhere => Ok(None),
+            Staging::Here(staged) => Ok(staged),
             Staging::Busy(_) | Staging::Failed => Err(io::Error::other("an earlier write has failed")),
         }
     }
@@ -222,12 +221,13 @@ mod tests {
     async fn an_object_that_is_given_up_or_dropped_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         for size in [10, 3 * WRITE] {
-            let mut writer = LocalWriter::new(folder.path().join("a/b"));
+            let mut writer = LocalWriter::create(folder.path().join("a/b")).await.unwrap();
+            assert_eq!(names(&folder.path().join("a")).len(), 1);
             writer.write(vec![7; size].into()).await.unwrap();
             writer.abort().await.unwrap();
-            assert!(!folder.path().join("a").exists() || names(&folder.path().join("a")).is_empty());
+            assert!(names(&folder.path().join("a")).is_empty());
         }
-        let mut writer = LocalWriter::new(folder.path().join("a/b"));
+        let mut writer = LocalWriter::create(folder.path().join("a/b")).await.unwrap();
         writer.write(vec![7; 2 * WRITE].into()).await.unwrap();
         writer.write(vec![7; 5 * WRITE].into()).await.unwrap();
         // Only once the write that is under way has ended.
@@ -238,16 +238,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_write_that_fails_is_told_and_so_is_all_after_it() {
+    async fn a_folder_that_can_t_be_written_is_told_at_once() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("a"), "not a folder").unwrap();
-        let mut writer = LocalWriter::new(folder.path().join("a/b"));
-        writer.write(vec![7; WRITE].into()).await.unwrap();
-        assert_eq!(writer.write(vec![7; WAITING].into()).await.unwrap_err().kind(), io::ErrorKind::NotADirectory);
-        assert!(writer.write(vec![7; WRITE].into()).await.is_err());
-        assert!(writer.finish().await.is_err());
-        let writer = LocalWriter::new(folder.path().join("a/b"));
-        assert_eq!(writer.finish().await.unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        let refused = LocalWriter::create(folder.path().join("a/b")).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::NotADirectory);
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_is_told_and_so_is_all_after_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("b");
+        fs::write(&path, "").unwrap();
+        // A file that may only be read stands for a full disk.
+        let staged = || Staged { file: File::open(&path).unwrap(), path: None, written: 0, started: 0 };
+        let writer = || LocalWriter { object: path.clone(), file: Staging::Here(staged()), waiting: Pieces::default() };
+        let mut failing = writer();
+        failing.write(vec![7; WRITE].into()).await.unwrap();
+        assert!(failing.write(vec![7; WAITING].into()).await.is_err());
+        assert!(failing.write(vec![7; WRITE].into()).await.is_err());
+        assert!(failing.finish().await.is_err());
+        let mut failing = writer();
+        failing.write(vec![7; 10].into()).await.unwrap();
+        assert!(failing.finish().await.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"");
     }
 
     proptest! {
@@ -261,7 +275,8 @@ mod tests {
             let path = folder.path().join("a/b");
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let expected = runtime.block_on(async {
-                let (mut writer, mut expected) = (LocalWriter::new(path.clone()), Vec::new());
+                let mut writer = LocalWriter::create(path.clone()).await.unwrap();
+                let mut expected = Vec::new();
                 for (size, fill) in sizes.into_iter().zip(0..) {
                     expected.extend(std::iter::repeat_n(fill, size));
                     writer.write(vec![fill; size].into()).await.unwrap();
