@@ -18,8 +18,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tidemill::{
     blobs::Blobs,
-    config::WorkerPriority,
-    domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, Weights, batch::DEFAULT_WINDOW},
+    domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, Weights, WorkerPriority, batch::DEFAULT_WINDOW},
     fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Begun, Ingest, Limits, NewUpload},
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},

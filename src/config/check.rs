@@ -96,7 +96,7 @@ mod tests {
 
     use super::super::{BlobStore, ConfigFile, Database};
     use super::*;
-    use crate::config::WorkerPriority;
+    use crate::domain::WorkerPriority;
 
     fn load(flags: &[&str]) -> Result<ServeConfig, ConfigError> {
         ServeConfig::from_flags(flags.iter().copied(), None).unwrap().validate()

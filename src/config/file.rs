@@ -122,7 +122,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::WorkerPriority;
+    use crate::domain::WorkerPriority;
 
     fn refusal(text: &str) -> String {
         ConfigFile::parse("t.toml", text).unwrap_err().to_string()

@@ -4,7 +4,7 @@
 mod check;
 mod file;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{
     Args, Command, FromArgMatches, ValueEnum,
@@ -15,7 +15,10 @@ use url::Url;
 
 pub use file::ConfigFile;
 
-use crate::domain::webhook::{BadSecret, Secret as WebhookSecret};
+use crate::domain::{
+    WorkerPriority,
+    webhook::{BadSecret, Secret as WebhookSecret},
+};
 
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -81,30 +84,6 @@ impl Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(hidden)")
-    }
-}
-
-/// How batch requests say to their worker that others go first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum WorkerPriority {
-    /// In a header that vLLM knows and others ignore.
-    #[default]
-    Auto,
-    /// Not at all.
-    Off,
-    /// With this `priority` in their body. Lower goes first.
-    Body(i32),
-}
-
-impl FromStr for WorkerPriority {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "off" => Ok(Self::Off),
-            number => number.parse().map(Self::Body).map_err(|_| "expected auto, off or a whole number such as 10"),
-        }
     }
 }
 

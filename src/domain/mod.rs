@@ -12,6 +12,7 @@ pub mod time;
 pub mod usage;
 pub mod webhook;
 pub mod weight;
+pub mod worker_priority;
 
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
 pub use endpoint::Endpoint;
@@ -26,3 +27,4 @@ pub use segment::SegmentSpan;
 pub use time::Timestamp;
 pub use usage::TokenUsage;
 pub use weight::{BadWeight, Weight, Weights};
+pub use worker_priority::WorkerPriority;

@@ -37,8 +37,7 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
-    config::WorkerPriority,
-    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, lifecycle::Ending},
+    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending},
     fleet::{Fleet, Rank, Tenant},
     store::{Candidate, ClaimedSegment, Store, StoreError},
 };

@@ -19,8 +19,7 @@ use super::{
 };
 use crate::{
     blobs::BlobError,
-    config::WorkerPriority,
-    domain::{Endpoint, TokenUsage, lifecycle::Ending},
+    domain::{Endpoint, TokenUsage, WorkerPriority, lifecycle::Ending},
     fault::{self, Fault},
     fleet::{Acquire, Answer, Failure, FailureKind, Rank, Slot, Want, Worker, may_refuse_priority},
     results::{self, PartBuilder, ReadError, Reply},

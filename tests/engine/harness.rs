@@ -7,10 +7,9 @@ use futures::TryStreamExt;
 use serde_json::Value;
 use tidemill::{
     blobs::Blobs,
-    config::WorkerPriority,
     domain::{
         Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex, SegmentSpan,
-        Timestamp, Weights, batch::DEFAULT_WINDOW,
+        Timestamp, Weights, WorkerPriority, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions, InFlight},
     progress::Hub,

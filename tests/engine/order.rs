@@ -3,8 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use tidemill::{
-    config::WorkerPriority,
-    domain::BatchStatus,
+    domain::{BatchStatus, WorkerPriority},
     scheduler::SchedulerOptions,
     sim::{Sim, SimConfig},
 };

@@ -9,7 +9,10 @@ use axum::{
     routing::{get, post},
 };
 use serde_json::{Value, json};
-use tidemill::{config::WorkerPriority, domain::BatchStatus, scheduler::SchedulerOptions};
+use tidemill::{
+    domain::{BatchStatus, WorkerPriority},
+    scheduler::SchedulerOptions,
+};
 use tokio::net::TcpListener;
 
 use crate::harness::{Node, assert_one_line_each, chats, options};

@@ -1,0 +1,27 @@
+//! What batch requests tell their worker of their urgency.
+
+use std::str::FromStr;
+
+/// How batch requests say to their worker that others go first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WorkerPriority {
+    /// In a header that vLLM knows and others ignore.
+    #[default]
+    Auto,
+    /// Not at all.
+    Off,
+    /// With this `priority` in their body. Lower goes first.
+    Body(i32),
+}
+
+impl FromStr for WorkerPriority {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            number => number.parse().map(Self::Body).map_err(|_| "expected auto, off or a whole number such as 10"),
+        }
+    }
+}
