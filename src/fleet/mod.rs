@@ -200,6 +200,7 @@ struct Inner {
     options: FleetOptions,
     desks: Mutex<Desks>,
     workers: Mutex<BTreeMap<WorkerKey, Arc<Worker>>>,
+    syncing: tokio::sync::Mutex<()>,
     /// Counts changes of what is served; the scheduler wakes by it.
     topology: watch::Sender<u64>,
     tasks: TaskTracker,
@@ -234,6 +235,7 @@ impl Fleet {
             options,
             desks: Mutex::default(),
             workers: Mutex::default(),
+            syncing: tokio::sync::Mutex::default(),
             topology: watch::Sender::new(0),
             tasks: tasks.clone(),
             shutdown,
@@ -261,6 +263,8 @@ impl Fleet {
 
     /// Brings the workers in memory in line with those in the database.
     async fn sync(&self) -> Result<(), FleetError> {
+        // One at a time: by a list that was read before another one has added a worker, that worker would be forgotten.
+        let _alone = self.inner.syncing.lock().await;
         let records = self.inner.store.workers().await?;
         let known: BTreeMap<WorkerId, Arc<Worker>> =
             self.inner.workers.lock().values().map(|worker| (worker.id.clone(), worker.clone())).collect();
@@ -295,14 +299,7 @@ impl Fleet {
         };
         let limit = self.inner.options.limit.first();
         let worker = Arc::new(Worker::new(key, record, &base, limit, self.inner.shutdown.child_token()));
-        {
-            let mut workers = self.inner.workers.lock();
-            // Two syncs at a time may both have found it missing.
-            if workers.values().any(|other| other.id == record.id) {
-                return;
-            }
-            workers.insert(key, worker.clone());
-        }
+        self.inner.workers.lock().insert(key, worker.clone());
         self.inner.tasks.spawn(adapt::run(self.inner.clone(), worker.clone(), base.clone()));
         self.inner.tasks.spawn(probe::run(self.inner.clone(), worker, base));
     }

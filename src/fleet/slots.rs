@@ -69,7 +69,8 @@ impl Inner {
         }
     }
 
-    /// Tells the board how a worker is now.
+    /// Tells the board how a worker is now. One that is forgotten stays so: a probe may be under way meanwhile, and slots of a
+    /// worker that nobody knows are no use to who waits.
     pub(super) fn refresh(self: &Arc<Self>, worker: &Worker) {
         let (models, serving, open) = {
             let state = worker.state.lock();
@@ -77,6 +78,9 @@ impl Inner {
         };
         let changed = {
             let mut desks = self.desks.lock();
+            if worker.gone.is_cancelled() {
+                return;
+            }
             let before = desks.board.served();
             let was_open = desks.board.is_open(worker.key);
             desks.board.set(worker.key, models, serving, open, worker.limit());
@@ -121,8 +125,12 @@ impl Inner {
 
     pub(super) fn forget(self: &Arc<Self>, worker: &Worker) {
         self.workers.lock().remove(&worker.key);
-        self.desks.lock().board.remove(worker.key);
-        worker.gone.cancel();
+        {
+            // Together, for whoever looks at the one before it changes the other.
+            let mut desks = self.desks.lock();
+            worker.gone.cancel();
+            desks.board.remove(worker.key);
+        }
         super::adapt::unpublish(worker);
         self.topology.send_modify(|version| *version += 1);
         tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");

@@ -226,7 +226,11 @@ impl Node {
         };
         match tokio::time::timeout(PATIENCE, wait).await {
             Ok(batch) => batch,
-            Err(_) => panic!("the batch did not get there: {:?}", self.store.batch(id).await),
+            Err(_) => panic!(
+                "the batch did not get there: {:?}, with workers {:?}",
+                self.store.batch(id).await,
+                self.fleet.workers()
+            ),
         }
     }
 

@@ -9,6 +9,7 @@ mod endings;
 mod faults;
 #[path = "../support/faulty.rs"]
 mod faulty;
+mod ghosts;
 mod harness;
 mod lifecycle;
 mod limits;
