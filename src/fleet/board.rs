@@ -141,6 +141,8 @@ struct Wish {
     want: Want,
     /// How many slots it still waits for, 1 or more.
     slots: u32,
+    /// When it has its turn among those of the same rank: the smaller first.
+    turn: u64,
 }
 
 /// What the board knows of a worker.
@@ -176,10 +178,10 @@ impl Board {
         if !self.desks.values().any(|desk| if want.alone { desk.idle(None) } else { desk.free() }) {
             return None;
         }
-        let rivals = |(_, other): &(Ticket, &Want)| other.model == want.model && other.alone == want.alone;
+        let rivals = |(_, other, _): &(Ticket, &Want, u64)| other.model == want.model && other.alone == want.alone;
         let mine = (want.rank, u64::MAX);
         if self.waiting().any(|wish| rivals(&wish)) {
-            let all = self.waiting().filter(rivals).chain([(mine, want)]);
+            let all = self.waiting().filter(rivals).chain([(mine, want, u64::MAX)]);
             if self.shares.in_turn(all).first() != Some(&mine) {
                 return None;
             }
@@ -193,13 +195,16 @@ impl Board {
         let first = tenants.next();
         if tenants.all(|tenant| Some(tenant) == first) {
             // One tenant's go by their ranks.
-            return self.waiting.keys().copied().collect();
+            let mut tickets: SmallVec<[Ticket; 16]> = self.waiting.keys().copied().collect();
+            tickets.sort_unstable_by_key(|ticket| (ticket.0, self.waiting[ticket].turn));
+            return tickets;
         }
         self.shares.in_turn(self.waiting())
     }
 
-    fn waiting(&self) -> impl Iterator<Item = (Ticket, &Want)> {
-        self.waiting.iter().map(|(ticket, wish)| (*ticket, &wish.want))
+    /// Who waits, and when it has its turn among its equals.
+    fn waiting(&self) -> impl Iterator<Item = (Ticket, &Want, u64)> {
+        self.waiting.iter().map(|(ticket, wish)| (*ticket, &wish.want, wish.turn))
     }
 
     /// Whether a ticket waits for one more slot.
@@ -219,7 +224,7 @@ impl Board {
         let ticket = (want.rank, self.next);
         self.next += 1;
         self.shares.wish(&want);
-        self.waiting.insert(ticket, Wish { want, slots: slots.max(1) });
+        self.waiting.insert(ticket, Wish { want, slots: slots.max(1), turn: ticket.1 });
         ticket
     }
 
@@ -251,6 +256,19 @@ impl Board {
 
     /// Gives free slots to those who wait, best first, until nothing fits.
     pub fn grant(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
+        let granted = self.grant_in_turn();
+        // The next are for others of the same rank first: segments of a batch go on side by side, each in a task of its own,
+        // so that all cores have something to do.
+        for (ticket, _) in &granted {
+            if let Some(wish) = self.waiting.get_mut(ticket) {
+                wish.turn = self.next;
+                self.next += 1;
+            }
+        }
+        granted
+    }
+
+    fn grant_in_turn(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
         let mut granted = SmallVec::new();
         if self.waiting.is_empty() {
             return granted;

@@ -34,7 +34,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
-pub use slots::{Acquire, Slot};
+pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
 use crate::{

@@ -1,10 +1,18 @@
 //! Slots given out and taken back: the board under its lock, and those who wait for a slot.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use reqwest::RequestBuilder;
 use smallvec::SmallVec;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc::{self, error::TryRecvError},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -36,7 +44,9 @@ impl Inner {
     pub(super) fn slot(self: &Arc<Self>, key: WorkerKey, holder: Holder) -> Option<Slot> {
         let worker = self.workers.lock().get(&key).cloned();
         match worker {
-            Some(worker) => Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker, holder }),
+            Some(worker) => {
+                Some(Slot { abandoned: worker.abandoned(), fleet: self.clone(), worker, holder, out: true })
+            }
             None => {
                 self.desks.lock().board.release(key, &holder);
                 None
@@ -145,12 +155,31 @@ pub struct Slot {
     /// Whose share it counts for.
     pub(super) holder: Holder,
     pub(super) abandoned: CancellationToken,
+    /// It has not been given back.
+    out: bool,
+}
+
+impl Slot {
+    /// Gives slots back together, as dropping each would: then those who wait are given what is free once, not after each.
+    pub fn give_back(mut slots: Vec<Self>) {
+        let Some(fleet) = slots.first().map(|slot| slot.fleet.clone()) else { return };
+        {
+            let mut desks = fleet.desks.lock();
+            for slot in &mut slots {
+                slot.out = false;
+                desks.board.release(slot.worker.key, &slot.holder);
+            }
+        }
+        fleet.grant();
+    }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.fleet.desks.lock().board.release(self.worker.key, &self.holder);
-        self.fleet.grant();
+        if self.out {
+            self.fleet.desks.lock().board.release(self.worker.key, &self.holder);
+            self.fleet.grant();
+        }
     }
 }
 
@@ -159,6 +188,17 @@ pub struct Acquire {
     inner: Arc<Inner>,
     ticket: Ticket,
     receiver: mpsc::UnboundedReceiver<Slot>,
+    /// What [`Acquire::poll_ready`] has found: a slot, or that no more come.
+    found: Option<Option<Slot>>,
+}
+
+/// Why there is no slot at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoSlot {
+    /// It has not come yet.
+    Yet,
+    /// All have come, or the fleet is gone.
+    More,
 }
 
 impl Acquire {
@@ -172,17 +212,37 @@ impl Acquire {
             ticket
         };
         inner.grant();
-        Self { inner, ticket, receiver }
+        Self { inner, ticket, receiver, found: None }
     }
 
     /// The next slot, when it is there. None: that were all, or the fleet is gone.
     pub async fn next(&mut self) -> Option<Slot> {
-        self.receiver.recv().await
+        match self.found.take() {
+            Some(found) => found,
+            None => self.receiver.recv().await,
+        }
     }
 
     /// The next slot, if it is there.
-    pub fn try_next(&mut self) -> Option<Slot> {
-        self.receiver.try_recv().ok()
+    ///
+    /// # Errors
+    /// [`NoSlot`]: it is not.
+    pub fn try_next(&mut self) -> Result<Slot, NoSlot> {
+        match self.found.take() {
+            Some(found) => found.ok_or(NoSlot::More),
+            None => self.receiver.try_recv().map_err(|error| match error {
+                TryRecvError::Empty => NoSlot::Yet,
+                TryRecvError::Disconnected => NoSlot::More,
+            }),
+        }
+    }
+
+    /// Ready when [`Acquire::try_next`] has something else to say than [`NoSlot::Yet`].
+    pub fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if self.found.is_none() {
+            self.found = Some(std::task::ready!(self.receiver.poll_recv(context)));
+        }
+        Poll::Ready(())
     }
 }
 

@@ -1,9 +1,6 @@
 //! The lines of one segment to the workers, their answers into parts, and at the end all parts into one object.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::atomic::Ordering, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -21,7 +18,7 @@ use crate::{
     blobs::BlobError,
     domain::{Endpoint, TokenUsage, WorkerPriority, lifecycle::Ending},
     fault::{self, Fault},
-    fleet::{Acquire, Answer, Failure, FailureKind, Rank, Slot, Want, Worker, may_refuse_priority},
+    fleet::{Acquire, Answer, Failure, FailureKind, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority},
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
 };
@@ -39,11 +36,8 @@ const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
 const BEHIND_OTHERS: i32 = 10;
 
-/// The next slot that a lane waits for, and the wish that it came from; none: it has come to its end.
-type Acquiring = FuturesUnordered<BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)>>;
-
-/// What came of a request; with the tokens of an answer that is JSON.
-type Sent = (LineKey, Arc<Worker>, Result<(Answer, Option<TokenUsage>), Failure>);
+/// What came of a request, with the tokens of an answer that is JSON; and the slot that it had.
+type Sent = (Slot, LineKey, Result<(Answer, Option<TokenUsage>), Failure>);
 
 /// A segment at work.
 pub(super) struct Work<'a> {
@@ -70,8 +64,7 @@ impl Work<'_> {
     /// Sends lines and takes answers until all are done, or nothing more can be.
     pub(super) async fn send_all(&mut self) -> Result<Ended, Stop> {
         let mut in_flight = FuturesUnordered::new();
-        let mut acquiring = Acquiring::new();
-        let mut waiting = vec![false; self.list.lanes().count()];
+        let mut wishes: Vec<Option<Acquire>> = self.list.lanes().map(|_| None).collect();
         let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
         let mut topology = self.run.fleet.topology();
         self.look_at_peers();
@@ -85,7 +78,7 @@ impl Work<'_> {
                 Control::Finish(ending) => {
                     // Dropping them closes their connections: the workers stop generating.
                     drop(in_flight);
-                    drop(acquiring);
+                    drop(wishes);
                     self.end_unfinished(ending);
                     self.wait_for(flushing).await?;
                     return Ok(Ended::Finished);
@@ -96,14 +89,13 @@ impl Work<'_> {
             self.list.wake(now);
             let draining = matches!(wish, Control::Drain { .. });
             if !draining && self.has_room(flushing.is_some()) {
-                self.send_ready(&in_flight, &acquiring, &mut waiting);
+                self.send_ready(&in_flight, &mut wishes);
             } else {
-                acquiring.clear();
-                waiting.fill(false);
+                wishes.fill_with(|| None);
             }
             self.count_remaining();
             if self.list.open() == 0 || (in_flight.is_empty() && (draining || self.is_given_up(now))) {
-                drop(acquiring);
+                drop(wishes);
                 self.wait_for(flushing).await?;
                 return Ok(if self.list.open() == 0 { Ended::Finished } else { Ended::Released });
             }
@@ -116,18 +108,13 @@ impl Work<'_> {
             }
             tokio::select! {
                 Some(sent) = in_flight.next() => {
-                    self.take(sent);
+                    let mut all = vec![sent];
                     while let Some(Some(sent)) = in_flight.next().now_or_never() {
-                        self.take(sent);
+                        all.push(sent);
                     }
+                    self.take_all(all);
                 }
-                Some((lane, granted)) = acquiring.next() => {
-                    let rest = granted.and_then(|(slot, wish)| self.use_all(lane, slot, wish, &in_flight));
-                    match rest {
-                        Some(wish) => acquiring.push(next_slot(lane, wish)),
-                        None => waiting[lane.place()] = false,
-                    }
-                }
+                () = any_granted(&mut wishes) => {}
                 part = async { match flushing.as_mut() { Some(flush) => flush.await, None => std::future::pending().await } } => {
                     flushing = None;
                     self.parts.push(part?);
@@ -143,56 +130,46 @@ impl Work<'_> {
         }
     }
 
-    /// Sends what is ready, as far as slots are free; where none is, one wish a lane waits for all that it needs.
-    fn send_ready(
-        &mut self,
-        in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
-        acquiring: &Acquiring,
-        waiting: &mut [bool],
-    ) {
-        for (lane, waits) in self.list.lanes().zip(waiting) {
-            while !*waits && let Some(key) = self.list.peek(lane) {
-                let failed_on = self.list.failed_on(key);
-                // What has failed before has a wish of its own; so has what must be alone.
-                let slots = if lane.alone || !failed_on.is_empty() { 1 } else { self.list.ready_in(lane) };
-                let want = Want {
-                    model: self.list.models()[lane.model].clone(),
-                    rank: self.rank,
-                    avoid: failed_on.iter().copied().collect(),
-                    alone: lane.alone,
-                };
-                match self.run.fleet.try_acquire(&want) {
-                    Some(slot) => {
-                        if let Some(key) = self.take_for(lane, &slot) {
-                            in_flight.push(self.send(slot, key));
+    /// Sends what is ready, as far as slots are free or were waited for; where none is, one wish a lane waits for all that
+    /// it needs.
+    fn send_ready(&mut self, in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>, wishes: &mut [Option<Acquire>]) {
+        for (lane, wish) in self.list.lanes().zip(wishes) {
+            while let Some(key) = self.list.peek(lane) {
+                let slot = match wish {
+                    Some(waits) => match waits.try_next() {
+                        Ok(slot) => slot,
+                        Err(NoSlot::Yet) => break,
+                        Err(NoSlot::More) => {
+                            *wish = None;
+                            continue;
                         }
-                    }
+                    },
                     None => {
-                        *waits = true;
-                        let slots = u32::try_from(slots).unwrap_or(u32::MAX);
-                        acquiring.push(next_slot(lane, self.run.fleet.acquire(want, slots)));
+                        let failed_on = self.list.failed_on(key);
+                        // What has failed before has a wish of its own; so has what must be alone.
+                        let slots = if lane.alone || !failed_on.is_empty() { 1 } else { self.list.ready_in(lane) };
+                        let want = Want {
+                            model: self.list.models()[lane.model].clone(),
+                            rank: self.rank,
+                            avoid: failed_on.iter().copied().collect(),
+                            alone: lane.alone,
+                        };
+                        let Some(slot) = self.run.fleet.try_acquire(&want) else {
+                            *wish = Some(self.run.fleet.acquire(want, u32::try_from(slots).unwrap_or(u32::MAX)));
+                            continue;
+                        };
+                        slot
                     }
+                };
+                if let Some(key) = self.take_for(lane, &slot) {
+                    in_flight.push(self.send(slot, key));
                 }
             }
+            if self.list.peek(lane).is_none() {
+                // Slots are for lines: others have use for what is left of them.
+                *wish = None;
+            }
         }
-    }
-
-    /// Sends with a slot that was waited for, and with those that have come with it. Returns the wish, if lines are left
-    /// for it.
-    fn use_all(
-        &mut self,
-        lane: Lane,
-        first: Slot,
-        mut wish: Acquire,
-        in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>,
-    ) -> Option<Acquire> {
-        let mut next = Some(first);
-        while let Some(slot) = next {
-            let key = self.take_for(lane, &slot)?;
-            in_flight.push(self.send(slot, key));
-            next = wish.try_next();
-        }
-        Some(wish)
     }
 
     fn look_at_peers(&mut self) {
@@ -247,17 +224,31 @@ impl Work<'_> {
                 }
                 Ok((answer, usage))
             });
-            (key, slot.worker.clone(), result)
+            (slot, key, result)
         }
         .boxed()
     }
 
+    /// Takes what came of requests. Their slots go back together, so that another segment is woken once for all of them,
+    /// and before the results are written down, so that nobody waits for that.
+    fn take_all(&mut self, all: Vec<Sent>) {
+        let apart = all.into_iter().map(|(slot, key, result)| {
+            let worker = slot.worker.clone();
+            (slot, (key, worker, result))
+        });
+        let (slots, results): (Vec<Slot>, Vec<_>) = apart.unzip();
+        Slot::give_back(slots);
+        for (key, worker, result) in results {
+            self.take(key, &worker, result);
+        }
+    }
+
     /// Takes what came of a request.
-    fn take(&mut self, (key, worker, result): Sent) {
+    fn take(&mut self, key: LineKey, worker: &Worker, result: Result<(Answer, Option<TokenUsage>), Failure>) {
         match result {
             Ok((answer, usage)) => {
                 let succeeded = is_success(&answer);
-                self.answered(key, &worker, &answer, usage, succeeded);
+                self.answered(key, worker, &answer, usage, succeeded);
             }
             Err(failure) => {
                 metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
@@ -267,7 +258,7 @@ impl Work<'_> {
                 match wait {
                     Some(wait) => self.list.later(key, Instant::now() + wait),
                     None => match &failure.answer {
-                        Some(answer) => self.answered(key, &worker, answer, None, false),
+                        Some(answer) => self.answered(key, worker, answer, None, false),
                         None => {
                             let message = format!("{} (after {times} tries)", failure.message);
                             self.error(key, error_code(failure.kind), &message);
@@ -478,8 +469,13 @@ async fn send_with(
     Ok(answer)
 }
 
-fn next_slot(lane: Lane, mut wish: Acquire) -> BoxFuture<'static, (Lane, Option<(Slot, Acquire)>)> {
-    async move { (lane, wish.next().await.map(|slot| (slot, wish))) }.boxed()
+/// Until a slot is there for one of the wishes, or one has come to its end.
+async fn any_granted(wishes: &mut [Option<Acquire>]) {
+    std::future::poll_fn(|context| {
+        let mut polled = wishes.iter_mut().flatten().map(|wish| wish.poll_ready(context));
+        polled.by_ref().find(Poll::is_ready).unwrap_or(Poll::Pending)
+    })
+    .await;
 }
 
 fn is_success(answer: &Answer) -> bool {

@@ -11,7 +11,7 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 use smallvec::SmallVec;
 
-use super::{Holder, Tenant, Ticket, Want};
+use super::{Holder, Rank, Tenant, Ticket, Want};
 
 /// What a turn of a tenant of weight 1 takes of the clock: enough that no division by weights matters.
 const TURN: u128 = 1 << 48;
@@ -109,6 +109,8 @@ impl Eq for Level {}
 #[derive(Clone, Copy, Debug)]
 struct Standing<'a> {
     ticket: Ticket,
+    /// When it has its turn among those of the same rank.
+    turn: u64,
     model: &'a str,
     level: Level,
     /// How far its next turn is ahead of the clock, or behind it.
@@ -119,8 +121,8 @@ struct Standing<'a> {
 
 impl Standing<'_> {
     /// Of its model, whose turn it is: the smallest's.
-    fn turn(&self) -> (bool, Option<Level>, i128, Ticket) {
-        (self.over, self.over.then_some(self.level), self.ahead, self.ticket)
+    fn turn(&self) -> (bool, Option<Level>, i128, Rank, u64) {
+        (self.over, self.over.then_some(self.level), self.ahead, self.ticket.0, self.turn)
     }
 }
 
@@ -177,9 +179,9 @@ impl Shares {
     }
 
     /// The wishes in the order in which they are to be granted.
-    pub(super) fn in_turn<'a>(&self, wishes: impl Iterator<Item = (Ticket, &'a Want)>) -> SmallVec<[Ticket; 16]> {
+    pub(super) fn in_turn<'a>(&self, wishes: impl Iterator<Item = (Ticket, &'a Want, u64)>) -> SmallVec<[Ticket; 16]> {
         let mut all: SmallVec<[Standing<'a>; 16]> =
-            wishes.map(|(ticket, want)| self.standing(ticket, &want.model)).collect();
+            wishes.map(|(ticket, want, turn)| self.standing(ticket, &want.model, turn)).collect();
         let class = |of: &Standing<'_>| (of.ticket.0.batch, of.ticket.0.priority);
         all.sort_unstable_by(|a, b| (class(a), a.model).cmp(&(class(b), b.model)));
         let mut tickets = SmallVec::with_capacity(all.len());
@@ -200,14 +202,14 @@ impl Shares {
         tickets
     }
 
-    fn standing<'a>(&self, ticket: Ticket, model: &'a Arc<str>) -> Standing<'a> {
+    fn standing<'a>(&self, ticket: Ticket, model: &'a Arc<str>, turn: u64) -> Standing<'a> {
         let (rank, _) = ticket;
         // Interactive calls are nobody's share.
         let known = self.models.get(model).filter(|_| rank.batch);
         let share = known.and_then(|known| known.tenants.get(&rank.tenant));
         let level = Level { slots: share.map_or(0, |share| share.held), weight: rank.tenant.weight().get() };
         let ahead = known.map_or(0, |known| known.due(rank.tenant).cast_signed() - known.clock.cast_signed());
-        Standing { ticket, model, level, ahead, over: false }
+        Standing { ticket, turn, model, level, ahead, over: false }
     }
 
     /// What each has.
@@ -233,7 +235,7 @@ fn arrange(model: &mut [Standing<'_>]) {
 /// The model whose first wish goes first.
 fn first_of(models: &[&[Standing<'_>]]) -> Option<usize> {
     let heads = models.iter().enumerate().filter_map(|(at, model)| model.first().map(|head| (at, head)));
-    heads.min_by_key(|(_, head)| (head.level, head.ahead, head.ticket)).map(|(at, _)| at)
+    heads.min_by_key(|(_, head)| (head.level, head.ahead, head.ticket.0, head.turn)).map(|(at, _)| at)
 }
 
 #[cfg(test)]

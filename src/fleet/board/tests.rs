@@ -50,6 +50,25 @@ fn the_best_rank_goes_first_then_who_asked_first() {
 }
 
 #[test]
+fn wishes_of_one_rank_take_turns_and_what_is_free_at_once_is_one_turn() {
+    let mut board = board(&[(1, &["m"], 4)]);
+    let one = want("m", rank(0, 5), &[]);
+    for _ in 0..4 {
+        assert_eq!(board.take(&one), Some(WorkerKey(1)));
+    }
+    let [a, b] = [board.queue_for(one.clone(), 100), board.queue_for(one, 100)];
+    let later = board.queue_for(want("m", rank(0, 6), &[]), 100);
+    let mut granted = |slots: usize| {
+        for _ in 0..slots {
+            board.release(WorkerKey(1), &nobody("m"));
+        }
+        board.grant().into_iter().map(|(ticket, _)| ticket).collect::<Vec<_>>()
+    };
+    assert_eq!([granted(1), granted(1), granted(3), granted(2)], [vec![a], vec![b], vec![a; 3], vec![b; 2]]);
+    assert_eq!(granted(1), [a], "{later:?} has a later deadline");
+}
+
+#[test]
 fn a_limit_that_falls_takes_no_slot_back_and_one_that_grows_gives_more() {
     let mut board = board(&[(1, &["m"], 3)]);
     let one = want("m", rank(0, 5), &[]);
@@ -216,7 +235,7 @@ proptest! {
                 prop_assert_eq!(held as usize, out.iter().filter(|(_, other)| *other == holder).count());
             }
             prop_assert_eq!(board.shares.held().map(|(_, held)| held).sum::<u32>() as usize, out.len());
-            for (_, wish) in board.waiting() {
+            for (_, wish, _) in board.waiting() {
                 let fits = board.desks.iter().any(|(key, desk)| (if wish.alone { desk.idle(None) } else { desk.free() }) && desk.models.contains(&wish.model) && !wish.avoid.contains(key));
                 prop_assert!(!fits, "a fitting slot is idle");
             }

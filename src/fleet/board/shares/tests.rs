@@ -260,7 +260,7 @@ proptest! {
                 waiting.push(((rank, number), want));
             }
         }
-        let order = shares.in_turn(waiting.iter().map(|(ticket, want)| (*ticket, want)));
+        let order = shares.in_turn(waiting.iter().map(|(ticket, want)| (*ticket, want, ticket.1)));
         let class = |(rank, _): &Ticket| (rank.batch, rank.priority);
         prop_assert!(order.is_sorted_by_key(class), "{order:?}");
         let mut sorted = order.to_vec();
