@@ -1,7 +1,8 @@
 //! Who gets which worker's next free slot: the pure core of dispatch. No clock, no locks, no IO.
 //!
 //! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
-//! the best rank first, then to who asked first, and among the workers that serve the model to the least loaded one.
+//! the best rank first, then to who asked first or was given slots longest ago, and among the workers that serve the model to
+//! the least loaded one.
 //!
 //! Within a priority tenants share: the next slot goes to the one that has the fewest of the model's slots for its weight
 //! ([`shares`]). So each gets its share while it has enough to send, a small batch is not stuck behind a large one of
