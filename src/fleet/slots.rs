@@ -198,7 +198,7 @@ pub enum NoSlot {
     /// It has not come yet.
     Yet,
     /// All have come, or the fleet is gone.
-    More,
+    Ended,
 }
 
 impl Acquire {
@@ -229,10 +229,10 @@ impl Acquire {
     /// [`NoSlot`]: it is not.
     pub fn try_next(&mut self) -> Result<Slot, NoSlot> {
         match self.found.take() {
-            Some(found) => found.ok_or(NoSlot::More),
+            Some(found) => found.ok_or(NoSlot::Ended),
             None => self.receiver.try_recv().map_err(|error| match error {
                 TryRecvError::Empty => NoSlot::Yet,
-                TryRecvError::Disconnected => NoSlot::More,
+                TryRecvError::Disconnected => NoSlot::Ended,
             }),
         }
     }

@@ -139,7 +139,7 @@ impl Work<'_> {
                     Some(waits) => match waits.try_next() {
                         Ok(slot) => slot,
                         Err(NoSlot::Yet) => break,
-                        Err(NoSlot::More) => {
+                        Err(NoSlot::Ended) => {
                             *wish = None;
                             continue;
                         }
@@ -473,7 +473,7 @@ async fn send_with(
 async fn any_granted(wishes: &mut [Option<Acquire>]) {
     std::future::poll_fn(|context| {
         let mut polled = wishes.iter_mut().flatten().map(|wish| wish.poll_ready(context));
-        polled.by_ref().find(Poll::is_ready).unwrap_or(Poll::Pending)
+        polled.find(Poll::is_ready).unwrap_or(Poll::Pending)
     })
     .await;
 }
