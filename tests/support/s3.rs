@@ -56,6 +56,8 @@ pub enum Fault {
 struct State {
     objects: BTreeMap<String, Bytes>,
     uploads: BTreeMap<String, (String, BTreeMap<u32, Bytes>)>,
+    /// Multipart uploads begun so far: the next one's id. No two may share one, however many begin at once.
+    begun: u64,
     fault: Option<(On, Fault)>,
     /// Requests that met the fault.
     struck: u64,
@@ -214,7 +216,8 @@ impl State {
 
     fn multipart(&mut self, key: &str, query: &BTreeMap<String, String>) -> Response<Body> {
         if query.contains_key("uploads") {
-            let id = format!("upload-{}", self.requests);
+            self.begun += 1;
+            let id = format!("upload-{}", self.begun);
             self.uploads.insert(id.clone(), (key.to_owned(), BTreeMap::new()));
             return xml(&format!(
                 "<InitiateMultipartUploadResult><UploadId>{id}</UploadId></InitiateMultipartUploadResult>"
