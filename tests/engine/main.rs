@@ -20,3 +20,4 @@ mod recovery;
 mod rot;
 #[path = "../support/s3.rs"]
 mod s3;
+mod slots;
