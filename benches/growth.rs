@@ -8,33 +8,22 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::{
-    net::TcpListener,
-    path::Path,
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
-};
+mod common;
 
+use std::time::{Duration, Instant};
+
+use common::{Process, machine, report, upload};
 use tidemill::pb::{
-    BatchStatus, CreateBatchRequest, DownloadFileRequest, FileSpec, GetBatchRequest, UploadFileRequest,
-    batch_service_client::BatchServiceClient, create_batch_request::Input, upload_file_request::Payload,
+    BatchStatus, CreateBatchRequest, DownloadFileRequest, GetBatchRequest, batch_service_client::BatchServiceClient,
+    create_batch_request::Input,
 };
-use tonic::transport::{Channel, Endpoint};
-
-struct Kill(Child);
-
-impl Drop for Kill {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn main() {
-    let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|word| word.parse().ok()).collect();
+    let numbers = common::arguments().0;
     let (small, large) = (numbers.first().copied().unwrap_or(100_000), numbers.get(1).copied().unwrap_or(1_000_000));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let mut rows = Vec::new();
+    println!("growth: {}", machine());
     println!("| requests | upload | run | download | peak memory |\n| --- | --- | --- | --- | --- |");
     for requests in [small, large] {
         let run = runtime.block_on(measure(requests));
@@ -50,12 +39,11 @@ fn main() {
     let total = |run: &Run| (run.upload + run.run + run.download).as_secs_f64();
     let (time, memory) = (total(&rows[1]) / total(&rows[0]), rows[1].peak_mb / rows[0].peak_mb);
     println!("growth {small} to {large}: time x{time:.2}, memory x{memory:.2}");
-    std::fs::create_dir_all("target/bench").unwrap();
-    let report = serde_json::json!({
-        "claim": "growth", "small": small, "large": large, "time_ratio": time, "memory_ratio": memory,
+    let figures = serde_json::json!({
+        "small": small, "large": large, "time_ratio": time, "memory_ratio": memory,
         "peak_mb": rows[1].peak_mb, "seconds": total(&rows[1]),
     });
-    std::fs::write("target/bench/growth.json", report.to_string()).unwrap();
+    report("growth", figures);
 }
 
 struct Run {
@@ -67,35 +55,15 @@ struct Run {
 
 async fn measure(requests: usize) -> Run {
     let folder = tempfile::tempdir_in("target").unwrap();
-    let (worker, address) = (free(), free());
-    let tidemill = env!("CARGO_BIN_EXE_tidemill");
-    let _sim = Kill(
-        Command::new(tidemill)
-            .args(["sim", "--models", "sim", "--latency-ms", "0", "--tokens-per-second", "0", "--listen", &worker])
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
-    let server = Kill(
-        Command::new(tidemill)
-            .args(["serve", "--listen", &address, "--worker", &format!("http://{worker}")])
-            // The default stops at a million.
-            .args(["--max-file-lines", &requests.max(1_000_000).to_string(), "--data-dir"])
-            .arg(folder.path())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
-    let mut client = connect(&address).await;
+    let sim = Process::sim(&["--models", "sim", "--latency-ms", "0", "--tokens-per-second", "0"]);
+    let worker = format!("http://{}", sim.address);
+    // The default stops at a million.
+    let lines = requests.max(1_000_000).to_string();
+    let server = Process::serve(folder.path(), &["--worker", &worker, "--max-file-lines", &lines]);
+    let mut client = BatchServiceClient::new(server.serving().await);
 
     let started = Instant::now();
-    let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
-    let chunks = (0..requests).step_by(2_000).map(move |from| {
-        let text: String = (from..(from + 2_000).min(requests)).map(line).collect();
-        UploadFileRequest { payload: Some(Payload::Chunk(text.into())) }
-    });
-    let messages = tokio_stream::iter(std::iter::once(spec).chain(chunks));
-    let file = client.upload_file(messages).await.unwrap().into_inner();
+    let file = upload(&mut client, requests).await;
     let upload = started.elapsed();
 
     let started = Instant::now();
@@ -120,32 +88,5 @@ async fn measure(requests: usize) -> Run {
     }
     assert_eq!(lines, requests);
     let download = started.elapsed();
-    Run { upload, run, download, peak_mb: peak_mb(Path::new(&format!("/proc/{}/status", server.0.id()))) }
-}
-
-fn line(number: usize) -> String {
-    format!(
-        "{{\"custom_id\":\"r{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
-         \"messages\":[{{\"role\":\"user\",\"content\":\"number {number}\"}}],\"max_tokens\":4}}}}\n"
-    )
-}
-
-fn free() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
-}
-
-async fn connect(address: &str) -> BatchServiceClient<Channel> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-    loop {
-        if let Ok(channel) = endpoint.connect().await {
-            return BatchServiceClient::new(channel);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-fn peak_mb(status: &Path) -> f64 {
-    let text = std::fs::read_to_string(status).unwrap();
-    let line = text.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+    Run { upload, run, download, peak_mb: server.peak_mb() }
 }

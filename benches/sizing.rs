@@ -20,13 +20,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Process, TICKS_PER_SECOND, machine, report};
+use common::{Process, TICKS_PER_SECOND, machine, report, upload};
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
 use tidemill::pb::{
-    BatchStatus, CreateBatchRequest, FileSpec, GetBatchRequest, UploadFileRequest,
-    batch_service_client::BatchServiceClient, create_batch_request::Input, upload_file_request::Payload,
+    BatchStatus, CreateBatchRequest, GetBatchRequest, batch_service_client::BatchServiceClient,
+    create_batch_request::Input,
 };
-use tonic::transport::Channel;
 
 /// Of the slow pace: a request's time, how many are in flight on each node, and how many of these rounds a run has.
 const SLOW: (Duration, usize, usize) = (Duration::from_secs(2), 1_000, 12);
@@ -100,7 +99,7 @@ async fn measure(nodes: usize, requests: usize, slow: bool) -> Run {
     let nodes_cpu = || running.iter().map(|(_, server, _)| server.cpu_seconds()).sum::<f64>();
     let (nodes_before, postgres_before, commits_before) = (nodes_cpu(), postgres_cpu(), commits(&raw).await);
     let began = Instant::now();
-    let input = Some(Input::InputFileId(file));
+    let input = Some(Input::InputFileId(file.id));
     let batch = client.create_batch(CreateBatchRequest { input, ..Default::default() }).await.unwrap().into_inner().id;
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -117,23 +116,6 @@ async fn measure(nodes: usize, requests: usize, slow: bool) -> Run {
     let commits = commits(&raw).await - commits_before;
     raw.close().await.unwrap();
     Run { requests, seconds, nodes_cpu, postgres_cpu, commits }
-}
-
-async fn upload(client: &mut BatchServiceClient<Channel>, requests: usize) -> String {
-    let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
-    let chunks = (0..requests).step_by(2_000).map(move |from| {
-        let text: String = (from..(from + 2_000).min(requests)).map(line).collect();
-        UploadFileRequest { payload: Some(Payload::Chunk(text.into())) }
-    });
-    let messages = tokio_stream::iter(std::iter::once(spec).chain(chunks));
-    client.upload_file(messages).await.unwrap().into_inner().id
-}
-
-fn line(number: usize) -> String {
-    format!(
-        "{{\"custom_id\":\"r{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
-         \"messages\":[{{\"role\":\"user\",\"content\":\"number {number}\"}}],\"max_tokens\":4}}}}\n"
-    )
 }
 
 /// Transactions of this database, those of the measurement too: a few.

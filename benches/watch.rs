@@ -14,12 +14,11 @@ mod common;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use common::{Process, machine, median, percentile, report};
+use common::{Process, machine, median, percentile, report, upload};
 use futures::future::join_all;
 use tidemill::pb::{
-    BatchEvent, BatchStatus, CancelBatchRequest, CreateBatchRequest, FileSpec, RegisterWorkerRequest,
-    RemoveWorkerRequest, UploadFileRequest, WatchBatchRequest, batch_event::Event,
-    batch_service_client::BatchServiceClient, create_batch_request::Input, upload_file_request::Payload,
+    BatchEvent, BatchStatus, CancelBatchRequest, CreateBatchRequest, RegisterWorkerRequest, RemoveWorkerRequest,
+    WatchBatchRequest, batch_event::Event, batch_service_client::BatchServiceClient, create_batch_request::Input,
     worker_admin_client::WorkerAdminClient,
 };
 use tokio::task::JoinSet;
@@ -107,12 +106,7 @@ impl<'a> World<'a> {
     async fn new(sim: &Process, server: &'a Process, watchers: usize, requests: usize) -> Self {
         let channel = server.serving().await;
         let mut client = BatchServiceClient::new(channel.clone());
-        let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
-        let chunks = (0..requests).step_by(2_000).map(move |from| {
-            let text: String = (from..(from + 2_000).min(requests)).map(line).collect();
-            UploadFileRequest { payload: Some(Payload::Chunk(text.into())) }
-        });
-        let file = client.upload_file(tokio_stream::iter(std::iter::once(spec).chain(chunks))).await.unwrap();
+        let file = upload(&mut client, requests).await;
         let connections = (0..watchers.div_ceil(STREAMS_PER_CONNECTION)).map(|_| server.channel());
         let connections = join_all(connections).await.into_iter().map(BatchServiceClient::new).collect();
         Self {
@@ -121,7 +115,7 @@ impl<'a> World<'a> {
             client,
             workers: WorkerAdminClient::new(channel),
             connections,
-            file: file.into_inner().id,
+            file: file.id,
         }
     }
 
@@ -214,11 +208,4 @@ fn now_ms() -> f64 {
 
 fn own_cpu_seconds() -> f64 {
     common::cpu_seconds("self")
-}
-
-fn line(number: usize) -> String {
-    format!(
-        "{{\"custom_id\":\"r{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
-         \"messages\":[{{\"role\":\"user\",\"content\":\"number {number}\"}}],\"max_tokens\":4}}}}\n"
-    )
 }

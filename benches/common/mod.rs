@@ -9,6 +9,9 @@ use std::{
     time::Duration,
 };
 
+use tidemill::pb::{
+    File, FileSpec, UploadFileRequest, batch_service_client::BatchServiceClient, upload_file_request::Payload,
+};
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
@@ -89,6 +92,24 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Uploads a file of so many short requests, each with a `custom_id` and a prompt of its own, for the model `sim`.
+pub async fn upload(client: &mut BatchServiceClient<Channel>, requests: usize) -> File {
+    let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
+    let chunks = (0..requests).step_by(2_000).map(move |from| {
+        let text: String = (from..(from + 2_000).min(requests)).map(line).collect();
+        UploadFileRequest { payload: Some(Payload::Chunk(text.into())) }
+    });
+    let messages = tokio_stream::iter(std::iter::once(spec).chain(chunks));
+    client.upload_file(messages).await.unwrap().into_inner()
+}
+
+fn line(number: usize) -> String {
+    format!(
+        "{{\"custom_id\":\"r{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
+         \"messages\":[{{\"role\":\"user\",\"content\":\"number {number}\"}}],\"max_tokens\":4}}}}\n"
+    )
 }
 
 /// Seconds of CPU that a process has used so far; `self` is this one.
