@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, collections::BinaryHeap};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 
 use super::reader::ReadError;
 use crate::{
@@ -14,23 +14,33 @@ use crate::{
 /// How much of each part is in memory at a time, but for longer lines.
 const READ_AHEAD: u64 = 64 * 1024;
 
-/// Merges parts that together hold every line of a segment once.
+/// Merges parts that together hold every line of a segment once. Their objects are deleted afterwards, so this is the last look
+/// at them: each must be what was written, by its checksum.
 ///
 /// # Errors
 /// [`ReadError`]; then there is no final object.
 pub async fn merge(blobs: &Blobs, parts: &[&NewPart], object_key: String) -> Result<FinalObject, ReadError> {
     let mut merged = Merged { writer: blobs.writer(&object_key).await?, crc: 0, bytes: 0 };
-    let outputs = parts.iter().map(|part| Section::new(blobs, part, 0..part.output_bytes, &part.completed)).collect();
-    let output_lines = merged.section(outputs).await?;
-    let output_bytes = merged.bytes;
-    let errors = parts
-        .iter()
-        .map(|part| Section::new(blobs, part, part.output_bytes..part.output_bytes + part.error_bytes, &part.failed))
-        .collect();
-    let error_lines = merged.section(errors).await?;
-    let error_bytes = merged.bytes - output_bytes;
-    merged.writer.finish().await?;
-    Ok(FinalObject { object_key, output_bytes, error_bytes, output_lines, error_lines, crc32c: merged.crc })
+    match merged.all(blobs, parts).await {
+        Ok(sizes) => {
+            merged.writer.finish().await?;
+            let Sizes { output_bytes, error_bytes, output_lines, error_lines } = sizes;
+            Ok(FinalObject { object_key, output_bytes, error_bytes, output_lines, error_lines, crc32c: merged.crc })
+        }
+        Err(error) => {
+            if let Err(error) = merged.writer.abort().await {
+                tracing::warn!(object_key, %error, "a merge could not be aborted");
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Sizes {
+    output_bytes: u64,
+    error_bytes: u64,
+    output_lines: u64,
+    error_lines: u64,
 }
 
 struct Merged {
@@ -40,7 +50,26 @@ struct Merged {
 }
 
 impl Merged {
-    async fn section(&mut self, mut sections: Vec<Section>) -> Result<u64, ReadError> {
+    async fn all(&mut self, blobs: &Blobs, parts: &[&NewPart]) -> Result<Sizes, ReadError> {
+        let outputs =
+            parts.iter().map(|part| Section::new(blobs, part, 0..part.output_bytes, &part.completed, 0)).collect();
+        let (output_lines, crcs) = self.section(outputs).await?;
+        let output_bytes = self.bytes;
+        let error_range = |part: &NewPart| part.output_bytes..part.output_bytes + part.error_bytes;
+        let errors = parts
+            .iter()
+            .zip(crcs)
+            .map(|(part, crc)| Section::new(blobs, part, error_range(part), &part.failed, crc))
+            .collect();
+        let (error_lines, crcs) = self.section(errors).await?;
+        if let Some((part, _)) = parts.iter().zip(crcs).find(|(part, crc)| part.crc32c != *crc) {
+            return Err(ReadError::Corrupt(format!("{} is not what was written", part.object_key)));
+        }
+        Ok(Sizes { output_bytes, error_bytes: self.bytes - output_bytes, output_lines, error_lines })
+    }
+
+    /// How many lines that were, and each part's checksum up to here.
+    async fn section(&mut self, mut sections: Vec<Section>) -> Result<(u64, Vec<u32>), ReadError> {
         let mut next: BinaryHeap<_> = sections
             .iter()
             .enumerate()
@@ -59,23 +88,27 @@ impl Merged {
                 next.push(Reverse((*line, at)));
             }
         }
-        Ok(written)
+        let crcs = sections.into_iter().map(Section::finish).collect::<Result<_, _>>()?;
+        Ok((written, crcs))
     }
 }
 
 /// The output or error lines of one part, read from front to back.
-pub(super) struct Section {
+struct Section {
     blobs: Blobs,
     object_key: String,
     position: u64,
     end: u64,
     buffer: BytesMut,
+    /// Of the part's bytes up to `position`.
+    crc: u32,
     /// The lines still to come, the next one last.
-    pub(super) lines: Vec<u32>,
+    lines: Vec<u32>,
 }
 
 impl Section {
-    pub(super) fn new(blobs: &Blobs, part: &NewPart, bytes: std::ops::Range<u64>, lines: &LineSet) -> Self {
+    /// `crc` is the checksum of the part's bytes before these.
+    fn new(blobs: &Blobs, part: &NewPart, bytes: std::ops::Range<u64>, lines: &LineSet, crc: u32) -> Self {
         let mut lines: Vec<u32> = lines.iter().collect();
         lines.reverse();
         Self {
@@ -84,12 +117,13 @@ impl Section {
             position: bytes.start,
             end: bytes.end,
             buffer: BytesMut::new(),
+            crc,
             lines,
         }
     }
 
     /// The next line with its line feed.
-    pub(super) async fn next_line(&mut self) -> Result<Bytes, ReadError> {
+    async fn next_line(&mut self) -> Result<Bytes, ReadError> {
         let mut searched = 0;
         loop {
             if let Some(at) = memchr::memchr(b'\n', &self.buffer[searched..]) {
@@ -100,15 +134,23 @@ impl Section {
                 return Err(ReadError::Corrupt(format!("{} ends in the middle of a line", self.object_key)));
             }
             let until = (self.position + READ_AHEAD.max(searched as u64)).min(self.end);
-            let mut more = self.blobs.get_range(&self.object_key, self.position..until).await?;
+            let more = self.blobs.get_range(&self.object_key, self.position..until).await?;
             if more.is_empty() {
                 return Err(ReadError::Corrupt(format!("{} is shorter than its row says", self.object_key)));
             }
             self.position += more.len() as u64;
+            self.crc = crc32c::crc32c_append(self.crc, &more);
             self.buffer.reserve(more.len());
             self.buffer.extend_from_slice(&more);
-            more.advance(more.len());
         }
+    }
+
+    /// After its last line: the checksum of the part up to here.
+    fn finish(self) -> Result<u32, ReadError> {
+        if self.position < self.end || !self.buffer.is_empty() {
+            return Err(ReadError::Corrupt(format!("{} has more lines than its row says", self.object_key)));
+        }
+        Ok(self.crc)
     }
 }
 
@@ -171,5 +213,33 @@ mod tests {
         // Not as a blob store that is away: that would be tried again for ever.
         assert!(matches!(merge(&blobs, &[&part], "final".into()).await, Err(ReadError::Corrupt(_))));
         assert!(blobs.get("final").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_changed_byte_is_noticed_wherever_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        let mut builder = PartBuilder::default();
+        builder.complete(0, b"good\n".to_vec(), TokenUsage::default());
+        builder.fail(1, b"bad\n".to_vec());
+        let (object, part) = builder.build("p".into());
+        let other = {
+            let mut builder = PartBuilder::default();
+            builder.complete(2, b"other\n".to_vec(), TokenUsage::default());
+            let (object, part) = builder.build("other".into());
+            blobs.put("other", object).await.unwrap();
+            part
+        };
+        for at in [0, 3, 5, 7] {
+            let mut changed = object.to_vec();
+            changed[at] ^= 1;
+            blobs.put("p", changed.into()).await.unwrap();
+            let refused = merge(&blobs, &[&part, &other], "final".into()).await.unwrap_err();
+            assert!(matches!(&refused, ReadError::Corrupt(message) if message.starts_with("p ")), "{refused}");
+            assert!(blobs.get("final").await.is_err());
+        }
+        blobs.put("p", object).await.unwrap();
+        merge(&blobs, &[&part, &other], "final".into()).await.unwrap();
+        assert_eq!(blobs.get("final").await.unwrap(), "good\nother\nbad\n");
     }
 }
