@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
-use tidemill::{blobs::Blobs, domain::SegmentIndex, sim::SimConfig};
+use tidemill::{
+    blobs::Blobs,
+    domain::{SegmentIndex, TokenUsage},
+    results::{PartBuilder, merge},
+    sim::SimConfig,
+};
 
 use crate::{
     harness::{Node, Worker, assert_one_line_each, chats, options},
@@ -42,4 +47,27 @@ async fn a_row_that_names_an_object_is_there_only_once_s3_has_answered() {
     assert_one_line_each(&lines, &output, &errors);
     assert!(errors.is_empty());
     node.stop().await;
+}
+
+#[tokio::test]
+async fn a_merge_that_fails_leaves_no_upload_behind() {
+    tidemill::telemetry::install_tls_provider();
+    let s3 = S3::start().await;
+    let blobs = Blobs::url_with(&format!("s3://{BUCKET}/p"), s3.environment()).unwrap();
+    let part = |line: u32| {
+        let mut builder = PartBuilder::default();
+        // Larger than a piece of a multipart upload, so that one is under way.
+        builder.complete(line, [&[b'x'; 4 << 20][..], b"\n"].concat(), TokenUsage::default());
+        builder.build(format!("part-{line}"))
+    };
+    let ((one, one_row), (other, other_row)) = (part(0), part(1));
+    let mut rotten = other.to_vec();
+    rotten[7] = b'y';
+    blobs.put("part-0", one).await.unwrap();
+    blobs.put("part-1", rotten.into()).await.unwrap();
+    assert!(merge(&blobs, &[&one_row, &other_row], "final".into()).await.is_err());
+    assert_eq!((s3.unfinished(), s3.keys()), (0, vec!["p/part-0".to_owned(), "p/part-1".to_owned()]));
+    blobs.put("part-1", other).await.unwrap();
+    merge(&blobs, &[&one_row, &other_row], "final".into()).await.unwrap();
+    assert_eq!(blobs.get("final").await.unwrap().len(), 2 * ((4 << 20) + 1));
 }
