@@ -26,6 +26,21 @@ fn one_part_rots(data: &Path, id: &BatchId) -> String {
     key
 }
 
+/// The batch ends with every line as the worker wrote it, once, and with the usage of just these.
+async fn ends_whole(node: &Node, id: &BatchId, lines: &[String]) {
+    let batch = node.ended(id).await;
+    assert_eq!((batch.status, batch.counts.completed), (BatchStatus::Completed, lines.len() as i64));
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(lines, &output, &errors);
+    assert!(
+        output.iter().all(|line| line["response"]["body"]["object"] == "chat.completion"),
+        "a rotten line is given out"
+    );
+    let total: i64 =
+        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
+    assert_eq!(batch.usage.total, total);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_part_with_a_changed_byte_is_run_again() {
     let worker = Worker::start(SimConfig { latency: Duration::from_millis(40), ..SimConfig::default() }).await;
@@ -37,17 +52,7 @@ async fn a_part_with_a_changed_byte_is_run_again() {
     node.stop().await;
     let part = folder.path().join("blobs").join(one_part_rots(folder.path(), &id));
     let node = Node::start(folder.path(), &[&worker]).await;
-    let batch = node.ended(&id).await;
-    assert_eq!((batch.status, batch.counts.completed), (BatchStatus::Completed, 300));
-    let (output, errors) = node.results(&batch).await;
-    assert_one_line_each(&lines, &output, &errors);
-    assert!(
-        output.iter().all(|line| line["response"]["body"]["object"] == "chat.completion"),
-        "a rotten line is given out"
-    );
-    let total: i64 =
-        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
-    assert_eq!(batch.usage.total, total);
+    ends_whole(&node, &id, &lines).await;
     assert!(!part.exists(), "it was taken back, and its lines run again");
     node.stop().await;
 }
@@ -61,16 +66,6 @@ async fn a_part_whose_byte_changes_while_its_segment_runs_is_not_merged_but_run_
     let id = node.submit(&lines, 100).await;
     node.when(&id, |batch| batch.counts.completed > 10).await;
     one_part_rots(folder.path(), &id);
-    let batch = node.ended(&id).await;
-    assert_eq!((batch.status, batch.counts.completed), (BatchStatus::Completed, 100));
-    let (output, errors) = node.results(&batch).await;
-    assert_one_line_each(&lines, &output, &errors);
-    assert!(
-        output.iter().all(|line| line["response"]["body"]["object"] == "chat.completion"),
-        "a rotten line is given out"
-    );
-    let total: i64 =
-        output.iter().map(|line| line["response"]["body"]["usage"]["total_tokens"].as_i64().unwrap()).sum();
-    assert_eq!(batch.usage.total, total);
+    ends_whole(&node, &id, &lines).await;
     node.stop().await;
 }
