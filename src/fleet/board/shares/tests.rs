@@ -235,8 +235,10 @@ proptest! {
         let all: u32 = weights.iter().map(|weight| u32::from(*weight)).sum();
         for (tenant, weight) in weights.iter().enumerate() {
             let (share, due) = (rush.share(tenant), f64::from(*weight) / f64::from(all));
-            // Slots are whole: with 13 for weights of 16, 4, 2 and 1 the first is always 0.019 below its part.
-            prop_assert!((share - due).abs() < 0.03, "{share} instead of {due}: {weights:?}, {slots} slots");
+            // Slots are whole, and half of one is more than 2% of few: with 13 for weights of 16, 4, 2 and 1 the first is
+            // 0.019 below its part in the long run, too.
+            let tolerance = (0.5 / f64::from(slots)).clamp(0.02, 0.03);
+            prop_assert!((share - due).abs() < tolerance, "{share} instead of {due}: {weights:?}, {slots} slots");
             prop_assert!(rush.got[tenant] > 0, "{tenant} of {weights:?} has starved");
         }
     }
