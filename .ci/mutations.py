@@ -122,7 +122,7 @@ MUTANTS = [
                 self.patiently("commit a part", || self.store.commit_part(&self.segment, self.epoch, &part)).await?;
             fault::point(Fault::PartObject);
             self.patiently("write a part", || self.blobs.put(&part.object_key, object.clone())).await?;
-            return if commit == Commit::Done { Ok(part) } else { Err(Lost) };
+            return if commit == Commit::Done { Ok(part) } else { Err(Stop::Lost) };
         }
         let part = self.object(builder, number).await?;
         fault""")], [BETWEEN]),

@@ -147,7 +147,7 @@ pub fn store(error: StoreError) -> Status {
             tracing::error!(%error, "the database failed");
             retry(Code::Unavailable, "DATABASE_UNAVAILABLE", "the database is not available now; try again", SOON)
         }
-        StoreError::Corrupt(_) | StoreError::Open(_) => internal(&error),
+        StoreError::Rejected(_) | StoreError::Corrupt(_) | StoreError::Open(_) => internal(&error),
     }
 }
 
@@ -348,6 +348,7 @@ mod tests {
         let secret = "SELECT secret FROM /var/lib/tidemill";
         let all = [
             store(StoreError::Unavailable(DbErr::Custom(secret.into()))),
+            store(StoreError::Rejected(DbErr::Custom(secret.into()))),
             store(StoreError::Corrupt(secret.into())),
             store(StoreError::Open(secret.into())),
             blob(BlobError::Missing(secret.into())),
@@ -366,6 +367,9 @@ mod tests {
         let status = store(StoreError::Unavailable(DbErr::Custom("away".into())));
         assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "DATABASE_UNAVAILABLE"));
         assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_secs(1)));
+        let status = store(StoreError::Rejected(DbErr::Custom("no NUL".into())));
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Internal, "INTERNAL"));
+        assert!(status.get_details_retry_info().is_none(), "it would be refused again");
         let status = infer(InferError::NoWorker("m".into()));
         assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "NO_WORKER"));
         assert!(status.get_details_retry_info().is_some());

@@ -105,8 +105,8 @@ impl Ending {
 pub enum Input {
     /// Its input is in order.
     Validated,
-    /// Its input can't be run at all.
-    InputUnusable,
+    /// Its input can't be run at all, or what comes of it can't be stored.
+    Unrunnable,
     /// The client wants it cancelled.
     CancelRequested,
     /// Its window has closed.
@@ -148,10 +148,10 @@ pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<
         (Validating, Input::Validated) => enter(&[InProgress]),
         (InProgress | Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::Validated) => refused,
 
-        (Validating | InProgress, Input::InputUnusable) => enter(&[Failed]),
+        (Validating | InProgress, Input::Unrunnable) => enter(&[Failed]),
         // Without its input the unrun lines can't even be written as cancelled: what is known is kept, and it has failed.
-        (Finalizing | Cancelling, Input::InputUnusable) => enter(&[Failed]),
-        (Completed | Failed | Expired | Cancelled, Input::InputUnusable) => refused,
+        (Finalizing | Cancelling, Input::Unrunnable) => enter(&[Failed]),
+        (Completed | Failed | Expired | Cancelled, Input::Unrunnable) => refused,
 
         (Validating | InProgress, Input::CancelRequested) => {
             Ok(Transition { entered: &[Cancelling], ending: Some(Ending::Cancelled) })
@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     const INPUTS: [Input; 5] =
-        [Input::Validated, Input::InputUnusable, Input::CancelRequested, Input::WindowClosed, Input::AllLinesDone];
+        [Input::Validated, Input::Unrunnable, Input::CancelRequested, Input::WindowClosed, Input::AllLinesDone];
 
     fn run(inputs: &[Input]) -> (Vec<BatchStatus>, Option<Ending>) {
         let (mut path, mut ending) = (vec![BatchStatus::Validating], None);

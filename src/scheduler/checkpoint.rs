@@ -23,9 +23,16 @@ const PATIENCE_CAP: Duration = Duration::from_secs(5);
 /// What has not been answered after this long keeps the batch, and the batch says so.
 const SLOW: Duration = Duration::from_secs(5);
 
-/// The segment is not this node's any more: nothing it writes counts.
+/// Why a run stops before its lines are done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lost;
+pub enum Stop {
+    /// The segment is not this node's any more: nothing it writes counts.
+    Lost,
+    /// Parts are torn: their lines are run again.
+    Torn,
+    /// The database refuses this write, and would refuse it again: the batch can't go on.
+    Refused(&'static str),
+}
 
 /// Writes one segment's parts and its end.
 #[derive(Clone)]
@@ -61,8 +68,8 @@ impl Checkpoint {
     /// Writes a part's object and its row.
     ///
     /// # Errors
-    /// [`Lost`].
-    pub async fn part(self, builder: PartBuilder, number: u32) -> Result<NewPart, Lost> {
+    /// [`Stop::Lost`], [`Stop::Refused`].
+    pub async fn part(self, builder: PartBuilder, number: u32) -> Result<NewPart, Stop> {
         let part = self.object(builder, number).await?;
         fault::point(Fault::PartObject);
         let commit =
@@ -71,15 +78,15 @@ impl Checkpoint {
         metrics::counter!("tidemill_parts_total").increment(1);
         match commit {
             Commit::Done => Ok(part),
-            Commit::Fenced => Err(Lost),
+            Commit::Fenced => Err(Stop::Lost),
         }
     }
 
     /// Writes a part's object only.
     ///
     /// # Errors
-    /// [`Lost`].
-    pub async fn object(&self, builder: PartBuilder, number: u32) -> Result<NewPart, Lost> {
+    /// [`Stop::Lost`], [`Stop::Refused`].
+    pub async fn object(&self, builder: PartBuilder, number: u32) -> Result<NewPart, Stop> {
         let (object, part): (Bytes, NewPart) = builder.build(self.object_key(number));
         self.patiently("write a part", || self.blobs.put(&part.object_key, object.clone())).await?;
         Ok(part)
@@ -88,33 +95,33 @@ impl Checkpoint {
     /// Ends the segment.
     ///
     /// # Errors
-    /// [`Lost`].
+    /// [`Stop::Lost`], [`Stop::Refused`].
     pub async fn finish(
         &self,
         last: Option<&NewPart>,
         object: &FinalObject,
         superseded: &[String],
-    ) -> Result<(), Lost> {
+    ) -> Result<(), Stop> {
         fault::point(Fault::SegmentFinish);
         let finish = || self.store.finish_segment(&self.segment, self.epoch, last, object, superseded);
         let commit = self.patiently("finish a segment", finish).await?;
         fault::point(Fault::SegmentFinished);
         match commit {
             Commit::Done => Ok(()),
-            Commit::Fenced => Err(Lost),
+            Commit::Fenced => Err(Stop::Lost),
         }
     }
 
-    /// Does something again and again until it works or the segment is lost; meanwhile the batch says why. A corrupt database is not worth it: the
-    /// segment is let go, and its lease runs out.
+    /// Does something again and again until it works or the segment is lost; meanwhile the batch says why. What the database
+    /// refuses is not tried again, and neither is what it holds wrongly: then the segment is let go, and its lease runs out.
     ///
     /// # Errors
-    /// [`Lost`].
+    /// [`Stop::Lost`], [`Stop::Refused`].
     pub async fn patiently<T, E: std::error::Error + Trouble + 'static, F: Future<Output = Result<T, E>>>(
         &self,
         what: &'static str,
         mut act: impl FnMut() -> F,
-    ) -> Result<T, Lost> {
+    ) -> Result<T, Stop> {
         let mut control = self.control.clone();
         let mut wait = PATIENCE;
         let mut stuck = None;
@@ -130,9 +137,13 @@ impl Checkpoint {
             };
             match done {
                 Ok(done) => return Ok(done),
+                Err(error) if error.is_refusal() => {
+                    tracing::error!(segment = %self.segment, %error, "can't {what}, ever; the batch can't go on");
+                    return Err(Stop::Refused(what));
+                }
                 Err(error) if error.is_final() => {
                     tracing::error!(segment = %self.segment, %error, "can't {what}; giving the segment up");
-                    return Err(Lost);
+                    return Err(Stop::Lost);
                 }
                 Err(error) => {
                     tracing::warn!(segment = %self.segment, %error, "can't {what}; trying again");
@@ -145,7 +156,7 @@ impl Checkpoint {
             }
             let abandoned = control.wait_for(|control| *control == Control::Abandon);
             if tokio::time::timeout(wait, abandoned).await.is_ok() {
-                return Err(Lost);
+                return Err(Stop::Lost);
             }
             wait = (wait * 2).min(PATIENCE_CAP);
         }
@@ -159,16 +170,22 @@ pub trait Trouble {
 
     /// It can't.
     fn is_final(&self) -> bool;
+
+    /// It can't, on this node or any other, because of what is written.
+    fn is_refusal(&self) -> bool {
+        false
+    }
 }
 
 impl Trouble for StoreError {
     const ON: On = On::Database;
 
     fn is_final(&self) -> bool {
-        match self {
-            Self::Unavailable(_) => false,
-            Self::Corrupt(_) | Self::Open(_) => true,
-        }
+        Self::is_final(self)
+    }
+
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Rejected(_))
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     Control, SchedulerOptions,
-    checkpoint::{Checkpoint, Lost},
+    checkpoint::{Checkpoint, Stop},
     lines::WorkList,
     stages::Stages,
     troubles::Troubles,
@@ -30,6 +30,8 @@ pub enum Ended {
     Released,
     /// It is not this node's any more.
     Lost,
+    /// Not even its batch's failure can be written: it is left to its lease.
+    Stuck,
 }
 
 /// How many lines of a running segment are ready to be sent, by model: what the scheduler's plan counts with.
@@ -57,19 +59,6 @@ pub struct Run {
     pub stages: Stages,
 }
 
-/// Why a run stops before its lines are done.
-pub(super) enum Stop {
-    Lost,
-    /// Parts were torn: their lines are run again.
-    Torn,
-}
-
-impl From<Lost> for Stop {
-    fn from(Lost: Lost) -> Self {
-        Self::Lost
-    }
-}
-
 impl Run {
     /// Runs the segment to one of its ends.
     pub async fn run(mut self) -> Ended {
@@ -88,6 +77,18 @@ impl Run {
                 Ok(ended) => return ended,
                 Err(Stop::Lost) => return Ended::Lost,
                 Err(Stop::Torn) => {}
+                Err(Stop::Refused(what)) => {
+                    let error = BatchError {
+                        code: "internal_error".into(),
+                        message: format!(
+                            "the server can't {what}: its database refuses it for good. This is a bug in tidemill; the \
+                             server's log says more"
+                        ),
+                        line: 0,
+                        param: String::new(),
+                    };
+                    return self.fail(&checkpoint, error).await;
+                }
             }
         }
     }
@@ -109,9 +110,7 @@ impl Run {
                 tracing::error!(segment = %self.claimed.segment, message, "the batch's input can't be read");
                 let error =
                     BatchError { code: "input_unreadable".into(), message, line: 0, param: "input_file_id".into() };
-                let batch = &self.claimed.segment.batch;
-                checkpoint.patiently("fail a batch", || self.store.fail_batch(batch, error.clone())).await?;
-                return Ok(Ended::Lost);
+                return Ok(self.fail(checkpoint, error).await);
             }
         };
         let mut work = Work {
@@ -137,7 +136,16 @@ impl Run {
         match ended {
             Ended::Finished => work.finish().await,
             Ended::Released => work.release().await,
-            Ended::Lost => Ok(Ended::Lost),
+            Ended::Lost | Ended::Stuck => Ok(ended),
+        }
+    }
+
+    /// Fails the batch.
+    async fn fail(&self, checkpoint: &Checkpoint, error: BatchError) -> Ended {
+        let fail = || self.store.fail_batch(&self.claimed.segment, self.claimed.epoch, error.clone());
+        match checkpoint.patiently("fail a batch", fail).await {
+            Ok(_) | Err(Stop::Lost | Stop::Torn) => Ended::Lost,
+            Err(Stop::Refused(_)) => Ended::Stuck,
         }
     }
 

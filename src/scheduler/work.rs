@@ -8,9 +8,9 @@ use tokio::time::Instant;
 
 use super::{
     Control,
-    checkpoint::{Checkpoint, Lost},
+    checkpoint::{Checkpoint, Stop},
     lines::{Lane, LineKey, WorkList},
-    segment::{Ended, Run, Stop},
+    segment::{Ended, Run},
     stages::{self, Stage},
     tries::error_code,
 };
@@ -65,7 +65,7 @@ impl Work<'_> {
     pub(super) async fn send_all(&mut self) -> Result<Ended, Stop> {
         let mut in_flight = FuturesUnordered::new();
         let mut wishes: Vec<Option<Acquire>> = self.list.lanes().map(|_| None).collect();
-        let mut flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>> = None;
+        let mut flushing: Option<BoxFuture<'static, Result<NewPart, Stop>>> = None;
         let mut topology = self.run.fleet.topology();
         self.look_at_peers();
         let mut control = self.run.control.clone();
@@ -352,7 +352,7 @@ impl Work<'_> {
     }
 
     /// Begins to write what is finished as a part.
-    fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Lost>> {
+    fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Stop>> {
         let oldest = self.oldest.take();
         *self.number += 1;
         let builder = std::mem::take(&mut self.builder);
@@ -360,7 +360,7 @@ impl Work<'_> {
         let task = tokio::spawn(self.checkpoint.clone().part(builder, *self.number));
         let stages = self.run.stages.clone();
         async move {
-            let part = task.await.unwrap_or(Err(Lost));
+            let part = task.await.unwrap_or(Err(Stop::Lost));
             if let (Some(oldest), Ok(_)) = (oldest, &part) {
                 stages.took(Stage::Persist, oldest.elapsed());
             }
@@ -369,7 +369,7 @@ impl Work<'_> {
         .boxed()
     }
 
-    async fn wait_for(&mut self, flushing: Option<BoxFuture<'static, Result<NewPart, Lost>>>) -> Result<(), Stop> {
+    async fn wait_for(&mut self, flushing: Option<BoxFuture<'static, Result<NewPart, Stop>>>) -> Result<(), Stop> {
         if let Some(flush) = flushing {
             self.parts.push(flush.await?);
         }

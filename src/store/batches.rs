@@ -11,11 +11,13 @@ use super::{
     again::again,
     convert::to_json,
     entity::{batch, batch_metadata, batch_model, file},
-    events::{append, lock_batch, transition},
+    events::{Telling, append, fail, lock_batch, transition},
     now,
+    parts::{Commit, hold},
 };
 use crate::domain::{
-    Batch, BatchError, BatchId, BatchStatus, File, FileKind, NewBatch, Priority, Timestamp, lifecycle::Input,
+    Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Priority, SegmentRef, Timestamp,
+    lifecycle::Input,
 };
 
 /// What became of a new batch.
@@ -137,23 +139,42 @@ impl Store {
         }
     }
 
-    /// Fails a batch whose input can't be run. Does nothing to one that has ended.
+    /// Fails a batch that can't go on, if the segment of it is still leased under `epoch`. Does nothing to one that has ended.
+    /// Its webhook is told, unless the database refuses that: the failure itself must not hang on it.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn fail_batch(&self, id: &BatchId, error: BatchError) -> Result<(), StoreError> {
-        again(|| self.fail_batch_once(id, error.clone())).await
+    pub async fn fail_batch(&self, of: &SegmentRef, epoch: Epoch, error: BatchError) -> Result<Commit, StoreError> {
+        match again(|| self.fail_batch_once(of, epoch, error.clone(), Telling::Webhook)).await {
+            Err(refused) if refused.is_final() => {
+                tracing::error!(batch = %of.batch, %refused, "a failed batch's webhook can't be written; nobody hears of it");
+                again(|| self.fail_batch_once(of, epoch, error.clone(), Telling::Nobody)).await
+            }
+            done => done,
+        }
     }
 
-    async fn fail_batch_once(&self, id: &BatchId, error: BatchError) -> Result<(), StoreError> {
+    async fn fail_batch_once(
+        &self,
+        of: &SegmentRef,
+        epoch: Epoch,
+        error: BatchError,
+        telling: Telling,
+    ) -> Result<Commit, StoreError> {
         let tx = self.begin().await?;
-        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(()) };
+        if !hold(&tx, of, epoch).await? {
+            return Ok(Commit::Fenced);
+        }
+        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
         row.errors = to_json(&vec![error])?;
         let at = now(&tx).await?;
-        if let Ok(true) = transition(&tx, &mut row, Input::InputUnusable, at).await? {
-            self.commit(tx, id).await?;
+        match fail(&tx, &mut row, telling, at).await? {
+            Ok(true) => {
+                self.commit(tx, &of.batch).await?;
+                Ok(Commit::Done)
+            }
+            Ok(false) | Err(_) => Ok(Commit::Fenced),
         }
-        Ok(())
     }
 
     /// Closes the window of batches whose time is up, at most `limit` of them. Returns which.
@@ -173,8 +194,12 @@ impl Store {
             .await?;
         let mut closed = Vec::new();
         for id in due.into_iter().map(BatchId::from_text) {
-            if again(|| self.close_window_once(&id)).await? {
-                closed.push(id);
+            match again(|| self.close_window_once(&id)).await {
+                Ok(true) => closed.push(id),
+                Ok(false) => {}
+                // One that can't be written keeps nobody else's window open.
+                Err(error) if error.is_final() => tracing::error!(batch = %id, %error, "a window can't be closed"),
+                Err(error) => return Err(error),
             }
         }
         Ok(closed)

@@ -41,12 +41,41 @@ struct Snapshot {
     error_file_id: Option<String>,
 }
 
+/// Whether a state's event is for the batch's webhook, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Telling {
+    /// As it is subscribed.
+    Webhook,
+    /// It can't be written.
+    Nobody,
+}
+
 /// Lets `input` happen to the batch in `row`, which the transaction has locked: writes the new states, one event each, and
 /// at the end the result files. `row` is the row as it is then. Returns whether anything changed.
 pub(super) async fn transition(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
     input: Input,
+    at: Timestamp,
+) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
+    change(tx, row, input, Telling::Webhook, at).await
+}
+
+/// As [`transition`], to the end of a batch that can't go on.
+pub(super) async fn fail(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    telling: Telling,
+    at: Timestamp,
+) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
+    change(tx, row, Input::Unrunnable, telling, at).await
+}
+
+async fn change(
+    tx: &DatabaseTransaction,
+    row: &mut batch::Model,
+    input: Input,
+    telling: Telling,
     at: Timestamp,
 ) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
     let step = match lifecycle::apply(convert::status(&row.status)?, convert::ending(row.ending.as_deref())?, input) {
@@ -57,7 +86,7 @@ pub(super) async fn transition(
         row.ending = Some(ending.error_code().to_owned());
     }
     for status in step.entered {
-        enter(tx, row, *status, at).await?;
+        enter(tx, row, *status, telling, at).await?;
     }
     if !step.entered.is_empty() || step.ending.is_some() {
         row.clone().into_active_model().reset_all().update(tx).await?;
@@ -69,6 +98,7 @@ async fn enter(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
     status: BatchStatus,
+    telling: Telling,
     at: Timestamp,
 ) -> Result<(), StoreError> {
     row.status = status.as_str().to_owned();
@@ -88,7 +118,10 @@ async fn enter(
         write_result_files(tx, row, at).await?;
     }
     append(tx, row, at).await?;
-    webhooks::enqueue_state(tx, row, status, at).await
+    match telling {
+        Telling::Webhook => webhooks::enqueue_state(tx, row, status, at).await,
+        Telling::Nobody => Ok(()),
+    }
 }
 
 /// Appends the event of the state that `row` has just entered.

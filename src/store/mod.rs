@@ -11,6 +11,7 @@ mod bounded;
 mod claims;
 mod convert;
 mod entity;
+mod error;
 mod events;
 mod files;
 mod garbage;
@@ -42,6 +43,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub use batches::{CancelledBatch, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
+pub use error::StoreError;
 pub use events::StateEvent;
 pub use files::{DeletedFile, InsertedFile};
 pub use nodes::NodeRecord;
@@ -89,20 +91,6 @@ tokio::task_local! {
 #[doc(hidden)]
 pub async fn with_clock<F: Future>(clock: Arc<AtomicI64>, of: F) -> F::Output {
     CLOCK.scope(clock, of).await
-}
-
-/// Why the database did not do it.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// It is away, busy or refused the statement; trying again may help.
-    #[error("database: {0}")]
-    Unavailable(#[from] DbErr),
-    /// It holds something that this version can't have written.
-    #[error("database holds {0}")]
-    Corrupt(String),
-    /// The data directory is in use or can't be made.
-    #[error("{0}")]
-    Open(String),
 }
 
 /// The database. Cheap to clone.

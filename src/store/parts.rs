@@ -249,7 +249,7 @@ impl Store {
 }
 
 /// Locks the segment if it is still leased under this epoch: until the transaction ends nobody can claim it.
-async fn hold(tx: &DatabaseTransaction, of: &SegmentRef, epoch: Epoch) -> Result<bool, StoreError> {
+pub(super) async fn hold(tx: &DatabaseTransaction, of: &SegmentRef, epoch: Epoch) -> Result<bool, StoreError> {
     let held = segment::Entity::find().filter(fenced(of, epoch)).lock_exclusive().one(tx).await?;
     Ok(held.is_some())
 }

@@ -17,6 +17,7 @@ mod order;
 mod priority;
 mod raw;
 mod recovery;
+mod refused;
 mod rot;
 #[path = "../support/s3.rs"]
 mod s3;

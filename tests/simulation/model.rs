@@ -198,11 +198,12 @@ impl Model {
         }
     }
 
-    pub fn fail(&mut self) {
-        self.touched = true;
-        if !self.status.is_terminal() {
-            self.enter(BatchStatus::Failed);
+    pub fn fail(&mut self, index: SegmentIndex, epoch: Epoch) -> Commit {
+        if !self.holds(index, epoch) || self.status.is_terminal() {
+            return Commit::Fenced;
         }
+        self.enter(BatchStatus::Failed);
+        Commit::Done
     }
 
     /// Compares the database with all of this.

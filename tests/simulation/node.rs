@@ -17,6 +17,7 @@ pub enum Call {
     Finish { last: Option<NewPart>, object: FinalObject, superseded: Vec<String> },
     Drop(Vec<Part>),
     Release(i64),
+    Fail,
 }
 
 /// What a call came to.
@@ -179,7 +180,7 @@ impl Runner {
     pub fn answered(&mut self, commit: Commit) -> Next {
         let call = self.calling.take().expect("it waits for an answer");
         match (call, commit) {
-            (_, Commit::Fenced) | (Call::Finish { .. } | Call::Release(_), Commit::Done) => return Next::Over,
+            (_, Commit::Fenced) | (Call::Finish { .. } | Call::Release(_) | Call::Fail, Commit::Done) => return Next::Over,
             (Call::Commit(part), Commit::Done) => self.parts.push(part),
             (Call::Drop(_), Commit::Done) => self.again(),
         }

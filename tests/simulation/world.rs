@@ -227,7 +227,7 @@ impl World {
             119..126 => self.haunt().await,
             126..128 => self.cancel().await,
             128 => self.expire().await,
-            129 => self.fail().await,
+            129 => self.fail(),
             _ => unreachable!(),
         }
         // All of them at times: what a step should not have touched.
@@ -329,6 +329,11 @@ impl World {
                 model.release(segment.index, epoch, *mask);
                 self.store.release_segment(segment, epoch, *mask).await.unwrap();
                 (Commit::Done, Commit::Done)
+            }
+            Call::Fail => {
+                let error =
+                    BatchError { code: "input_unreadable".into(), message: "no".into(), line: 0, param: String::new() };
+                (model.fail(segment.index, epoch), self.store.fail_batch(segment, epoch, error).await.unwrap())
             }
         };
         if std::env::var_os("TIDEMILL_SIM_SEED").is_some() {
@@ -446,11 +451,10 @@ impl World {
         }
     }
 
-    async fn fail(&mut self) {
-        let at = self.random.random_range(0..self.models.len());
-        let error = BatchError { code: "input_unreadable".into(), message: "no".into(), line: 0, param: String::new() };
-        self.store.fail_batch(&self.models[at].id, error).await.unwrap();
-        self.models[at].fail();
+    /// A run finds that its batch can't go on.
+    fn fail(&mut self) {
+        let Some(id) = self.pick(|runner| runner.calling.is_none()) else { return };
+        self.runners.get_mut(&id).unwrap().calling = Some(Call::Fail);
     }
 
     /// Each line of each segment has exactly one answer, in input order, in the file that its count says.

@@ -128,13 +128,15 @@ async fn a_lease_that_nobody_works_under_runs_out(db: Db) {
 async fn a_renewal_tells_of_endings(db: Db) {
     let node = NodeId::generate();
     let (cancelled, failed, late) = (db.batch(1).await, db.batch(1).await, db.batch(1).await);
-    let mut running = Vec::new();
+    let (mut running, mut epochs) = (Vec::new(), Vec::new());
     for batch in [&cancelled, &failed, &late] {
-        running.push(db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap().segment);
+        let claimed = db.store.claim_segment(&node, &batch.id, -1, LEASE).await.unwrap().unwrap();
+        running.push(claimed.segment);
+        epochs.push(claimed.epoch);
     }
     db.store.cancel_batch(&cancelled.id).await.unwrap();
     let error = BatchError { code: "input_missing".into(), message: "gone".into(), line: 0, param: String::new() };
-    db.store.fail_batch(&failed.id, error).await.unwrap();
+    assert_eq!(db.store.fail_batch(&running[1], epochs[1], error).await.unwrap(), Commit::Done);
     db.store.set_expiry(&late.id, late.created_at).await.unwrap();
     assert_eq!(db.store.close_windows(10).await.unwrap(), std::slice::from_ref(&late.id));
     let held = db.store.renew_leases(&node, &running, LEASE).await.unwrap().held;
@@ -174,7 +176,7 @@ async fn a_batch_that_has_ended_has_nothing_to_claim(db: Db) {
     let batch = db.batch(2).await;
     let claimed = db.claim(&batch.id).await;
     let error = BatchError { code: "x".into(), message: String::new(), line: 0, param: String::new() };
-    db.store.fail_batch(&batch.id, error).await.unwrap();
+    db.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap();
     assert!(db.store.claim_segment(&NodeId::generate(), &batch.id, -1, LEASE).await.unwrap().is_none());
     assert!(db.store.candidates(&["m".to_owned()], 10).await.unwrap().is_empty());
     let before = db.all_rows(&batch.id).await;

@@ -115,11 +115,13 @@ async fn no_more_windows_close_than_asked_for(db: Db) {
 async fn a_batch_that_cannot_run_fails_with_its_reason(db: Db) {
     let batch = db.batch(1).await;
     let error = BatchError { code: "input_missing".into(), message: "gone".into(), line: 3, param: "url".into() };
-    db.store.fail_batch(&batch.id, error.clone()).await.unwrap();
+    let claimed = db.claim(&batch.id).await;
+    let fail = async |error| db.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap();
+    assert_eq!(fail(error.clone()).await, Commit::Done);
     let failed = db.get(&batch.id).await;
     assert_eq!((failed.status, &failed.errors), (BatchStatus::Failed, &vec![error.clone()]));
     assert!(failed.times.failed.is_some() && failed.output_file_id.is_none());
-    db.store.fail_batch(&batch.id, BatchError { code: "other".into(), ..error }).await.unwrap();
+    assert_eq!(fail(BatchError { code: "other".into(), ..error }).await, Commit::Fenced);
     assert_eq!(db.get(&batch.id).await, failed, "once");
     assert_eq!(path(&db, &batch.id).await, [BatchStatus::Validating, BatchStatus::InProgress, BatchStatus::Failed]);
 }

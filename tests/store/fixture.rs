@@ -85,6 +85,27 @@ impl Db {
         self.raw.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
     }
 
+    /// From now on the database refuses rows of a table for which a condition holds, whoever writes them.
+    pub async fn refuse(&self, table: &str, operation: &str, when: &str) {
+        let sql = if self.is_sqlite() {
+            format!(
+                "CREATE TRIGGER refusal BEFORE {operation} ON {table} WHEN {when} BEGIN SELECT RAISE(ABORT, 'refused'); END"
+            )
+        } else {
+            format!(
+                "CREATE FUNCTION refusal() RETURNS trigger AS 'BEGIN RAISE EXCEPTION ''refused''; END' LANGUAGE plpgsql; \
+                 CREATE TRIGGER refusal BEFORE {operation} ON {table} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION refusal()"
+            )
+        };
+        self.raw.execute_unprepared(&sql).await.unwrap();
+    }
+
+    /// Ends what [`Db::refuse`] began.
+    pub async fn accept(&self, table: &str) {
+        let on = if self.is_sqlite() { String::new() } else { format!(" ON {table}") };
+        self.raw.execute_unprepared(&format!("DROP TRIGGER refusal{on}")).await.unwrap();
+    }
+
     /// Lets a segment's lease run out now.
     pub async fn expire(&self, of: &SegmentRef) {
         let (batch, index) = (&of.batch, of.index);

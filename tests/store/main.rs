@@ -15,6 +15,7 @@ mod migrations_rolling;
 mod notify;
 mod pages;
 mod parts;
+mod refusals;
 mod rivals;
 mod start;
 #[path = "../support/mod.rs"]

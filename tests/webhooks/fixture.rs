@@ -156,7 +156,9 @@ impl Db {
     pub async fn fail(&self, id: &BatchId) {
         let error =
             BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
-        self.store.fail_batch(id, error).await.unwrap();
+        let claimed =
+            self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        self.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap();
     }
 
     pub async fn deliveries(&self, id: &BatchId) -> Vec<DeliveryRecord> {

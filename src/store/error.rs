@@ -1,0 +1,162 @@
+//! Why the database did not do it: it is away, or it refuses.
+//!
+//! The difference decides what follows. A database that is away is waited for, by runs without an end. What it refuses
+//! (a value that it can't hold, a broken constraint, a query that is wrong) it would refuse again, so it is final: the
+//! error fails what asked for it, is logged as a bug of tidemill, and holds nobody up.
+
+use sea_orm::{DbErr, RuntimeErr};
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
+/// Why the database did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// It is away, busy or out of room: trying again may help.
+    #[error("database: {0}")]
+    Unavailable(#[source] DbErr),
+    /// It has refused the statement, and would refuse it again: a bug of tidemill.
+    #[error("the database refuses a statement: {0}")]
+    Rejected(#[source] DbErr),
+    /// It holds something that this version can't have written.
+    #[error("database holds {0}")]
+    Corrupt(String),
+    /// The data directory is in use or can't be made.
+    #[error("{0}")]
+    Open(String),
+}
+
+impl StoreError {
+    /// Whether trying again can't help.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Unavailable(_) => false,
+            Self::Rejected(_) | Self::Corrupt(_) | Self::Open(_) => true,
+        }
+    }
+}
+
+impl From<DbErr> for StoreError {
+    fn from(error: DbErr) -> Self {
+        if is_away(&error) {
+            return Self::Unavailable(error);
+        }
+        metrics::counter!("tidemill_database_rejections_total").increment(1);
+        // Here, because this is where all of them pass; whoever asked says what fails by it.
+        tracing::error!(%error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
+        Self::Rejected(error)
+    }
+}
+
+/// Whether the database was not there, or not able to, rather than not willing to.
+fn is_away(error: &DbErr) -> bool {
+    match error {
+        DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
+        DbErr::Conn(RuntimeErr::SqlxError(error))
+        | DbErr::Exec(RuntimeErr::SqlxError(error))
+        | DbErr::Query(RuntimeErr::SqlxError(error)) => is_sqlx_away(error),
+        _ => false,
+    }
+}
+
+fn is_sqlx_away(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::BeginFailed => true,
+        // What came from the network makes no sense, so the connection is of no use; but a statement with too many values
+        // is reported in the same way, before anything is sent.
+        sqlx::Error::Protocol(message) => !message.contains("too many"),
+        sqlx::Error::Database(error) => match error.try_downcast_ref::<PgDatabaseError>() {
+            // A fatal error ends the connection, not the statement: the server stops, starts, or has no place for it.
+            Some(postgres) => {
+                matches!(postgres.severity(), PgSeverity::Fatal | PgSeverity::Panic) || is_away_in_postgres(postgres.code())
+            }
+            None => error.code().and_then(|code| code.parse().ok()).is_some_and(is_away_in_sqlite),
+        },
+        _ => false,
+    }
+}
+
+/// By PostgreSQL's SQLSTATE.
+fn is_away_in_postgres(code: &str) -> bool {
+    match code {
+        // A standby that was connected to in a failover.
+        "25006"
+        // Transactions that took too long.
+        | "25P03" | "25P04"
+        // Objects that somebody else has locked or uses.
+        | "55006" | "55P03"
+        // No permission: an operator gives it back, and nothing is lost meanwhile.
+        | "42501"
+        // The database is being made anew.
+        | "3D000" => true,
+        // An integrity constraint is broken at the commit.
+        "40002" => false,
+        // Connections; logins; transactions given up; disk, memory and connections; operators; the operating system.
+        _ => ["08", "28", "40", "53", "57", "58"].iter().any(|class| code.starts_with(class)),
+    }
+}
+
+/// By SQLite's extended result code, whose low byte is the primary one.
+fn is_away_in_sqlite(code: i32) -> bool {
+    // PERM, BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL (of locks), SCHEMA (it has changed
+    // under the statement), NOLFS: of the file, its disk, or its other users.
+    matches!(code & 0xff, 3 | 5 | 6 | 7 | 8 | 9 | 10 | 13 | 14 | 15 | 17 | 22)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn postgres_is_away_or_refuses() {
+        for away in [
+            "08006", "08P01", "25006", "25P03", "28P01", "3D000", "40001", "40P01", "42501", "53100", "53200", "53300",
+            "55P03", "57014", "57P01", "57P03", "58030",
+        ] {
+            assert!(is_away_in_postgres(away), "{away}");
+        }
+        for refused in [
+            "0A000", "21000", "22001", "22003", "22021", "22P02", "22P05", "23502", "23503", "23505", "23514", "25P02",
+            "40002", "42601", "42703", "42P01", "54000", "XX000",
+        ] {
+            assert!(!is_away_in_postgres(refused), "{refused}");
+        }
+    }
+
+    #[test]
+    fn sqlite_is_away_or_refuses() {
+        // SQLITE_BUSY_SNAPSHOT, SQLITE_IOERR_FSYNC, SQLITE_FULL, SQLITE_READONLY_DBMOVED, SQLITE_CANTOPEN.
+        for away in [5, 517, 1034, 13, 1032, 14, 7] {
+            assert!(is_away_in_sqlite(away), "{away}");
+        }
+        // SQLITE_ERROR, SQLITE_CONSTRAINT_UNIQUE, SQLITE_MISMATCH, SQLITE_TOOBIG, SQLITE_RANGE, SQLITE_CORRUPT.
+        for refused in [1, 2067, 20, 18, 25, 11] {
+            assert!(!is_away_in_sqlite(refused), "{refused}");
+        }
+    }
+
+    #[test]
+    fn what_did_not_reach_the_database_is_no_refusal() {
+        let io = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        for away in [
+            DbErr::Query(RuntimeErr::SqlxError(io().into())),
+            DbErr::Exec(RuntimeErr::SqlxError(sqlx::Error::PoolTimedOut.into())),
+            DbErr::Conn(RuntimeErr::Internal("no answer from PostgreSQL within 15 s".into())),
+            DbErr::ConnectionAcquire(sea_orm::ConnAcquireErr::Timeout),
+        ] {
+            assert!(!StoreError::from(away).is_final());
+        }
+        let too_many = sqlx::Error::Protocol("too many arguments for query: 70000".into());
+        for refused in [
+            DbErr::Query(RuntimeErr::SqlxError(too_many.into())),
+            DbErr::Type("a null value was encountered".into()),
+            DbErr::RecordNotUpdated,
+        ] {
+            assert!(StoreError::from(refused).is_final());
+        }
+    }
+}

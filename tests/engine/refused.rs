@@ -1,0 +1,62 @@
+//! What the database refuses for good ends the batch that asked for it, and nothing else.
+
+use std::path::Path;
+
+use sea_orm::{ConnectionTrait, Database};
+use tidemill::{
+    domain::{BatchId, BatchStatus},
+    sim::SimConfig,
+};
+
+use crate::harness::{Node, Worker, assert_one_line_each, chats};
+
+/// From now on the database refuses these writes.
+async fn refuse(folder: &Path, name: &str, what: &str, when: &str) {
+    let raw = Database::connect(format!("sqlite://{}", folder.join("db").display())).await.unwrap();
+    let sql = format!("CREATE TRIGGER {name} BEFORE {what} WHEN {when} BEGIN SELECT RAISE(ABORT, 'refused'); END");
+    raw.execute_unprepared(&sql).await.unwrap();
+}
+
+async fn is_completed(node: &Node, id: &BatchId, lines: &[String]) {
+    let batch = node.ended(id).await;
+    assert_eq!(batch.status, BatchStatus::Completed);
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(lines, &output, &errors);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_whose_segment_can_not_be_written_fails_with_the_reason_and_the_others_go_on() {
+    let worker = Worker::start(SimConfig::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[]).await;
+    let (lines, other) = (chats(20), chats(30));
+    let id = node.submit(&lines, 10).await;
+    let others = node.submit(&other, 10).await;
+    refuse(folder.path(), "ends", "UPDATE ON segments", &format!("NEW.state = 'done' AND NEW.batch_id = '{id}'")).await;
+    node.fleet.register(&worker.url()).await.unwrap();
+    let batch = node.ended(&id).await;
+    assert_eq!(batch.status, BatchStatus::Failed);
+    assert_eq!(batch.errors[0].code, "internal_error");
+    assert!(batch.errors[0].message.contains("can't finish a segment"), "{}", batch.errors[0].message);
+    is_completed(&node, &others, &other).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_whose_failure_can_not_be_written_either_holds_up_neither_others_nor_the_stop() {
+    let worker = Worker::start(SimConfig::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[]).await;
+    let lines = chats(20);
+    let id = node.submit(&lines, 10).await;
+    refuse(folder.path(), "parts", "INSERT ON parts", &format!("NEW.batch_id = '{id}'")).await;
+    refuse(folder.path(), "ends", "UPDATE ON segments", &format!("NEW.state = 'done' AND NEW.batch_id = '{id}'")).await;
+    refuse(folder.path(), "failures", "UPDATE ON batches", &format!("NEW.id = '{id}'")).await;
+    node.fleet.register(&worker.url()).await.unwrap();
+    for _ in 0..3 {
+        let others = node.submit(&lines, 10).await;
+        is_completed(&node, &others, &lines).await;
+    }
+    assert_eq!(node.store.batch(&id).await.unwrap().unwrap().status, BatchStatus::InProgress);
+    node.stop().await;
+}
