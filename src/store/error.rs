@@ -72,7 +72,8 @@ fn is_sqlx_away(error: &sqlx::Error) -> bool {
         sqlx::Error::Database(error) => match error.try_downcast_ref::<PgDatabaseError>() {
             // A fatal error ends the connection, not the statement: the server stops, starts, or has no place for it.
             Some(postgres) => {
-                matches!(postgres.severity(), PgSeverity::Fatal | PgSeverity::Panic) || is_away_in_postgres(postgres.code())
+                matches!(postgres.severity(), PgSeverity::Fatal | PgSeverity::Panic)
+                    || is_away_in_postgres(postgres.code())
             }
             None => error.code().and_then(|code| code.parse().ok()).is_some_and(is_away_in_sqlite),
         },

@@ -180,7 +180,9 @@ impl Runner {
     pub fn answered(&mut self, commit: Commit) -> Next {
         let call = self.calling.take().expect("it waits for an answer");
         match (call, commit) {
-            (_, Commit::Fenced) | (Call::Finish { .. } | Call::Release(_) | Call::Fail, Commit::Done) => return Next::Over,
+            (_, Commit::Fenced) | (Call::Finish { .. } | Call::Release(_) | Call::Fail, Commit::Done) => {
+                return Next::Over;
+            }
             (Call::Commit(part), Commit::Done) => self.parts.push(part),
             (Call::Drop(_), Commit::Done) => self.again(),
         }
