@@ -292,11 +292,17 @@ fn count(row: &mut batch::Model, of: &NewPart, sign: i64) {
     let lines = |set: &LineSet| sign * i64::try_from(set.len()).unwrap_or(0);
     row.completed += lines(&of.completed);
     row.failed += lines(&of.failed);
-    row.input_tokens += sign * of.usage.input;
-    row.cached_input_tokens += sign * of.usage.cached_input;
-    row.output_tokens += sign * of.usage.output;
-    row.reasoning_tokens += sign * of.usage.reasoning;
-    row.total_tokens += sign * of.usage.total;
+    row.input_tokens = tokens(row.input_tokens, of.usage.input, sign);
+    row.cached_input_tokens = tokens(row.cached_input_tokens, of.usage.cached_input, sign);
+    row.output_tokens = tokens(row.output_tokens, of.usage.output, sign);
+    row.reasoning_tokens = tokens(row.reasoning_tokens, of.usage.reasoning, sign);
+    row.total_tokens = tokens(row.total_tokens, of.usage.total, sign);
+}
+
+/// A sum of what workers said, which may be anything. One that has reached the most that can be counted stays there: how
+/// much more it was nobody knows.
+fn tokens(sum: i64, count: i64, sign: i64) -> i64 {
+    if sum == i64::MAX { sum } else { sum.saturating_add(sign * count.max(0)).max(0) }
 }
 
 fn from_row(row: part::Model) -> Part {

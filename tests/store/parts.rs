@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tidemill::{
     domain::{BatchStatus, FileKind, NodeId, SegmentIndex, TokenUsage},
-    store::{Commit, StoreError},
+    store::{Commit, NewPart, StoreError},
 };
 
 use crate::fixture::{Db, LEASE, final_object, part};
@@ -33,6 +33,26 @@ async fn a_part_repeated_counts_once(db: Db) {
     );
     assert_eq!((stored.output_bytes, stored.error_bytes), (answered.output_bytes, answered.error_bytes));
     assert_eq!((&stored.completed, &stored.failed), (&answered.completed, &answered.failed));
+}
+
+async fn token_counts_stop_at_the_most_and_never_fall_below_nothing(db: Db) {
+    let batch = db.batch(2).await;
+    let (one, two) = (db.claim(&batch.id).await, db.claim(&batch.id).await);
+    let most = i64::MAX;
+    let usage = TokenUsage { input: most, cached_input: 1, output: most, reasoning: most, total: most };
+    let huge = |line: u32| NewPart { usage, ..part([line], []) };
+    for (of, line) in [(&one, 0), (&one, 1), (&two, 0)] {
+        assert_eq!(db.store.commit_part(&of.segment, of.epoch, &huge(line)).await.unwrap(), Commit::Done);
+        let after = db.get(&batch.id).await.usage;
+        assert_eq!((after.input, after.output, after.reasoning, after.total), (most, most, most, most));
+    }
+    assert_eq!(db.get(&batch.id).await.usage.cached_input, 3);
+    let torn = db.store.parts_of(&one.segment).await.unwrap();
+    db.store.drop_parts(&one.segment, one.epoch, &torn).await.unwrap();
+    let after = db.get(&batch.id).await;
+    // How much more than the most it was nobody knows.
+    assert_eq!((after.usage.total, after.usage.cached_input), (most, 1));
+    assert_eq!(after.counts.completed, 1);
 }
 
 async fn the_same_part_at_the_same_time_counts_once(db: Db) {
@@ -247,6 +267,7 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
 }
 
 on_both_databases!(
+    token_counts_stop_at_the_most_and_never_fall_below_nothing,
     a_part_repeated_counts_once,
     the_same_part_at_the_same_time_counts_once,
     parts_are_read_in_commit_order_by_page,
