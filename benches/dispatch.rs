@@ -137,7 +137,7 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
 
 async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchId) {
     let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
-    let options = FleetOptions { limit: InFlight::Fixed(IN_FLIGHT), api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(IN_FLIGHT), ..FleetOptions::default() };
     let fleet = Fleet::start(store.clone(), options, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
     let options = SchedulerOptions {
         lease: Duration::from_secs(30),

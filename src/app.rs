@@ -133,6 +133,7 @@ impl App {
                 None => InFlight::Adaptive { cap: config.worker_max_in_flight_cap },
             },
             api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
+            answer_memory: config.worker_answer_memory,
         };
         let fleet = Fleet::start(store.clone(), fleet, &background, watching.clone()).await?;
         let scheduler = Scheduler::new(

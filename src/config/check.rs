@@ -60,6 +60,9 @@ impl ServeConfig {
     }
 
     fn check_workers(&self) -> Result<(), ConfigError> {
+        if self.worker_answer_memory < 16 * 1024 * 1024 {
+            return refuse("--worker-answer-memory", "must be at least 16MiB");
+        }
         match self.worker.iter().find(|url| !matches!(url.scheme(), "http" | "https") || !url.has_host()) {
             Some(url) => refuse("--worker", format!("{url} is no http or https URL, such as http://10.0.0.5:8000")),
             None => Ok(()),
@@ -116,6 +119,7 @@ mod tests {
         assert_eq!((config.worker_max_in_flight, config.worker_max_in_flight_cap), (None, 1_024));
         assert_eq!(config.worker_priority, WorkerPriority::Auto);
         assert_eq!((config.max_tries, config.database_connections), (5, 10));
+        assert_eq!(config.worker_answer_memory, 512 * 1024 * 1024);
         assert_eq!(config.request_timeout, Duration::from_secs(600));
         assert_eq!(config.lease, Duration::from_secs(30));
         assert_eq!(config.flush_interval, Duration::from_secs(2));
@@ -185,6 +189,7 @@ mod tests {
             (&["--tls-key", "k"], "--tls-key: needs --tls-cert"),
             (&["--tls-client-ca", "a"], "--tls-client-ca: needs --tls-cert and --tls-key"),
             (&["--worker", "ftp://h"], "--worker: ftp://h"),
+            (&["--worker-answer-memory", "15MiB"], "--worker-answer-memory: must be at least 16MiB"),
             (&["--roles", "api"], "--roles: a SQLite database has one node"),
             (&["--lease", "2s"], "--lease: must be at least 3s"),
             (&["--lease", "3s", "--flush-interval", "2s"], "--flush-interval: must be at most half of --lease"),

@@ -137,6 +137,7 @@ mod tests {
             worker_max_in_flight_cap = 70
             worker_priority = -3
             request_timeout = "1m 30s"
+            worker_answer_memory = "64MiB"
             max_tries = 2
             data_dir = "/d"
             roles = ["scheduler", "api"]
@@ -174,7 +175,7 @@ mod tests {
         assert_eq!(config.worker.len(), 2);
         assert_eq!(config.role_names(), "api,scheduler");
         assert_eq!(config.worker_priority, WorkerPriority::Body(-3));
-        assert_eq!(config.max_file_bytes, 4 << 30);
+        assert_eq!((config.max_file_bytes, config.worker_answer_memory), (4 << 30, 64 << 20));
         assert_eq!((config.limit_requests_per_second, config.limit_bytes_per_day), (20, 1_000_000_000));
         assert_eq!((config.limit_queued_lines, config.limit_concurrent_uploads), (5_000, 3));
         assert_eq!(config.request_timeout.as_secs(), 90);

@@ -208,6 +208,13 @@ pub struct ServeConfig {
         value_parser = humantime::parse_duration)]
     pub request_timeout: Duration,
 
+    /// Most bytes that answers of workers hold at this server, from their first byte until their result is durable, such
+    /// as 512MiB; 16 MiB or more. At the limit nothing more is sent or read for a while. One answer, 128 MiB at most, may
+    /// come on top.
+    #[arg(long, env = "TIDEMILL_WORKER_ANSWER_MEMORY", value_name = "SIZE", default_value = "512MiB",
+        help_heading = "Workers", value_parser = parse_bytes)]
+    pub worker_answer_memory: u64,
+
     /// How often a request is tried in all before it ends in the error file, 1 to 100.
     #[arg(long, env = "TIDEMILL_MAX_TRIES", value_name = "N", default_value = "5", help_heading = "Workers",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=100))]

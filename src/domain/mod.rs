@@ -1,5 +1,6 @@
 //! What tidemill is about, without IO: ids, the batch and its lifecycle, request lines, counts, time.
 
+pub mod answer;
 pub mod batch;
 pub mod endpoint;
 pub mod file;

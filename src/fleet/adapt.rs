@@ -9,7 +9,7 @@ use super::{
     InFlight, Inner, Load,
     limit::{Limiter, Seen, TICK},
     load::{self, HitRate},
-    probe,
+    memory, probe,
     worker::{Deeds, Worker, below},
 };
 
@@ -27,6 +27,7 @@ const TOKENS: &str = "tidemill_worker_output_tokens_per_second";
 
 /// Says what this module's metrics are.
 pub(super) fn describe_metrics() {
+    memory::describe_metrics();
     metrics::describe_gauge!(LIMIT, "requests that this server may have in flight at the worker");
     metrics::describe_gauge!(IN_FLIGHT, "requests that this server has in flight at the worker");
     metrics::describe_gauge!(RUNNING, "requests that run there, of all clients, by the worker's own account");

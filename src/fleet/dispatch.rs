@@ -1,8 +1,8 @@
 //! One HTTP request to one worker. Bodies pass untouched both ways.
 
-use std::{borrow::Cow, error::Error, time::Duration};
+use std::{borrow::Cow, error::Error, fmt, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use reqwest::{
     Response,
     header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
@@ -10,8 +10,16 @@ use reqwest::{
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{Slot, WorkerKey};
-use crate::domain::Endpoint;
+use super::{
+    Slot, WorkerKey,
+    body::{self, Unread},
+    memory::Held,
+    reasons::Worth,
+};
+use crate::domain::{
+    Endpoint, TokenUsage,
+    answer::{self, Verdict, excerpt},
+};
 
 /// The largest answer that is taken: a thousand embeddings of 4,096 numbers are about 90 MB.
 pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
@@ -23,15 +31,47 @@ const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
 /// The pause after 429 and 503 where the worker names none.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// The first bytes of a bad answer that are shown.
+const SHOWN: usize = 200;
+
+/// One request to a worker.
+#[derive(Clone, Debug)]
+pub struct Call<'a> {
+    /// Where to.
+    pub endpoint: Endpoint,
+    /// The model that the body names.
+    pub model: &'a str,
+    /// Sent untouched.
+    pub body: Bytes,
+    /// Lower first. It goes along in a header: workers that do not know it do as if it was not there.
+    pub priority: Option<i32>,
+    /// How long the worker may take for the whole answer. Waiting for memory is not counted.
+    pub timeout: Duration,
+    /// How large an answer to expect, in bytes, by what similar requests got; 0 if nobody knows.
+    pub expected: usize,
+}
+
 /// A worker's answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Answer {
     /// HTTP status.
     pub status: u16,
     /// Its `x-request-id`.
     pub request_id: Option<String>,
-    /// Untouched.
+    /// The body: untouched, but decoded.
     pub body: Bytes,
+    /// What a body that is JSON says of tokens; none of one that is not.
+    pub usage: Option<TokenUsage>,
+    /// Its share of the memory for answers, until the answer is somewhere durable.
+    pub held: Held,
+}
+
+impl Answer {
+    /// Whether the status is a success.
+    #[must_use]
+    pub fn is_success(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
 }
 
 /// Why a try gave no answer to keep.
@@ -53,8 +93,10 @@ pub enum FailureKind {
     Busy,
     /// 404, because the worker does not have the model that it listed; another one may.
     NoModel,
-    /// A success that is not JSON, or too large, or that holds only an error.
+    /// A success that its endpoint's clients can't use: not JSON, too large, an error, without its list or its end.
     BadAnswer,
+    /// The engine stopped in the middle of the answer and said so: it was stopped or put to sleep, for instance.
+    CutOff,
 }
 
 impl FailureKind {
@@ -71,12 +113,13 @@ impl FailureKind {
             Self::Busy => "busy",
             Self::NoModel => "no_model",
             Self::BadAnswer => "bad_answer",
+            Self::CutOff => "cut_off",
         }
     }
 }
 
 /// A try that may be worth another.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Failure {
     /// Why.
     pub kind: FailureKind,
@@ -88,6 +131,8 @@ pub struct Failure {
     pub retry_after: Option<Duration>,
     /// The worker.
     pub worker: WorkerKey,
+    /// The answer may be as good as this worker's answers get: it is taken when there are no more tries.
+    pub is_doubtful: bool,
 }
 
 /// Whether a status is worth another try; every other one is the request's answer.
@@ -155,54 +200,65 @@ pub(super) fn cause(error: &reqwest::Error) -> String {
     inner.to_string()
 }
 
+/// What an answer's head says.
+struct Head {
+    status: u16,
+    request_id: Option<String>,
+    retry_after: Option<Duration>,
+    content_type: Option<String>,
+    /// Bytes of the body, as announced or as read.
+    length: Option<u64>,
+}
+
+impl Head {
+    fn of(response: &Response) -> Self {
+        let text =
+            |name: HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        Self {
+            status: response.status().as_u16(),
+            request_id: text(HeaderName::from_static("x-request-id")),
+            retry_after: retry_after(response.headers()),
+            content_type: text(CONTENT_TYPE).map(|text| text.chars().take(100).collect()),
+            length: response.content_length(),
+        }
+    }
+}
+
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "status {}, ", self.status)?;
+        match &self.content_type {
+            Some(content_type) => write!(f, "content type {content_type:?}, ")?,
+            None => f.write_str("no content type, ")?,
+        }
+        match self.length {
+            Some(length) => write!(f, "{length} bytes"),
+            None => f.write_str("length unknown"),
+        }
+    }
+}
+
 impl Slot {
-    /// Sends a request and waits for the whole answer, at most `timeout`. The slot stays taken until it is dropped. A
-    /// `priority`, lower first, goes along in a header: workers that do not know it do as if it was not there.
+    /// Sends a request and waits for the whole answer. First it waits until there is memory for answers. The slot stays
+    /// taken until it is dropped.
     ///
     /// # Errors
     /// [`Failure`]: another try may help. The worker is held back or looked at as the failure suggests.
-    pub async fn send(
-        &self,
-        endpoint: Endpoint,
-        body: Bytes,
-        priority: Option<i32>,
-        timeout: Duration,
-    ) -> Result<Answer, Failure> {
-        let began = Instant::now();
-        let exchange = async {
-            let request = self.fleet.client.post(self.worker.endpoint(endpoint));
-            let mut request =
-                self.fleet.authorized(request).header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-            if let Some(priority) = priority {
-                request = request.header(PRIORITY, HeaderValue::from(priority));
-            }
-            let mut response = request.body(body).send().await.map_err(|error| self.broken(&error))?;
-            let body = self.read(&mut response).await?;
-            Ok((response, body))
-        };
-        let (response, body) = tokio::select! {
+    pub async fn send(&self, call: Call<'_>) -> Result<Answer, Failure> {
+        tokio::select! {
             biased;
-            result = tokio::time::timeout(timeout, exchange) => match result {
-                Ok(exchanged) => exchanged?,
-                Err(_) => {
-                    // A hang looks like a slow request from here: the probe tells them apart.
-                    self.worker.probe_now.notify_one();
-                    self.worker.pushed_back();
-                    return Err(self.failure(FailureKind::Timeout, format!("no answer within {} s", timeout.as_secs_f64())));
-                }
-            },
-            () = self.abandoned.cancelled() => {
-                return Err(if self.worker.gone.is_cancelled() {
-                    self.failure(FailureKind::Removed, "the worker was removed while it had the request".into())
-                } else {
-                    self.failure(FailureKind::Abandoned, "the worker went down while it had the request".into())
-                });
-            }
+            () = self.fleet.memory.open(call.expected) => {}
+            () = self.abandoned.cancelled() => return Err(self.left()),
+        }
+        let began = Instant::now();
+        let (head, body) = tokio::select! {
+            biased;
+            exchanged = self.exchange(&call, began + call.timeout) => exchanged?,
+            () = self.abandoned.cancelled() => return Err(self.left()),
         };
-        let status = response.status().as_u16();
-        let request_id = response.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
-        let answer = Answer { status, request_id, body };
-        let wish = retry_after(response.headers());
+        let Head { status, retry_after: wish, .. } = head;
+        let mut answer =
+            Answer { status, request_id: head.request_id.clone(), body: body.bytes, usage: None, held: body.held };
         let kind = match status {
             404 if is_missing_model(&answer.body) => FailureKind::NoModel,
             429 => FailureKind::Busy,
@@ -210,6 +266,10 @@ impl Slot {
             status if is_retryable(status) => FailureKind::Status,
             _ => {
                 self.worker.returned(began.elapsed());
+                if answer.is_success() {
+                    return self.judge(&call, &head, answer);
+                }
+                answer.usage = answer::is_json(&answer.body).then(TokenUsage::default);
                 return Ok(answer);
             }
         };
@@ -227,19 +287,82 @@ impl Slot {
         })
     }
 
-    async fn read(&self, response: &mut Response) -> Result<Bytes, Failure> {
-        let Some(first) = response.chunk().await.map_err(|error| self.broken(&error))? else { return Ok(Bytes::new()) };
-        let mut all: Option<BytesMut> = None;
-        while let Some(piece) = response.chunk().await.map_err(|error| self.broken(&error))? {
-            let all = all.get_or_insert_with(|| BytesMut::from(&first[..]));
-            if all.len() + piece.len() > MAX_ANSWER {
-                return Err(
-                    self.failure(FailureKind::BadAnswer, format!("the worker's answer is over {MAX_ANSWER} bytes"))
-                );
-            }
-            all.extend_from_slice(&piece);
+    /// One request and its whole response.
+    async fn exchange(&self, call: &Call<'_>, deadline: Instant) -> Result<(Head, body::Body), Failure> {
+        let request = self.fleet.client.post(self.worker.endpoint(call.endpoint));
+        let mut request =
+            self.fleet.authorized(request).header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(priority) = call.priority {
+            request = request.header(PRIORITY, HeaderValue::from(priority));
         }
-        Ok(all.map_or(first, BytesMut::freeze))
+        let sent = tokio::time::timeout_at(deadline, request.body(call.body.clone()).send()).await;
+        let mut response = sent.map_err(|_| self.timed_out(call.timeout))?.map_err(|error| self.broken(&error))?;
+        let mut head = Head::of(&response);
+        match body::read(&mut response, &self.fleet.memory, deadline).await {
+            Ok(body) => {
+                head.length = Some(body.bytes.len() as u64);
+                Ok((head, body))
+            }
+            Err(Unread::TimedOut) => Err(self.timed_out(call.timeout)),
+            Err(Unread::Broken(error)) => Err(self.broken(&error)),
+            Err(Unread::Bad(why)) => {
+                Err(self.bad(FailureKind::BadAnswer, format!("the worker's answer can't be read: {why}"), &head, &[]))
+            }
+        }
+    }
+
+    /// Whether a success is the request's answer.
+    fn judge(&self, call: &Call<'_>, head: &Head, answer: Answer) -> Result<Answer, Failure> {
+        let reading = answer::read(call.endpoint, &answer.body).map_err(|not_json| {
+            let message = format!("the worker's answer is not JSON: {not_json}");
+            self.bad(FailureKind::BadAnswer, message, head, &answer.body)
+        })?;
+        let answer = Answer { usage: Some(reading.usage), ..answer };
+        let path = call.endpoint;
+        let (kind, message, is_doubtful) = match reading.verdict {
+            Verdict::Answer(ending) => match self.worker.reasons.lock().note(call.model, path, ending) {
+                Worth::Fair => return Ok(answer),
+                worth @ (Worth::Doubtful | Worth::Unfinished) => {
+                    let message = format!("the worker's answer to {path} does not say why its text ended");
+                    (FailureKind::BadAnswer, message, worth == Worth::Doubtful)
+                }
+            },
+            Verdict::Bad(why) => {
+                (FailureKind::BadAnswer, format!("the worker's answer is not one to {path}: {why}"), false)
+            }
+            Verdict::CutOff(why) => (FailureKind::CutOff, format!("the worker's answer is incomplete: {why}"), false),
+        };
+        if kind == FailureKind::CutOff {
+            // It may be on its way down.
+            self.worker.probe_now.notify_one();
+        }
+        let failure = self.bad(kind, message, head, &answer.body);
+        Err(Failure { answer: Some(answer), is_doubtful, ..failure })
+    }
+
+    /// A bad answer, with all that helps to find out what sent it. It is logged too, but not each one of thousands.
+    fn bad(&self, kind: FailureKind, what: String, head: &Head, body: &[u8]) -> Failure {
+        let message = format!("{what} ({head}{}{})", if body.is_empty() { "" } else { ": " }, excerpt(body, SHOWN));
+        if let Some(unlogged) = self.worker.may_log(Instant::now()) {
+            let (worker, url) = (&self.worker.id, &self.worker.url);
+            tracing::warn!(%worker, url, kind = kind.as_str(), unlogged, "{message}");
+        }
+        self.failure(kind, message)
+    }
+
+    fn timed_out(&self, timeout: Duration) -> Failure {
+        // A hang looks like a slow request from here: the probe tells them apart.
+        self.worker.probe_now.notify_one();
+        self.worker.pushed_back();
+        self.failure(FailureKind::Timeout, format!("no answer within {} s", timeout.as_secs_f64()))
+    }
+
+    fn left(&self) -> Failure {
+        if self.worker.gone.is_cancelled() {
+            self.failure(FailureKind::Removed, "the worker was removed while it had the request".into())
+        } else {
+            self.failure(FailureKind::Abandoned, "the worker went down while it had the request".into())
+        }
     }
 
     fn broken(&self, error: &reqwest::Error) -> Failure {
@@ -251,7 +374,7 @@ impl Slot {
     /// A failed try on this slot's worker.
     #[must_use]
     pub fn failure(&self, kind: FailureKind, message: String) -> Failure {
-        Failure { kind, message, answer: None, retry_after: None, worker: self.worker.key }
+        Failure { kind, message, answer: None, retry_after: None, worker: self.worker.key, is_doubtful: false }
     }
 }
 
@@ -297,7 +420,8 @@ mod tests {
     #[test]
     fn a_refused_priority_is_told_from_what_else_is_refused() {
         let refuses = |status: u16, body: &'static str| {
-            may_refuse_priority(&Answer { status, request_id: None, body: body.into() })
+            let held = Held::default();
+            may_refuse_priority(&Answer { status, request_id: None, body: body.into(), usage: None, held })
         };
         assert!(refuses(400, r#"{"error":{"message":"Got priority 10 but Priority scheduling is not enabled."}}"#));
         assert!(refuses(400, r#"{"error":{"message":"Unrecognized request argument supplied: priority"}}"#));

@@ -6,13 +6,16 @@
 mod adapt;
 #[doc(hidden)]
 pub mod board;
+mod body;
 mod dispatch;
 #[doc(hidden)]
 pub mod health;
 #[doc(hidden)]
 pub mod limit;
 mod load;
+mod memory;
 mod probe;
+mod reasons;
 mod slots;
 mod worker;
 
@@ -33,7 +36,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
-pub use dispatch::{Answer, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
+pub use dispatch::{Answer, Call, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
+pub use memory::Held;
 pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
@@ -42,6 +46,7 @@ use crate::{
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     telemetry,
 };
+use memory::AnswerMemory;
 use slots::Desks;
 
 /// Between two looks at the workers in the database: other nodes register some too.
@@ -186,6 +191,14 @@ pub struct FleetOptions {
     pub limit: InFlight,
     /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
     pub api_key: Option<String>,
+    /// Bytes that answers may hold from their first byte until their result line is durable; one answer more at most.
+    pub answer_memory: u64,
+}
+
+impl Default for FleetOptions {
+    fn default() -> Self {
+        Self { limit: InFlight::Adaptive { cap: 1_024 }, api_key: None, answer_memory: 512 * 1024 * 1024 }
+    }
 }
 
 /// The workers of this node. Cheap to clone.
@@ -198,6 +211,7 @@ struct Inner {
     store: Store,
     client: Client,
     options: FleetOptions,
+    memory: AnswerMemory,
     desks: Mutex<Desks>,
     workers: Mutex<BTreeMap<WorkerKey, Arc<Worker>>>,
     syncing: tokio::sync::Mutex<()>,
@@ -232,6 +246,7 @@ impl Fleet {
         let inner = Inner {
             store,
             client,
+            memory: AnswerMemory::new(options.answer_memory),
             options,
             desks: Mutex::default(),
             workers: Mutex::default(),
@@ -255,6 +270,7 @@ impl Fleet {
                 () = self.inner.shutdown.cancelled() => return,
                 _ = tick.tick() => {}
             }
+            self.inner.memory.publish();
             if let Err(error) = self.sync().await {
                 tracing::warn!(%error, "the list of workers could not be read");
             }
@@ -401,6 +417,12 @@ impl Fleet {
         self.inner.topology.subscribe()
     }
 
+    /// Bytes that answers hold now, of [`FleetOptions::answer_memory`].
+    #[must_use]
+    pub fn answer_memory_used(&self) -> u64 {
+        self.inner.memory.used()
+    }
+
     /// A slot, if one is free and nobody of the same rank waits for one.
     #[must_use]
     pub fn try_acquire(&self, want: &Want) -> Option<Slot> {
@@ -437,8 +459,12 @@ impl Fleet {
                 return Err(InferError::Timeout(timeout));
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            match slot.send(endpoint, body.clone(), None, left).await {
-                Ok(answer) => {
+            let call = Call { endpoint, model, body: body.clone(), priority: None, timeout: left, expected: 0 };
+            let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
+                return Err(InferError::Timeout(timeout));
+            };
+            match sent {
+                Ok(answer) | Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => {
                     slot.worker.count(0);
                     return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });
                 }
@@ -450,8 +476,8 @@ impl Fleet {
             }
         }
         match last {
-            // What a worker says after all tries is an answer too.
-            Some((worker, Failure { answer: Some(answer), .. })) => {
+            // What a worker says after all tries is an answer too, unless it says that all is well.
+            Some((worker, Failure { answer: Some(answer), .. })) if !answer.is_success() => {
                 Ok(Inferred { worker, status: answer.status, body: answer.body })
             }
             Some((_, failure)) => Err(InferError::Failed(failure.message)),

@@ -14,7 +14,7 @@ use reqwest::Url;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Answer, Load, WorkerState, WorkerView, board::WorkerKey, health::Health};
+use super::{Answer, Load, WorkerState, WorkerView, board::WorkerKey, health::Health, reasons::Reasons};
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
     store::WorkerRecord,
@@ -22,6 +22,10 @@ use crate::{
 
 /// Bytes of an answer that are logged.
 const SAID: usize = 500;
+/// Between two log lines about a worker's bad answers.
+const LOG_PAUSE: Duration = Duration::from_secs(10);
+/// The most tokens of an answer that count for the rates: more is nonsense.
+const MOST_TOKENS: i64 = 1 << 32;
 /// Weight of the newest second in the rates shown to people.
 const SMOOTHING: f64 = 0.3;
 
@@ -54,6 +58,10 @@ pub struct Worker {
     pushed_back: AtomicU64,
     /// It does not take requests with a `priority` in their body.
     refuses_priority: AtomicBool,
+    /// Whether its answers say why they ended.
+    pub(super) reasons: Mutex<Reasons>,
+    /// When a bad answer was logged last, and how many were not since then.
+    logged: Mutex<(Option<Instant>, u64)>,
 }
 
 /// What a worker has done since it became known.
@@ -136,7 +144,19 @@ impl Worker {
             took_micros: AtomicU64::new(0),
             pushed_back: AtomicU64::new(0),
             refuses_priority: AtomicBool::new(false),
+            reasons: Mutex::default(),
+            logged: Mutex::default(),
         }
+    }
+
+    /// Whether a bad answer may be logged now; then how many were not logged before it.
+    pub(super) fn may_log(&self, now: Instant) -> Option<u64> {
+        let mut logged = self.logged.lock();
+        if logged.0.is_some_and(|last| now.duration_since(last) < LOG_PAUSE) {
+            logged.1 += 1;
+            return None;
+        }
+        Some(std::mem::replace(&mut *logged, (Some(now), 0)).1)
     }
 
     /// A number for it that is the same on every node and after every restart: what goes there again finds what it left.
@@ -180,6 +200,7 @@ impl Worker {
     /// It was away, and may be another one now.
     pub(super) fn is_back(&self) {
         self.refuses_priority.store(false, Ordering::Relaxed);
+        *self.reasons.lock() = Reasons::default();
     }
 
     /// It has answered, whatever it said.
@@ -226,7 +247,8 @@ impl Worker {
     /// Counts an answer for the rates.
     pub fn count(&self, output_tokens: i64) {
         self.answered.fetch_add(1, Ordering::Relaxed);
-        self.output_tokens.fetch_add(u64::try_from(output_tokens).unwrap_or(0), Ordering::Relaxed);
+        self.output_tokens
+            .fetch_add(u64::try_from(output_tokens.clamp(0, MOST_TOKENS)).unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Brings the rates up to date.

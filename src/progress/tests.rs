@@ -21,7 +21,7 @@ use crate::{
 
 /// A fleet that looks for no workers: it must not ask the database while a test has paused the clock.
 async fn no_workers(store: &Store) -> Fleet {
-    let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(1), ..FleetOptions::default() };
     let stop = CancellationToken::new();
     stop.cancel();
     Fleet::start(store.clone(), options, &TaskTracker::new(), stop).await.unwrap()

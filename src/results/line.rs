@@ -1,11 +1,8 @@
 //! One line of an output or error file, exactly as OpenAI writes them.
 
-use std::borrow::Cow;
+use bytes::Bytes;
 
-use serde::{Deserialize, de::IgnoredAny};
-use serde_json::value::RawValue;
-
-use crate::domain::{BatchId, TokenUsage};
+use crate::domain::{BatchId, answer};
 
 /// The `id` of a request's result: the same whenever and wherever it is made.
 #[must_use]
@@ -14,100 +11,72 @@ pub fn request_id(batch: &BatchId, line_number: i64) -> String {
     format!("batch_req_{}_{line_number}", batch.strip_prefix("batch_").unwrap_or(batch))
 }
 
-/// A worker's answer, read as far as a result line needs it.
-#[derive(Debug)]
-pub struct Body<'a> {
-    /// What goes into the line: the worker's bytes, but for line feeds between tokens.
-    pub json: Cow<'a, [u8]>,
-    /// What it says of tokens.
-    pub usage: TokenUsage,
-    /// It holds an `error` and nothing that any of the APIs answers with.
-    pub only_error: bool,
+/// A line of this many bytes or more keeps the worker's bytes where they are instead of copying them.
+const LARGE: usize = 64 * 1024;
+
+/// A result line with its line feed.
+#[derive(Clone, Debug, Default)]
+pub struct Line {
+    head: Vec<u8>,
+    /// The body of a large answer, in its own memory.
+    body: Bytes,
+    tail: Vec<u8>,
 }
 
-/// Reads a worker's body. None: it is not JSON.
-#[must_use]
-pub fn body_of(bytes: &[u8]) -> Option<Body<'_>> {
-    #[derive(Deserialize)]
-    struct Answer<'a> {
-        #[serde(borrow, default)]
-        usage: Option<&'a RawValue>,
-        #[serde(default)]
-        error: Option<IgnoredAny>,
-        // Chat and completions.
-        #[serde(default)]
-        choices: Option<IgnoredAny>,
-        // Embeddings and score.
-        #[serde(default)]
-        data: Option<IgnoredAny>,
-        // Responses.
-        #[serde(default)]
-        output: Option<IgnoredAny>,
-        // Rerank.
-        #[serde(default)]
-        results: Option<IgnoredAny>,
+impl Line {
+    /// Its bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.head.len() + self.body.len() + self.tail.len()
     }
-    let text = simdutf8::basic::from_utf8(bytes).ok()?;
-    let (usage, only_error) = match serde_json::from_str::<Answer>(text) {
-        Ok(answer) => (
-            answer.usage.map(|raw| usage_of(raw.get())).unwrap_or_default(),
-            answer.error.is_some()
-                && [answer.choices, answer.data, answer.output, answer.results].iter().all(Option::is_none),
-        ),
-        // Not an object, or one with `usage` twice: good enough if it is JSON at all.
-        Err(_) => serde_json::from_str::<IgnoredAny>(text).map(|_| (TokenUsage::default(), false)).ok()?,
-    };
-    Some(Body { json: one_line(bytes), usage, only_error })
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Appends it to `object`.
+    pub fn write_to(&self, object: &mut Vec<u8>) {
+        object.extend_from_slice(&self.head);
+        object.extend_from_slice(&self.body);
+        object.extend_from_slice(&self.tail);
+    }
+
+    /// Its bytes in one piece.
+    #[must_use]
+    pub fn into_bytes(self) -> Vec<u8> {
+        if self.body.is_empty() && self.tail.is_empty() {
+            return self.head;
+        }
+        let mut all = Vec::with_capacity(self.len());
+        self.write_to(&mut all);
+        all
+    }
+}
+
+impl From<Vec<u8>> for Line {
+    fn from(head: Vec<u8>) -> Self {
+        Self { head, ..Self::default() }
+    }
 }
 
 /// A worker's body for a line, whatever it is: text that is not JSON becomes a JSON string.
-fn body_or_text(bytes: &[u8]) -> Cow<'_, [u8]> {
-    match body_of(bytes) {
-        Some(body) => body.json,
-        None => Cow::Owned(serde_json::Value::from(String::from_utf8_lossy(bytes)).to_string().into_bytes()),
+fn body_or_text(bytes: &Bytes) -> Bytes {
+    if answer::is_json(bytes) {
+        one_line(bytes)
+    } else {
+        serde_json::Value::from(String::from_utf8_lossy(bytes)).to_string().into()
     }
 }
 
 /// In valid JSON a line feed can only stand between tokens, where a space means the same.
-fn one_line(json: &[u8]) -> Cow<'_, [u8]> {
-    let json = json.trim_ascii();
-    if memchr::memchr2(b'\n', b'\r', json).is_none() {
-        return Cow::Borrowed(json);
+fn one_line(json: &Bytes) -> Bytes {
+    let trimmed = json.trim_ascii();
+    if memchr::memchr2(b'\n', b'\r', trimmed).is_none() {
+        return json.slice_ref(trimmed);
     }
-    Cow::Owned(json.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }).collect())
-}
-
-/// Reads a `usage` object of the chat, completions, embeddings or responses API. What is missing or odd counts as 0.
-fn usage_of(json: &str) -> TokenUsage {
-    #[derive(Deserialize, Default)]
-    #[serde(default)]
-    struct Details {
-        cached_tokens: Option<i64>,
-        reasoning_tokens: Option<i64>,
-    }
-    #[derive(Deserialize, Default)]
-    #[serde(default)]
-    struct Usage {
-        #[serde(alias = "input_tokens")]
-        prompt_tokens: Option<i64>,
-        #[serde(alias = "output_tokens")]
-        completion_tokens: Option<i64>,
-        total_tokens: Option<i64>,
-        #[serde(alias = "input_tokens_details")]
-        prompt_tokens_details: Option<Details>,
-        #[serde(alias = "output_tokens_details")]
-        completion_tokens_details: Option<Details>,
-    }
-    let usage: Usage = serde_json::from_str(json).unwrap_or_default();
-    let count = |value: Option<i64>| value.unwrap_or(0).max(0);
-    let (input, output) = (count(usage.prompt_tokens), count(usage.completion_tokens));
-    TokenUsage {
-        input,
-        cached_input: count(usage.prompt_tokens_details.and_then(|details| details.cached_tokens)),
-        output,
-        reasoning: count(usage.completion_tokens_details.and_then(|details| details.reasoning_tokens)),
-        total: usage.total_tokens.map_or_else(|| input.saturating_add(output), |total| total.max(0)),
-    }
+    trimmed.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }).collect()
 }
 
 /// What a worker replied.
@@ -118,18 +87,21 @@ pub struct Reply<'a> {
     /// The worker's `x-request-id`; the result's own id stands in for a missing one.
     pub request_id: Option<&'a str>,
     /// The body.
-    pub body: &'a [u8],
+    pub body: &'a Bytes,
     /// The body is known to be JSON, and is not looked at again.
     pub is_json: bool,
+    /// What is wrong with a reply that passes for an answer by its status: a code and a message.
+    pub error: Option<(&'a str, &'a str)>,
 }
 
 /// The line of a request that a worker answered, with its line feed. `custom_id` is the JSON string as the client wrote it.
 #[must_use]
-pub fn render_answer(id: &str, custom_id: &[u8], reply: Reply<'_>) -> Vec<u8> {
+pub fn render_answer(id: &str, custom_id: &[u8], reply: Reply<'_>) -> Line {
     let body = if reply.is_json { one_line(reply.body) } else { body_or_text(reply.body) };
     let request_id = serde_json::Value::from(reply.request_id.unwrap_or(id)).to_string();
     let status = reply.status.to_string();
-    let pieces: [&[u8]; 11] = [
+    let error = reply.error.map_or_else(|| "null".into(), |(code, message)| error_object(code, message));
+    let before: [&[u8]; 9] = [
         b"{\"id\":\"",
         id.as_bytes(),
         b"\",\"custom_id\":",
@@ -139,16 +111,27 @@ pub fn render_answer(id: &str, custom_id: &[u8], reply: Reply<'_>) -> Vec<u8> {
         b",\"request_id\":",
         request_id.as_bytes(),
         b",\"body\":",
-        &body,
-        b"},\"error\":null}\n",
     ];
-    pieces.concat()
+    let after: [&[u8]; 3] = [b"},\"error\":", error.as_bytes(), b"}\n"];
+    if body.len() >= LARGE {
+        return Line { head: before.concat(), body, tail: after.concat() };
+    }
+    let size = before.iter().chain(&after).map(|piece| piece.len()).sum::<usize>() + body.len();
+    let mut line = Vec::with_capacity(size);
+    for piece in before.iter().chain([&&body[..]]).chain(&after) {
+        line.extend_from_slice(piece);
+    }
+    line.into()
+}
+
+fn error_object(code: &str, message: &str) -> String {
+    serde_json::json!({ "code": code, "message": message }).to_string()
 }
 
 /// The line of a request that no worker answered, with its line feed.
 #[must_use]
 pub fn render_error(id: &str, custom_id: &[u8], code: &str, message: &str) -> Vec<u8> {
-    let error = serde_json::json!({ "code": code, "message": message }).to_string();
+    let error = error_object(code, message);
     let pieces: [&[u8]; 7] = [
         b"{\"id\":\"",
         id.as_bytes(),
@@ -168,53 +151,42 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn an_answer_that_is_only_an_error_is_known() {
-        let only = |text: &str| body_of(text.as_bytes()).unwrap().only_error;
-        assert!(only(r#"{"error":{"message":"upstream died"}}"#));
-        assert!(only(r#"{"id":"x","usage":{},"error":"down"}"#));
-        for fine in [
-            "{}",
-            "[]",
-            r#"{"error":null}"#,
-            r#"{"error":null,"output":[]}"#,
-            r#"{"error":{"code":"max"},"status":"incomplete","output":[]}"#,
-            r#"{"choices":[],"error":"x"}"#,
-            r#"{"data":[],"results":[],"error":"x","usage":{"total_tokens":3}}"#,
-        ] {
-            assert!(!only(fine), "{fine}");
-        }
+    fn line_of(
+        id: &str,
+        custom_id: &[u8],
+        status: u16,
+        request_id: Option<&str>,
+        body: &[u8],
+        is_json: bool,
+    ) -> Vec<u8> {
+        let body = Bytes::copy_from_slice(body);
+        render_answer(id, custom_id, Reply { status, request_id, body: &body, is_json, error: None }).into_bytes()
     }
 
     #[test]
-    fn usage_of_every_api_is_read() {
-        let chat = br#"{"usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12,"prompt_tokens_details":{"cached_tokens":3},"completion_tokens_details":{"reasoning_tokens":2}}}"#;
-        let responses = br#"{"usage":{"input_tokens":5,"output_tokens":7,"total_tokens":12,"input_tokens_details":{"cached_tokens":3},"output_tokens_details":{"reasoning_tokens":2}}}"#;
-        let expected = TokenUsage { input: 5, cached_input: 3, output: 7, reasoning: 2, total: 12 };
-        assert_eq!(body_of(chat).unwrap().usage, expected);
-        assert_eq!(body_of(responses).unwrap().usage, expected);
-        let vllm =
-            br#"{"usage":{"prompt_tokens":5,"total_tokens":6,"completion_tokens":1,"prompt_tokens_details":null}}"#;
-        assert_eq!(body_of(vllm).unwrap().usage, TokenUsage { input: 5, output: 1, total: 6, ..TokenUsage::default() });
-        assert_eq!(body_of(br#"{"usage":"lots"}"#).unwrap().usage, TokenUsage::default());
-        assert_eq!(body_of(b"[1]").unwrap().usage, TokenUsage::default());
-    }
-
-    #[test]
-    fn what_is_not_json_is_told_apart() {
-        for bad in [&b"<html>"[..], b"{\"a\":1", b"", b"{\"a\":\"\xff\"}", b"{} x"] {
-            assert!(body_of(bad).is_none(), "{bad:?}");
-        }
-        let reply = Reply { status: 400, request_id: None, body: b"<h1>\n\"no\"</h1>", is_json: false };
-        let line: Value = serde_json::from_slice(&render_answer("r", b"\"c\"", reply)).unwrap();
+    fn what_is_not_json_becomes_a_string() {
+        let line = line_of("r", b"\"c\"", 400, None, b"<h1>\n\"no\"</h1>", false);
+        let line: Value = serde_json::from_slice(&line).unwrap();
         assert_eq!(line["response"]["body"], "<h1>\n\"no\"</h1>");
+    }
+
+    #[test]
+    fn a_large_body_is_not_copied_and_the_line_is_the_same() {
+        let body = Bytes::from(format!("{{\"a\":\"{}\"}}", "x".repeat(2 * LARGE)));
+        let reply = Reply { status: 200, request_id: None, body: &body, is_json: true, error: Some(("c", "m")) };
+        let line = render_answer("r", b"\"c\"", reply);
+        assert_eq!(line.body.as_ptr(), body.as_ptr());
+        let (length, bytes) = (line.len(), line.into_bytes());
+        assert_eq!((length, bytes.last()), (bytes.len(), Some(&b'\n')));
+        let line: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(line["response"]["body"]["a"].as_str().unwrap().len(), 2 * LARGE);
+        assert_eq!(line["error"], json!({"code": "c", "message": "m"}));
     }
 
     #[test]
     fn the_bodys_bytes_are_kept() {
         let body = br#"{ "n":1.0e2, "b":"\u00e9" ,"a":[ ] }"#;
-        let line =
-            render_answer("r", br#""\u0061""#, Reply { status: 200, request_id: Some("q\"1"), body, is_json: true });
+        let line = line_of("r", br#""\u0061""#, 200, Some("q\"1"), body, true);
         assert_eq!(
             String::from_utf8(line).unwrap(),
             concat!(
@@ -239,7 +211,7 @@ mod tests {
         #[test]
         fn any_body_gives_one_line_of_json(body in proptest::collection::vec(any::<u8>(), 0..60), id in ".{0,12}") {
             let custom_id = Value::from(id.clone()).to_string();
-            let line = render_answer("r", custom_id.as_bytes(), Reply { status: 200, request_id: Some(&id), body: &body, is_json: false });
+            let line = line_of("r", custom_id.as_bytes(), 200, Some(&id), &body, false);
             prop_assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
             let line: Value = serde_json::from_slice(&line).unwrap();
             prop_assert_eq!(&line["custom_id"], &Value::from(id));
@@ -249,9 +221,9 @@ mod tests {
         fn pretty_json_means_the_same_on_one_line(text in "[a-z\\n ]{0,20}", number in any::<i32>()) {
             let value = json!({"text": text, "list": [number, {"x": null}]});
             let pretty = serde_json::to_vec_pretty(&value).unwrap();
-            let body = body_of(&pretty).unwrap();
-            prop_assert!(!body.json.contains(&b'\n'));
-            prop_assert_eq!(serde_json::from_slice::<Value>(&body.json).unwrap(), value);
+            let line = one_line(&pretty.into());
+            prop_assert!(!line.contains(&b'\n'));
+            prop_assert_eq!(serde_json::from_slice::<Value>(&line).unwrap(), value);
         }
     }
 }

@@ -13,6 +13,8 @@ use crate::{
 
 /// How much of each part is in memory at a time, but for longer lines.
 const READ_AHEAD: u64 = 64 * 1024;
+/// The most that is read at once of a longer line: what is read too much stays in memory, for each part.
+const READ_MOST: u64 = 1024 * 1024;
 
 /// Merges parts that together hold every line of a segment once. Their objects are deleted afterwards, so this is the last look
 /// at them: each must be what was written, by its checksum.
@@ -133,7 +135,7 @@ impl Section {
             if self.position >= self.end {
                 return Err(ReadError::Corrupt(format!("{} ends in the middle of a line", self.object_key)));
             }
-            let until = (self.position + READ_AHEAD.max(searched as u64)).min(self.end);
+            let until = (self.position + READ_AHEAD.max(searched as u64).min(READ_MOST)).min(self.end);
             let more = self.blobs.get_range(&self.object_key, self.position..until).await?;
             if more.is_empty() {
                 return Err(ReadError::Corrupt(format!("{} is shorter than its row says", self.object_key)));

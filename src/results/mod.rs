@@ -6,7 +6,7 @@ mod part;
 mod reader;
 pub mod retry;
 
-pub use line::{Body, Reply, body_of, render_answer, render_error, request_id};
+pub use line::{Line, Reply, render_answer, render_error, request_id};
 pub use merge::merge;
 pub use part::{PartBuilder, finished};
 pub use reader::{BadCursor, Cursor, ReadError, Reader, ResultLine};

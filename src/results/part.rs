@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::Line;
 use crate::{
     domain::{LineSet, TokenUsage},
     store::{FinalObject, NewPart},
@@ -10,22 +11,24 @@ use crate::{
 /// Lines that have their result but are not durable yet.
 #[derive(Debug, Default)]
 pub struct PartBuilder {
-    completed: Vec<(u32, Vec<u8>)>,
-    failed: Vec<(u32, Vec<u8>)>,
+    completed: Vec<(u32, Line)>,
+    failed: Vec<(u32, Line)>,
     bytes: usize,
     usage: TokenUsage,
 }
 
 impl PartBuilder {
     /// Adds a line of the output file: `line` is its place in the segment, `text` ends with a line feed.
-    pub fn complete(&mut self, line: u32, text: Vec<u8>, usage: TokenUsage) {
+    pub fn complete(&mut self, line: u32, text: impl Into<Line>, usage: TokenUsage) {
+        let text = text.into();
         self.bytes += text.len();
         self.usage += usage;
         self.completed.push((line, text));
     }
 
     /// Adds a line of the error file.
-    pub fn fail(&mut self, line: u32, text: Vec<u8>) {
+    pub fn fail(&mut self, line: u32, text: impl Into<Line>) {
+        let text = text.into();
         self.bytes += text.len();
         self.failed.push((line, text));
     }
@@ -47,22 +50,24 @@ impl PartBuilder {
     pub fn build(mut self, object_key: String) -> (Bytes, NewPart) {
         self.completed.sort_unstable_by_key(|(line, _)| *line);
         self.failed.sort_unstable_by_key(|(line, _)| *line);
+        let lines = |of: &[(u32, Line)]| of.iter().map(|(line, _)| *line).collect::<LineSet>();
+        let (completed, failed) = (lines(&self.completed), lines(&self.failed));
         let mut object = Vec::with_capacity(self.bytes);
-        for (_, text) in &self.completed {
-            object.extend_from_slice(text);
+        // Each line is freed as soon as it is copied: large ones are not in memory twice.
+        for (_, text) in self.completed {
+            text.write_to(&mut object);
         }
         let output_bytes = object.len() as u64;
-        for (_, text) in &self.failed {
-            object.extend_from_slice(text);
+        for (_, text) in self.failed {
+            text.write_to(&mut object);
         }
-        let lines = |of: &[(u32, Vec<u8>)]| of.iter().map(|(line, _)| *line).collect::<LineSet>();
         let part = NewPart {
             object_key,
             output_bytes,
             error_bytes: object.len() as u64 - output_bytes,
             crc32c: crc32c::crc32c(&object),
-            completed: lines(&self.completed),
-            failed: lines(&self.failed),
+            completed,
+            failed,
             usage: self.usage,
         };
         (object.into(), part)

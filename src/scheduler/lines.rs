@@ -240,6 +240,12 @@ impl WorkList {
         self.line(key).index
     }
 
+    /// The line's model, by its place in [`WorkList::models`].
+    #[must_use]
+    pub fn model(&self, key: LineKey) -> usize {
+        usize::from(self.line(key).model)
+    }
+
     /// The line's `custom_id`, as the JSON string that the client wrote.
     #[must_use]
     pub fn custom_id(&self, key: LineKey) -> &[u8] {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     blobs::{BlobError, Blobs},
     domain::{BatchError, LineSet},
-    fleet::Fleet,
+    fleet::{Fleet, Held},
     results::{self, PartBuilder},
     store::{ClaimedSegment, Commit, NewPart, Part, Store},
 };
@@ -127,6 +127,8 @@ impl Run {
             checkpoint,
             number,
             builder: PartBuilder::default(),
+            held: Held::default(),
+            largest: 0,
             oldest: None,
             started: Instant::now(),
             stranded: None,

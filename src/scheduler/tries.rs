@@ -55,7 +55,7 @@ fn cause(kind: FailureKind) -> Cause {
     match kind {
         FailureKind::Timeout | FailureKind::Status | FailureKind::BadAnswer | FailureKind::NoModel => Cause::Request,
         FailureKind::Connection | FailureKind::Abandoned => Cause::Death,
-        FailureKind::Busy | FailureKind::Unreachable | FailureKind::Removed => Cause::Worker,
+        FailureKind::Busy | FailureKind::Unreachable | FailureKind::Removed | FailureKind::CutOff => Cause::Worker,
     }
 }
 
@@ -115,6 +115,7 @@ pub fn error_code(kind: FailureKind) -> &'static str {
         FailureKind::Abandoned | FailureKind::Removed => "worker_lost",
         FailureKind::Status | FailureKind::Busy | FailureKind::NoModel => "worker_error",
         FailureKind::BadAnswer => "bad_worker_answer",
+        FailureKind::CutOff => "answer_cut_off",
     }
 }
 
@@ -139,8 +140,8 @@ mod tests {
     #[test]
     fn a_worker_that_takes_no_requests_uses_up_no_try() {
         let (policy, mut tally) = (TryPolicy::default(), Tally::default());
-        for kind in [FailureKind::Busy, FailureKind::Unreachable, FailureKind::Removed] {
-            for _ in 0..300 {
+        for kind in [FailureKind::Busy, FailureKind::Unreachable, FailureKind::Removed, FailureKind::CutOff] {
+            for _ in 0..225 {
                 assert!(policy.next(&mut tally, kind, None, 0.0).is_some());
             }
         }

@@ -16,9 +16,9 @@ use super::{
 };
 use crate::{
     blobs::BlobError,
-    domain::{Endpoint, TokenUsage, WorkerPriority, lifecycle::Ending},
+    domain::{Endpoint, WorkerPriority, lifecycle::Ending},
     fault::{self, Fault},
-    fleet::{Acquire, Answer, Failure, FailureKind, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority},
+    fleet::{Acquire, Answer, Call, Failure, Held, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority},
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
 };
@@ -36,8 +36,8 @@ const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
 const BEHIND_OTHERS: i32 = 10;
 
-/// What came of a request, with the tokens of an answer that is JSON; and the slot that it had.
-type Sent = (Slot, LineKey, Result<(Answer, Option<TokenUsage>), Failure>);
+/// What came of a request, and the slot that it had.
+type Sent = (Slot, LineKey, Result<Answer, Failure>);
 
 /// A segment at work.
 pub(super) struct Work<'a> {
@@ -50,6 +50,10 @@ pub(super) struct Work<'a> {
     pub(super) peers: Vec<Vec<u64>>,
     pub(super) number: &'a mut u32,
     pub(super) builder: PartBuilder,
+    /// The memory of the answers in `builder`.
+    pub(super) held: Held,
+    /// Bytes of the largest answer so far.
+    pub(super) largest: usize,
     /// When the oldest line in `builder` was finished.
     pub(super) oldest: Option<Instant>,
     /// Since when lines are sent.
@@ -192,7 +196,8 @@ impl Work<'_> {
             WorkerPriority::Body(_) if slot.worker.refuses_priority() => (None, None),
             WorkerPriority::Body(priority) => (None, Some(self.list.body_with_priority(key, priority))),
         };
-        let (endpoint, timeout) = (self.endpoint, self.run.options.request_timeout);
+        let (endpoint, timeout, expected) = (self.endpoint, self.run.options.request_timeout, self.largest);
+        let model = self.list.models()[self.list.model(key)].clone();
         let slotted = stages::is_sampled(self.list.index(key)).then(Instant::now);
         let slotted = slotted.map(|slotted| {
             self.run.stages.took(Stage::Queue, slotted - self.started);
@@ -203,27 +208,14 @@ impl Work<'_> {
                 stages.took(Stage::Dispatch, slotted.elapsed());
                 (Instant::now(), stages)
             });
+            let call = Call { endpoint, model: &model, body, priority: header, timeout, expected };
             let result = match with_priority {
-                None => slot.send(endpoint, body, header, timeout).await,
-                Some(with) => send_with(&slot, endpoint, with, body, timeout).await,
+                None => slot.send(call).await,
+                Some(with) => send_with(&slot, with, call).await,
             };
             if let Some((sent, stages)) = sent {
                 stages.took(Stage::Worker, sent.elapsed());
             }
-            let result = result.and_then(|answer| {
-                let body = results::body_of(&answer.body);
-                let (usage, only_error) = body.map_or((None, false), |body| (Some(body.usage), body.only_error));
-                // A success that is not JSON is a broken worker or a broken way to it, never the request's answer. Nor
-                // is one that holds only an error: some gateways answer so when the worker behind them has failed.
-                if is_success(&answer) && usage.is_none() {
-                    return Err(slot.failure(FailureKind::BadAnswer, "the worker's answer is not JSON".into()));
-                }
-                if is_success(&answer) && only_error {
-                    let failure = slot.failure(FailureKind::BadAnswer, "the worker answered with an error".into());
-                    return Err(Failure { answer: Some(answer), ..failure });
-                }
-                Ok((answer, usage))
-            });
             (slot, key, result)
         }
         .boxed()
@@ -244,12 +236,9 @@ impl Work<'_> {
     }
 
     /// Takes what came of a request.
-    fn take(&mut self, key: LineKey, worker: &Worker, result: Result<(Answer, Option<TokenUsage>), Failure>) {
+    fn take(&mut self, key: LineKey, worker: &Worker, result: Result<Answer, Failure>) {
         match result {
-            Ok((answer, usage)) => {
-                let succeeded = is_success(&answer);
-                self.answered(key, worker, &answer, usage, succeeded);
-            }
+            Ok(answer) => self.answered(key, worker, answer, None),
             Err(failure) => {
                 metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
                 let tally = self.list.failed(key, failure.worker);
@@ -257,30 +246,37 @@ impl Work<'_> {
                 let times = tally.times();
                 match wait {
                     Some(wait) => self.list.later(key, Instant::now() + wait),
-                    None => match &failure.answer {
-                        Some(answer) => self.answered(key, worker, answer, None, false),
-                        None => {
-                            let message = format!("{} (after {times} tries)", failure.message);
-                            self.error(key, error_code(failure.kind), &message);
+                    None => {
+                        let message = format!("{} (after {times} tries)", failure.message);
+                        let code = error_code(failure.kind);
+                        match failure.answer {
+                            // A success that is none needs words: by its status it would pass for an answer.
+                            Some(answer) if answer.is_success() && !failure.is_doubtful => {
+                                self.answered(key, worker, answer, Some((code, &message)));
+                            }
+                            Some(answer) => self.answered(key, worker, answer, None),
+                            None => self.error(key, code, &message),
                         }
-                    },
+                    }
                 }
             }
         }
     }
 
-    fn answered(&mut self, key: LineKey, worker: &Worker, answer: &Answer, usage: Option<TokenUsage>, succeeded: bool) {
+    /// The request has its answer, or a last one that is a `problem`: a code and a message.
+    fn answered(&mut self, key: LineKey, worker: &Worker, answer: Answer, problem: Option<(&str, &str)>) {
         let id = self.request_id(key);
         let reply = Reply {
             status: answer.status,
             request_id: answer.request_id.as_deref(),
             body: &answer.body,
-            is_json: usage.is_some(),
+            is_json: answer.usage.is_some(),
+            error: problem,
         };
         let index = self.list.index(key);
         let line = results::render_answer(&id, self.list.custom_id(key), reply);
-        if succeeded {
-            let usage = usage.unwrap_or_default();
+        if answer.is_success() && problem.is_none() {
+            let usage = answer.usage.unwrap_or_default();
             worker.count(usage.output);
             self.builder.complete(index, line, usage);
             metrics::counter!("tidemill_requests_total", "outcome" => "completed").increment(1);
@@ -288,6 +284,8 @@ impl Work<'_> {
             self.builder.fail(index, line);
             metrics::counter!("tidemill_requests_total", "outcome" => "failed").increment(1);
         }
+        self.largest = self.largest.max(answer.body.len());
+        self.held.absorb(answer.held);
         self.list.done(key);
         self.oldest.get_or_insert_with(Instant::now);
     }
@@ -355,9 +353,14 @@ impl Work<'_> {
     fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Stop>> {
         let oldest = self.oldest.take();
         *self.number += 1;
-        let builder = std::mem::take(&mut self.builder);
+        let (builder, held) = (std::mem::take(&mut self.builder), std::mem::take(&mut self.held));
+        let written = self.checkpoint.clone().part(builder, *self.number);
         // A task of its own: it goes on while the segment waits for something else.
-        let task = tokio::spawn(self.checkpoint.clone().part(builder, *self.number));
+        let task = tokio::spawn(async move {
+            let part = written.await;
+            drop(held);
+            part
+        });
         let stages = self.run.stages.clone();
         async move {
             let part = task.await.unwrap_or(Err(Stop::Lost));
@@ -387,13 +390,14 @@ impl Work<'_> {
     }
 
     async fn write_end(&mut self) -> Result<Ended, Stop> {
-        let builder = std::mem::take(&mut self.builder);
+        let (builder, held) = (std::mem::take(&mut self.builder), std::mem::take(&mut self.held));
         let last = if builder.lines() > 0 {
             *self.number += 1;
             Some(self.checkpoint.object(builder, *self.number).await?)
         } else {
             None
         };
+        drop(held);
         let all: Vec<&NewPart> = self.parts.iter().chain(&last).collect();
         if let [only] = all.as_slice() {
             self.checkpoint.finish(last.as_ref(), &results::finished(only), &[]).await?;
@@ -450,20 +454,14 @@ impl Work<'_> {
 }
 
 /// Sends a body with a priority, and without it if the worker refuses that.
-async fn send_with(
-    slot: &Slot,
-    endpoint: Endpoint,
-    with: Bytes,
-    without: Bytes,
-    timeout: Duration,
-) -> Result<Answer, Failure> {
-    let refusal = match slot.send(endpoint, with, None, timeout).await {
+async fn send_with(slot: &Slot, with: Bytes, without: Call<'_>) -> Result<Answer, Failure> {
+    let refusal = match slot.send(Call { body: with, ..without.clone() }).await {
         Ok(answer) if may_refuse_priority(&answer) => answer,
         result => return result,
     };
-    let answer = slot.send(endpoint, without, None, timeout).await?;
+    let answer = slot.send(without).await?;
     // Refused again, it was not for its priority: an error message may well quote the whole request.
-    if is_success(&answer) {
+    if answer.is_success() {
         slot.worker.refused_priority(&refusal);
     }
     Ok(answer)
@@ -476,8 +474,4 @@ async fn any_granted(wishes: &mut [Option<Acquire>]) {
         polled.find(Poll::is_ready).unwrap_or(Poll::Pending)
     })
     .await;
-}
-
-fn is_success(answer: &Answer) -> bool {
-    (200..300).contains(&answer.status)
 }

@@ -28,6 +28,14 @@ pub(super) fn answer(endpoint: Endpoint, request: &Request<'_>, id: &str, create
     }
 }
 
+/// The answer with another reason for its end. In its texts quotes are escaped, so only the fields are found.
+pub(super) fn cut_off(answer: &str, reason: Option<&str>) -> String {
+    let reason = reason.map_or_else(|| "null".to_owned(), quote);
+    answer
+        .replace(r#""finish_reason":"length""#, &format!(r#""finish_reason":{reason}"#))
+        .replace(r#""status":"incomplete""#, &format!(r#""status":{reason}"#))
+}
+
 /// An error, as vLLM shapes it.
 pub(super) fn error(refusal: &Refusal) -> String {
     let Refusal { status, kind, message, param } = refusal;

@@ -11,6 +11,7 @@ use std::{
 
 use axum::http::StatusCode;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 /// How an inference request is to go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,32 @@ pub enum Fault {
     Reset,
     /// Answer 200, send some of the body, and close the connection.
     Truncate,
+    /// Answer 200 with half of the tokens and this `finish_reason`, or `status` of a response; `None`: null.
+    CutOff(Option<&'static str>),
+    /// Answer 200 with this content type and body.
+    Body(&'static str, &'static [u8]),
+    /// Answer as usual, encoded so.
+    Encoded(Coding),
+    /// Answer as usual, with a field that makes the answer this many bytes longer.
+    Big {
+        /// Bytes more.
+        bytes: usize,
+        /// Whether the head says how long the body is.
+        sized: bool,
+    },
+}
+
+/// How a body is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coding {
+    /// gzip
+    Gzip,
+    /// zlib, as HTTP says.
+    Deflate,
+    /// zstd
+    Zstd,
+    /// The head says `br`.
+    Brotli,
 }
 
 /// A request as it was received.
@@ -54,6 +81,7 @@ struct State {
     /// The bits of a double; 0 stands for 1.0.
     slow_down: AtomicU64,
     preemptions: AtomicU64,
+    asleep: watch::Sender<bool>,
     recording: AtomicBool,
     recorded: Mutex<Vec<Received>>,
     received: AtomicU64,
@@ -100,6 +128,27 @@ impl Faults {
     pub fn set_slow_down(&self, factor: f64) {
         let factor = if factor.is_finite() && factor > 0.0 { factor } else { 1.0 };
         self.state.slow_down.store(factor.to_bits(), Ordering::Release);
+    }
+
+    /// Puts the engine to sleep, as `POST /sleep?level=1` does: what runs is answered at once with `abort`, and what comes
+    /// waits.
+    pub fn sleep(&self) {
+        self.state.asleep.send_replace(true);
+    }
+
+    /// Wakes the engine up.
+    pub fn wake_up(&self) {
+        self.state.asleep.send_replace(false);
+    }
+
+    pub(super) fn is_asleep(&self) -> bool {
+        *self.state.asleep.borrow()
+    }
+
+    /// Waits until the engine sleeps, or until it does not.
+    pub(super) async fn until_asleep(&self, asleep: bool) {
+        // The sender is there as long as this handle.
+        let _ = self.state.asleep.subscribe().wait_for(|now| *now == asleep).await;
     }
 
     /// Adds to the preemptions that `/metrics` shows.

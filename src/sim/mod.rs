@@ -14,7 +14,13 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashSet, convert::Infallible, io, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    convert::Infallible,
+    io::{self, Read},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -22,7 +28,7 @@ use axum::{
     extract::{DefaultBodyLimit, State},
     http::{
         HeaderMap, HeaderName, HeaderValue, StatusCode,
-        header::{CONTENT_TYPE, RETRY_AFTER},
+        header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
     },
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -35,7 +41,7 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-pub use faults::{Fault, Faults, Received};
+pub use faults::{Coding, Fault, Faults, Received};
 
 use self::{
     engine::{Engine, Outcome},
@@ -177,7 +183,10 @@ impl Sim {
             .route("/v1/models", get(models))
             .route("/metrics", get(metrics))
             .route("/version", get(async || json(StatusCode::OK, r#"{"version":"0.32.0+tidemill.sim"}"#.into())))
-            .route("/load", get(load));
+            .route("/load", get(load))
+            .route("/sleep", post(async |State(sim): State<Sim>| sim.inner.faults.sleep()))
+            .route("/wake_up", post(async |State(sim): State<Sim>| sim.inner.faults.wake_up()))
+            .route("/is_sleeping", get(is_sleeping));
         for endpoint in Endpoint::ALL {
             let handler = async move |State(sim): State<Sim>, headers: HeaderMap, body: Bytes| {
                 sim.infer(endpoint, &headers, &body).await
@@ -243,10 +252,18 @@ impl Sim {
             Some(Fault::Reset) => broken("", Some(CloseInstead)),
             Some(Fault::Truncate) => broken(r#"{"id":"chatcmpl-"#, None),
             Some(Fault::Fail { status, retry_after }) => injected(status, retry_after),
-            None => match answer(config, engine, faults.slow_down(), endpoint, headers, body).await {
-                Ok(answer) => json(StatusCode::OK, answer),
-                Err(refusal) => refuse(&refusal),
-            },
+            Some(Fault::Body(content_type, body)) => {
+                ([(CONTENT_TYPE, HeaderValue::from_static(content_type))], body).into_response()
+            }
+            Some(Fault::CutOff(_) | Fault::Encoded(_) | Fault::Big { .. }) | None => {
+                let cut = if let Some(Fault::CutOff(reason)) = fault { Some(reason) } else { None };
+                match (answer(config, engine, faults, cut, endpoint, headers, body).await, fault) {
+                    (Ok(answer), Some(Fault::Encoded(coding))) => encoded(&answer, coding),
+                    (Ok(answer), Some(Fault::Big { bytes, sized })) => big(answer, bytes, sized),
+                    (Ok(answer), _) => json(StatusCode::OK, answer),
+                    (Err(refusal), _) => refuse(&refusal),
+                }
+            }
         };
         if let Some(id) = headers.get(REQUEST_ID) {
             response.headers_mut().insert(REQUEST_ID, id.clone());
@@ -258,7 +275,8 @@ impl Sim {
 async fn answer(
     config: &SimConfig,
     engine: &Engine,
-    slow_down: f64,
+    faults: &Faults,
+    mut cut: Option<Option<&str>>,
     endpoint: Endpoint,
     headers: &HeaderMap,
     body: &[u8],
@@ -267,12 +285,28 @@ async fn answer(
     if !json {
         return Err(Refusal::invalid("Unsupported Media Type: Only 'application/json' is allowed", None));
     }
-    let request = request::read(endpoint, body, &config.models, config.seed)?;
-    match engine.run(request.cost, slow_down).await {
+    let mut request = request::read(endpoint, body, &config.models, config.seed)?;
+    faults.until_asleep(false).await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = engine.run(request.cost, faults.slow_down()) => outcome,
+        () = faults.until_asleep(true) => {
+            cut = Some(Some("abort"));
+            Outcome::Answered
+        }
+    };
+    if cut.is_some() {
+        request.cost.completion_tokens /= 2;
+    }
+    match outcome {
         Outcome::Answered => {
             let id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_plain(id));
             let id = id.map_or_else(|| format!("{:016x}", request.fingerprint), str::to_owned);
-            Ok(answers::answer(endpoint, &request, &id, Timestamp::now().unix_seconds(), config.seed))
+            let answer = answers::answer(endpoint, &request, &id, Timestamp::now().unix_seconds(), config.seed);
+            Ok(match cut {
+                None => answer,
+                Some(reason) => answers::cut_off(&answer, reason),
+            })
         }
         Outcome::Failed => {
             Err(internal(StatusCode::INTERNAL_SERVER_ERROR, "The simulated engine failed this request."))
@@ -301,6 +335,46 @@ async fn metrics(State(sim): State<Sim>) -> Response {
 
 async fn load(State(sim): State<Sim>) -> Response {
     json(StatusCode::OK, format!(r#"{{"server_load":{}}}"#, sim.inner.faults.in_flight()))
+}
+
+async fn is_sleeping(State(sim): State<Sim>) -> Response {
+    json(StatusCode::OK, format!(r#"{{"is_sleeping":{}}}"#, sim.inner.faults.is_asleep()))
+}
+
+fn encoded(answer: &str, coding: Coding) -> Response {
+    let level = flate2::Compression::fast();
+    let (name, encoded) = match coding {
+        Coding::Gzip => ("gzip", flate2::read::GzEncoder::new(answer.as_bytes(), level).bytes().collect()),
+        Coding::Deflate => ("deflate", flate2::read::ZlibEncoder::new(answer.as_bytes(), level).bytes().collect()),
+        Coding::Zstd => ("zstd", zstd::encode_all(answer.as_bytes(), 1)),
+        // It need not be right: it must not be read.
+        Coding::Brotli => ("br", Ok(b"\x8b\x02\x80{}\x03".to_vec())),
+    };
+    match encoded {
+        Ok(encoded) => {
+            ([(CONTENT_TYPE, JSON), (CONTENT_ENCODING, HeaderValue::from_static(name))], encoded).into_response()
+        }
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+/// The answer with one more field, which is sent in pieces and never in memory as a whole.
+fn big(mut answer: String, bytes: usize, sized: bool) -> Response {
+    static PIECE: [u8; 64 * 1024] = [b'x'; 64 * 1024];
+    answer.pop();
+    answer.push_str(r#","padding":""#);
+    let length = answer.len() + bytes + 2;
+    let begin = futures::stream::iter([Bytes::from(answer)]);
+    let pieces = (0..bytes.div_ceil(PIECE.len()))
+        .map(move |at| Bytes::from_static(&PIECE[..PIECE.len().min(bytes - at * PIECE.len())]));
+    let end = futures::stream::iter([Bytes::from_static(b"\"}")]);
+    let body = begin.chain(futures::stream::iter(pieces)).chain(end).map(Ok::<_, Infallible>);
+    let mut response = Body::from_stream(body).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, JSON);
+    if sized {
+        response.headers_mut().insert(CONTENT_LENGTH, length.into());
+    }
+    response
 }
 
 fn json(status: StatusCode, body: String) -> Response {

@@ -33,7 +33,7 @@ use tonic::{
 use tonic_types::StatusExt;
 
 async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
-    let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(1), ..FleetOptions::default() };
     Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
 }
 

@@ -101,6 +101,7 @@ async fn a_success_that_holds_only_an_error_is_a_failed_try_and_then_an_error_li
     let (_, output, errors) = run(&[raw.url()], options(), &chats(3)).await;
     assert_eq!((ids(&output), ids(&errors)), (vec!["r0".into()], vec!["r1".into(), "r2".into()]));
     assert_eq!(errors[0]["response"]["body"]["error"]["message"], "upstream connect error");
+    assert_eq!(errors[0]["error"]["code"], "bad_worker_answer");
     assert_eq!(raw.received(), 3 + 5 + 5);
 }
 

@@ -48,7 +48,7 @@ async fn a_worker_that_is_removed_during_a_probe_does_not_come_back() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
     let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
-    let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(1), ..FleetOptions::default() };
     let fleet = Fleet::start(store, options, &tasks, shutdown.clone()).await.unwrap();
     let before = tasks.len();
     let worker = fleet.register(&url).await.unwrap();

@@ -111,12 +111,23 @@ impl Node {
         options: SchedulerOptions,
         limit: InFlight,
     ) -> Self {
+        let fleet = FleetOptions { limit, ..FleetOptions::default() };
+        Self::start_fleet(folder, blobs, workers, options, fleet).await
+    }
+
+    /// With a fleet of any kind.
+    pub async fn start_fleet(
+        folder: &Path,
+        blobs: Blobs,
+        workers: &[&Worker],
+        options: SchedulerOptions,
+        fleet: FleetOptions,
+    ) -> Self {
         let store = Store::sqlite(&folder.join("db")).await.unwrap();
         store.release_all().await.unwrap();
         let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
         let urls: Vec<String> = workers.iter().map(|worker| worker.url()).collect();
         Fleet::configure(&store, &urls).await.unwrap();
-        let fleet = FleetOptions { limit, api_key: None };
         let fleet = Fleet::start(store.clone(), fleet, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
         let scheduler =
             Scheduler::new(store.clone(), blobs.clone(), fleet.clone(), NodeId::generate(), options, shutdown.clone());
@@ -153,7 +164,7 @@ impl Node {
         let new = NewBatch {
             owner: owner.to_owned(),
             input_file_id: file,
-            endpoint: Endpoint::ChatCompletions,
+            endpoint: endpoint_of(lines),
             completion_window: DEFAULT_WINDOW,
             priority: Priority::new(priority).unwrap(),
             metadata: BTreeMap::new(),
@@ -202,7 +213,7 @@ impl Node {
             bytes: text.len() as i64,
             line_count: lines.len() as i64,
             models,
-            endpoint: Some(Endpoint::ChatCompletions),
+            endpoint: Some(endpoint_of(lines)),
             created_at: Timestamp::now(),
             expires_at: None,
             object_key: Some(key.clone()),
@@ -269,6 +280,12 @@ impl Node {
         let [output, errors] = files;
         (output, errors)
     }
+}
+
+/// The endpoint that the lines name.
+fn endpoint_of(lines: &[String]) -> Endpoint {
+    let first: Value = serde_json::from_str(&lines[0]).unwrap();
+    first["url"].as_str().unwrap().parse().unwrap()
 }
 
 /// A chat request for a model.

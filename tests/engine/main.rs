@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod answers;
 mod bad_workers;
 mod blobs;
 mod blobs_s3;

@@ -26,7 +26,7 @@ async fn slots_that_come_back_together_are_one_turn_and_each_for_itself_is_one_o
     let folder = tempfile::tempdir().unwrap();
     let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
     let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
-    let options = FleetOptions { limit: InFlight::Fixed(SLOTS), api_key: None };
+    let options = FleetOptions { limit: InFlight::Fixed(SLOTS), ..FleetOptions::default() };
     let fleet = Fleet::start(store, options, &tasks, shutdown.clone()).await.unwrap();
     fleet.register(&worker.url()).await.unwrap();
     let mut topology = fleet.topology();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tidemill::{
     pb::{self, worker_admin_client::WorkerAdminClient},
-    sim::SimConfig,
+    sim::{Fault, SimConfig},
 };
 
 use crate::{create, server::Server, upload, watch, worker};
@@ -75,4 +75,46 @@ async fn how_a_worker_does_and_where_time_goes_is_shown() {
     assert!(seen["request_stages"]["worker"].is_string() && seen["workers"][0]["prefix_hit_rate"].is_f64(), "{seen}");
     assert!(server.metric("tidemill_worker_prefix_hit_rate").await.is_some());
     server.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_answers_cost_bounded_memory() {
+    const MIB: usize = 1024 * 1024;
+    let (sim, url) = worker(SimConfig::default()).await;
+    let flags = ["--worker", &url, "--worker-max-in-flight", "40", "--worker-answer-memory", "32MiB"];
+    let server = Server::start(&flags).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, alike(40)).await;
+    let before = server.memory("VmRSS");
+    // All of them are asked for at once, and are ten times the memory.
+    for sized in [true, false] {
+        sim.faults().next(20, Fault::Big { bytes: 8 * MIB, sized });
+    }
+    let batch = create(&mut client, &file, "").await;
+    watch(server.clone(), batch.clone()).await;
+    assert_eq!(sim.faults().max_in_flight(), 40);
+    let done = client.get_batch(pb::GetBatchRequest { batch_id: batch }).await.unwrap().into_inner();
+    assert_eq!(done.request_counts.unwrap().completed, 40);
+    let grown = server.memory("VmHWM").saturating_sub(before);
+    println!("40 answers of 8 MiB: {} MiB", grown / MIB);
+    assert!(grown < 120 * MIB, "{} MiB", grown / MIB);
+    let waits = server.metric("tidemill_answer_memory_waits_total").await.unwrap();
+    assert!(waits.parse::<u64>().unwrap() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_answer_is_in_the_log_with_all_that_helps_and_not_a_thousand_times() {
+    let (sim, url) = worker(SimConfig::default()).await;
+    sim.faults().always(Some(Fault::Body("text/html", b"<html>please log in</html>")));
+    let server = Server::start(&["--worker", &url, "--max-tries", "2"]).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, alike(100)).await;
+    let batch = create(&mut client, &file, "").await;
+    watch(server.clone(), batch).await;
+    let log = std::fs::read_to_string(server.folder().join("server.log")).unwrap();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("please log in")).collect();
+    assert!((1..=4).contains(&lines.len()), "200 bad answers in some seconds: {lines:?}");
+    for word in ["WARN", "HTML", "status 200", "text/html", "26 bytes", &url] {
+        assert!(lines[0].contains(word), "{} does not say {word}", lines[0]);
+    }
 }

@@ -201,8 +201,8 @@ fn answer(list: &mut WorkList, builder: &mut PartBuilder, served: i64, random: &
     let key: LineKey = list.take(Lane { model, alone: false }).unwrap();
     let id = list.index(key).to_string();
     if random.random_bool(0.8) {
-        let body = format!(r#"{{"said":{}}}"#, random.random_range(0..1_000));
-        let reply = results::Reply { status: 200, request_id: None, body: body.as_bytes(), is_json: true };
+        let body = bytes::Bytes::from(format!(r#"{{"said":{}}}"#, random.random_range(0..1_000)));
+        let reply = results::Reply { status: 200, request_id: None, body: &body, is_json: true, error: None };
         let usage = TokenUsage { input: 3, output: 4, total: 7, ..TokenUsage::default() };
         builder.complete(list.index(key), results::render_answer(&id, list.custom_id(key), reply), usage);
     } else {
