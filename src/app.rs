@@ -346,7 +346,12 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
             bytes_per_day: config.limit_bytes_per_day,
             queued_lines: config.limit_queued_lines,
             concurrent_uploads: config.limit_concurrent_uploads,
+            infer_calls: config.limit_infer_calls,
+            watches: config.limit_watches,
+            downloads: config.limit_downloads,
         },
+        max_connections: config.max_connections,
+        public_hosts: config.public_host.clone(),
     })
 }
 

@@ -29,6 +29,7 @@ pub mod delivery;
 pub mod domain;
 pub mod fault;
 pub mod fleet;
+mod https;
 pub mod ingest;
 pub mod progress;
 pub mod results;

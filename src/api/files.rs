@@ -2,14 +2,18 @@
 
 use std::error::Error;
 
+use bytes::Bytes;
+use futures::StreamExt;
 use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::{
     auth::Caller,
     convert,
-    pace::{IDLE, LOOK, Pace, Received},
+    limits::gave_way,
+    pace::{IDLE, LONGEST, LOOK, Pace, Received},
     page::Page,
+    quota::Account,
     service::Api,
     status::{self, error, invalid_field, line_name},
     validate,
@@ -21,6 +25,9 @@ use crate::{
     store::{DeletedFile, FileFilter},
 };
 
+/// How much of an upload under a known request id is compared with the file that it has made.
+const COMPARED: usize = 4 * 1024 * 1024;
+
 /// The messages of an upload, and how fast they come.
 pub(super) struct Incoming {
     messages: Streaming<pb::UploadFileRequest>,
@@ -30,7 +37,27 @@ pub(super) struct Incoming {
 
 impl Api {
     /// Takes a file. If the client breaks off, the upload is dropped here, and nothing is left of it.
-    pub(super) async fn upload(&self, caller: &Caller, mut incoming: Incoming) -> Result<pb::File, Status> {
+    pub(super) async fn upload(
+        &self,
+        caller: &Caller,
+        account: &Account,
+        incoming: Incoming,
+    ) -> Result<pb::File, Status> {
+        match tokio::time::timeout(LONGEST, self.take_file(caller, account, incoming)).await {
+            Ok(taken) => taken,
+            Err(_) => {
+                let message = format!("an upload may take {} h; split the file", LONGEST.as_secs() / 3_600);
+                Err(error(Code::DeadlineExceeded, "UPLOAD_TOO_LONG", message))
+            }
+        }
+    }
+
+    async fn take_file(
+        &self,
+        caller: &Caller,
+        account: &Account,
+        mut incoming: Incoming,
+    ) -> Result<pb::File, Status> {
         let first = incoming.next(|| false).await?;
         let Some(Payload::Spec(spec)) = first.and_then(|first| first.payload) else {
             return Err(invalid_field("spec", "must be in the first message"));
@@ -43,17 +70,67 @@ impl Api {
             request_id: spec.request_id,
         };
         let refused = |error| status::ingest(error, line_name);
-        let _turn = self.limits.upload().await?;
+        let place = self.limits.upload(account, Some(incoming.received.clone())).await?;
         let mut upload = match self.services.ingest.begin(new).await.map_err(refused)? {
-            Begun::Existing(file) => return Ok(convert::file(*file)),
+            Begun::Existing(file) => {
+                self.compare(&file, spec.total_bytes, &mut incoming).await?;
+                return Ok(convert::file(*file));
+            }
             Begun::Upload(upload) => upload,
         };
-        while let Some(message) = incoming.next(|| self.limits.is_crowded()).await? {
+        loop {
+            let message = tokio::select! {
+                biased;
+                () = place.gives_way() => return Err(gave_way()),
+                message = incoming.next(|| self.limits.is_crowded()) => message?,
+            };
+            let Some(message) = message else { break };
             let bytes = validate::chunk(message)?;
-            self.limits.bytes(&caller.owner, bytes.len())?;
+            self.limits.bytes(&caller.owner, bytes.len() as u64)?;
             upload.write(bytes).await.map_err(refused)?;
         }
         upload.finish().await.map(convert::file).map_err(refused)
+    }
+
+    /// Refuses an upload under a request id that has made a file of other contents before. As far as the size is announced
+    /// and [`COMPARED`] bytes go: whoever sends a large file again because the answer was lost need not send all of it.
+    async fn compare(&self, file: &File, total: Option<u64>, incoming: &mut Incoming) -> Result<(), Status> {
+        let other = || {
+            let message = format!("the request_id has made the file {} of other contents before; use a new one", file.id);
+            error(Code::AlreadyExists, "REQUEST_ID_REUSED", message)
+        };
+        if total.is_some_and(|total| i64::try_from(total) != Ok(file.bytes)) {
+            return Err(other());
+        }
+        let mut stored = match self.services.reader.download(file, 0).await {
+            Ok(stored) => std::pin::pin!(stored),
+            // Whether it can still be read is for its reader to find out.
+            Err(_) => return Ok(()),
+        };
+        let (mut left, mut compared) = (Bytes::new(), 0);
+        while compared < COMPARED {
+            let Some(message) = incoming.next(|| self.limits.is_crowded()).await? else {
+                // Who sends no bytes asks whether the file is there.
+                let whole = compared == 0 || i64::try_from(compared) == Ok(file.bytes);
+                return if whole { Ok(()) } else { Err(other()) };
+            };
+            let mut came = validate::chunk(message)?;
+            compared += came.len();
+            while !came.is_empty() {
+                if left.is_empty() {
+                    left = match stored.next().await {
+                        Some(Ok(piece)) => piece,
+                        Some(Err(_)) => return Ok(()),
+                        None => return Err(other()),
+                    };
+                }
+                let both = left.len().min(came.len());
+                if left.split_to(both) != came.split_to(both) {
+                    return Err(other());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A file that the caller may see.

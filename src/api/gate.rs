@@ -5,17 +5,17 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use axum::{
     body::{Body, HttpBody},
     extract::{Request, State},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use hyper::body::{Frame, SizeHint};
 use prost::Message;
 use tonic::{Code, Status};
@@ -24,7 +24,9 @@ use tracing::{Instrument, Span};
 use super::{
     auth::{Caller, Tokens},
     limits::Limiter,
-    pace::Received,
+    pace::{Received, Timely},
+    peer::Peer,
+    quota::{Account, Held},
     status::{error, unreadable},
 };
 use crate::pb;
@@ -34,7 +36,10 @@ const REQUESTS: &str = "tidemill_grpc_requests_total";
 /// Seconds that RPCs took, streams to their end, by `method` and `code`.
 const SECONDS: &str = "tidemill_grpc_request_seconds";
 /// Where the packages of calls that need no token begin.
-const OPEN: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
+const OPEN: [&str; 2] = ["/grpc.health.", REFLECTION];
+const REFLECTION: &str = "/grpc.reflection.";
+/// The streams that read objects.
+const READS: [&str; 2] = ["StreamResults", "DownloadFile"];
 
 /// The trace that a request belongs to (W3C Trace Context), 32 hex digits. An extension of every request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +50,27 @@ pub(super) struct Gate {
     tokens: Option<Tokens>,
     limits: Arc<Limiter>,
     /// The paths that exist: a client must not be able to make up new label values.
-    methods: HashMap<String, Arc<str>>,
+    methods: HashMap<String, Method>,
+}
+
+/// A method that exists.
+#[derive(Clone, Debug)]
+struct Method {
+    name: Arc<str>,
+    class: Class,
+}
+
+/// What a call of a method keeps busy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// Little, and not for long.
+    Call,
+    /// A place of those for uploads, once it has begun.
+    Upload,
+    /// A stream that lasts, and costs little.
+    Watch,
+    /// A stream that reads objects.
+    Download,
 }
 
 impl Gate {
@@ -55,19 +80,11 @@ impl Gate {
         Self { tokens, limits, methods: methods() }
     }
 
-    /// The method's name, and whether there is one.
-    fn method(&self, path: &str) -> (Arc<str>, bool) {
-        self.methods.get(path).map_or_else(|| ("unknown".into(), false), |name| (name.clone(), true))
-    }
-
-    fn caller(&self, path: &str, known: bool, headers: &HeaderMap) -> Result<Caller, Status> {
-        if !known {
-            return Err(unknown_method());
-        }
-        // Whoever asks whether the server lives is never told to slow down.
-        if OPEN.iter().any(|open| path.starts_with(open)) {
-            return Ok(Caller::anonymous());
-        }
+    /// Who calls, if they may.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED`, or `RESOURCE_EXHAUSTED` if they call too often.
+    pub(super) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Status> {
         let caller = match &self.tokens {
             Some(tokens) => tokens.authenticate(headers)?,
             // With client certificates only, TLS has already refused whoever has none.
@@ -75,6 +92,31 @@ impl Gate {
         };
         self.limits.request(&caller.owner)?;
         Ok(caller)
+    }
+
+    fn rpc(&self, path: &str, known: bool, headers: &HeaderMap) -> Result<Caller, Status> {
+        if !known {
+            return Err(unknown_method());
+        }
+        // Whoever asks whether the server lives is never told to slow down.
+        if OPEN.iter().any(|open| path.starts_with(open)) { Ok(Caller::anonymous()) } else { self.caller(headers) }
+    }
+
+    /// What the caller has of streams goes up by one until the result is dropped.
+    fn hold(&self, class: Class, account: &Account) -> Result<Option<Held>, Status> {
+        match class {
+            Class::Call | Class::Upload => Ok(None),
+            Class::Watch => self.limits.watches.take(account, 1).map(Some),
+            Class::Download => self.download(account).map(Some),
+        }
+    }
+
+    /// The same for one download.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_DOWNLOADS`.
+    pub(super) fn download(&self, account: &Account) -> Result<Held, Status> {
+        self.limits.downloads.take(account, 1)
     }
 }
 
@@ -87,8 +129,9 @@ pub(super) fn unknown_method() -> Status {
 /// The gate, as a layer around the gRPC services.
 pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let (method, known) = gate.method(path);
-    let caller = gate.caller(path, known, request.headers());
+    let known = gate.methods.get(path).cloned();
+    let caller = gate.rpc(path, known.is_some(), request.headers());
+    let (method, class) = known.map_or_else(|| ("unknown".into(), Class::Call), |known| (known.name, known.class));
     let trace: Arc<str> = trace_id(request.headers()).into();
     let span = tracing::info_span!(
         "rpc",
@@ -96,32 +139,94 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, ne
         caller = caller.as_ref().map_or("", |caller| caller.owner.as_str()),
         trace_id = &*trace
     );
-    let record = Record { span: span.clone(), method, began: Instant::now(), code: None };
-    let response = match caller {
-        Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            request.extensions_mut().insert(TraceId(trace));
-            let received = Received::default();
-            request.extensions_mut().insert(received.clone());
-            let request = request.map(|body| received.count(body));
-            let response = next.run(request).instrument(span).await;
-            // An error before the first message has everything in the headers.
-            match Status::from_header_map(response.headers()) {
-                Some(status) if status.details().is_empty() => unreadable(status).into_http(),
-                _ => response,
-            }
+    let mut record = Record { span: span.clone(), method, began: Instant::now(), code: None };
+    let peer = request.extensions().get::<Peer>().copied();
+    let entered = caller.and_then(|caller| {
+        let account = Account::of(&caller, peer.as_ref());
+        let held = gate.hold(class, &account)?;
+        Ok((caller, account, held))
+    });
+    let (response, held) = match entered {
+        Ok((caller, account, held)) => {
+            let extensions = request.extensions_mut();
+            extensions.insert(caller);
+            extensions.insert(account);
+            extensions.insert(TraceId(trace));
+            let request = match class {
+                Class::Upload => {
+                    let received = Received::default();
+                    request.extensions_mut().insert(received.clone());
+                    request.map(|body| received.count(body))
+                }
+                // Whoever uses reflection may send the next question much later.
+                Class::Watch if request.uri().path().starts_with(REFLECTION) => request,
+                Class::Call | Class::Watch | Class::Download => request.map(Timely::wrap),
+            };
+            (in_time(request, next).instrument(span).await, held)
         }
-        Err(status) => status.into_http(),
+        Err(status) => (status.into_http(), None),
     };
     let (parts, body) = response.into_parts();
-    let mut record = record;
     // An error before the first message has its code in the headers; otherwise it comes in the trailers.
     record.code = code(&parts.headers);
-    Response::from_parts(parts, Body::new(Recorded { body, record }))
+    Response::from_parts(parts, Body::new(Recorded { body, record, _held: held }))
+}
+
+/// The response, if it begins within the client's deadline.
+async fn in_time(request: Request, next: Next) -> Response {
+    let deadline = request.headers().get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
+    let response = match deadline {
+        Some(deadline) => match tokio::time::timeout(deadline, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => {
+                let message = format!("there was no answer within the call's deadline of {deadline:?}");
+                error(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", message).into_http()
+            }
+        },
+        None => next.run(request).await,
+    };
+    // An error before the first message has everything in the headers.
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.details().is_empty() => unreadable(status).into_http(),
+        _ => response,
+    }
+}
+
+/// A deadline as gRPC over HTTP/2 writes it in `grpc-timeout`.
+pub(super) fn timeout(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if number.len() > 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 3_600)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+/// Refuses what is no gRPC call at the path of a method: a browser, curl, a form of another site's page.
+pub(super) async fn only_grpc(request: Request, next: Next) -> Response {
+    let kind = request.headers().get(http::header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        return next.run(request).await;
+    }
+    let code = if request.method() == http::Method::POST {
+        StatusCode::UNSUPPORTED_MEDIA_TYPE
+    } else {
+        StatusCode::METHOD_NOT_ALLOWED
+    };
+    let text = "this is a method of tidemill's gRPC API: call it with a gRPC or gRPC-Web client, or use the tidemill CLI\n";
+    (code, [(http::header::ALLOW, "POST")], text).into_response()
 }
 
 /// The trace id of a valid `traceparent`, or a new one.
-fn trace_id(headers: &HeaderMap) -> String {
+pub(super) fn trace_id(headers: &HeaderMap) -> String {
     let hex = |text: &str, length: usize| {
         text.len() == length
             && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
@@ -168,6 +273,8 @@ impl Drop for Record {
 struct Recorded {
     body: Body,
     record: Record,
+    /// Of the caller's streams, this one.
+    _held: Option<Held>,
 }
 
 impl HttpBody for Recorded {
@@ -195,8 +302,8 @@ impl HttpBody for Recorded {
     }
 }
 
-/// The path of every method of every service.
-fn methods() -> HashMap<String, Arc<str>> {
+/// Every method of every service, by its path.
+fn methods() -> HashMap<String, Method> {
     let sets = [pb::FILE_DESCRIPTOR_SET, tonic_health::pb::FILE_DESCRIPTOR_SET];
     let files = sets.iter().flat_map(|set| {
         prost_types::FileDescriptorSet::decode(*set).expect("a descriptor set that the build made").file
@@ -206,13 +313,19 @@ fn methods() -> HashMap<String, Arc<str>> {
         for service in &file.service {
             for method in &service.method {
                 let name = format!("{}.{}/{}", file.package(), service.name(), method.name());
-                all.insert(format!("/{name}"), name.into());
+                let class = match (method.client_streaming(), method.server_streaming()) {
+                    (true, _) => Class::Upload,
+                    (false, false) => Class::Call,
+                    (false, true) if READS.contains(&method.name()) => Class::Download,
+                    (false, true) => Class::Watch,
+                };
+                all.insert(format!("/{name}"), Method { name: name.into(), class });
             }
         }
     }
     for version in ["v1", "v1alpha"] {
-        let name = format!("grpc.reflection.{version}.ServerReflection/ServerReflectionInfo");
-        all.insert(format!("/{name}"), name.into());
+        let path = format!("{REFLECTION}{version}.ServerReflection/ServerReflectionInfo");
+        all.insert(path.clone(), Method { name: path[1..].into(), class: Class::Watch });
     }
     all
 }
@@ -252,10 +365,31 @@ mod tests {
     #[test]
     fn only_known_methods_become_labels() {
         let gate = Gate::new(None, Arc::new(Limiter::new(CallerLimits::default())));
-        let method = |path: &str| gate.method(path).0.to_string();
-        assert_eq!(method("/tidemill.v1.BatchService/GetBatch"), "tidemill.v1.BatchService/GetBatch");
-        assert_eq!(method("/grpc.health.v1.Health/Watch"), "grpc.health.v1.Health/Watch");
-        assert_eq!(method("/tidemill.v1.BatchService/Made-up"), "unknown");
+        let class = |path: &str| gate.methods.get(path).map(|method| (method.name.to_string(), method.class));
+        for (name, wanted) in [
+            ("tidemill.v1.BatchService/GetBatch", Class::Call),
+            ("tidemill.v1.BatchService/UploadFile", Class::Upload),
+            ("tidemill.v1.BatchService/WatchBatch", Class::Watch),
+            ("tidemill.v1.BatchService/WatchBatches", Class::Watch),
+            ("tidemill.v1.BatchService/StreamResults", Class::Download),
+            ("tidemill.v1.BatchService/DownloadFile", Class::Download),
+            ("grpc.health.v1.Health/Watch", Class::Watch),
+            ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Class::Watch),
+        ] {
+            assert_eq!(class(&format!("/{name}")), Some((name.to_owned(), wanted)));
+        }
+        assert_eq!(class("/tidemill.v1.BatchService/Made-up"), None);
+    }
+
+    #[test]
+    fn deadlines_are_read_as_grpc_writes_them() {
+        assert_eq!(timeout("10S"), Some(Duration::from_secs(10)));
+        assert_eq!(timeout("1000m"), Some(Duration::from_secs(1)));
+        assert_eq!(timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3_600)));
+        assert_eq!(timeout("0n"), Some(Duration::ZERO));
+        for bad in ["", "S", "10", "10s", "-1S", "+1S", "999999999S", "1.5S", "1é"] {
+            assert_eq!(timeout(bad), None, "{bad}");
+        }
     }
 
     #[test]
@@ -264,7 +398,7 @@ mod tests {
         metrics::with_local_recorder(&recorder, || {
             let gate = Gate::new(None, Arc::new(Limiter::new(CallerLimits::default())));
             for code in [Some(Code::Ok), Some(Code::NotFound), Some(Code::NotFound), None] {
-                let (method, _) = gate.method("/tidemill.v1.BatchService/GetBatch");
+                let method = gate.methods["/tidemill.v1.BatchService/GetBatch"].name.clone();
                 drop(Record { span: Span::none(), method, began: Instant::now(), code });
             }
         });

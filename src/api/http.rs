@@ -1,50 +1,74 @@
-//! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus.
+//! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus, and for files. Every request passes a gate as
+//! every RPC does: who calls, a span, a count and a time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
 
 use axum::{
-    Router,
+    Extension, Router,
+    body::{Body, HttpBody},
     extract::{Request, State},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
-use http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
+use http::{StatusCode, header};
+use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tracing::{Instrument, Span};
 
 use super::{
     Services,
-    auth::{Role, Tokens},
+    auth::Caller,
     downloads,
-    gate::unknown_method,
+    gate::{Gate, TraceId, trace_id, unknown_method},
     limits::Limiter,
+    peer::Peer,
+    quota::{Account, Held},
     service::Api,
 };
 
 /// How long the database may take to answer before this node counts as not ready.
 const READY_WITHIN: Duration = Duration::from_secs(2);
+/// Counts requests that have ended, by `route` and `status`.
+const REQUESTS: &str = "tidemill_http_requests_total";
+/// Seconds that requests took, downloads to their end, by `route` and `status`.
+const SECONDS: &str = "tidemill_http_request_seconds";
+/// What this server is, for whoever expects another.
+const NOTHING: &str = "this is tidemill, a batch server with a gRPC API. It does not speak OpenAI's HTTP API: use the \
+                       tidemill CLI or a gRPC client. Over plain HTTP there are /healthz, /readyz, /metrics, \
+                       /v1/files/FILE/content, /v1/batches/BATCH/results and /v1/batches/BATCH/errors, all for GET\n";
 
 struct Http {
     services: Services,
-    tokens: Option<Tokens>,
     shutdown: CancellationToken,
 }
 
 /// The routes, and what answers where there is none.
 pub(super) fn routes(
     services: Services,
-    tokens: Option<Tokens>,
+    gate: Arc<Gate>,
     limits: Arc<Limiter>,
     shutdown: CancellationToken,
 ) -> Router {
-    let api = Api { services: services.clone(), limits, shutdown: shutdown.clone() };
-    let downloads = downloads::routes(api, tokens.clone());
+    metrics::describe_counter!(REQUESTS, "HTTP requests that have ended, by route and status");
+    metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, "how long HTTP requests took, downloads to their end");
+    let api = Api::new(services.clone(), None, limits, shutdown.clone());
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .fallback(nothing)
-        .with_state(Arc::new(Http { services, tokens, shutdown }))
-        .merge(downloads)
+        .with_state(Arc::new(Http { services, shutdown: shutdown.clone() }))
+        .merge(downloads::routes(api))
+        .method_not_allowed_fallback(async || (StatusCode::METHOD_NOT_ALLOWED, NOTHING))
+        .layer(middleware::from_fn_with_state((gate, shutdown), pass))
 }
 
 /// Whether this node can take work.
@@ -62,11 +86,9 @@ async fn ready(State(http): State<Arc<Http>>) -> Response {
     }
 }
 
-async fn metrics(State(http): State<Arc<Http>>, headers: HeaderMap) -> Response {
-    match downloads::caller(http.tokens.as_ref(), &headers) {
-        Ok(caller) if caller.role == Role::Admin => {}
-        Ok(_) => return (StatusCode::FORBIDDEN, "metrics need a token with the role admin\n").into_response(),
-        Err(refused) => return downloads::tell(&refused),
+async fn metrics(State(http): State<Arc<Http>>, Extension(caller): Extension<Caller>) -> Response {
+    if let Err(refused) = caller.require_admin() {
+        return downloads::tell(&refused);
     }
     let text = (http.services.metrics)();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
@@ -81,5 +103,143 @@ async fn nothing(request: Request) -> Response {
     if grpc {
         return unknown_method().into_http();
     }
-    (StatusCode::NOT_FOUND, "nothing here but gRPC, /healthz, /readyz, /metrics and files below /v1\n").into_response()
+    (StatusCode::NOT_FOUND, NOTHING).into_response()
+}
+
+/// What a path is to the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Anybody may ask, as often as they like.
+    Open,
+    /// Whoever asks must be known.
+    Known,
+    /// The same, and they have only so many at a time.
+    Download,
+}
+
+/// The route of a path, as a label, and what it is. A client must not be able to make up new labels.
+fn route_of(path: &str) -> (&'static str, Kind) {
+    let mut parts = path.split('/').skip(1);
+    match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some("healthz"), None, ..) => ("/healthz", Kind::Open),
+        (Some("readyz"), None, ..) => ("/readyz", Kind::Open),
+        (Some("metrics"), None, ..) => ("/metrics", Kind::Known),
+        (Some("v1"), Some("files"), Some(_), Some("content"), None) => ("/v1/files/{file}/content", Kind::Download),
+        (Some("v1"), Some("batches"), Some(_), Some("results"), None) => ("/v1/batches/{batch}/results", Kind::Download),
+        (Some("v1"), Some("batches"), Some(_), Some("errors"), None) => ("/v1/batches/{batch}/errors", Kind::Download),
+        _ => ("other", Kind::Open),
+    }
+}
+
+/// The gate, as a layer around everything that is not gRPC.
+async fn pass(
+    State((gate, shutdown)): State<(Arc<Gate>, CancellationToken)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let (route, kind) = route_of(request.uri().path());
+    let caller = match kind {
+        Kind::Open => Ok(Caller::anonymous()),
+        Kind::Known | Kind::Download if shutdown.is_cancelled() => Err(super::status::shutting_down()),
+        Kind::Known | Kind::Download => gate.caller(request.headers()),
+    };
+    let trace: Arc<str> = trace_id(request.headers()).into();
+    let span = tracing::info_span!(
+        "http",
+        method = %request.method(),
+        route,
+        caller = caller.as_ref().map_or("", |caller| caller.owner.as_str()),
+        trace_id = &*trace
+    );
+    let mut record = Record { span: span.clone(), route, began: Instant::now(), status: None, ended: false };
+    let peer = request.extensions().get::<Peer>().copied();
+    let entered = caller.and_then(|caller| {
+        let account = Account::of(&caller, peer.as_ref());
+        let held = if kind == Kind::Download { Some(gate.download(&account)?) } else { None };
+        Ok::<_, Status>((caller, account, held))
+    });
+    let (response, held) = match entered {
+        Ok((caller, account, held)) => {
+            let extensions = request.extensions_mut();
+            extensions.insert(caller);
+            extensions.insert(account);
+            extensions.insert(TraceId(trace));
+            (next.run(request).instrument(span).await, held)
+        }
+        Err(refused) => (downloads::tell(&refused), None),
+    };
+    record.status = Some(response.status());
+    response.map(|body| {
+        record.ended = body.is_end_stream();
+        Body::new(Recorded { body, record, _held: held })
+    })
+}
+
+/// Reports a request when it is dropped, however it ended.
+struct Record {
+    span: Span,
+    route: &'static str,
+    began: Instant,
+    /// None: there was no response yet when the client went away.
+    status: Option<StatusCode>,
+    /// The body came to its end.
+    ended: bool,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        // What nginx writes for a client that has gone.
+        let status = self.status.filter(|_| self.ended).map_or(499, |status| status.as_u16());
+        let elapsed = self.began.elapsed();
+        let labels = [("route", self.route.to_owned()), ("status", status.to_string())];
+        metrics::counter!(REQUESTS, &labels).increment(1);
+        metrics::histogram!(SECONDS, &labels).record(elapsed.as_secs_f64());
+        let _entered = self.span.enter();
+        tracing::debug!(status, ?elapsed, "http request ended");
+    }
+}
+
+/// A response body that is looked at for its end.
+struct Recorded {
+    body: Body,
+    record: Record,
+    /// Of the caller's downloads, this one.
+    _held: Option<Held>,
+}
+
+impl HttpBody for Recorded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = &mut *self;
+        let _entered = this.record.span.enter();
+        let polled = Pin::new(&mut this.body).poll_frame(cx);
+        this.record.ended |= matches!(polled, Poll::Ready(None)) || this.body.is_end_stream();
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_known_routes_become_labels() {
+        assert_eq!(route_of("/healthz"), ("/healthz", Kind::Open));
+        assert_eq!(route_of("/metrics"), ("/metrics", Kind::Known));
+        assert_eq!(route_of("/v1/files/file-1/content"), ("/v1/files/{file}/content", Kind::Download));
+        assert_eq!(route_of("/v1/batches/b/results"), ("/v1/batches/{batch}/results", Kind::Download));
+        for other in ["/", "", "/v1/files", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"] {
+            assert_eq!(route_of(other), ("other", Kind::Open), "{other}");
+        }
+    }
 }

@@ -2,23 +2,18 @@
 //!
 //! Each server counts for itself and forgets at a restart. Queued lines are counted in the database, for all servers.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::status::retry;
+use super::{
+    pace::Received,
+    places::{Place, Uploads},
+    quota::{Account, Held, Kind, Quota},
+    status::retry,
+};
 
 /// The span of the byte limit.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -28,6 +23,35 @@ const BURST_SECONDS: f64 = 2.0;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long to wait before trying again what waits for others to end.
 const LATER: Duration = Duration::from_secs(10);
+/// The same where others end all the time.
+const SOON: Duration = Duration::from_secs(1);
+/// Bytes of waiting `Infer` requests that one caller may have in this server's memory.
+const INFER_BYTES: u64 = 256 * 1024 * 1024;
+
+const WATCHES: Kind = Kind {
+    reason: "TOO_MANY_WATCHES",
+    what: "streams that watch",
+    advice: "end some, or ask for a higher --limit-watches",
+    again: LATER,
+};
+const DOWNLOADS: Kind = Kind {
+    reason: "TOO_MANY_DOWNLOADS",
+    what: "downloads and result streams",
+    advice: "end some, or ask for a higher --limit-downloads",
+    again: LATER,
+};
+const INFERS: Kind = Kind {
+    reason: "TOO_MANY_INFER_CALLS",
+    what: "Infer calls",
+    advice: "end some, or ask for a higher --limit-infer-calls",
+    again: SOON,
+};
+const INFER_MEMORY: Kind = Kind {
+    reason: "TOO_MANY_INFER_BYTES",
+    what: "bytes of Infer requests",
+    advice: "wait for some to end",
+    again: SOON,
+};
 
 /// What one token name may ask of one server; 0 stands for no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +64,25 @@ pub struct CallerLimits {
     pub queued_lines: u64,
     /// Uploads at a time, of all callers together; the next ones wait. Each holds up to 12 MB of memory.
     pub concurrent_uploads: u32,
+    /// `Infer` calls of one caller at a time, waiting and running.
+    pub infer_calls: u32,
+    /// Streams of one caller that watch batches, health or reflection.
+    pub watches: u32,
+    /// Downloads and result streams of one caller, over gRPC and HTTP.
+    pub downloads: u32,
 }
 
 impl Default for CallerLimits {
     fn default() -> Self {
-        Self { requests_per_second: 0, bytes_per_day: 0, queued_lines: 0, concurrent_uploads: 64 }
+        Self {
+            requests_per_second: 0,
+            bytes_per_day: 0,
+            queued_lines: 0,
+            concurrent_uploads: 64,
+            infer_calls: 1_000,
+            watches: 10_000,
+            downloads: 200,
+        }
     }
 }
 
@@ -87,7 +125,7 @@ impl Rate {
 }
 
 #[derive(Clone, Copy)]
-struct Account {
+struct Buckets {
     requests: Bucket,
     bytes: Bucket,
 }
@@ -99,26 +137,30 @@ pub(super) struct Limiter {
     bytes: Rate,
     began: Instant,
     /// By token name: there are as many as the token file has.
-    accounts: Mutex<HashMap<String, Account>>,
-    uploads: Arc<Semaphore>,
-    /// Uploads that wait for their turn.
-    waiting: AtomicUsize,
+    accounts: Mutex<HashMap<String, Buckets>>,
+    uploads: Arc<Uploads>,
+    infers: Arc<Quota>,
+    infer_bytes: Arc<Quota>,
+    pub(super) watches: Arc<Quota>,
+    pub(super) downloads: Arc<Quota>,
 }
 
-/// An upload waits for its turn for as long as this is there.
-struct Waits<'a>(&'a AtomicUsize);
-
-impl<'a> Waits<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
+/// Work that a call makes: every way to make some passes [`Limiter::admit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// A batch of a file that is there.
+    Batch,
+    /// A batch of lines that the server writes to a file of its own first: so many bytes.
+    Lines(u64),
+    /// A request that runs at once: so many bytes.
+    Now(u64),
 }
 
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+/// What a call holds while it makes its work.
+#[derive(Default)]
+pub(super) struct Admitted {
+    _place: Option<Place>,
+    _held: [Option<Held>; 2],
 }
 
 impl Limiter {
@@ -131,22 +173,25 @@ impl Limiter {
             bytes: Rate { per_second: per_day / DAY.as_secs_f64(), most: per_day },
             began: Instant::now(),
             accounts: Mutex::default(),
-            uploads: Arc::new(Semaphore::new(limits.concurrent_uploads.max(1) as usize)),
-            waiting: AtomicUsize::new(0),
+            uploads: Uploads::new(limits.concurrent_uploads as usize),
+            infers: Quota::new(limits.infer_calls.into(), INFERS),
+            infer_bytes: Quota::new(INFER_BYTES, INFER_MEMORY),
+            watches: Quota::new(limits.watches.into(), WATCHES),
+            downloads: Quota::new(limits.downloads.into(), DOWNLOADS),
         }
     }
 
     fn take(
         &self,
         owner: &str,
-        take: impl FnOnce(&mut Account, Duration) -> Result<(), Duration>,
+        take: impl FnOnce(&mut Buckets, Duration) -> Result<(), Duration>,
     ) -> Result<(), Duration> {
         let now = self.began.elapsed();
         let mut accounts = self.accounts.lock();
         if let Some(account) = accounts.get_mut(owner) {
             return take(account, now);
         }
-        let mut account = Account { requests: self.requests.full(now), bytes: self.bytes.full(now) };
+        let mut account = Buckets { requests: self.requests.full(now), bytes: self.bytes.full(now) };
         let taken = take(&mut account, now);
         accounts.insert(owner.to_owned(), account);
         taken
@@ -171,7 +216,7 @@ impl Limiter {
     /// # Errors
     /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_BYTES`, with when to try again.
     #[allow(clippy::cast_precision_loss)]
-    pub(super) fn bytes(&self, owner: &str, bytes: usize) -> Result<(), Status> {
+    pub(super) fn bytes(&self, owner: &str, bytes: u64) -> Result<(), Status> {
         if self.limits.bytes_per_day == 0 {
             return Ok(());
         }
@@ -181,9 +226,9 @@ impl Limiter {
         })
     }
 
-    /// Whether queued lines are to be counted at all.
-    pub(super) fn counts_lines(&self) -> bool {
-        self.limits.queued_lines > 0
+    /// The most lines that one caller may have queued, if that is limited.
+    pub(super) fn most_lines(&self) -> Option<i64> {
+        (self.limits.queued_lines > 0).then(|| i64::try_from(self.limits.queued_lines).unwrap_or(i64::MAX))
     }
 
     /// Whether so many lines may be added to those that are queued.
@@ -191,38 +236,65 @@ impl Limiter {
     /// # Errors
     /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_QUEUED_LINES`.
     pub(super) fn lines(&self, queued: i64, added: i64) -> Result<(), Status> {
-        let most = i64::try_from(self.limits.queued_lines).unwrap_or(i64::MAX);
-        if !self.counts_lines() || queued.saturating_add(added) <= most {
-            return Ok(());
+        match self.most_lines() {
+            Some(most) if queued.saturating_add(added) > most => Err(too_many_lines(queued, added, most)),
+            Some(_) | None => Ok(()),
         }
-        let message = format!(
-            "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
-        );
-        Err(refused("TOO_MANY_QUEUED_LINES", message, LATER))
+    }
+
+    /// Lets a call make work: counts its bytes and waits for an upload's turn where it writes a file, as an upload would.
+    ///
+    /// # Errors
+    /// `RESOURCE_EXHAUSTED`: the caller has too much already.
+    pub(super) async fn admit(&self, owner: &str, account: &Account, work: Work) -> Result<Admitted, Status> {
+        match work {
+            Work::Batch => Ok(Admitted::default()),
+            Work::Lines(bytes) => {
+                let place = self.upload(account, None).await?;
+                self.bytes(owner, bytes)?;
+                Ok(Admitted { _place: Some(place), ..Admitted::default() })
+            }
+            Work::Now(bytes) => {
+                let held = [self.infers.take(account, 1)?, self.infer_bytes.take(account, bytes)?];
+                self.bytes(owner, bytes)?;
+                Ok(Admitted { _held: held.map(Some), ..Admitted::default() })
+            }
+        }
     }
 
     /// Whether uploads wait for their turn.
     pub(super) fn is_crowded(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
+        self.uploads.is_crowded()
     }
 
     /// Waits for an upload's turn. Until then nothing of it is read: the client is held back by flow control.
     ///
     /// # Errors
     /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_UPLOADS`, if it does not come.
-    pub(super) async fn upload(&self) -> Result<OwnedSemaphorePermit, Status> {
-        let _waits = Waits::new(&self.waiting);
-        match tokio::time::timeout(PATIENCE, self.uploads.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) | Err(_) => {
-                let message = format!("{} uploads are under way; try again", self.limits.concurrent_uploads);
-                Err(refused("TOO_MANY_UPLOADS", message, LATER))
-            }
-        }
+    pub(super) async fn upload(&self, account: &Account, received: Option<Received>) -> Result<Place, Status> {
+        self.uploads.enter(account, received, PATIENCE).await.ok_or_else(|| {
+            let message = format!("{} uploads are under way; try again", self.limits.concurrent_uploads);
+            refused("TOO_MANY_UPLOADS", message, LATER)
+        })
     }
 }
 
-fn refused(reason: &'static str, message: String, wait: Duration) -> Status {
+/// An upload had to make place for somebody with fewer.
+pub(super) fn gave_way() -> Status {
+    let message = "others wait to upload, and you have more uploads under way than they: this one, the slowest, had to make \
+                   place; send it again, fewer at a time";
+    refused("UPLOAD_GAVE_WAY", message.to_owned(), LATER)
+}
+
+/// A caller would have too many lines queued.
+pub(super) fn too_many_lines(queued: i64, added: i64, most: i64) -> Status {
+    let message = format!(
+        "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
+    );
+    refused("TOO_MANY_QUEUED_LINES", message, LATER)
+}
+
+pub(super) fn refused(reason: &'static str, message: String, wait: Duration) -> Status {
     metrics::counter!("tidemill_refused_total", "reason" => reason).increment(1);
     retry(Code::ResourceExhausted, reason, message, wait.max(Duration::from_millis(1)))
 }
@@ -271,8 +343,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn callers_do_not_pay_for_each_other() {
-        let limits =
-            CallerLimits { requests_per_second: 3, bytes_per_day: 86_400, queued_lines: 10, concurrent_uploads: 1 };
+        let limits = CallerLimits {
+            requests_per_second: 3,
+            bytes_per_day: 86_400,
+            queued_lines: 10,
+            concurrent_uploads: 1,
+            ..CallerLimits::default()
+        };
         let limiter = Limiter::new(limits);
         for _ in 0..6 {
             limiter.request("ana").unwrap();
@@ -288,10 +365,16 @@ mod tests {
         limiter.bytes("ana", 100).unwrap();
         limiter.lines(4, 6).unwrap();
         limiter.lines(4, 7).unwrap_err();
-        let first = limiter.upload().await.unwrap();
-        assert_eq!(limiter.upload().await.unwrap_err().code(), Code::ResourceExhausted);
+        let ana = Account::of(&crate::api::Caller { owner: "ana".into(), ..crate::api::Caller::anonymous() }, None);
+        let first = limiter.upload(&ana, None).await.unwrap();
+        let refusal = limiter.upload(&ana, None).await.map(drop).unwrap_err();
+        assert_eq!(refusal.code(), Code::ResourceExhausted);
+        // What the server writes for a call waits for a turn too.
+        assert!(limiter.admit("ana", &ana, Work::Lines(1)).await.is_err());
         drop(first);
-        drop(limiter.upload().await.unwrap());
+        drop(limiter.admit("ana", &ana, Work::Lines(1)).await.unwrap());
+        let refusal = limiter.admit("ana", &ana, Work::Now(1_000)).await.map(drop).unwrap_err();
+        assert!(refusal.message().contains("bytes uploaded in a day"), "{refusal:?}");
     }
 
     #[test]
@@ -299,7 +382,7 @@ mod tests {
         let limiter = Limiter::new(CallerLimits::default());
         for _ in 0..10_000 {
             limiter.request("").unwrap();
-            limiter.bytes("", usize::MAX / 2).unwrap();
+            limiter.bytes("", u64::MAX / 2).unwrap();
         }
         limiter.lines(i64::MAX, i64::MAX).unwrap();
     }

@@ -1,25 +1,31 @@
 //! gRPC and HTTP on one port: request to domain call to response. What is decided is decided elsewhere.
 //!
-//! - [`serve`] assembles the server and stops it in order.
+//! - [`serve`] assembles the server and stops it in order. `listener` takes the connections and ends them.
+//! - `hosts`: by which names the server may be called, and from which web pages.
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
-//! - `auth`: access tokens and roles. `limits`: how much a caller may ask. `pace`: how slow an upload may be.
+//! - `auth`: access tokens and roles. `limits`: how much a caller may ask; `quota`, `places`: how much of it at a time.
+//!   `pace`: how slow an upload may be. `peer`: who is at the other end of a connection.
 //! - `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
 //! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`. `downloads`: files over plain HTTP.
 
 mod auth;
 mod batches;
-mod connection;
 mod convert;
 mod downloads;
 mod files;
 mod gate;
 mod health;
+mod hosts;
 mod http;
 mod limits;
+mod listener;
 mod pace;
 #[doc(hidden)]
 pub mod page;
+mod peer;
+mod places;
+mod quota;
 mod server;
 mod service;
 mod status;

@@ -6,13 +6,17 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use axum::body::{Body, HttpBody};
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tonic::Code;
+
+use super::status::error;
 
 /// An upload that the server has waited so long for is given up: it holds temporary files, too.
 pub(super) const IDLE: Duration = Duration::from_secs(300);
@@ -20,6 +24,12 @@ pub(super) const IDLE: Duration = Duration::from_secs(300);
 pub(super) const CROWDED: Duration = Duration::from_secs(10);
 /// Bytes that make good for a second's wait: slower than any line, so that only who hardly sends at all is meant.
 const LEAST: u64 = 1024;
+/// How long an upload may take in all: as long as a file may be on its way, however fast it comes.
+pub(super) const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the message of a call that is no upload may take to come, at the least rate.
+const MESSAGE_GRACE: Duration = Duration::from_secs(10);
+/// The same at any rate: enough for the largest message over a line of 300 kbit/s.
+const MESSAGE_LONGEST: Duration = Duration::from_secs(120);
 /// How often is looked, at least.
 pub(super) const LOOK: Duration = Duration::from_secs(1);
 
@@ -50,6 +60,11 @@ pub(super) struct Received(Arc<AtomicU64>);
 impl Received {
     pub(super) fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(bytes: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(bytes)))
     }
 
     /// The body, counted.
@@ -86,8 +101,59 @@ impl HttpBody for Counted {
     }
 }
 
+/// The body of a call whose message must come in time: a client can't keep a call open by sending a byte now and then.
+pub(super) struct Timely {
+    body: Body,
+    came: u64,
+    began: Instant,
+    /// Made when the body first has to be waited for.
+    over: Option<Pin<Box<Sleep>>>,
+}
+
+impl Timely {
+    pub(super) fn wrap(body: Body) -> Body {
+        Body::new(Self { body, came: 0, began: Instant::now(), over: None })
+    }
+
+    fn until(&self) -> Instant {
+        self.began + (MESSAGE_GRACE + Duration::from_secs(self.came / LEAST)).min(MESSAGE_LONGEST)
+    }
+}
+
+impl HttpBody for Timely {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            if let Some(Ok(frame)) = &frame {
+                this.came += frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+            return Poll::Ready(frame);
+        }
+        let until = this.until();
+        let over = this.over.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if over.deadline() != until {
+            over.as_mut().reset(until);
+        }
+        ready!(over.as_mut().poll(cx));
+        let message = "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
+        Poll::Ready(Some(Err(axum::Error::new(error(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", message)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt;
     use proptest::prelude::*;
 
     use super::*;
@@ -123,6 +189,30 @@ mod tests {
         // But nothing is saved up for later.
         pace.came(Duration::from_secs(300), 0);
         assert!(pace.is_over(false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_trickles_is_given_up_and_a_slow_one_is_not() {
+        let body = |bytes: usize| {
+            let pieces = futures::stream::repeat(()).then(move |()| async move {
+                tokio::time::sleep(SECOND).await;
+                Ok::<_, std::io::Error>(Bytes::from(vec![0; bytes]))
+            });
+            Timely::wrap(Body::from_stream(pieces)).into_data_stream()
+        };
+        for (bytes, wanted) in [(1, 10), (512, 19), (4_096, 120)] {
+            let began = Instant::now();
+            let mut body = body(bytes);
+            let error = loop {
+                if let Err(error) = body.next().await.unwrap() {
+                    break error;
+                }
+            };
+            assert_eq!(began.elapsed().as_secs(), wanted, "{bytes}");
+            let status = tonic::Status::from_error(error.into());
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+            assert!(!status.details().is_empty());
+        }
     }
 
     proptest! {

@@ -3,26 +3,21 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{Router, middleware};
-use futures::StreamExt;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    codec::CompressionEncoding,
-    service::Routes,
-    transport::{Certificate, Identity, Server, ServerTlsConfig},
-};
+use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{ServingStatus, pb::health_server::HealthServer, server::HealthReporter};
 use tonic_web::GrpcWebLayer;
 
 use super::{
     MESSAGE_LIMIT, Services,
     auth::Tokens,
-    connection::Connection,
     gate::{self, Gate},
     health::{self, Healthy},
+    hosts::{self, Hosts},
     http,
     limits::{CallerLimits, Limiter},
+    listener::{self, Listener},
     service::Api,
     webhook_admin::Admin,
     workers::Workers,
@@ -32,18 +27,6 @@ use crate::pb::{
     worker_admin_server::WorkerAdminServer,
 };
 
-/// A silent connection is asked whether it still lives this often, and cut if no answer comes in this time.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
-/// RPCs at a time on one connection.
-const STREAMS: u32 = 1_024;
-/// What one upload may send ahead, and all on one connection together: 15 that stand still don't stop the sixteenth.
-const WINDOWS: (u32, u32) = (1024 * 1024, 16 * 1024 * 1024);
-/// The most bytes of a frame: with HTTP/2's least of 16 KiB an upload would be read in as many pieces.
-const FRAME: u32 = 256 * 1024;
-/// The most bytes of a request's headers.
-const HEADERS: u32 = 16 * 1024;
-/// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long connections that were cut have to notice.
 const CUT: Duration = Duration::from_secs(1);
 
@@ -75,6 +58,10 @@ pub struct ServerOptions {
     pub drain_timeout: Duration,
     /// How much one caller may ask.
     pub limits: CallerLimits,
+    /// Connections at a time; none: half of the descriptors that the process may have, at most 10,000.
+    pub max_connections: Option<u32>,
+    /// Names, besides addresses and local names, by which clients may call a server without access tokens.
+    pub public_hosts: Vec<String>,
 }
 
 impl Default for ServerOptions {
@@ -86,6 +73,8 @@ impl Default for ServerOptions {
             max_connection_age: Some(Duration::from_secs(30 * 60)),
             drain_timeout: Duration::from_secs(10),
             limits: CallerLimits::default(),
+            max_connections: None,
+            public_hosts: Vec::new(),
         }
     }
 }
@@ -97,7 +86,7 @@ impl ServerOptions {
     /// [`ServeError`] if they can't be used.
     pub async fn check(&self) -> Result<(), ServeError> {
         if let Some(files) = &self.tls {
-            Server::builder().tls_config(tls(files).await?)?;
+            listener::tls::acceptor(files).await?;
         }
         Ok(())
     }
@@ -114,23 +103,17 @@ pub enum ServeError {
         /// Why.
         source: std::io::Error,
     },
-    /// The transport failed; most often the TLS files are not what they should be.
-    #[error("the server failed: {}", chain(.0))]
-    Transport(#[from] tonic::transport::Error),
+    /// A TLS file is not what it should be.
+    #[error("{}: {problem}", path.display())]
+    Tls {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The descriptors for reflection are broken.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-}
-
-/// tonic's own message is just "transport error".
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// Serves gRPC and HTTP on `listener` until `shutdown`, then in this order: health says NOT_SERVING, streams that would not
@@ -140,70 +123,48 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// # Errors
 /// [`ServeError`].
 pub async fn serve(
-    listener: TcpListener,
+    socket: TcpListener,
     services: Services,
     options: ServerOptions,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let reporter = HealthReporter::new();
     let not_serving = CancellationToken::new();
-    let routes =
-        routes(services, options.rpcs, options.tokens.clone(), options.limits, &reporter, &not_serving, &shutdown)?;
-    let mut server = Server::builder()
-        .accept_http1(true)
-        .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .max_concurrent_streams(STREAMS)
-        .initial_stream_window_size(WINDOWS.0)
-        .initial_connection_window_size(WINDOWS.1)
-        .max_frame_size(FRAME)
-        .http2_max_header_list_size(HEADERS);
-    if let Some(age) = options.max_connection_age {
-        server = server.max_connection_age(age.mul_f64(rand::random_range(0.9..1.1)));
-    }
-    if let Some(files) = &options.tls {
-        server = server.tls_config(tls(files).await?)?;
-    }
-    let cut = CancellationToken::new();
-    let connections = TcpListenerStream::new(listener).map({
-        let cut = cut.clone();
-        move |tcp| {
-            tcp.and_then(|tcp| {
-                tcp.set_nodelay(true)?;
-                Ok(Connection::new(tcp, cut.clone()))
-            })
-        }
-    });
+    let routes = routes(services, &options, &reporter, &not_serving, &shutdown)?;
+    let tls = match &options.tls {
+        Some(files) => Some(listener::tls::acceptor(files).await?),
+        None => None,
+    };
+    let listening = listener::Options {
+        max_connections: options.max_connections,
+        max_age: options.max_connection_age,
+        tls,
+    };
+    let listener = Listener::new(routes, listening);
     health::set(&reporter, ServingStatus::Serving).await;
-    let stop = async {
+    let stop = CancellationToken::new();
+    let told = async {
         shutdown.cancelled().await;
         health::set(&reporter, ServingStatus::NotServing).await;
         not_serving.cancel();
+        stop.cancel();
     };
-    let serving = server.add_routes(Routes::from(routes)).serve_with_incoming_shutdown(connections, stop);
-    let mut serving = std::pin::pin!(serving);
-    let deadline = async {
-        shutdown.cancelled().await;
-        tokio::time::sleep(options.drain_timeout).await;
-    };
-    tokio::select! {
-        ended = &mut serving => return Ok(ended?),
-        () = deadline => {}
+    tokio::join!(listener.run(socket, stop.clone()), told);
+    if tokio::time::timeout(options.drain_timeout, listener.ended()).await.is_ok() {
+        return Ok(());
     }
     tracing::warn!("some RPCs have not ended within {:?} and are cut off", options.drain_timeout);
-    cut.cancel();
-    match tokio::time::timeout(CUT, serving).await {
-        Ok(ended) => Ok(ended?),
-        Err(_) => Ok(()),
+    listener.cut();
+    if tokio::time::timeout(CUT, listener.ended()).await.is_err() {
+        tracing::warn!("some connections have not noticed that they were cut off");
     }
+    Ok(())
 }
 
 /// Everything on the port.
 fn routes(
     services: Services,
-    rpcs: bool,
-    tokens: Option<Tokens>,
-    limits: CallerLimits,
+    options: &ServerOptions,
     reporter: &HealthReporter,
     not_serving: &CancellationToken,
     shutdown: &CancellationToken,
@@ -225,12 +186,14 @@ fn routes(
             .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let limits = Arc::new(Limiter::new(limits));
-    let batches = Api { services: services.clone(), limits: limits.clone(), shutdown: shutdown.clone() };
+    let tokens = options.tokens.clone();
+    let limits = Arc::new(Limiter::new(options.limits));
+    let batches = Api::new(services.clone(), tokens.as_ref(), limits.clone(), shutdown.clone());
+    let gate = Arc::new(Gate::new(tokens, limits.clone()));
     let workers = Workers { fleet: services.fleet.clone(), stages: services.stages.clone() };
     let hooks = Admin { webhooks: services.webhooks.clone() };
     let mut grpc = Routes::new(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())));
-    if rpcs {
+    if options.rpcs {
         grpc = grpc
             .add_service(sized!(BatchServiceServer::new(batches)))
             .add_service(sized!(WorkerAdminServer::new(workers)))
@@ -241,20 +204,11 @@ fn routes(
         .add_service(reflection().build_v1alpha()?)
         .into_axum_router()
         .reset_fallback()
-        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(tokens.clone(), limits.clone())), gate::pass))
+        .layer(middleware::from_fn_with_state(gate.clone(), gate::pass))
         // Outside the gate, so that a browser is told of refusals in its own way.
-        .layer(GrpcWebLayer::new());
-    Ok(grpc.merge(http::routes(services, tokens, limits, shutdown.clone())))
-}
-
-async fn tls(files: &TlsFiles) -> Result<ServerTlsConfig, ServeError> {
-    async fn read(path: &PathBuf) -> Result<Vec<u8>, ServeError> {
-        tokio::fs::read(path).await.map_err(|source| ServeError::TlsFile { path: path.clone(), source })
-    }
-    let identity = Identity::from_pem(read(&files.cert).await?, read(&files.key).await?);
-    let mut config = ServerTlsConfig::new().identity(identity).timeout(HANDSHAKE);
-    if let Some(ca) = &files.client_ca {
-        config = config.client_ca_root(Certificate::from_pem(read(ca).await?));
-    }
-    Ok(config)
+        .layer(GrpcWebLayer::new())
+        .layer(middleware::from_fn(gate::only_grpc));
+    let hosts = Hosts::new(&options.public_hosts, options.tokens.is_some(), options.tls.is_some());
+    let all = grpc.merge(http::routes(services, gate, limits, shutdown.clone()));
+    Ok(all.layer(middleware::from_fn_with_state(Arc::new(hosts), hosts::pass)))
 }

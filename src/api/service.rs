@@ -6,16 +6,39 @@ use futures::stream::BoxStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Services, auth::Caller, files::Incoming, limits::Limiter, pace::Received};
-use crate::pb::{self, batch_service_server::BatchService};
+use super::{
+    Services,
+    auth::{Caller, Tokens},
+    files::Incoming,
+    limits::Limiter,
+    pace::Received,
+    quota::Account,
+};
+use crate::{
+    domain::Weights,
+    pb::{self, batch_service_server::BatchService},
+};
 
 /// Files, batches, live progress and results.
 pub(super) struct Api {
     pub(super) services: Services,
     /// How much one caller may ask.
     pub(super) limits: Arc<Limiter>,
+    /// How large the callers' shares of the workers are.
+    pub(super) weights: Weights,
     /// Ends streams that would not end by themselves.
     pub(super) shutdown: CancellationToken,
+}
+
+impl Api {
+    pub(super) fn new(
+        services: Services,
+        tokens: Option<&Tokens>,
+        limits: Arc<Limiter>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self { services, limits, weights: tokens.map(Tokens::weights).unwrap_or_default(), shutdown }
+    }
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -23,6 +46,12 @@ type Events<T> = BoxStream<'static, Result<T, Status>>;
 
 fn open<T>(request: Request<T>) -> Result<(Caller, T), Status> {
     Ok((Caller::of(&request)?, request.into_inner()))
+}
+
+/// Whom the request counts for. Every request that passes the gate has one.
+fn account<T>(request: &Request<T>) -> Result<Account, Status> {
+    let account = request.extensions().get::<Account>().cloned();
+    account.map_or_else(|| Ok(Account::of(&Caller::of(request)?, None)), Ok)
 }
 
 #[tonic::async_trait]
@@ -34,8 +63,9 @@ impl BatchService for Api {
 
     async fn upload_file(&self, request: Request<Streaming<pb::UploadFileRequest>>) -> Reply<pb::File> {
         let received = request.extensions().get::<Received>().cloned().unwrap_or_default();
+        let account = account(&request)?;
         let (caller, messages) = open(request)?;
-        self.upload(&caller, Incoming::new(messages, received)).await.map(Response::new)
+        self.upload(&caller, &account, Incoming::new(messages, received)).await.map(Response::new)
     }
 
     async fn get_file(&self, request: Request<pb::GetFileRequest>) -> Reply<pb::File> {
@@ -59,8 +89,9 @@ impl BatchService for Api {
     }
 
     async fn create_batch(&self, request: Request<pb::CreateBatchRequest>) -> Reply<pb::Batch> {
+        let account = account(&request)?;
         let (caller, request) = open(request)?;
-        self.create(&caller, request).await.map(Response::new)
+        self.create(&caller, &account, request).await.map(Response::new)
     }
 
     async fn get_batch(&self, request: Request<pb::GetBatchRequest>) -> Reply<pb::Batch> {
@@ -94,13 +125,15 @@ impl BatchService for Api {
     }
 
     async fn retry_failed_requests(&self, request: Request<pb::RetryFailedRequestsRequest>) -> Reply<pb::Batch> {
+        let account = account(&request)?;
         let (caller, request) = open(request)?;
-        self.retry_failed(&caller, request).await.map(Response::new)
+        self.retry_failed(&caller, &account, request).await.map(Response::new)
     }
 
     async fn infer(&self, request: Request<pb::InferRequest>) -> Reply<pb::InferResponse> {
         let deadline = super::batches::deadline(request.metadata());
-        let (_, request) = open(request)?;
-        self.run_now(request, deadline).await.map(Response::new)
+        let account = account(&request)?;
+        let (caller, request) = open(request)?;
+        self.run_now(&caller, &account, request, deadline).await.map(Response::new)
     }
 }

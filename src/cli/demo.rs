@@ -226,7 +226,7 @@ async fn first_model(worker: &Url) -> anyhow::Result<String> {
     let base = worker.as_str().trim_end_matches('/');
     let url = format!("{}/v1/models", base.strip_suffix("/v1").unwrap_or(base));
     let what = || format!("asking the worker for its models ({url})");
-    let client = reqwest::Client::builder().timeout(Duration::from_secs(10)).build()?;
+    let client = crate::https::client(|builder| builder.timeout(Duration::from_secs(10)))?;
     let response = client.get(&url).send().await.with_context(what)?.error_for_status().with_context(what)?;
     let models: Value = serde_json::from_slice(&response.bytes().await.with_context(what)?).with_context(what)?;
     let model = models["data"][0]["id"].as_str().map(str::to_owned);

@@ -120,6 +120,8 @@ mod tests {
         assert_eq!(config.worker_priority, WorkerPriority::Auto);
         assert_eq!((config.max_tries, config.database_connections), (5, 10));
         assert_eq!(config.worker_answer_memory, 512 * 1024 * 1024);
+        let limits = (config.limit_infer_calls, config.limit_watches, config.limit_downloads);
+        assert_eq!((limits, config.max_connections), ((1_000, 10_000, 200), None));
         assert_eq!(config.request_timeout, Duration::from_secs(600));
         assert_eq!(config.lease, Duration::from_secs(30));
         assert_eq!(config.flush_interval, Duration::from_secs(2));
@@ -171,6 +173,16 @@ mod tests {
         let tls = ["--listen", "[::]:1", "--tls-cert", "c", "--tls-key", "k"];
         assert!(load(&tls).is_err(), "TLS alone says nothing about who calls");
         assert!(load(&[&tls[..], &["--tls-client-ca", "a"]].concat()).is_ok());
+    }
+
+    #[test]
+    fn a_public_host_is_a_name_and_nothing_else() {
+        let hosts = |name: &str| ServeConfig::from_flags(["--public-host", name], None).map(|config| config.public_host);
+        assert_eq!(hosts("Batch.Example.com,*").unwrap(), ["batch.example.com", "*"]);
+        for bad in ["https://batch.example.com", "batch.example.com:4080", "batch.example.com/", "", "a b"] {
+            let message = hosts(bad).unwrap_err().to_string();
+            assert!(message.contains("--public-host") && message.contains("without scheme"), "{message}");
+        }
     }
 
     #[test]

@@ -151,6 +151,9 @@ mod tests {
             limit_bytes_per_day = "1GB"
             limit_queued_lines = 5000
             limit_concurrent_uploads = 3
+            limit_infer_calls = 11
+            limit_watches = 12
+            limit_downloads = 13
             lease = "1m"
             flush_interval = "500ms"
             tls_cert = "c"
@@ -158,6 +161,7 @@ mod tests {
             tls_client_ca = "a"
             tokens = "t"
             insecure_allow_anonymous = true
+            public_host = ["batch.example.com", "app.example.com"]
             webhook_allow_cidr = "10.0.0.0/8"
             webhook_https_only = true
             webhook_secret = "canary"
@@ -165,6 +169,7 @@ mod tests {
             master_key_file = "m"
             previous_master_key = "canary"
             max_connection_age = "1h"
+            max_connections = 500
             drain_timeout = "5s"
             log_format = "json"
             log = "tidemill=debug"
@@ -178,6 +183,8 @@ mod tests {
         assert_eq!((config.max_file_bytes, config.worker_answer_memory), (4 << 30, 64 << 20));
         assert_eq!((config.limit_requests_per_second, config.limit_bytes_per_day), (20, 1_000_000_000));
         assert_eq!((config.limit_queued_lines, config.limit_concurrent_uploads), (5_000, 3));
+        assert_eq!((config.limit_infer_calls, config.limit_watches, config.limit_downloads), (11, 12, 13));
+        assert_eq!((config.public_host.len(), config.max_connections), (2, Some(500)));
         assert_eq!(config.request_timeout.as_secs(), 90);
         assert!(config.insecure_allow_anonymous);
         assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");

@@ -265,10 +265,29 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u64>::new())]
     pub limit_queued_lines: u64,
 
-    /// Most uploads at a time, of all clients together, 1 to 10000; the next ones wait for up to 30 s. Each may hold 12 MB.
+    /// Most uploads at a time, of all clients together, 1 to 10000; the next ones wait for up to 30 s, those of tokens with
+    /// few uploads under way first. Each may hold 12 MB.
     #[arg(long, env = "TIDEMILL_LIMIT_CONCURRENT_UPLOADS", value_name = "N", default_value = "64", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=10_000))]
     pub limit_concurrent_uploads: u32,
+
+    /// Most Infer calls that one access token has under way at this server; the next ones are refused. Without tokens: of
+    /// one client address. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_INFER_CALLS", value_name = "N", default_value = "1000", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u32>::new())]
+    pub limit_infer_calls: u32,
+
+    /// Most streams that one access token watches batches with at this server; the next ones are refused. Each costs some
+    /// 10 KiB. Without tokens: of one client address. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_WATCHES", value_name = "N", default_value = "10000", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u32>::new())]
+    pub limit_watches: u32,
+
+    /// Most downloads and result streams, over gRPC and HTTP, that one access token has under way at this server; the next
+    /// ones are refused. Without tokens: of one client address. 0: no limit.
+    #[arg(long, env = "TIDEMILL_LIMIT_DOWNLOADS", value_name = "N", default_value = "200", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<u32>::new())]
+    pub limit_downloads: u32,
 
     /// How long a server that has stopped answering keeps its work before another takes it over.
     #[arg(long, env = "TIDEMILL_LEASE", value_name = "SPAN", default_value = "30s", help_heading = "Durability",
@@ -300,6 +319,13 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_INSECURE_ALLOW_ANONYMOUS", help_heading = "Security",
         value_parser = BoolishValueParser::new())]
     pub insecure_allow_anonymous: bool,
+
+    /// Host name by which clients may call a server without access tokens and TLS, such as batch.example.com, and whose web
+    /// pages may use this server. Addresses, localhost and names without a dot are always taken; "*" takes all. Repeatable;
+    /// comma-separated in the environment. Default: none.
+    #[arg(long, env = "TIDEMILL_PUBLIC_HOST", value_name = "NAME", value_delimiter = ',', help_heading = "Security",
+        value_parser = parse_host)]
+    pub public_host: Vec<String>,
 
     /// Network whose addresses webhooks may go to although they are private, such as 10.0.0.0/8. Repeatable;
     /// comma-separated in the environment. Default: none.
@@ -341,6 +367,12 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
         value_parser = humantime::parse_duration)]
     pub max_connection_age: Duration,
+
+    /// Most client connections at a time, 1 to 1000000; beyond it the longest idle one is closed for a new one. Default:
+    /// half of the files that the process may have open, at most 10000; never more than that half.
+    #[arg(long, env = "TIDEMILL_MAX_CONNECTIONS", value_name = "N", help_heading = "Connections",
+        value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
+    pub max_connections: Option<u32>,
 
     /// How long calls and requests in flight may take to finish after SIGTERM.
     #[arg(long, env = "TIDEMILL_DRAIN_TIMEOUT", value_name = "SPAN", default_value = "10s", help_heading = "Connections",
@@ -450,6 +482,14 @@ fn parse_secret(text: &str) -> Result<Secret, String> {
 fn parse_blobs(text: &str) -> Result<String, String> {
     Url::parse(text).map_err(|error| format!("{error}; expected s3://…, gs://…, az://… or file:///path"))?;
     Ok(text.to_owned())
+}
+
+fn parse_host(text: &str) -> Result<String, String> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    if text == "*" || (!text.is_empty() && text.bytes().all(good)) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err("expected a host name such as batch.example.com, without scheme, port and path".to_owned())
 }
 
 fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -22,6 +22,7 @@ use crate::{
         Timestamp,
         webhook::{AttemptError, AttemptResult, ErrorKind, SealedSecret, Secret},
     },
+    https,
     store::{ClaimedDelivery, Signing},
 };
 
@@ -67,19 +68,20 @@ impl Sender {
     pub(super) fn new(guard: Guard, vault: Arc<Vault>, secrets: Vec<Secret>) -> Result<Self, reqwest::Error> {
         // Whoever comes first installs it; it is the same everywhere in this process.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
-            .user_agent(concat!("tidemill/", env!("CARGO_PKG_VERSION")))
-            // A redirect would lead past the guard's check of literals, and turn the POST into a GET.
-            .redirect(reqwest::redirect::Policy::none())
-            // A proxy would resolve names itself.
-            .no_proxy()
-            // Every request is an attempt that is counted.
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .dns_resolver(Arc::new(guard.clone()))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .build()?;
+        let client = https::client(|builder| {
+            builder
+                .user_agent(concat!("tidemill/", env!("CARGO_PKG_VERSION")))
+                // A redirect would lead past the guard's check of literals, and turn the POST into a GET.
+                .redirect(reqwest::redirect::Policy::none())
+                // A proxy would resolve names itself.
+                .no_proxy()
+                // Every request is an attempt that is counted.
+                .retry(reqwest::retry::never())
+                .referer(false)
+                .dns_resolver(Arc::new(guard.clone()))
+                .connect_timeout(CONNECT_TIMEOUT)
+                .pool_idle_timeout(IDLE_TIMEOUT)
+        })?;
         Ok(Self { client, guard, vault, urls: Memo::default(), opened: Memo::default(), secrets })
     }
 

@@ -4,7 +4,7 @@
 //! the best rank first, then to who asked first or was given slots longest ago, and among the workers that serve the model to
 //! the least loaded one.
 //!
-//! Within a priority tenants share: the next slot goes to the one that has the fewest of the model's slots for its weight
+//! Within a priority, and among interactive calls, tenants share: the next slot goes to the one that has the fewest of the model's slots for its weight
 //! ([`shares`]). So each gets its share while it has enough to send, a small batch is not stuck behind a large one of
 //! somebody else, and what one does not use the others have. A tenant's own batches go by their deadlines.
 //!
@@ -118,9 +118,10 @@ pub struct Want {
 /// One in so many workers, and at least one, may be kept free for requests that must be alone.
 const ISOLATION_SHARE: usize = 4;
 
-/// What a slot counts for: a tenant's share of a model.
+/// What a slot counts for: a tenant's share of a model, for interactive calls and for batches apart.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Holder {
+    batch: bool,
     tenant: Tenant,
     model: Arc<str>,
 }
@@ -129,7 +130,7 @@ impl Want {
     /// Who holds the slot that it gets.
     #[must_use]
     pub fn holder(&self) -> Holder {
-        Holder { tenant: self.rank.tenant, model: self.model.clone() }
+        Holder { batch: self.rank.batch, tenant: self.rank.tenant, model: self.model.clone() }
     }
 }
 
@@ -229,6 +230,24 @@ impl Board {
         ticket
     }
 
+    /// Waits for one slot more under a ticket that still waits.
+    pub fn more(&mut self, ticket: Ticket) {
+        if let Some(wish) = self.waiting.get_mut(&ticket) {
+            wish.slots += 1;
+        }
+    }
+
+    /// Waits for one slot less, and no more if that was the last. Returns whether slots have become free by that.
+    pub fn fewer(&mut self, ticket: Ticket) -> bool {
+        match self.waiting.get_mut(&ticket) {
+            Some(wish) if wish.slots > 1 => {
+                wish.slots -= 1;
+                false
+            }
+            Some(_) | None => self.leave(ticket),
+        }
+    }
+
     /// Waits no more. Returns whether slots have become free by that.
     pub fn leave(&mut self, ticket: Ticket) -> bool {
         let Some(Wish { want, .. }) = self.waiting.remove(&ticket) else { return false };
@@ -249,7 +268,9 @@ impl Board {
 
     /// Notes whether a tenant has no wish for a model's slots.
     fn note_idle(&mut self, holder: &Holder) {
-        let wishes = |want: &Want| want.rank.tenant == holder.tenant && want.model == holder.model;
+        let wishes = |want: &Want| {
+            (want.rank.batch, want.rank.tenant, &want.model) == (holder.batch, holder.tenant, &holder.model)
+        };
         if !self.waiting.values().any(|wish| wishes(&wish.want)) {
             self.shares.rest(holder);
         }
@@ -294,7 +315,7 @@ impl Board {
                     let freed = want.alone && self.unreserve(ticket);
                     // It has one more now: it may be another tenant's turn.
                     let others = self.waiting.keys().any(|(rank, _)| rank.tenant != want.rank.tenant);
-                    if freed || (others && want.rank.batch) {
+                    if freed || others {
                         again = true;
                         break 'turns;
                     }

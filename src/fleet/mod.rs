@@ -43,11 +43,12 @@ pub use worker::{Worker, base_url};
 
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
+    https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     telemetry,
 };
 use memory::AnswerMemory;
-use slots::Desks;
+use slots::{Call, Desks};
 
 /// Between two looks at the workers in the database: other nodes register some too.
 const SYNC: Duration = Duration::from_secs(1);
@@ -234,15 +235,16 @@ impl Fleet {
     ) -> Result<Self, FleetError> {
         telemetry::install_tls_provider();
         adapt::describe_metrics();
-        let client = Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(probe::TIMEOUT)
-            .pool_idle_timeout(POOL_IDLE)
-            .pool_max_idle_per_host(usize::MAX)
-            .tcp_nodelay(true)
-            .build()
-            .map_err(|error| FleetError::Client(error.to_string()))?;
+        let client = https::client(|builder| {
+            builder
+                .no_proxy()
+                .redirect(reqwest::redirect::Policy::none())
+                .connect_timeout(probe::TIMEOUT)
+                .pool_idle_timeout(POOL_IDLE)
+                .pool_max_idle_per_host(usize::MAX)
+                .tcp_nodelay(true)
+        })
+        .map_err(|error| FleetError::Client(error.to_string()))?;
         let inner = Inner {
             store,
             client,
@@ -436,26 +438,28 @@ impl Fleet {
         Acquire::new(self.inner.clone(), want, slots)
     }
 
-    /// Runs one request now, ahead of all batch work.
+    /// Runs one request now, ahead of all batch work. Calls of several tenants share the slots.
     ///
     /// # Errors
     /// [`InferError`].
     pub async fn infer(
         &self,
+        tenant: Tenant,
         endpoint: Endpoint,
         model: &str,
         body: Bytes,
         timeout: Duration,
     ) -> Result<Inferred, InferError> {
         let deadline = Instant::now() + timeout;
-        let mut want = Want { model: model.into(), rank: Rank::interactive(), avoid: SmallVec::new(), alone: false };
+        let rank = Rank::interactive().of(tenant);
+        let mut want = Want { model: model.into(), rank, avoid: SmallVec::new(), alone: false };
         let mut last = None;
         while want.avoid.len() < INFER_TRIES {
             if self.capacity(model) == 0 {
                 return Err(InferError::NoWorker(model.to_owned()));
             }
-            let mut wish = self.acquire(want.clone(), 1);
-            let Ok(Some(slot)) = tokio::time::timeout_at(deadline, wish.next()).await else {
+            let mut call = Call::new(self.inner.clone(), want.clone());
+            let Ok(Some(slot)) = tokio::time::timeout_at(deadline, call.slot()).await else {
                 return Err(InferError::Timeout(timeout));
             };
             let left = deadline.saturating_duration_since(Instant::now());

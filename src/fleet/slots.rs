@@ -10,22 +10,64 @@ use std::{
 use reqwest::RequestBuilder;
 use smallvec::SmallVec;
 use tokio::{
-    sync::mpsc::{self, error::TryRecvError},
+    sync::{
+        mpsc::{self, error::TryRecvError},
+        oneshot,
+    },
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Inner, Worker, WorkerKey,
-    board::{Board, Holder, Ticket, Want},
+    board::{Board, Holder, Tenant, Ticket, Want},
 };
 
 /// The board and those who wait.
 #[derive(Default)]
 pub(super) struct Desks {
     pub(super) board: Board,
-    waiting: BTreeMap<Ticket, (mpsc::UnboundedSender<Slot>, Holder)>,
+    waiting: BTreeMap<Ticket, (Waiter, Holder)>,
+    lines: BTreeMap<LineKey, Ticket>,
+    next_call: u64,
     pub(super) next_key: u32,
+}
+
+/// Who gets the slots that a ticket is granted.
+enum Waiter {
+    /// Whoever waits for many with one ticket.
+    Many(mpsc::UnboundedSender<Slot>),
+    /// Calls that wait for one each, first come, first served. They wait with one ticket, so that the board's work does not
+    /// grow with the number of calls.
+    Line(LineKey, BTreeMap<u64, oneshot::Sender<Slot>>),
+}
+
+/// Calls with the same of these are the same to the board.
+type LineKey = (Tenant, Arc<str>, SmallVec<[WorkerKey; 4]>);
+
+/// Whom a granted slot goes to.
+enum Receiver {
+    Many(mpsc::UnboundedSender<Slot>),
+    Call(oneshot::Sender<Slot>),
+}
+
+impl Receiver {
+    /// If nobody waits any more the slot comes back as it is dropped.
+    fn send(self, slot: Slot) {
+        match self {
+            Self::Many(sender) => drop(sender.send(slot)),
+            Self::Call(sender) => drop(sender.send(slot)),
+        }
+    }
+}
+
+impl Desks {
+    /// Nobody waits under this ticket any more.
+    fn forget(&mut self, ticket: Ticket) {
+        if let Some((Waiter::Line(key, _), _)) = self.waiting.remove(&ticket) {
+            self.lines.remove(&key);
+        }
+    }
 }
 
 impl Inner {
@@ -56,25 +98,29 @@ impl Inner {
 
     /// Hands free slots to those who wait.
     pub(super) fn grant(self: &Arc<Self>) {
-        let granted: SmallVec<[(mpsc::UnboundedSender<Slot>, Holder, WorkerKey); 4]> = {
+        let granted: SmallVec<[(Receiver, Holder, WorkerKey); 4]> = {
             let mut desks = self.desks.lock();
             let granted = desks.board.grant();
             // Both are entered and left together.
-            let with_sender = granted.iter().filter_map(|(ticket, key)| {
-                desks.waiting.get(ticket).map(|(sender, holder)| (sender.clone(), holder.clone(), *key))
+            let slots = granted.iter().filter_map(|(ticket, key)| {
+                let (waiter, holder) = desks.waiting.get_mut(ticket)?;
+                let receiver = match waiter {
+                    Waiter::Many(sender) => Receiver::Many(sender.clone()),
+                    Waiter::Line(_, calls) => Receiver::Call(calls.pop_first()?.1),
+                };
+                Some((receiver, holder.clone(), *key))
             });
-            let slots = with_sender.collect();
+            let slots = slots.collect();
             for (ticket, _) in granted {
                 if !desks.board.is_waiting(ticket) {
-                    desks.waiting.remove(&ticket);
+                    desks.forget(ticket);
                 }
             }
             slots
         };
-        for (sender, holder, key) in granted {
+        for (receiver, holder, key) in granted {
             if let Some(slot) = self.slot(key, holder) {
-                // If nobody waits any more the slot comes back as it is dropped.
-                drop(sender.send(slot));
+                receiver.send(slot);
             }
         }
     }
@@ -208,7 +254,7 @@ impl Acquire {
         let ticket = {
             let mut desks = inner.desks.lock();
             let ticket = desks.board.queue_for(want, slots);
-            desks.waiting.insert(ticket, (sender, holder));
+            desks.waiting.insert(ticket, (Waiter::Many(sender), holder));
             ticket
         };
         inner.grant();
@@ -257,5 +303,110 @@ impl Drop for Acquire {
             self.inner.grant();
         }
         // Slots that are in the channel already come back as the receiver is dropped.
+    }
+}
+
+/// Waits for one [`Slot`], in line behind the calls that came before with the same wish.
+pub(super) struct Call {
+    inner: Arc<Inner>,
+    ticket: Ticket,
+    id: u64,
+    receiver: oneshot::Receiver<Slot>,
+}
+
+impl Call {
+    pub(super) fn new(inner: Arc<Inner>, want: Want) -> Self {
+        let (sender, receiver) = oneshot::channel();
+        let (ticket, id) = {
+            let mut desks = inner.desks.lock();
+            let id = desks.next_call;
+            desks.next_call += 1;
+            let key = (want.rank.tenant(), want.model.clone(), want.avoid.clone());
+            let ticket = match desks.lines.get(&key).copied() {
+                Some(ticket) => {
+                    desks.board.more(ticket);
+                    ticket
+                }
+                None => {
+                    let holder = want.holder();
+                    let ticket = desks.board.queue(want);
+                    desks.lines.insert(key.clone(), ticket);
+                    desks.waiting.insert(ticket, (Waiter::Line(key, BTreeMap::new()), holder));
+                    ticket
+                }
+            };
+            if let Some((Waiter::Line(_, calls), _)) = desks.waiting.get_mut(&ticket) {
+                calls.insert(id, sender);
+            }
+            (ticket, id)
+        };
+        inner.grant();
+        Self { inner, ticket, id, receiver }
+    }
+
+    /// The slot, when it is there. None: the fleet is gone.
+    pub(super) async fn slot(&mut self) -> Option<Slot> {
+        (&mut self.receiver).await.ok()
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let freed = {
+            let mut desks = self.inner.desks.lock();
+            let waits = match desks.waiting.get_mut(&self.ticket) {
+                Some((Waiter::Line(_, calls), _)) => calls.remove(&self.id).is_some(),
+                Some((Waiter::Many(_), _)) | None => false,
+            };
+            let freed = waits && desks.board.fewer(self.ticket);
+            if waits && !desks.board.is_waiting(self.ticket) {
+                desks.forget(self.ticket);
+            }
+            freed
+        };
+        if freed {
+            self.inner.grant();
+        }
+        // A slot that is in the channel already comes back as the receiver is dropped.
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::{
+        fleet::{Fleet, FleetOptions, InFlight, Rank},
+        store::Store,
+    };
+
+    fn call(fleet: &Fleet, name: &str) -> Call {
+        let rank = Rank::interactive().of(Tenant::named(name));
+        Call::new(fleet.inner.clone(), Want { model: "m".into(), rank, avoid: SmallVec::new(), alone: false })
+    }
+
+    #[tokio::test]
+    async fn calls_of_one_tenant_are_one_wish_and_leave_without_a_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
+        let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
+        let fleet = Fleet::start(store, options, &TaskTracker::new(), CancellationToken::new()).await.unwrap();
+        let mut calls: Vec<Call> = (0..5_000).map(|_| call(&fleet, "ana")).collect();
+        calls.push(call(&fleet, "bob"));
+        let counts = || {
+            let desks = fleet.inner.desks.lock();
+            (desks.waiting.len(), desks.lines.len())
+        };
+        assert_eq!(counts(), (2, 2), "the board sees a wish each");
+        let waiting = |at: usize| match fleet.inner.desks.lock().waiting.get(&calls[at].ticket) {
+            Some((Waiter::Line(_, calls), _)) => calls.len(),
+            _ => 0,
+        };
+        assert_eq!((waiting(0), waiting(5_000)), (5_000, 1));
+        calls.truncate(1);
+        assert_eq!(counts(), (1, 1));
+        drop(calls);
+        assert_eq!(counts(), (0, 0));
     }
 }

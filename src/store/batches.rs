@@ -1,7 +1,7 @@
 //! Batches: create, read, list, cancel, expire, fail.
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
     QueryOrder, QuerySelect, Set, Statement,
     sea_query::{Expr, ExprTrait, OnConflict},
 };
@@ -14,6 +14,7 @@ use super::{
     events::{Telling, append, fail, lock_batch, transition},
     now,
     parts::{Commit, hold},
+    queue::queued_lines_of,
 };
 use crate::domain::{
     Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Priority, SegmentRef, Timestamp,
@@ -31,6 +32,13 @@ pub enum CreatedBatch {
     FileNotFound,
     /// The file is not an input.
     WrongPurpose,
+    /// The owner's unfinished batches would have too many lines.
+    TooManyLines {
+        /// Without a result now.
+        queued: i64,
+        /// Those of the new batch.
+        added: i64,
+    },
 }
 
 /// What became of a cancellation.
@@ -50,11 +58,22 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_batch(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
-        again(|| self.create_batch_once(new.clone())).await
+        self.create_batch_within(new, None).await
     }
 
-    async fn create_batch_once(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
+    /// The same, if the owner's unfinished batches have at most so many lines without a result then, this one's included.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn create_batch_within(&self, new: NewBatch, most: Option<i64>) -> Result<CreatedBatch, StoreError> {
+        again(|| self.create_batch_once(new.clone(), most)).await
+    }
+
+    async fn create_batch_once(&self, new: NewBatch, most: Option<i64>) -> Result<CreatedBatch, StoreError> {
         let tx = self.begin().await?;
+        if most.is_some() {
+            lock_queue(&tx, &new.owner).await?;
+        }
         // The lock keeps the file from being deleted before its batch is there.
         let Some(input) = file::Entity::find_by_id(new.input_file_id.as_str()).lock_exclusive().one(&tx).await? else {
             return match find_existing(&tx, &new).await? {
@@ -77,6 +96,12 @@ impl Store {
             let existing =
                 find_existing(&tx, &new).await?.ok_or_else(|| StoreError::Corrupt("a batch id twice".into()))?;
             return Ok(CreatedBatch::Existing(Box::new(existing)));
+        }
+        if let Some(most) = most {
+            let queued = queued_lines_of(&tx, &new.owner).await?;
+            if queued > most {
+                return Ok(CreatedBatch::TooManyLines { queued: queued - input.line_count, added: input.line_count });
+            }
         }
         insert_filter_rows(&tx, &id, &new, &input).await?;
         let copied = tx
@@ -291,6 +316,17 @@ impl Store {
         change.update(&self.inner.write).await?;
         Ok(())
     }
+}
+
+/// Waits for other transactions that add to an owner's queue: what each counts then includes what the others have added.
+/// SQLite has one writer anyway.
+async fn lock_queue<C: ConnectionTrait>(tx: &C, owner: &str) -> Result<(), StoreError> {
+    if tx.get_database_backend() == DatabaseBackend::Postgres {
+        // The seed keeps these locks apart from those of others who hash something else.
+        let sql = "SELECT pg_advisory_xact_lock(hashtextextended($1, 1953066602))";
+        tx.query_one_raw(Statement::from_sql_and_values(DatabaseBackend::Postgres, sql, [owner.into()])).await?;
+    }
+    Ok(())
 }
 
 fn new_row(

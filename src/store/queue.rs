@@ -46,16 +46,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn queued_lines(&self, owner: &str) -> Result<i64, StoreError> {
-        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
-        let left: Vec<(i64, i64, i64)> = batch::Entity::find()
-            .select_only()
-            .columns([batch::Column::Total, batch::Column::Completed, batch::Column::Failed])
-            .filter(batch::Column::Owner.eq(owner))
-            .filter(batch::Column::Status.is_in(unfinished))
-            .into_tuple()
-            .all(self.read())
-            .await?;
-        Ok(left.into_iter().map(|(total, completed, failed)| total - completed - failed).sum())
+        queued_lines_of(self.read(), owner).await
     }
 
     /// Whether some node runs a segment of this batch.
@@ -72,4 +63,18 @@ impl Store {
             .await?;
         Ok(running > 0)
     }
+}
+
+/// How many requests without a result an owner's unfinished batches have.
+pub(super) async fn queued_lines_of<C: ConnectionTrait>(connection: &C, owner: &str) -> Result<i64, StoreError> {
+    let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+    let left: Vec<(i64, i64, i64)> = batch::Entity::find()
+        .select_only()
+        .columns([batch::Column::Total, batch::Column::Completed, batch::Column::Failed])
+        .filter(batch::Column::Owner.eq(owner))
+        .filter(batch::Column::Status.is_in(unfinished))
+        .into_tuple()
+        .all(connection)
+        .await?;
+    Ok(left.into_iter().map(|(total, completed, failed)| total - completed - failed).sum())
 }

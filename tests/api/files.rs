@@ -51,6 +51,26 @@ async fn an_upload_with_the_same_request_id_is_the_same_file() {
     };
     let (first, second) = (send().await, send().await);
     assert_eq!(first, second);
+    // Whoever sends nothing asks for it.
+    let asked = client.upload_file(tokio_stream::iter([start()])).await.unwrap().into_inner();
+    assert_eq!(asked, first);
+    let size = i64::try_from(lines(2).len()).unwrap();
+    let sized = spec(pb::FileSpec { request_id: "r".into(), total_bytes: size + 1, ..Default::default() });
+    let other = String::from_utf8(lines(2)).unwrap().replace("c1", "c9").into_bytes();
+    let pieces = other.chunks(7).map(|piece| chunk(piece.to_vec()));
+    for messages in [
+        vec![start(), chunk(other.clone())],
+        std::iter::once(start()).chain(pieces).collect(),
+        vec![start(), chunk(lines(3))],
+        vec![start(), chunk(lines(1))],
+        vec![sized, chunk(lines(2))],
+    ] {
+        let refused = client.upload_file(tokio_stream::iter(messages)).await;
+        expect(refused, Code::AlreadyExists, "REQUEST_ID_REUSED");
+    }
+    let pieces = lines(2).chunks(7).map(|piece| chunk(piece.to_vec())).collect::<Vec<_>>();
+    let again = client.upload_file(tokio_stream::iter(std::iter::once(start()).chain(pieces))).await.unwrap();
+    assert_eq!(again.into_inner(), first);
 }
 
 #[tokio::test]

@@ -1,9 +1,15 @@
 //! What probes, proxies, browsers and generic clients see.
 
+use std::time::Duration;
+
 use futures::StreamExt;
 use prost::Message;
-use tidemill::pb;
-use tonic::Code;
+use tidemill::{
+    api::ServerOptions,
+    pb::{self, worker_admin_client::WorkerAdminClient},
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::support::{Server, expect, inline};
@@ -57,7 +63,13 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
     let content = format!("/v1/files/{}/content", ended.output_file_id);
     for path in [&results, &content] {
         assert_eq!(get(path, "ana", "").await, (200, None, whole.clone().into()));
-        assert_eq!(get(path, "root", "bytes=0-5").await.0, 200, "a range of another form is ignored");
+        let part = get(path, "root", "bytes=0-5").await;
+        assert_eq!(part, (206, Some(format!("bytes 0-5/{size}")), whole[..6].to_vec().into()));
+        let last = get(path, "root", "bytes=-7").await;
+        assert_eq!(last, (206, Some(format!("bytes {}-{}/{size}", size - 7, size - 1)), whole[size - 7..].to_vec().into()));
+        for ignored in ["bytes=0-0,5-5", "bytes=5-2", "lines=1-"] {
+            assert_eq!(get(path, "ana", ignored).await, (200, None, whole.clone().into()), "{ignored}");
+        }
         let (status, range, rest) = get(path, "ana", "bytes=9999-").await;
         assert_eq!((status, range), (206, Some(format!("bytes 9999-{}/{size}", size - 1))));
         assert_eq!(rest, whole[9_999..]);
@@ -68,6 +80,12 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
     }
     let head = http.head(server.url(&content)).bearer_auth("ana").send().await.unwrap();
     assert_eq!(head.headers()["content-length"], size.to_string());
+    // What was begun with another version is not gone on with.
+    let version = head.headers()["etag"].to_str().unwrap().to_owned();
+    for (wanted, status) in [(version.as_str(), 206), ("\"another\"", 200)] {
+        let request = http.get(server.url(&content)).bearer_auth("ana").header("range", "bytes=1-").header("if-range", wanted);
+        assert_eq!(request.send().await.unwrap().status().as_u16(), status, "{wanted}");
+    }
     let (status, _, errors) = get(&format!("/v1/batches/{}/errors", batch.id), "ana", "").await;
     assert_eq!((status, memchr::memchr_iter(b'\n', &errors).count()), (200, 100));
     for nonsense in ["/v1/files/../content", "/v1/batches/batch_x/results", "/v1/files/file-x/content"] {
@@ -169,6 +187,104 @@ async fn a_browser_speaks_grpc_web() {
     let guarded = Server::guarded().await;
     let refused = web(&guarded, "/tidemill.v1.BatchService/GetBatch", &missing).await;
     assert_eq!(refused.0, Code::Unauthenticated as i32);
+}
+
+/// What a request with these headers is answered: the status, and the text.
+async fn answered(server: &Server, method: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
+    let request = reqwest::Client::new().request(method.parse().unwrap(), server.url(path)).body("{}");
+    let answer = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send().await.unwrap();
+    (answer.status().as_u16(), answer.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn whoever_expects_another_server_is_told_what_this_one_is() {
+    let server = Server::start().await;
+    let json = [("content-type", "application/json")];
+    for (method, path, status) in [
+        ("GET", "/", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/batches", 404),
+        ("GET", "/v1/models", 404),
+        ("POST", "/healthz", 405),
+        ("DELETE", "/v1/files/file-x/content", 405),
+        ("GET", "/tidemill.v1.BatchService/ListFiles", 405),
+        ("POST", "/tidemill.v1.BatchService/ListFiles", 415),
+    ] {
+        let (told, text) = answered(&server, method, path, &json).await;
+        assert_eq!(told, status, "{method} {path}: {text}");
+        assert!(text.contains("tidemill") && text.contains("gRPC"), "{method} {path}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_name_of_a_strangers_choice_opens_nothing() {
+    let server = Server::start().await;
+    let evil = [("host", "attacker.example:4080")];
+    for path in ["/healthz", "/metrics", "/v1/files/file-x/content", "/"] {
+        let (status, text) = answered(&server, "GET", path, &evil).await;
+        assert_eq!(status, 421, "{path}");
+        assert!(text.contains("--public-host attacker.example"), "{text}");
+    }
+    for kind in ["application/grpc-web+proto", "application/grpc-web-text", "application/grpc"] {
+        let request = reqwest::Client::new().post(server.url("/tidemill.v1.WorkerAdmin/RegisterWorker"));
+        let request = request.header("host", "attacker.example").header("content-type", kind).body(vec![0; 5]);
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.headers()["grpc-status"], (Code::PermissionDenied as i32).to_string(), "{kind}");
+        assert_eq!(answer.headers()["content-type"], kind);
+        assert!(answer.headers()["grpc-message"].to_str().unwrap().contains("--public-host"));
+    }
+    // gRPC proper names the server in :authority.
+    let stranger = Endpoint::from_shared(server.url("")).unwrap().origin("http://attacker.example".parse().unwrap());
+    let mut client = WorkerAdminClient::new(stranger.connect().await.unwrap());
+    expect(client.list_workers(pb::ListWorkersRequest {}).await, Code::PermissionDenied, "HOST_NOT_ALLOWED");
+    for name in ["localhost:4080", "127.0.0.1", "[::1]:1", "tidemill:4080", "tidemill.batch.svc.cluster.local"] {
+        assert_eq!(answered(&server, "GET", "/healthz", &[("host", name)]).await.0, 200, "{name}");
+    }
+    let named = ServerOptions { public_hosts: vec!["batch.example".into()], ..ServerOptions::default() };
+    let named = Server::with(named).await;
+    assert_eq!(answered(&named, "GET", "/metrics", &[("host", "batch.example")]).await.0, 200);
+    assert_eq!(answered(&named, "GET", "/metrics", &[("host", "attacker.example")]).await.0, 421);
+    assert_eq!(answered(&Server::guarded().await, "GET", "/healthz", &evil).await.0, 200, "tokens protect it");
+}
+
+#[tokio::test]
+async fn pages_of_other_sites_change_nothing_and_read_nothing() {
+    let server = Server::with(ServerOptions { public_hosts: vec!["app.example".into()], ..ServerOptions::default() }).await;
+    let path = "/tidemill.v1.WorkerAdmin/ListWorkers";
+    let call = async |origin: &str| {
+        let request = reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
+        let answer = request.header("origin", origin).body(vec![0; 5]).send().await.unwrap();
+        let allowed = answer.headers()["access-control-allow-origin"].to_str().unwrap_or("").to_owned();
+        (answer.headers().get("grpc-status").cloned(), allowed, answer.bytes().await.unwrap())
+    };
+    let own = server.url("");
+    for page in [own.as_str(), "https://app.example", "http://app.example:3000"] {
+        let (status, allowed, body) = call(page).await;
+        assert!(status.is_none() && allowed == page && !body.is_empty(), "{page}: {status:?} {allowed}");
+    }
+    for page in ["https://attacker.example", "http://localhost:3000", "null"] {
+        let request = reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
+        let answer = request.header("origin", page).body(vec![0; 5]).send().await.unwrap();
+        assert_eq!(answer.headers()["grpc-status"], (Code::PermissionDenied as i32).to_string(), "{page}");
+        assert!(answer.headers().get("access-control-allow-origin").is_none(), "{page}");
+        let asks = [("origin", page), ("access-control-request-method", "POST")];
+        assert_eq!(answered(&server, "OPTIONS", path, &asks).await.0, 403, "{page}");
+    }
+    let asks = [("origin", "https://app.example"), ("access-control-request-method", "POST")];
+    assert_eq!(answered(&server, "OPTIONS", path, &asks).await.0, 204);
+}
+
+#[tokio::test]
+async fn a_message_that_trickles_in_does_not_keep_its_call_open() {
+    let server = Server::start().await;
+    let mut tcp = tokio::net::TcpStream::connect(server.address).await.unwrap();
+    let head = "POST /tidemill.v1.BatchService/GetBatch HTTP/1.1\r\nhost: localhost\r\ncontent-type: \
+                application/grpc-web+proto\r\ncontent-length: 100\r\n\r\nabc";
+    tcp.write_all(head.as_bytes()).await.unwrap();
+    let mut said = vec![0; 4_096];
+    let read = tokio::time::timeout(Duration::from_secs(60), tcp.read(&mut said)).await.expect("it is given up").unwrap();
+    let said = String::from_utf8_lossy(&said[..read]).into_owned();
+    assert!(said.contains(&format!("grpc-status: {}", Code::DeadlineExceeded as i32)), "{said}");
 }
 
 #[tokio::test]

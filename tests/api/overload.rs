@@ -7,7 +7,7 @@ use std::{
 
 use futures::{StreamExt, future::join_all, stream};
 use tidemill::{
-    api::{CallerLimits, ServerOptions},
+    api::{CallerLimits, ServerOptions, Tokens, hash_token},
     blobs::Blobs,
     pb,
 };
@@ -87,6 +87,127 @@ async fn bytes_and_lines_have_their_limits() {
     let refused = client.upload_file(messages).await.unwrap_err();
     assert!(refused.get_details_retry_info().is_some());
     expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_BYTES");
+}
+
+#[tokio::test]
+async fn retries_and_inline_requests_pass_the_same_limits_as_batches() {
+    let size: u64 = 10 * r#"{"model":"m"}"#.len() as u64;
+    let limits = CallerLimits { queued_lines: 15, bytes_per_day: 40 * size, ..CallerLimits::default() };
+    let server = Server::with(limited(limits)).await;
+    let mut client = server.client().await;
+    let batch = client.create_batch(inline(10)).await.unwrap().into_inner();
+    expect(client.create_batch(inline(6)).await, Code::ResourceExhausted, "TOO_MANY_QUEUED_LINES");
+    server.run_batch(&batch.id, 0).await;
+    let retry = || pb::RetryFailedRequestsRequest { batch_id: batch.id.clone(), ..Default::default() };
+    client.retry_failed_requests(retry()).await.unwrap();
+    for _ in 0..20 {
+        let refused = client.retry_failed_requests(retry()).await.unwrap_err();
+        assert!(refused.get_details_retry_info().is_some(), "{refused:?}");
+        expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_QUEUED_LINES");
+    }
+    let files = client.list_files(pb::ListFilesRequest::default()).await.unwrap().into_inner().files;
+    assert_eq!(files.iter().filter(|file| file.filename.starts_with("failed-of-")).count(), 1, "refused: not written");
+}
+
+#[tokio::test]
+async fn retries_count_their_bytes() {
+    let size: u64 = 10 * r#"{"model":"m"}"#.len() as u64;
+    let server = Server::with(limited(CallerLimits { bytes_per_day: size + 100, ..CallerLimits::default() })).await;
+    let mut client = server.client().await;
+    let batch = client.create_batch(inline(10)).await.unwrap().into_inner();
+    server.run_batch(&batch.id, 0).await;
+    let retry = pb::RetryFailedRequestsRequest { batch_id: batch.id, ..Default::default() };
+    expect(client.retry_failed_requests(retry).await, Code::ResourceExhausted, "TOO_MANY_BYTES");
+}
+
+#[tokio::test]
+async fn one_callers_streams_are_limited_and_not_anothers() {
+    let [ana, bob] = ["ana", "bob"].map(hash_token);
+    let tokens = Tokens::parse(&format!("ana submit {ana}\nbob submit {bob}\n")).unwrap();
+    let limits = CallerLimits { watches: 3, downloads: 2, ..CallerLimits::default() };
+    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    let (mut ana, mut bob) = (server.client_of(Some("ana")).await, server.client_of(Some("bob")).await);
+    let batch = ana.create_batch(inline(1)).await.unwrap().into_inner();
+    let watch = || pb::WatchBatchRequest { batch_id: batch.id.clone(), ..Default::default() };
+    let mut watching = Vec::new();
+    for _ in 0..3 {
+        watching.push(ana.watch_batch(watch()).await.unwrap().into_inner());
+    }
+    let all = pb::WatchBatchesRequest::default();
+    let refused = ana.watch_batches(all.clone()).await.unwrap_err();
+    assert!(refused.get_details_retry_info().is_some() && refused.message().contains("--limit-watches"), "{refused:?}");
+    expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_WATCHES");
+    let _bobs = bob.watch_batches(all.clone()).await.unwrap();
+    // A place is free again as soon as its stream has ended.
+    watching.pop();
+    let again = async {
+        while ana.watch_batches(all.clone()).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), again).await.expect("a place comes back");
+    let follow = || pb::StreamResultsRequest { batch_id: batch.id.clone(), follow: true, ..Default::default() };
+    let mut following = vec![ana.stream_results(follow()).await.unwrap(), ana.stream_results(follow()).await.unwrap()];
+    expect(ana.stream_results(follow()).await, Code::ResourceExhausted, "TOO_MANY_DOWNLOADS");
+    let get = async |token: &str| {
+        let url = server.url(&format!("/v1/batches/{}/results", batch.id));
+        reqwest::Client::new().get(url).bearer_auth(token).send().await.unwrap()
+    };
+    let refused = get("ana").await;
+    assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (429, &"10".parse().unwrap()));
+    assert_eq!(get("bob").await.status().as_u16(), 404, "it is not his, but he is not too many");
+    following.clear();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_callers_trickling_uploads_make_place_for_another() {
+    let [ana, bob] = ["ana", "bob"].map(hash_token);
+    let tokens = Tokens::parse(&format!("ana submit {ana}\nbob submit {bob}\n")).unwrap();
+    let limits = CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() };
+    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    // Eight that run and eight that wait, each at 2 KiB/s: enough not to be idle.
+    let client = server.client_of(Some("ana")).await;
+    let trickling: Vec<_> = (0..16)
+        .map(|_| {
+            let mut client = client.clone();
+            let line = lines(1);
+            let pieces = stream::iter(0..).then(move |at: u64| {
+                let mut piece = line.clone();
+                piece.resize(2_048, b' ');
+                let text = String::from_utf8(piece).unwrap().replace("\"c0\"", &format!("\"c{at}\"")).replace('\n', " ");
+                async move {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    chunk(format!("{text}\n").into_bytes())
+                }
+            });
+            let messages = stream::iter([spec(pb::FileSpec::default())]).chain(pieces);
+            tokio::spawn(async move { client.upload_file(messages).await })
+        })
+        .collect();
+    let full = async {
+        while server.blobs_begun() < 8 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), full).await.expect("eight are let in");
+    let begun = Instant::now();
+    let file = upload(&mut server.client_of(Some("bob")).await, lines(3)).await;
+    assert_eq!(file.line_count, 3);
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    // The one that made place was told so; nobody else was harmed.
+    let mut told = Vec::new();
+    for one in trickling {
+        if one.is_finished() {
+            told.push(one.await.unwrap().unwrap_err());
+        } else {
+            one.abort();
+        }
+    }
+    assert!((1..=2).contains(&told.len()), "{told:?}");
+    for refused in told {
+        assert!(refused.get_details_retry_info().is_some());
+        expect(Err::<(), _>(refused), Code::ResourceExhausted, "UPLOAD_GAVE_WAY");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -115,6 +115,11 @@ impl Server {
         Self { address, store, blobs, _folder: folder, shutdown, running }
     }
 
+    /// Inputs that have begun to come, and those that are there.
+    pub fn blobs_begun(&self) -> usize {
+        std::fs::read_dir(self._folder.path().join("blobs/inputs")).map(Iterator::count).unwrap_or(0)
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }

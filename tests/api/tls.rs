@@ -61,6 +61,31 @@ async fn a_client_that_knows_the_authority_gets_in() {
 }
 
 #[tokio::test]
+async fn clients_that_speak_only_http_1_get_in_as_well() {
+    let authority = Authority::new();
+    let options = ServerOptions { tls: Some(authority.files(false)), ..ServerOptions::default() };
+    let server = Server::with(options).await;
+    let url = format!("https://localhost:{}/healthz", server.address.port());
+    let root = reqwest::Certificate::from_pem(authority.issuer.pem().as_bytes()).unwrap();
+    // The first two choose by ALPN, the third does not know it.
+    let offers: [&[&[u8]]; 3] = [&[b"http/1.1"], &[b"h2", b"http/1.1"], &[]];
+    for (offer, version) in offers.into_iter().zip([reqwest::Version::HTTP_11, reqwest::Version::HTTP_2, reqwest::Version::HTTP_11]) {
+        let client = reqwest::Client::builder().tls_certs_only([root.clone()]);
+        let client = match offer {
+            [b"http/1.1"] => client.http1_only(),
+            [] => client.tls_backend_preconfigured({
+                let mut roots = rustls::RootCertStore::empty();
+                roots.add(authority.issuer.der().clone()).unwrap();
+                rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()
+            }),
+            _ => client,
+        };
+        let answer = client.build().unwrap().get(&url).send().await.unwrap();
+        assert_eq!((answer.status().as_u16(), answer.version()), (200, version), "{offer:?}");
+    }
+}
+
+#[tokio::test]
 async fn with_an_authority_for_clients_they_need_its_certificate() {
     let authority = Authority::new();
     let options = ServerOptions { tls: Some(authority.files(true)), ..ServerOptions::default() };
@@ -83,5 +108,5 @@ async fn files_that_are_not_there_or_not_pem_are_named() {
     files.key = files.cert.clone();
     let mut server = Server::with(ServerOptions { tls: Some(files), ..ServerOptions::default() }).await;
     let error = (&mut server.running).await.unwrap().unwrap_err();
-    assert!(matches!(error, ServeError::Transport(_)), "{error}");
+    assert!(matches!(&error, ServeError::Tls { path, .. } if path.ends_with("cert.pem")), "{error}");
 }

@@ -40,7 +40,7 @@ const SOON: Duration = Duration::from_secs(20);
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// One crowd at a time, among the processes that run tests too: each is to be measured alone.
-async fn alone() -> File {
+pub async fn alone() -> File {
     let file = File::create(concat!(env!("CARGO_TARGET_TMPDIR"), "/crowds.lock")).unwrap();
     tokio::task::spawn_blocking(move || file.lock().map(|()| file)).await.unwrap().unwrap()
 }

@@ -7,6 +7,8 @@ mod again;
 mod crowds;
 #[cfg(target_os = "linux")]
 mod disk;
+#[cfg(target_os = "linux")]
+mod doors;
 // Only debug builds have points to die at.
 #[cfg(debug_assertions)]
 mod faults;

@@ -26,6 +26,8 @@ pub struct Server {
     pub environment: Vec<(String, String)>,
     /// Where its data is, below its folder.
     pub data: &'static str,
+    /// How many files its process may have open; none: as many as the test's.
+    files: Option<u32>,
     child: Option<Child>,
 }
 
@@ -37,13 +39,20 @@ struct Shared {
 
 impl Clone for Server {
     fn clone(&self) -> Self {
-        Self { shared: self.shared.clone(), environment: self.environment.clone(), data: self.data, child: None }
+        Self { shared: self.shared.clone(), environment: self.environment.clone(), data: self.data, files: self.files, child: None }
     }
 }
 
 impl Server {
     pub async fn start(flags: &[&str]) -> Self {
         let mut server = Self::new(flags);
+        server.restart().await;
+        server
+    }
+
+    /// A server that may have only so many files open.
+    pub async fn start_with_files(flags: &[&str], files: u32) -> Self {
+        let mut server = Self { files: Some(files), ..Self::new(flags) };
         server.restart().await;
         server
     }
@@ -72,11 +81,19 @@ impl Server {
         // Free at this moment; the server has to come back to the same one.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        Self { shared: Arc::new(Shared { folder, address, flags }), environment: Vec::new(), data: "", child: None }
+        Self { shared: Arc::new(Shared { folder, address, flags }), environment: Vec::new(), data: "", files: None, child: None }
     }
 
     fn command(&self, address: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tidemill"));
+        let program = env!("CARGO_BIN_EXE_tidemill");
+        let mut command = match self.files {
+            None => Command::new(program),
+            Some(files) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\""), program]);
+                shell
+            }
+        };
         command.arg("serve").args(["--listen", address]).arg("--data-dir").arg(self.folder().join(self.data));
         command.args(&self.shared.flags).kill_on_drop(true).stdin(Stdio::null());
         command.env_remove("TIDEMILL_FAULT").envs(self.environment.iter().cloned());
@@ -156,6 +173,21 @@ impl Server {
         let text = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
         let value = text.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':')).unwrap();
         value.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+    }
+
+    /// What its process has used of processors until now.
+    pub fn processor_time(&self) -> Duration {
+        let id = self.child.as_ref().unwrap().id().unwrap();
+        let text = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        // Behind the program's name, which may have spaces: the 12th and 13th field, in hundredths of a second.
+        let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let hundredths: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(hundredths * 10)
+    }
+
+    /// What it has written to its log.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap()
     }
 
     /// One line of its metrics, by its beginning.

@@ -79,12 +79,36 @@ async fn the_same_request_id_at_the_same_time_makes_one_batch(db: Db) {
             CreatedBatch::Existing(batch) => {
                 ids.insert(batch.id);
             }
-            other @ (CreatedBatch::FileNotFound | CreatedBatch::WrongPurpose) => panic!("{other:?}"),
+            other => panic!("{other:?}"),
         }
     }
     assert_eq!((new, ids.len()), (1, 1));
     assert_eq!(db.number("SELECT COUNT(*) FROM segments").await, 2);
     assert_eq!(db.number("SELECT COUNT(*) FROM batch_events").await, 2);
+}
+
+async fn batches_made_at_the_same_time_do_not_pass_the_limit_together(db: Db) {
+    let file = db.file_of("alice", 2, &["m"]).await;
+    let lines = file.line_count;
+    // Five batches of eight, by two nodes at once.
+    let most = 5 * lines + lines / 2;
+    let stores = [db.store.clone(), db.another().await];
+    let created = join_all((0..8).map(|turn| {
+        let new = NewBatch { owner: "alice".into(), ..new_batch(&file.id) };
+        let store = stores[turn % 2].clone();
+        async move { store.create_batch_within(new, Some(most)).await.unwrap() }
+    }))
+    .await;
+    let made = created.iter().filter(|one| matches!(one, CreatedBatch::New(_))).count();
+    let refused = created.iter().filter(|one| {
+        matches!(one, CreatedBatch::TooManyLines { queued, added } if (*queued, *added) == (5 * lines, lines))
+    });
+    assert_eq!((made, refused.count()), (5, 3), "{created:?}");
+    assert_eq!(db.store.queued_lines("alice").await.unwrap(), 5 * lines);
+    assert_eq!(db.number("SELECT COUNT(*) FROM segments").await, 10, "nothing is left of those that were refused");
+    // Another's lines don't count.
+    let new = NewBatch { owner: "bob".into(), ..new_batch(&file.id) };
+    assert!(matches!(db.store.create_batch_within(new, Some(lines)).await.unwrap(), CreatedBatch::New(_)));
 }
 
 async fn without_an_input_there_is_no_batch(db: Db) {
@@ -168,6 +192,7 @@ on_both_databases!(
     a_new_batch_runs_with_its_segments_and_its_events,
     the_same_request_id_is_the_same_batch,
     the_same_request_id_at_the_same_time_makes_one_batch,
+    batches_made_at_the_same_time_do_not_pass_the_limit_together,
     without_an_input_there_is_no_batch,
     lists_are_filtered_and_paged_newest_first,
     the_queue_is_by_priority_then_deadline,

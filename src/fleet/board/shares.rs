@@ -22,11 +22,14 @@ const BEHIND: u128 = 16;
 /// on. Few, so that nobody has to wait long for having taken them.
 const AHEAD: u128 = 2;
 
-/// The slots that tenants have, by model.
+/// The slots that tenants have, by model: for interactive calls, and for batches. They are counted apart, so that whoever
+/// runs a large batch is not last with a call.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shares {
-    models: BTreeMap<Arc<str>, Model>,
+    classes: [Models; 2],
 }
+
+type Models = BTreeMap<Arc<str>, Model>;
 
 #[derive(Clone, Debug)]
 struct Model {
@@ -127,31 +130,35 @@ impl Standing<'_> {
 }
 
 impl Shares {
+    fn models(&self, batch: bool) -> &Models {
+        &self.classes[usize::from(batch)]
+    }
+
+    fn models_mut(&mut self, batch: bool) -> &mut Models {
+        &mut self.classes[usize::from(batch)]
+    }
+
     /// Somebody waits for a slot.
     pub(super) fn wish(&mut self, want: &Want) {
-        if want.rank.batch {
-            self.model_mut(&want.model).wake(want.rank.tenant);
-        }
+        self.model_mut(want).wake(want.rank.tenant);
     }
 
     /// A slot is given out.
     pub(super) fn take(&mut self, want: &Want) {
         let tenant = want.rank.tenant;
-        let model = self.model_mut(&want.model);
-        // Interactive calls are nobody's turn.
-        if want.rank.batch {
-            model.wake(tenant);
-            let (next, distance) = (model.due(tenant) + distance(tenant), distance(tenant));
-            model.clock = (model.clock + TURN / u128::from(model.weight.max(1))).max(next - AHEAD * distance);
-            model.tenants.entry(tenant).or_default().next = next;
-        }
-        model.tenants.entry(tenant).or_default().held += 1;
+        let model = self.model_mut(want);
+        model.wake(tenant);
+        let (next, distance) = (model.due(tenant) + distance(tenant), distance(tenant));
+        model.clock = (model.clock + TURN / u128::from(model.weight.max(1))).max(next - AHEAD * distance);
+        let share = model.tenants.entry(tenant).or_default();
+        share.next = next;
+        share.held += 1;
     }
 
     /// A slot has come back. Returns whether that was the last one of its holder.
     pub(super) fn give_back(&mut self, holder: &Holder) -> bool {
-        let share = self.models.get_mut(&holder.model).and_then(|model| model.tenants.get_mut(&holder.tenant));
-        share.is_some_and(|share| {
+        let model = self.models_mut(holder.batch).get_mut(&holder.model);
+        model.and_then(|model| model.tenants.get_mut(&holder.tenant)).is_some_and(|share| {
             share.held = share.held.saturating_sub(1);
             share.held == 0
         })
@@ -160,7 +167,7 @@ impl Shares {
     /// A tenant has no wish for a slot of that model. If it has none either, it is idle: what it is behind is gone, but
     /// whoever has just had a turn does not get another one by going away and coming back.
     pub(super) fn rest(&mut self, holder: &Holder) {
-        let Some(model) = self.models.get_mut(&holder.model) else { return };
+        let Some(model) = self.models_mut(holder.batch).get_mut(&holder.model) else { return };
         let Some(share) = model.tenants.get_mut(&holder.tenant) else { return };
         if share.held == 0 && share.active {
             share.active = false;
@@ -170,12 +177,13 @@ impl Shares {
         }
     }
 
-    fn model_mut(&mut self, name: &Arc<str>) -> &mut Model {
-        if !self.models.contains_key(name) {
+    fn model_mut(&mut self, want: &Want) -> &mut Model {
+        let models = self.models_mut(want.rank.batch);
+        if !models.contains_key(&want.model) {
             // So that models that come and go are not remembered for ever.
-            self.models.retain(|_, model| model.tenants.values().any(|share| share.active || share.held > 0));
+            models.retain(|_, model| model.tenants.values().any(|share| share.active || share.held > 0));
         }
-        self.models.entry(name.clone()).or_default()
+        models.entry(want.model.clone()).or_default()
     }
 
     /// The wishes in the order in which they are to be granted.
@@ -204,8 +212,7 @@ impl Shares {
 
     fn standing<'a>(&self, ticket: Ticket, model: &'a Arc<str>, turn: u64) -> Standing<'a> {
         let (rank, _) = ticket;
-        // Interactive calls are nobody's share.
-        let known = self.models.get(model).filter(|_| rank.batch);
+        let known = self.models(rank.batch).get(model);
         let share = known.and_then(|known| known.tenants.get(&rank.tenant));
         let level = Level { slots: share.map_or(0, |share| share.held), weight: rank.tenant.weight().get() };
         let ahead = known.map_or(0, |known| known.due(rank.tenant).cast_signed() - known.clock.cast_signed());
@@ -215,9 +222,11 @@ impl Shares {
     /// What each has.
     #[cfg(test)]
     pub(super) fn held(&self) -> impl Iterator<Item = (Holder, u32)> {
-        self.models.iter().flat_map(|(model, known)| {
-            let held = known.tenants.iter().filter(|(_, share)| share.held > 0);
-            held.map(|(tenant, share)| (Holder { tenant: *tenant, model: model.clone() }, share.held))
+        [false, true].into_iter().flat_map(|batch| {
+            self.models(batch).iter().flat_map(move |(model, known)| {
+                let held = known.tenants.iter().filter(|(_, share)| share.held > 0);
+                held.map(move |(tenant, share)| (Holder { batch, tenant: *tenant, model: model.clone() }, share.held))
+            })
         })
     }
 }

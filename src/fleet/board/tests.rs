@@ -87,6 +87,35 @@ fn a_limit_that_falls_takes_no_slot_back_and_one_that_grows_gives_more() {
 }
 
 #[test]
+fn interactive_calls_of_two_tenants_share() {
+    let mut board = board(&[(1, &["m"], 4)]);
+    let [ana, bob] = [tenant(1), tenant(2)].map(|tenant| want("m", Rank::interactive().of(tenant), &[]));
+    // Bob runs a large batch: that does not count against his calls.
+    let batch = want("m", rank(1, 1).of(tenant(2)), &[]);
+    assert!((0..4).all(|_| board.take(&batch).is_some()));
+    let many = board.queue_for(ana.clone(), 1_000);
+    for _ in 0..4 {
+        board.release(WorkerKey(1), &batch.holder());
+    }
+    assert_eq!(board.grant().len(), 4, "nobody else waits");
+    let few = board.queue_for(bob, 2);
+    let mut order = Vec::new();
+    for _ in 0..4 {
+        board.release(WorkerKey(1), &ana.holder());
+        order.extend(board.grant().into_iter().map(|(ticket, _)| ticket));
+    }
+    assert_eq!(order, [few, few, many, many], "until he has as many");
+    board.more(many);
+    let left = board.waiting[&many].slots;
+    assert_eq!(left, 1_000 - 6 + 1);
+    for _ in 0..left {
+        assert!(board.is_waiting(many));
+        board.fewer(many);
+    }
+    assert!(!board.is_waiting(many) && board.waiting.is_empty());
+}
+
+#[test]
 fn nobody_jumps_the_queue() {
     let mut board = board(&[(1, &["m"], 1), (2, &["other"], 1)]);
     board.take(&want("m", rank(0, 5), &[])).unwrap();

@@ -1,0 +1,321 @@
+//! The places for uploads, and who has to give one up. [`Places`] is pure; [`Uploads`] waits around it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::{sync::oneshot, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{pace::Received, quota::Account};
+
+/// An upload, or who waits for a place, of this process.
+type Id = u64;
+
+/// Slower than this, in bytes a second, an upload of somebody with more than a fair share gives way at once.
+const TRICKLE: u64 = 64 * 1024;
+/// An upload's speed is known after this time.
+const KNOWN: Duration = Duration::from_secs(5);
+/// After waiting this long, somebody with less than a fair share gets a place however fast the others are.
+const FAIR: Duration = Duration::from_secs(10);
+/// How often those who wait look whether somebody has to give way.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The places that are taken, and those who wait for one.
+#[derive(Debug)]
+struct Places {
+    most: usize,
+    taken: BTreeMap<Id, Taken>,
+    waiting: BTreeMap<Id, (Account, Instant)>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    account: Account,
+    since: Instant,
+    /// Bytes that have come. None: the server itself does the work, which takes no time that matters.
+    received: Option<Received>,
+    /// It was asked to give way, and has not gone yet.
+    leaving: bool,
+}
+
+impl Taken {
+    /// Bytes a second, once that is known.
+    fn speed(&self, now: Instant) -> Option<u64> {
+        let age = now.saturating_duration_since(self.since);
+        let bytes = self.received.as_ref().filter(|_| !self.leaving && age >= KNOWN)?.bytes();
+        Some(bytes / age.as_secs().max(1))
+    }
+}
+
+impl Places {
+    fn counts(&self) -> HashMap<&Account, usize> {
+        let mut counts = HashMap::new();
+        for taken in self.taken.values() {
+            *counts.entry(&taken.account).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Gives free places to those who wait: to whoever has fewest, then to whoever has waited longest.
+    fn grant(&mut self) -> Option<Id> {
+        if self.taken.len() >= self.most {
+            return None;
+        }
+        let counts = self.counts();
+        let next = self.waiting.iter().min_by_key(|(id, (account, _))| (counts.get(account).copied().unwrap_or(0), **id));
+        next.map(|(id, _)| *id)
+    }
+
+    /// Which upload gives way now, if one must: somebody waits who would have fewer places, with one more, than another
+    /// has now. Of those who have most, the slowest upload goes: at once if it trickles, else when the other has waited
+    /// long enough.
+    fn gives_way(&self, now: Instant) -> Option<Id> {
+        let counts = self.counts();
+        let leaving = self.taken.values().filter(|taken| taken.leaving).count();
+        let count = |account: &Account| counts.get(account).copied().unwrap_or(0);
+        let most = counts.values().copied().max()?;
+        let mut poor: Vec<Instant> =
+            self.waiting.values().filter(|(account, _)| count(account) + 1 < most).map(|(_, since)| *since).collect();
+        poor.sort_unstable();
+        // Those who leave make place for the first of them.
+        let since = *poor.get(leaving)?;
+        let rich = self.taken.iter().filter(|(_, taken)| count(&taken.account) == most);
+        let (id, speed) = rich
+            .filter_map(|(id, taken)| taken.speed(now).map(|speed| (*id, speed)))
+            .min_by_key(|(id, speed)| (*speed, std::cmp::Reverse(*id)))?;
+        (speed < TRICKLE || now.saturating_duration_since(since) >= FAIR).then_some(id)
+    }
+}
+
+/// The places, and those who wait.
+pub(super) struct Uploads {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    places: Places,
+    /// Told when the place is there.
+    told: HashMap<Id, oneshot::Sender<()>>,
+    /// Cancelled when the upload has to give way.
+    give_way: HashMap<Id, CancellationToken>,
+    next: Id,
+}
+
+/// A place for an upload. Free again when it is dropped.
+pub(super) struct Place {
+    uploads: Arc<Uploads>,
+    id: Id,
+    give_way: CancellationToken,
+}
+
+impl Place {
+    /// Waits until the upload has to make place for somebody else.
+    pub(super) async fn gives_way(&self) {
+        self.give_way.cancelled().await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inner = self.uploads.inner.lock();
+        inner.places.taken.remove(&self.id);
+        inner.give_way.remove(&self.id);
+        inner.grant();
+    }
+}
+
+/// Somebody who waits. Waits no more when it is dropped; a place that it was given meanwhile is free again.
+struct Waits<'a> {
+    uploads: &'a Arc<Uploads>,
+    id: Id,
+    over: bool,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            let mut inner = self.uploads.inner.lock();
+            inner.places.waiting.remove(&self.id);
+            inner.told.remove(&self.id);
+            if inner.places.taken.remove(&self.id).is_some() {
+                inner.grant();
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn grant(&mut self) {
+        while let Some(id) = self.places.grant() {
+            let Some((account, _)) = self.places.waiting.remove(&id) else { return };
+            let taken = Taken { account, since: Instant::now(), received: None, leaving: false };
+            self.places.taken.insert(id, taken);
+            if let Some(told) = self.told.remove(&id) {
+                // Whoever has just gone gives the place back as it does.
+                let _ = told.send(());
+            }
+        }
+    }
+}
+
+impl Uploads {
+    pub(super) fn new(most: usize) -> Arc<Self> {
+        let places = Places { most: most.max(1), taken: BTreeMap::new(), waiting: BTreeMap::new() };
+        let inner = Inner { places, told: HashMap::new(), give_way: HashMap::new(), next: 0 };
+        Arc::new(Self { inner: Mutex::new(inner) })
+    }
+
+    /// Whether somebody waits.
+    pub(super) fn is_crowded(&self) -> bool {
+        !self.inner.lock().places.waiting.is_empty()
+    }
+
+    /// Waits for a place, at most that long. `received` counts what comes of the upload; without it the server does the
+    /// work itself, and need not give way.
+    pub(super) async fn enter(
+        self: &Arc<Self>,
+        account: &Account,
+        received: Option<Received>,
+        patience: Duration,
+    ) -> Option<Place> {
+        let (tell, mut told) = oneshot::channel();
+        let id = {
+            let mut inner = self.inner.lock();
+            let id = inner.next;
+            inner.next += 1;
+            inner.places.waiting.insert(id, (account.clone(), Instant::now()));
+            inner.told.insert(id, tell);
+            inner.grant();
+            id
+        };
+        let mut waits = Waits { uploads: self, id, over: false };
+        let deadline = tokio::time::sleep(patience);
+        let mut deadline = std::pin::pin!(deadline);
+        loop {
+            tokio::select! {
+                biased;
+                granted = &mut told => {
+                    granted.ok()?;
+                    break;
+                }
+                () = &mut deadline => return None,
+                () = tokio::time::sleep(LOOK) => self.look(),
+            }
+        }
+        waits.over = true;
+        let give_way = CancellationToken::new();
+        let mut inner = self.inner.lock();
+        inner.give_way.insert(id, give_way.clone());
+        if let Some(taken) = inner.places.taken.get_mut(&id) {
+            (taken.received, taken.since) = (received, Instant::now());
+        }
+        drop(inner);
+        Some(Place { uploads: self.clone(), id, give_way })
+    }
+
+    /// Asks an upload to give way if one must.
+    fn look(&self) {
+        let mut inner = self.inner.lock();
+        let Some(id) = inner.places.gives_way(Instant::now()) else { return };
+        if let Some(taken) = inner.places.taken.get_mut(&id) {
+            taken.leaving = true;
+        }
+        if let Some(give_way) = inner.give_way.get(&id) {
+            give_way.cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::auth::Caller;
+
+    fn account(name: &str) -> Account {
+        Account::of(&Caller { owner: name.into(), ..Caller::anonymous() }, None)
+    }
+
+    fn places(most: usize, taken: &[(&str, u64)], waiting: &[(&str, u64)], start: Instant) -> Places {
+        let taken = (0..).zip(taken).map(|(id, (name, speed))| {
+            let received = Received::of(speed * 100);
+            (id, Taken { account: account(name), since: start, received: Some(received), leaving: false })
+        });
+        let waiting = (100..).zip(waiting).map(|(id, (name, since))| {
+            (id, (account(name), start + Duration::from_secs(*since)))
+        });
+        Places { most, taken: taken.collect(), waiting: waiting.collect() }
+    }
+
+    #[test]
+    fn a_free_place_goes_to_whoever_has_fewest_then_to_whoever_came_first() {
+        let start = Instant::now();
+        let taken = [("ana", 0), ("ana", 0), ("bob", 0)];
+        let mut all = places(4, &taken, &[("ana", 0), ("bob", 1), ("eve", 2), ("eve", 2)], start);
+        assert_eq!(all.grant(), Some(102), "eve has none");
+        all.waiting.retain(|_, (waits, _)| *waits != account("eve"));
+        assert_eq!(all.grant(), Some(101), "bob has one");
+        all.waiting.remove(&101);
+        assert_eq!(all.grant(), Some(100));
+        all.most = 3;
+        assert_eq!(all.grant(), None);
+    }
+
+    #[test]
+    fn the_slowest_upload_of_whoever_has_most_gives_way() {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        let taken = [("ana", 9_000), ("ana", 2_048), ("ana", 1 << 20), ("bob", 1)];
+        let all = places(4, &taken, &[("eve", 95)], start);
+        assert_eq!(all.gives_way(at(100)), Some(1), "a trickle at once, and not bob's only one");
+        assert_eq!(all.gives_way(at(3)), None, "nobody is slow yet");
+        let fast = [("ana", 1 << 20), ("ana", 1 << 21), ("bob", 1)];
+        let all = places(3, &fast, &[("eve", 95)], start);
+        assert_eq!(all.gives_way(at(100)), None, "who sends has a while");
+        assert_eq!(all.gives_way(at(105)), Some(0));
+        let all = places(2, &[("ana", 1), ("bob", 1)], &[("eve", 0), ("ana", 0)], start);
+        assert_eq!(all.gives_way(at(100)), None, "one each is fair");
+        let all = places(3, &[("ana", 1), ("ana", 1), ("ana", 1)], &[("ana", 0)], start);
+        assert_eq!(all.gives_way(at(100)), None, "nobody gives way to himself");
+        let mut all = places(3, &[("ana", 1), ("ana", 2), ("ana", 3)], &[("eve", 0)], start);
+        all.taken.get_mut(&0).unwrap().leaving = true;
+        assert_eq!(all.gives_way(at(100)), None, "one for one");
+        all.waiting.insert(200, (account("bob"), start));
+        assert_eq!(all.gives_way(at(100)), Some(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_with_all_places_lets_another_in_and_nothing_is_lost() {
+        let uploads = Uploads::new(4);
+        let patience = Duration::from_secs(30);
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            held.push(uploads.enter(&account("ana"), Some(Received::default()), patience).await.unwrap());
+        }
+        let more = uploads.enter(&account("ana"), Some(Received::default()), Duration::from_secs(3)).await;
+        assert!(more.is_none() && !uploads.is_crowded(), "her own wait in line");
+        let began = Instant::now();
+        let waiting = tokio::spawn({
+            let uploads = uploads.clone();
+            async move { uploads.enter(&account("bob"), Some(Received::default()), patience).await.unwrap() }
+        });
+        let one = held.pop().unwrap();
+        one.gives_way().await;
+        drop(one);
+        let bobs = waiting.await.unwrap();
+        assert!(began.elapsed() <= Duration::from_secs(7), "{:?}", began.elapsed());
+        drop((held, bobs));
+        assert!(uploads.inner.lock().places.taken.is_empty() && uploads.inner.lock().give_way.is_empty());
+        // Whoever waits no more leaves nothing behind, even if the place came at that moment.
+        let (ana, bob) = (account("ana"), account("bob"));
+        let full: Vec<_> = futures::future::join_all((0..4).map(|_| uploads.enter(&ana, None, patience))).await;
+        let mut late = Box::pin(uploads.enter(&bob, None, patience));
+        assert!(futures::poll!(&mut late).is_pending());
+        drop(full);
+        drop(late);
+        assert!(uploads.inner.lock().places.taken.is_empty() && uploads.inner.lock().places.waiting.is_empty());
+    }
+}
