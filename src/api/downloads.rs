@@ -199,7 +199,9 @@ mod tests {
         assert_eq!(range("bytes=0-3"), Some(Range::Between(0, 3)));
         assert_eq!(range("bytes=5-5"), Some(Range::Between(5, 5)));
         assert_eq!(range("bytes=-5"), Some(Range::Last(5)));
-        for other in ["bytes=5-2", "bytes=1-,5-", "bytes=0-0,5-5", "bytes=+1-", "bytes= 1-", "lines=1-", "", "bytes=-", "a=b"] {
+        for other in
+            ["bytes=5-2", "bytes=1-,5-", "bytes=0-0,5-5", "bytes=+1-", "bytes= 1-", "lines=1-", "", "bytes=-", "a=b"]
+        {
             assert_eq!(range(other), None, "{other}");
         }
     }

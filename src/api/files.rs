@@ -52,12 +52,7 @@ impl Api {
         }
     }
 
-    async fn take_file(
-        &self,
-        caller: &Caller,
-        account: &Account,
-        mut incoming: Incoming,
-    ) -> Result<pb::File, Status> {
+    async fn take_file(&self, caller: &Caller, account: &Account, mut incoming: Incoming) -> Result<pb::File, Status> {
         let first = incoming.next(|| false).await?;
         let Some(Payload::Spec(spec)) = first.and_then(|first| first.payload) else {
             return Err(invalid_field("spec", "must be in the first message"));
@@ -96,7 +91,8 @@ impl Api {
     /// and [`COMPARED`] bytes go: whoever sends a large file again because the answer was lost need not send all of it.
     async fn compare(&self, file: &File, total: Option<u64>, incoming: &mut Incoming) -> Result<(), Status> {
         let other = || {
-            let message = format!("the request_id has made the file {} of other contents before; use a new one", file.id);
+            let message =
+                format!("the request_id has made the file {} of other contents before; use a new one", file.id);
             error(Code::AlreadyExists, "REQUEST_ID_REUSED", message)
         };
         if total.is_some_and(|total| i64::try_from(total) != Ok(file.bytes)) {

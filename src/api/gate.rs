@@ -221,7 +221,8 @@ pub(super) async fn only_grpc(request: Request, next: Next) -> Response {
     } else {
         StatusCode::METHOD_NOT_ALLOWED
     };
-    let text = "this is a method of tidemill's gRPC API: call it with a gRPC or gRPC-Web client, or use the tidemill CLI\n";
+    let text =
+        "this is a method of tidemill's gRPC API: call it with a gRPC or gRPC-Web client, or use the tidemill CLI\n";
     (code, [(http::header::ALLOW, "POST")], text).into_response()
 }
 

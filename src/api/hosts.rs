@@ -250,7 +250,11 @@ mod tests {
 
     fn request(method: &str, uri: &str, headers: &[(&str, &str)]) -> Request {
         let builder = Request::builder().method(method).uri(uri);
-        headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value)).body(Body::empty()).unwrap()
+        headers
+            .iter()
+            .fold(builder, |builder, (name, value)| builder.header(*name, *value))
+            .body(Body::empty())
+            .unwrap()
     }
 
     fn answers_to(hosts: &Hosts, name: &str) -> bool {
@@ -264,18 +268,44 @@ mod tests {
 
     #[test]
     fn names_that_no_stranger_can_have_are_answered_to() {
-        let hosts = Hosts { machine: Some("gpu1.corp.example".into()), ..Hosts::new(&["Batch.Example.com".into()], false, false) };
+        let hosts = Hosts {
+            machine: Some("gpu1.corp.example".into()),
+            ..Hosts::new(&["Batch.Example.com".into()], false, false)
+        };
         for name in [
-            "127.0.0.1:4080", "[::1]:4080", "[::1]", "10.1.2.3", "localhost", "LOCALHOST:80", "localhost.:4080",
-            "app.localhost:1", "tidemill", "tidemill_1:4080", "tidemill.batch.svc.cluster.local", "tidemill.batch.svc",
-            "host.docker.internal:4080", "batch.example.com", "batch.example.com.:443", "gpu1.corp.example",
+            "127.0.0.1:4080",
+            "[::1]:4080",
+            "[::1]",
+            "10.1.2.3",
+            "localhost",
+            "LOCALHOST:80",
+            "localhost.:4080",
+            "app.localhost:1",
+            "tidemill",
+            "tidemill_1:4080",
+            "tidemill.batch.svc.cluster.local",
+            "tidemill.batch.svc",
+            "host.docker.internal:4080",
+            "batch.example.com",
+            "batch.example.com.:443",
+            "gpu1.corp.example",
         ] {
             assert!(answers_to(&hosts, name), "{name}");
         }
         for name in [
-            "evil.example", "evil.example:4080", "localhost.evil.example", "127.0.0.1.evil.example", "evil.localhost.example",
-            "x.batch.example.com", "127.0.0.1@evil.example", "evil.example#localhost", "[::1].evil.example", "a b", "[::1",
-            "localhost:99999", "localhost:4080:1",
+            "evil.example",
+            "evil.example:4080",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "evil.localhost.example",
+            "x.batch.example.com",
+            "127.0.0.1@evil.example",
+            "evil.example#localhost",
+            "[::1].evil.example",
+            "a b",
+            "[::1",
+            "localhost:99999",
+            "localhost:4080:1",
         ] {
             assert!(!answers_to(&hosts, name), "{name}");
         }
@@ -306,7 +336,9 @@ mod tests {
         ] {
             assert!(from(origin, "POST", host), "{origin} {host}");
         }
-        for origin in ["http://localhost:3000", "http://localhost", "https://evil.example", "null", "file://", "localhost:4080"] {
+        for origin in
+            ["http://localhost:3000", "http://localhost", "https://evil.example", "null", "file://", "localhost:4080"]
+        {
             assert!(!from(origin, "POST", "localhost:4080"), "{origin}");
             assert!(from(origin, "GET", "localhost:4080"), "{origin}: reading is left to the browser");
         }
@@ -331,6 +363,9 @@ mod tests {
             let asks = [host, ("origin", origin), ("access-control-request-method", "POST")];
             preflight(&hosts, &request("OPTIONS", "/x", &asks)).status()
         };
-        assert_eq!((ask("https://app.example"), ask("https://evil.example")), (StatusCode::NO_CONTENT, StatusCode::FORBIDDEN));
+        assert_eq!(
+            (ask("https://app.example"), ask("https://evil.example")),
+            (StatusCode::NO_CONTENT, StatusCode::FORBIDDEN)
+        );
     }
 }

@@ -51,14 +51,13 @@ struct Http {
 }
 
 /// The routes, and what answers where there is none.
-pub(super) fn routes(
-    services: Services,
-    gate: Arc<Gate>,
-    limits: Arc<Limiter>,
-    shutdown: CancellationToken,
-) -> Router {
+pub(super) fn routes(services: Services, gate: Arc<Gate>, limits: Arc<Limiter>, shutdown: CancellationToken) -> Router {
     metrics::describe_counter!(REQUESTS, "HTTP requests that have ended, by route and status");
-    metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, "how long HTTP requests took, downloads to their end");
+    metrics::describe_histogram!(
+        SECONDS,
+        metrics::Unit::Seconds,
+        "how long HTTP requests took, downloads to their end"
+    );
     let api = Api::new(services.clone(), None, limits, shutdown.clone());
     Router::new()
         .route("/healthz", get(async || "ok\n"))
@@ -125,7 +124,9 @@ fn route_of(path: &str) -> (&'static str, Kind) {
         (Some("readyz"), None, ..) => ("/readyz", Kind::Open),
         (Some("metrics"), None, ..) => ("/metrics", Kind::Known),
         (Some("v1"), Some("files"), Some(_), Some("content"), None) => ("/v1/files/{file}/content", Kind::Download),
-        (Some("v1"), Some("batches"), Some(_), Some("results"), None) => ("/v1/batches/{batch}/results", Kind::Download),
+        (Some("v1"), Some("batches"), Some(_), Some("results"), None) => {
+            ("/v1/batches/{batch}/results", Kind::Download)
+        }
         (Some("v1"), Some("batches"), Some(_), Some("errors"), None) => ("/v1/batches/{batch}/errors", Kind::Download),
         _ => ("other", Kind::Open),
     }
@@ -238,7 +239,9 @@ mod tests {
         assert_eq!(route_of("/metrics"), ("/metrics", Kind::Known));
         assert_eq!(route_of("/v1/files/file-1/content"), ("/v1/files/{file}/content", Kind::Download));
         assert_eq!(route_of("/v1/batches/b/results"), ("/v1/batches/{batch}/results", Kind::Download));
-        for other in ["/", "", "/v1/files", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"] {
+        for other in
+            ["/", "", "/v1/files", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"]
+        {
             assert_eq!(route_of(other), ("other", Kind::Open), "{other}");
         }
     }

@@ -138,7 +138,8 @@ impl HttpBody for Timely {
             over.as_mut().reset(until);
         }
         ready!(over.as_mut().poll(cx));
-        let message = "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
+        let message =
+            "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
         Poll::Ready(Some(Err(axum::Error::new(error(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", message)))))
     }
 

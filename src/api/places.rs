@@ -66,7 +66,8 @@ impl Places {
             return None;
         }
         let counts = self.counts();
-        let next = self.waiting.iter().min_by_key(|(id, (account, _))| (counts.get(account).copied().unwrap_or(0), **id));
+        let next =
+            self.waiting.iter().min_by_key(|(id, (account, _))| (counts.get(account).copied().unwrap_or(0), **id));
         next.map(|(id, _)| *id)
     }
 
@@ -244,9 +245,8 @@ mod tests {
             let received = Received::of(speed * 100);
             (id, Taken { account: account(name), since: start, received: Some(received), leaving: false })
         });
-        let waiting = (100..).zip(waiting).map(|(id, (name, since))| {
-            (id, (account(name), start + Duration::from_secs(*since)))
-        });
+        let waiting =
+            (100..).zip(waiting).map(|(id, (name, since))| (id, (account(name), start + Duration::from_secs(*since))));
         Places { most, taken: taken.collect(), waiting: waiting.collect() }
     }
 

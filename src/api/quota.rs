@@ -1,10 +1,6 @@
 //! How much one caller may have under way at a time.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tonic::Status;
@@ -66,10 +62,8 @@ impl Quota {
         if self.most > 0 && mine.saturating_add(amount) > self.most {
             drop(used);
             let Kind { reason, what, advice, again } = self.kind;
-            let message = format!(
-                "{mine} {what} of yours are under way at this server, and {} is the most; {advice}",
-                self.most
-            );
+            let message =
+                format!("{mine} {what} of yours are under way at this server, and {} is the most; {advice}", self.most);
             return Err(refused(reason, message, again));
         }
         used.insert(account.clone(), mine + amount);
@@ -103,8 +97,7 @@ mod tests {
 
     use super::*;
 
-    const KIND: Kind =
-        Kind { reason: "TOO_MANY_X", what: "x", advice: "see --limit-x", again: Duration::from_secs(3) };
+    const KIND: Kind = Kind { reason: "TOO_MANY_X", what: "x", advice: "see --limit-x", again: Duration::from_secs(3) };
 
     fn account(name: &str) -> Account {
         Account::of(&Caller { owner: name.into(), ..Caller::anonymous() }, None)

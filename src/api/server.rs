@@ -135,11 +135,8 @@ pub async fn serve(
         Some(files) => Some(listener::tls::acceptor(files).await?),
         None => None,
     };
-    let listening = listener::Options {
-        max_connections: options.max_connections,
-        max_age: options.max_connection_age,
-        tls,
-    };
+    let listening =
+        listener::Options { max_connections: options.max_connections, max_age: options.max_connection_age, tls };
     let listener = Listener::new(routes, listening);
     health::set(&reporter, ServingStatus::Serving).await;
     let stop = CancellationToken::new();

@@ -177,7 +177,8 @@ mod tests {
 
     #[test]
     fn a_public_host_is_a_name_and_nothing_else() {
-        let hosts = |name: &str| ServeConfig::from_flags(["--public-host", name], None).map(|config| config.public_host);
+        let hosts =
+            |name: &str| ServeConfig::from_flags(["--public-host", name], None).map(|config| config.public_host);
         assert_eq!(hosts("Batch.Example.com,*").unwrap(), ["batch.example.com", "*"]);
         for bad in ["https://batch.example.com", "batch.example.com:4080", "batch.example.com/", "", "a b"] {
             let message = hosts(bad).unwrap_err().to_string();

@@ -390,7 +390,7 @@ mod tests {
     async fn calls_of_one_tenant_are_one_wish_and_leave_without_a_trace() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
-        let options = FleetOptions { limit: InFlight::Fixed(1), api_key: None };
+        let options = FleetOptions { limit: InFlight::Fixed(1), ..FleetOptions::default() };
         let fleet = Fleet::start(store, options, &TaskTracker::new(), CancellationToken::new()).await.unwrap();
         let mut calls: Vec<Call> = (0..5_000).map(|_| call(&fleet, "ana")).collect();
         calls.push(call(&fleet, "bob"));

@@ -66,7 +66,10 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
         let part = get(path, "root", "bytes=0-5").await;
         assert_eq!(part, (206, Some(format!("bytes 0-5/{size}")), whole[..6].to_vec().into()));
         let last = get(path, "root", "bytes=-7").await;
-        assert_eq!(last, (206, Some(format!("bytes {}-{}/{size}", size - 7, size - 1)), whole[size - 7..].to_vec().into()));
+        assert_eq!(
+            last,
+            (206, Some(format!("bytes {}-{}/{size}", size - 7, size - 1)), whole[size - 7..].to_vec().into())
+        );
         for ignored in ["bytes=0-0,5-5", "bytes=5-2", "lines=1-"] {
             assert_eq!(get(path, "ana", ignored).await, (200, None, whole.clone().into()), "{ignored}");
         }
@@ -83,7 +86,8 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
     // What was begun with another version is not gone on with.
     let version = head.headers()["etag"].to_str().unwrap().to_owned();
     for (wanted, status) in [(version.as_str(), 206), ("\"another\"", 200)] {
-        let request = http.get(server.url(&content)).bearer_auth("ana").header("range", "bytes=1-").header("if-range", wanted);
+        let request =
+            http.get(server.url(&content)).bearer_auth("ana").header("range", "bytes=1-").header("if-range", wanted);
         assert_eq!(request.send().await.unwrap().status().as_u16(), status, "{wanted}");
     }
     let (status, _, errors) = get(&format!("/v1/batches/{}/errors", batch.id), "ana", "").await;
@@ -192,7 +196,8 @@ async fn a_browser_speaks_grpc_web() {
 /// What a request with these headers is answered: the status, and the text.
 async fn answered(server: &Server, method: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
     let request = reqwest::Client::new().request(method.parse().unwrap(), server.url(path)).body("{}");
-    let answer = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send().await.unwrap();
+    let answer =
+        headers.iter().fold(request, |request, (name, value)| request.header(*name, *value)).send().await.unwrap();
     (answer.status().as_u16(), answer.text().await.unwrap())
 }
 
@@ -249,10 +254,12 @@ async fn a_name_of_a_strangers_choice_opens_nothing() {
 
 #[tokio::test]
 async fn pages_of_other_sites_change_nothing_and_read_nothing() {
-    let server = Server::with(ServerOptions { public_hosts: vec!["app.example".into()], ..ServerOptions::default() }).await;
+    let server =
+        Server::with(ServerOptions { public_hosts: vec!["app.example".into()], ..ServerOptions::default() }).await;
     let path = "/tidemill.v1.WorkerAdmin/ListWorkers";
     let call = async |origin: &str| {
-        let request = reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
+        let request =
+            reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
         let answer = request.header("origin", origin).body(vec![0; 5]).send().await.unwrap();
         let allowed = answer.headers()["access-control-allow-origin"].to_str().unwrap_or("").to_owned();
         (answer.headers().get("grpc-status").cloned(), allowed, answer.bytes().await.unwrap())
@@ -263,7 +270,8 @@ async fn pages_of_other_sites_change_nothing_and_read_nothing() {
         assert!(status.is_none() && allowed == page && !body.is_empty(), "{page}: {status:?} {allowed}");
     }
     for page in ["https://attacker.example", "http://localhost:3000", "null"] {
-        let request = reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
+        let request =
+            reqwest::Client::new().post(server.url(path)).header("content-type", "application/grpc-web+proto");
         let answer = request.header("origin", page).body(vec![0; 5]).send().await.unwrap();
         assert_eq!(answer.headers()["grpc-status"], (Code::PermissionDenied as i32).to_string(), "{page}");
         assert!(answer.headers().get("access-control-allow-origin").is_none(), "{page}");
@@ -282,7 +290,8 @@ async fn a_message_that_trickles_in_does_not_keep_its_call_open() {
                 application/grpc-web+proto\r\ncontent-length: 100\r\n\r\nabc";
     tcp.write_all(head.as_bytes()).await.unwrap();
     let mut said = vec![0; 4_096];
-    let read = tokio::time::timeout(Duration::from_secs(60), tcp.read(&mut said)).await.expect("it is given up").unwrap();
+    let read =
+        tokio::time::timeout(Duration::from_secs(60), tcp.read(&mut said)).await.expect("it is given up").unwrap();
     let said = String::from_utf8_lossy(&said[..read]).into_owned();
     assert!(said.contains(&format!("grpc-status: {}", Code::DeadlineExceeded as i32)), "{said}");
 }

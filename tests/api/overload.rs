@@ -174,7 +174,8 @@ async fn one_callers_trickling_uploads_make_place_for_another() {
             let pieces = stream::iter(0..).then(move |at: u64| {
                 let mut piece = line.clone();
                 piece.resize(2_048, b' ');
-                let text = String::from_utf8(piece).unwrap().replace("\"c0\"", &format!("\"c{at}\"")).replace('\n', " ");
+                let text =
+                    String::from_utf8(piece).unwrap().replace("\"c0\"", &format!("\"c{at}\"")).replace('\n', " ");
                 async move {
                     tokio::time::sleep(Duration::from_secs(1)).await;
                     chunk(format!("{text}\n").into_bytes())

@@ -69,7 +69,9 @@ async fn clients_that_speak_only_http_1_get_in_as_well() {
     let root = reqwest::Certificate::from_pem(authority.issuer.pem().as_bytes()).unwrap();
     // The first two choose by ALPN, the third does not know it.
     let offers: [&[&[u8]]; 3] = [&[b"http/1.1"], &[b"h2", b"http/1.1"], &[]];
-    for (offer, version) in offers.into_iter().zip([reqwest::Version::HTTP_11, reqwest::Version::HTTP_2, reqwest::Version::HTTP_11]) {
+    for (offer, version) in
+        offers.into_iter().zip([reqwest::Version::HTTP_11, reqwest::Version::HTTP_2, reqwest::Version::HTTP_11])
+    {
         let client = reqwest::Client::builder().tls_certs_only([root.clone()]);
         let client = match offer {
             [b"http/1.1"] => client.http1_only(),

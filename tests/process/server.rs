@@ -39,7 +39,13 @@ struct Shared {
 
 impl Clone for Server {
     fn clone(&self) -> Self {
-        Self { shared: self.shared.clone(), environment: self.environment.clone(), data: self.data, files: self.files, child: None }
+        Self {
+            shared: self.shared.clone(),
+            environment: self.environment.clone(),
+            data: self.data,
+            files: self.files,
+            child: None,
+        }
     }
 }
 
@@ -81,7 +87,13 @@ impl Server {
         // Free at this moment; the server has to come back to the same one.
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        Self { shared: Arc::new(Shared { folder, address, flags }), environment: Vec::new(), data: "", files: None, child: None }
+        Self {
+            shared: Arc::new(Shared { folder, address, flags }),
+            environment: Vec::new(),
+            data: "",
+            files: None,
+            child: None,
+        }
     }
 
     fn command(&self, address: &str) -> Command {

@@ -100,9 +100,9 @@ async fn batches_made_at_the_same_time_do_not_pass_the_limit_together(db: Db) {
     }))
     .await;
     let made = created.iter().filter(|one| matches!(one, CreatedBatch::New(_))).count();
-    let refused = created.iter().filter(|one| {
-        matches!(one, CreatedBatch::TooManyLines { queued, added } if (*queued, *added) == (5 * lines, lines))
-    });
+    let refused = created.iter().filter(
+        |one| matches!(one, CreatedBatch::TooManyLines { queued, added } if (*queued, *added) == (5 * lines, lines)),
+    );
     assert_eq!((made, refused.count()), (5, 3), "{created:?}");
     assert_eq!(db.store.queued_lines("alice").await.unwrap(), 5 * lines);
     assert_eq!(db.number("SELECT COUNT(*) FROM segments").await, 10, "nothing is left of those that were refused");

@@ -246,9 +246,9 @@ impl Listener {
     }
 
     fn guest(self: &Arc<Self>) -> Option<Arrival> {
-        let taken = self.guests.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |guests| {
-            (guests < GUESTS).then_some(guests + 1)
-        });
+        let taken = self
+            .guests
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |guests| (guests < GUESTS).then_some(guests + 1));
         taken.is_ok().then(|| Arrival::Guest { _counted: Guest(self.clone()) })
     }
 

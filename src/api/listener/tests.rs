@@ -190,7 +190,9 @@ async fn a_guest_stays_if_there_is_a_place_for_it_by_then() {
 
 #[tokio::test(start_paused = true)]
 async fn whoever_reads_nothing_is_cut_some_time() {
-    let flood = || async { Body::from_stream(futures::stream::repeat_with(|| Ok::<_, io::Error>(bytes::Bytes::from(vec![0; 65_536])))) };
+    let flood = || async {
+        Body::from_stream(futures::stream::repeat_with(|| Ok::<_, io::Error>(bytes::Bytes::from(vec![0; 65_536]))))
+    };
     let service = Router::new().route("/", get(flood));
     let listener = Listener::new(service, Options { max_connections: Some(5), max_age: None, tls: None });
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -34,7 +34,9 @@ pub(in crate::api) async fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, Se
     let mut config = builder.with_single_cert(chain, key).map_err(|error| {
         let key = files.key.display();
         match error {
-            rustls::Error::InconsistentKeys(_) => bad(&files.cert, format!("is not the certificate of the key in {key}")),
+            rustls::Error::InconsistentKeys(_) => {
+                bad(&files.cert, format!("is not the certificate of the key in {key}"))
+            }
             error => bad(&files.cert, format!("can't be used with the key in {key}: {error}")),
         }
     })?;
