@@ -40,10 +40,11 @@ fn expected(text: &str) -> Option<Expected> {
     let body_text = line.once("body")??;
     let body = serde_json::from_str::<Members>(body_text).ok()?;
     let string = |raw: Option<&str>| raw.and_then(|raw| serde_json::from_str::<String>(raw).ok());
-    let custom_id = string(line.once("custom_id")?).filter(|id| (1..=512).contains(&id.len()))?;
+    let custom_id = string(line.once("custom_id")?).filter(|id| (1..=512).contains(&id.len()) && !id.contains('\0'))?;
     let url = string(line.once("url")?).filter(|url| url.parse::<Endpoint>().is_ok_and(|known| known.path() == url))?;
     string(line.once("method")?).filter(|method| method == "POST")?;
-    let model = string(body.once("model")?).filter(|model| (1..=1_024).contains(&model.len()))?;
+    let model = string(body.once("model")?)
+        .filter(|model| (1..=1_024).contains(&model.len()) && !model.contains(char::is_control))?;
     if !matches!(body.once("stream")?, None | Some("false" | "null")) {
         return None;
     }

@@ -5,6 +5,7 @@ use sha2::{Digest, Sha256};
 use tonic::Status;
 
 use super::status::invalid_field;
+use crate::domain::text::is_storable;
 
 /// The first byte of a token: its format.
 const VERSION: u8 = 1;
@@ -84,7 +85,7 @@ fn read(token: &str, filters: [u8; HASH]) -> Result<String, Status> {
     if theirs != filters {
         return Err(bad("comes from a list with other filters: keep them the same from page to page"));
     }
-    String::from_utf8(last.to_vec()).ok().filter(|last| !last.is_empty() && !last.contains('\0')).ok_or_else(none)
+    String::from_utf8(last.to_vec()).ok().filter(|last| !last.is_empty() && is_storable(last)).ok_or_else(none)
 }
 
 fn hash(filters: &[&str]) -> [u8; HASH] {

@@ -12,6 +12,7 @@ use crate::{
     domain::{
         BatchId, BatchStatus, Endpoint, FileId, Priority, WorkerId,
         batch::{DEFAULT_WINDOW, WINDOW_RANGE},
+        text::{is_plain, is_storable},
     },
     ingest::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest},
     pb,
@@ -31,9 +32,8 @@ const INLINE: (usize, usize) = (INLINE_MAX_REQUESTS, INLINE_MAX_BYTES);
 /// The most bytes of a chunk of an upload.
 const CHUNK: usize = 1024 * 1024;
 
-/// A text that a database can hold: PostgreSQL has no NUL in texts.
 fn storable(text: &str, most: usize) -> bool {
-    text.len() <= most && !text.contains('\0')
+    text.len() <= most && is_storable(text)
 }
 
 /// A batch's id. One that can't be any is not found.
@@ -66,7 +66,7 @@ pub(super) fn worker_id(text: &str) -> Result<WorkerId, Status> {
 /// An idempotency key; empty is none.
 fn request_id(text: String, wrong: &mut Violations, field: &str) -> Option<String> {
     // Control characters are kept for the keys that the server makes itself.
-    let good = text.len() <= REQUEST_ID && !text.chars().any(char::is_control);
+    let good = text.len() <= REQUEST_ID && is_plain(&text);
     wrong.check(good, field, format!("must be at most {REQUEST_ID} bytes without control characters"));
     (!text.is_empty()).then_some(text)
 }
@@ -129,7 +129,7 @@ pub(super) struct Spec {
 
 pub(super) fn spec(of: pb::FileSpec) -> Result<Spec, Status> {
     let mut wrong = Violations::default();
-    let good = of.filename.len() <= FILENAME && !of.filename.chars().any(char::is_control);
+    let good = of.filename.len() <= FILENAME && is_plain(&of.filename);
     wrong.check(good, "spec.filename", format!("must be at most {FILENAME} bytes without control characters"));
     wrong.check(matches!(of.purpose.as_str(), "" | "batch"), "spec.purpose", "must be \"batch\" or empty");
     wrong.check(of.total_bytes >= 0, "spec.total_bytes", "must not be negative");
@@ -298,6 +298,10 @@ pub(super) fn infer(of: pb::InferRequest) -> Result<(Endpoint, String, Bytes), S
             wrong.add("body", "\"model\" is empty");
             String::new()
         }
+        Ok(body) if !is_plain(&body.model) => {
+            wrong.add("body", "\"model\" has a control character");
+            String::new()
+        }
         Ok(body) => {
             wrong.check(body.stream != Some(true), "body", "\"stream\" must not be true: the answer comes whole");
             body.model.clone().into_owned()
@@ -384,6 +388,7 @@ mod tests {
             "{}",
             r#"{"model":1}"#,
             r#"{"model":""}"#,
+            r#"{"model":"m\u0000"}"#,
             r#"{"model":"m","stream":true}"#,
             "{\"model\":\"m\"} x",
         ] {

@@ -17,6 +17,7 @@ use crate::{
     delivery::{DEFAULT_OVERLAP, Webhooks},
     domain::{
         BatchId, DeadLetterId, DeliveryId, RetryJobId, WebhookEndpointId,
+        text::is_storable,
         webhook::{EventFilter, MAX_ATTEMPTS, TIMEOUT_RANGE, WebhookEvent},
     },
     pb::{self, webhook_admin_server::WebhookAdmin},
@@ -316,7 +317,7 @@ fn change(of: pb::UpdateEndpointRequest) -> Result<EndpointChange, Status> {
         names => EventFilter::parse(names).map_err(|unknown| wrong.add("events", unknown.to_string())).ok(),
     };
     let reason = of.disabled_reason;
-    let good = reason.len() <= REASON && !reason.contains('\0');
+    let good = reason.len() <= REASON && is_storable(&reason);
     wrong.check(good, "disabled_reason", format!("must be at most {REASON} bytes without NUL"));
     wrong.finish()?;
     Ok(EndpointChange {

@@ -13,6 +13,7 @@ use crate::{
     delivery::{AcceptError, RetryError, Webhooks},
     domain::{
         Timestamp, WebhookEndpointId,
+        text::is_storable,
         webhook::{DeliveryState, OLD_URL_KEY, WebhookConfig, WebhookTarget},
     },
     pb,
@@ -41,7 +42,7 @@ pub(super) fn duration(of: Option<prost_types::Duration>, field: &str) -> Result
 
 /// A short text to look something up by; empty is none.
 pub(super) fn text(of: String, field: &str) -> Result<Option<String>, Status> {
-    if of.len() > SHORT || of.contains('\0') {
+    if of.len() > SHORT || !is_storable(&of) {
         return Err(invalid_field(field, format!("must be at most {SHORT} bytes without NUL")));
     }
     Ok((!of.is_empty()).then_some(of))

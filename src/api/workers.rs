@@ -32,9 +32,6 @@ impl WorkerAdmin for Workers {
     ) -> Result<Response<pb::Worker>, Status> {
         Caller::of(&request)?.require_admin()?;
         let url = request.into_inner().url;
-        if url.is_empty() || url.len() > 2_048 || url.contains('\0') {
-            return Err(status::invalid_field("url", "must be an http or https URL of at most 2,048 bytes"));
-        }
         let worker = self.fleet.register(&url).await.map_err(status::fleet)?;
         Ok(Response::new(convert::worker(worker)))
     }

@@ -10,14 +10,14 @@ use std::{
 };
 
 use futures::{FutureExt, future::BoxFuture};
-use rand::{SeedableRng, rngs::StdRng};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{
     sync::broadcast::{self, error::RecvError},
     task::{Id, JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use url::{Position, Url};
 
 use super::{
@@ -36,6 +36,8 @@ use crate::{
 const GATHER: usize = AHEAD / 2;
 /// And the first of them waits at most so long.
 const GATHER_FOR: Duration = Duration::from_millis(10);
+/// How long a receiver is left alone whose webhooks the database refuses to hand out.
+const REFUSED: Duration = Duration::from_secs(60);
 
 /// What the loop must remember of a send in flight.
 struct InFlight {
@@ -90,6 +92,11 @@ pub(super) struct Outbox {
     apart: bool,
     /// Then, whether it is the claims' turn.
     claims_next: bool,
+    /// The database has refused a turn of several things for good: for so many turns each is of one thing, so that what it
+    /// refuses is found, and keeps nothing else from being written.
+    one_by_one: usize,
+    /// Targets of which a claim alone was refused, and until when they are left alone.
+    refused: HashMap<String, Instant>,
     /// Of these targets less than was asked for was there: nothing (false), or nothing that may stand in line (true). They are
     /// not asked for it again before there is news or it is time to look.
     spent: HashMap<String, bool>,
@@ -111,6 +118,8 @@ impl Outbox {
             away_until: None,
             apart: false,
             claims_next: false,
+            one_by_one: 0,
+            refused: HashMap::new(),
             spent: HashMap::new(),
             shutdown,
             webhooks,
@@ -196,9 +205,20 @@ impl Outbox {
                 || stopping);
         // Whatever a turn is begun for, it settles and claims all it can.
         let due = gathered || news || self.fairness.is_low(now());
-        let shares = if claiming && due { self.fairness.shares(&self.due, now()) } else { Vec::new() };
+        let mut shares = if claiming && due { self.fairness.shares(&self.due, now()) } else { Vec::new() };
         let settling = if self.apart { shares.is_empty() } else { gathered || !shares.is_empty() };
-        let unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
+        let mut unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
+        if self.one_by_one > 0 {
+            // By chance: the first may be the same each time.
+            if !shares.is_empty() {
+                let at = self.random.random_range(0..shares.len());
+                shares.swap(0, at);
+            }
+            for share in shares.drain(shares.len().min(1)..) {
+                self.fairness.give_back(&share.target, share.count);
+            }
+            self.unsettled.extend(unsettled.drain(unsettled.len().min(1)..));
+        }
         if self.unsettled.is_empty() {
             self.gathering_since = None;
         }
@@ -218,16 +238,35 @@ impl Outbox {
         self.away_until = None;
         match turn {
             Ok(Turn { settled, claimed }) => {
+                self.one_by_one = self.one_by_one.saturating_sub(settlements.len() + shares.len());
                 // Apart, claims are made alone.
                 self.apart &= shares.is_empty();
                 settle_metrics(&settlements, &created, &settled);
                 self.line_up(&shares, claimed);
             }
+            Err(error) if error.is_final() && settlements.len() + shares.len() <= 1 => {
+                self.one_by_one = self.one_by_one.saturating_sub(1);
+                self.look = true;
+                for settlement in &settlements {
+                    // Its lease runs out, and the attempt is counted.
+                    error!(%error, delivery = %settlement.id, "what came of a webhook can't be written, ever; it is sent again");
+                }
+                for share in &shares {
+                    error!(%error, target = share.target, "a receiver's webhooks can't be claimed; they wait");
+                    self.fairness.give_back(&share.target, share.count);
+                    self.refused.insert(share.target.clone(), Instant::now() + REFUSED);
+                    // Without it the next turn has its look, too: a turn that fails has none.
+                    self.due.retain(|due| due.target != share.target);
+                }
+            }
             Err(error) => {
                 warn!(%error, waiting = settlements.len(), "the webhook outbox can't be written");
+                if error.is_final() {
+                    self.one_by_one = settlements.len() + shares.len();
+                }
                 let both = !settlements.is_empty() && !shares.is_empty();
                 self.apart |= both;
-                self.away_until = (!both).then(|| Instant::now() + poll);
+                self.away_until = (!both && !error.is_final()).then(|| Instant::now() + poll);
                 for share in &shares {
                     self.fairness.give_back(&share.target, share.count);
                 }
@@ -265,9 +304,10 @@ impl Outbox {
         });
         let poll = Instant::now() + self.webhooks.inner.options.poll;
         self.look_at = next.min().map_or(poll, |next| poll.min(Instant::from_std(next)));
+        self.refused.retain(|_, until| *until > Instant::now());
         self.due = targets
             .into_iter()
-            .filter(|target| target.due <= at.0)
+            .filter(|target| target.due <= at.0 && !self.refused.contains_key(&target.target))
             .filter_map(|store::Due { target, .. }| {
                 let spent = self.spent.get(&target).copied();
                 let ahead = match spent {

@@ -201,10 +201,10 @@ impl Webhooks {
         &self,
         id: &WebhookEndpointId,
         owner: Option<&str>,
-        change: EndpointChange,
+        mut change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, AcceptError> {
-        if let Some(url) = &change.url {
-            self.resolve(WebhookConfig::new(url.as_str())).await?;
+        if let Some(url) = &mut change.url {
+            *url = self.resolve(WebhookConfig::new(url.as_str())).await?.0.url;
         }
         let changed = self.inner.store.update_endpoint(id, owner, change).await?;
         self.inner.wake.notify_one();

@@ -9,6 +9,7 @@ pub mod lifecycle;
 pub mod line_set;
 pub mod request_line;
 pub mod segment;
+pub mod text;
 pub mod time;
 pub mod usage;
 pub mod webhook;

@@ -16,10 +16,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Answer, Load, WorkerState, WorkerView, board::WorkerKey, health::Health, reasons::Reasons};
 use crate::{
-    domain::{Endpoint, Timestamp, WorkerId},
+    domain::{Endpoint, Timestamp, WorkerId, text::http_url},
     store::WorkerRecord,
 };
 
+/// The longest URL, in bytes.
+const MAX_URL: usize = 2_048;
 /// Bytes of an answer that are logged.
 const SAID: usize = 500;
 /// Between two log lines about a worker's bad answers.
@@ -312,16 +314,14 @@ pub(super) fn below(base: &Url, path: &str) -> Url {
 /// What is wrong with it, and what is expected.
 pub fn base_url(text: &str) -> Result<Url, String> {
     const EXPECTED: &str = "expected a base URL such as http://gpu-1:8000";
-    let text = text.trim();
-    if text.len() > 2_048 {
-        return Err(format!("the worker URL is {} bytes long; at most 2048 are taken", text.len()));
+    let text = text.trim_matches(' ');
+    if text.len() > MAX_URL {
+        return Err(format!("the worker URL is {} bytes long; at most {MAX_URL} are taken", text.len()));
     }
-    let mut url = Url::parse(text).map_err(|error| format!("{text:?} is not a URL ({error}); {EXPECTED}"))?;
-    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
-        return Err(format!("{text:?} is not an http or https URL with a host; {EXPECTED}"));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(format!("a worker URL can't carry a user or password; {EXPECTED}"));
+    // Not quoted: it may hold a password.
+    let mut url = http_url(text).map_err(|bad| format!("{bad}; {EXPECTED}"))?;
+    if url.as_str().len() > MAX_URL {
+        return Err(format!("the worker URL is longer than {MAX_URL} bytes when it is percent-encoded"));
     }
     url.set_query(None);
     url.set_fragment(None);
@@ -362,6 +362,10 @@ mod tests {
             "http://",
             "http://a:b@gpu",
             "http://a@gpu",
+            "http:gpu-1:8000",
+            "http://gpu-1\\x",
+            "http://gpu-1/\0",
+            "http://gpu\t-1",
             &format!("http://{}", "x".repeat(2_048)),
         ] {
             assert!(base_url(bad).is_err(), "{bad}");

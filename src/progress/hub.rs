@@ -348,8 +348,11 @@ impl Hub {
             some
         };
         for id in some {
-            if let Some(batch) = self.inner.store.batch(&id).await? {
-                self.sample(&batch);
+            match self.inner.store.batch(&id).await {
+                Ok(Some(batch)) => drop(self.sample(&batch)),
+                Ok(None) => {}
+                Err(error) if error.is_final() => tracing::error!(batch = %id, %error, "a batch can't be read"),
+                Err(error) => return Err(error),
             }
         }
         Ok(())

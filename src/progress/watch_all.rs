@@ -159,8 +159,11 @@ impl All {
                 Ok(subscription) => {
                     self.shown.insert(id, Shown { subscription, state: Revision(0), told: None });
                 }
-                // Deleted in between.
+                // Deleted in between, or it can't be read: the others are shown.
                 Err(WatchError::NotFound(_)) => {}
+                Err(WatchError::Store(error)) if error.is_final() => {
+                    tracing::error!(batch = %id, %error, "a batch can't be shown");
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -195,8 +198,11 @@ impl All {
                 Ok(subscription) => {
                     self.shown.insert(id.clone(), Shown { subscription, state: Revision(0), told: None });
                 }
-                // Deleted in between.
+                // Deleted in between, or it can't be read: the others are shown.
                 Err(WatchError::NotFound(_)) => {}
+                Err(WatchError::Store(error)) if error.is_final() => {
+                    tracing::error!(batch = %id, %error, "a batch can't be shown");
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -30,6 +30,8 @@ pub enum Stop {
     Lost,
     /// Parts are torn: their lines are run again.
     Torn,
+    /// The results don't have one line for each request: all parts are dropped, and all lines run again.
+    Incomplete,
     /// The database refuses this write, and would refuse it again: the batch can't go on.
     Refused(&'static str),
 }
@@ -78,7 +80,7 @@ impl Checkpoint {
         metrics::counter!("tidemill_parts_total").increment(1);
         match commit {
             Commit::Done => Ok(part),
-            Commit::Fenced => Err(Stop::Lost),
+            Commit::Fenced | Commit::Incomplete => Err(Stop::Lost),
         }
     }
 
@@ -109,6 +111,7 @@ impl Checkpoint {
         match commit {
             Commit::Done => Ok(()),
             Commit::Fenced => Err(Stop::Lost),
+            Commit::Incomplete => Err(Stop::Incomplete),
         }
     }
 

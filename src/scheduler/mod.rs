@@ -4,6 +4,7 @@
 //! what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
 //! what has become of their batches.
 
+mod aside;
 mod checkpoint;
 #[doc(hidden)]
 pub mod lines;
@@ -41,6 +42,7 @@ use crate::{
     fleet::{Fleet, Rank, Tenant},
     store::{Candidate, ClaimedSegment, Store, StoreError},
 };
+use aside::Asides;
 use plan::Demand;
 use segment::{Remaining, Run};
 
@@ -107,6 +109,7 @@ pub struct Scheduler {
     back_at: Option<Instant>,
     troubles: Troubles,
     stages: Stages,
+    asides: Asides,
 }
 
 struct Running {
@@ -144,6 +147,7 @@ impl Scheduler {
             back_at: None,
             troubles: Troubles::default(),
             stages: Stages::default(),
+            asides: Asides::default(),
         }
     }
 
@@ -330,6 +334,9 @@ impl Scheduler {
     ) -> Result<Vec<(Candidate, Rank)>, StoreError> {
         let mut left = Vec::new();
         for (candidate, rank) in candidates {
+            if self.asides.has(&candidate.id, Instant::now()) {
+                continue;
+            }
             loop {
                 let demand = self.demand(tenants);
                 if !demand.has_room() {
@@ -344,8 +351,17 @@ impl Scheduler {
                 if mask == 0 {
                     break;
                 }
-                let claimed = self.store.claim_segment(&self.node, &candidate.id, mask, self.options.lease).await?;
-                let Some(claimed) = claimed else { break };
+                let claimed = self.store.claim_segment(&self.node, &candidate.id, mask, self.options.lease).await;
+                let claimed = match claimed {
+                    Ok(Some(claimed)) => claimed,
+                    Ok(None) => break,
+                    // One batch that can't be claimed keeps no other from it.
+                    Err(error) if error.is_final() => {
+                        tracing::error!(batch = %candidate.id, %error, "a segment can't be claimed");
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                };
                 self.start(claimed, ended.clone());
             }
         }
@@ -382,14 +398,21 @@ impl Scheduler {
             options: self.options.clone(),
             claimed,
             control: told,
+            missed: self.asides.times(&segment.batch),
             remaining,
             troubles: self.troubles.clone(),
             stages: self.stages.clone(),
         };
+        let asides = self.asides.clone();
         self.runs.spawn(async move {
             // Told even if the run panics: then the lease runs out and the segment is run again.
             let guard = Told { ended, what: Some((segment.clone(), epoch)) };
             let how = run.run().await;
+            match how {
+                Ended::Missing | Ended::Stuck => asides.leave(&segment.batch, Instant::now()),
+                Ended::Finished => asides.forget(&segment.batch),
+                Ended::Released | Ended::Lost => {}
+            }
             tracing::debug!(%segment, %epoch, ?how, "segment ended");
             drop(guard);
         });

@@ -21,6 +21,10 @@ use crate::{
     store::{ClaimedSegment, Commit, NewPart, Part, Store},
 };
 
+/// How often a node that does not find a batch's input gives the segment back, before it fails the batch: the objects may
+/// come back, or another node may see them. With [`super::aside`]'s waits these are some 7 s.
+const MISSES: u32 = 3;
+
 /// How a run of a segment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -30,6 +34,8 @@ pub enum Ended {
     Released,
     /// It is not this node's any more.
     Lost,
+    /// Its input is not there, so far: it was given back, and this node leaves its batch alone for a while.
+    Missing,
     /// Not even its batch's failure can be written: it is left to its lease.
     Stuck,
 }
@@ -51,6 +57,8 @@ pub struct Run {
     pub claimed: ClaimedSegment,
     /// What the scheduler wants of it.
     pub control: watch::Receiver<Control>,
+    /// How often this node has given the batch back because its input was not there.
+    pub missed: u32,
     /// For the plan.
     pub remaining: Remaining,
     /// What it is stuck on.
@@ -72,24 +80,26 @@ impl Run {
         );
         // Object names are never used twice within an epoch, whatever is written again.
         let mut number = 0;
+        let mut incomplete = false;
         loop {
-            match self.attempt(&checkpoint, &mut number).await {
+            let why = match self.attempt(&checkpoint, &mut number).await {
                 Ok(ended) => return ended,
                 Err(Stop::Lost) => return Ended::Lost,
-                Err(Stop::Torn) => {}
-                Err(Stop::Refused(what)) => {
-                    let error = BatchError {
-                        code: "internal_error".into(),
-                        message: format!(
-                            "the server can't {what}: its database refuses it for good. This is a bug in tidemill; the \
-                             server's log says more"
-                        ),
-                        line: 0,
-                        param: String::new(),
-                    };
-                    return self.fail(&checkpoint, error).await;
+                Err(Stop::Torn) => continue,
+                Err(Stop::Incomplete) if !incomplete => {
+                    incomplete = true;
+                    match self.drop_all_parts(&checkpoint).await {
+                        Ok(()) => continue,
+                        Err(Stop::Refused(what)) => refused(what),
+                        Err(Stop::Lost | Stop::Torn | Stop::Incomplete) => return Ended::Lost,
+                    }
                 }
-            }
+                Err(Stop::Incomplete) => "the results do not have one line for each request".to_owned(),
+                Err(Stop::Refused(what)) => refused(what),
+            };
+            let message = format!("{why}. This is a bug in tidemill; the server's log says more");
+            let error = BatchError { code: "internal_error".into(), message, line: 0, param: String::new() };
+            return self.fail(&checkpoint, error).await;
         }
     }
 
@@ -101,12 +111,20 @@ impl Run {
             done.union(&part.failed);
         }
         let list = match self.input(checkpoint).await? {
-            Ok(bytes) => WorkList::read(bytes, &self.claimed.models, &done).map_err(|error| error.to_string()),
-            Err(message) => Err(message),
+            Ok(bytes) => WorkList::read(bytes, &self.claimed.models, &done)
+                .map_err(|error| Unreadable { message: error.to_string(), is_missing: false }),
+            Err(message) => Err(Unreadable { message: message.into(), is_missing: true }),
         };
         let list = match list {
             Ok(list) => list,
-            Err(message) => {
+            Err(Unreadable { message, is_missing: true }) if self.missed < MISSES => {
+                let (segment, epoch) = (&self.claimed.segment, self.claimed.epoch);
+                tracing::warn!(%segment, message, "the batch's input can't be read; another try follows, here or elsewhere");
+                let release = || self.store.release_segment(segment, epoch, self.claimed.span.models);
+                checkpoint.patiently("give a segment back", release).await?;
+                return Ok(Ended::Missing);
+            }
+            Err(Unreadable { message, .. }) => {
                 tracing::error!(segment = %self.claimed.segment, message, "the batch's input can't be read");
                 let error =
                     BatchError { code: "input_unreadable".into(), message, line: 0, param: "input_file_id".into() };
@@ -138,7 +156,7 @@ impl Run {
         match ended {
             Ended::Finished => work.finish().await,
             Ended::Released => work.release().await,
-            Ended::Lost | Ended::Stuck => Ok(ended),
+            Ended::Lost | Ended::Missing | Ended::Stuck => Ok(ended),
         }
     }
 
@@ -146,8 +164,19 @@ impl Run {
     async fn fail(&self, checkpoint: &Checkpoint, error: BatchError) -> Ended {
         let fail = || self.store.fail_batch(&self.claimed.segment, self.claimed.epoch, error.clone());
         match checkpoint.patiently("fail a batch", fail).await {
-            Ok(_) | Err(Stop::Lost | Stop::Torn) => Ended::Lost,
+            Ok(_) | Err(Stop::Lost | Stop::Torn | Stop::Incomplete) => Ended::Lost,
             Err(Stop::Refused(_)) => Ended::Stuck,
+        }
+    }
+
+    /// Takes back all that is done of the segment: something in it is not what its row says.
+    async fn drop_all_parts(&self, checkpoint: &Checkpoint) -> Result<(), Stop> {
+        let segment = &self.claimed.segment;
+        let parts = checkpoint.patiently("read the parts", || self.store.parts_of(segment)).await?;
+        let drop = || self.store.drop_parts(segment, self.claimed.epoch, &parts);
+        match checkpoint.patiently("drop parts", drop).await? {
+            Commit::Done => Ok(()),
+            Commit::Fenced | Commit::Incomplete => Err(Stop::Lost),
         }
     }
 
@@ -197,7 +226,7 @@ impl Run {
     }
 
     /// The segment's bytes, or why they can't be had at all.
-    async fn input(&self, checkpoint: &Checkpoint) -> Result<Result<Bytes, String>, Stop> {
+    async fn input(&self, checkpoint: &Checkpoint) -> Result<Result<Bytes, &'static str>, Stop> {
         let span = &self.claimed.span;
         let size = |value: i64| u64::try_from(value).unwrap_or(0);
         let range = size(span.offset)..size(span.offset + span.length);
@@ -209,13 +238,23 @@ impl Run {
         };
         let bytes = checkpoint.patiently("read the input", read).await?;
         Ok(match bytes {
-            None => Err("the input file's object is missing".into()),
-            Some(bytes) if bytes.len() as u64 != size(span.length) => {
-                Err("the input file's object is truncated".into())
-            }
+            None => Err("the input file's object is missing"),
+            Some(bytes) if bytes.len() as u64 != size(span.length) => Err("the input file's object is truncated"),
             Some(bytes) => Ok(bytes),
         })
     }
+}
+
+/// Why a segment can't be run.
+struct Unreadable {
+    message: String,
+    /// Its bytes are not there; they may be on another node, or later.
+    is_missing: bool,
+}
+
+/// Why a batch fails whose writes are refused.
+fn refused(what: &str) -> String {
+    format!("the server can't {what}: its database refuses it for good")
 }
 
 fn is_whole(part: &NewPart, object: &[u8]) -> bool {

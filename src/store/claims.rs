@@ -139,18 +139,7 @@ impl Store {
             .limit(limit)
             .all(self.read())
             .await?;
-        rows.into_iter()
-            .map(|row| {
-                Ok(Candidate {
-                    id: BatchId::from_text(row.id),
-                    owner: row.owner,
-                    priority: Priority::new(row.priority).unwrap_or_default(),
-                    expires_at: Timestamp(row.expires_at),
-                    models: convert::json("model list", &row.models)?,
-                    ending: convert::ending(row.ending.as_deref())?,
-                })
-            })
-            .collect()
+        Ok(rows.into_iter().filter_map(|row| convert::readable("batch", &row.id.clone(), candidate(row))).collect())
     }
 
     /// Leases the first claimable segment of a batch that has a line for a model of `mask`.
@@ -190,17 +179,8 @@ impl Store {
         if convert::status(&owner.status)?.is_terminal() {
             return Ok(None);
         }
-        segment::Entity::update_many()
-            .col_expr(segment::Column::State, Expr::val(LEASED))
-            .col_expr(segment::Column::LeaseOwner, Expr::val(node.as_str()))
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
-            .col_expr(segment::Column::Epoch, Expr::col(segment::Column::Epoch).add(1))
-            .filter(segment::Column::BatchId.eq(id.as_str()))
-            .filter(segment::Column::Idx.eq(row.idx))
-            .exec(&tx)
-            .await?;
-        tx.commit().await?;
-        Ok(Some(ClaimedSegment {
+        // Before anything is written: a lease on what can't be read would run out, and be taken again, for ever.
+        let claimed = ClaimedSegment {
             segment: SegmentRef { batch: id.clone(), index: SegmentIndex(row.idx) },
             epoch: Epoch(row.epoch + 1),
             span: span(&row),
@@ -211,7 +191,18 @@ impl Store {
             priority: Priority::new(owner.priority).unwrap_or_default(),
             expires_at: Timestamp(owner.expires_at),
             ending: convert::ending(owner.ending.as_deref())?,
-        }))
+        };
+        segment::Entity::update_many()
+            .col_expr(segment::Column::State, Expr::val(LEASED))
+            .col_expr(segment::Column::LeaseOwner, Expr::val(node.as_str()))
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
+            .col_expr(segment::Column::Epoch, Expr::col(segment::Column::Epoch).add(1))
+            .filter(segment::Column::BatchId.eq(id.as_str()))
+            .filter(segment::Column::Idx.eq(row.idx))
+            .exec(&tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Some(claimed))
     }
 
     /// Renews the leases of the segments that a node runs, at once, and says which of them it still has, and what has become
@@ -267,10 +258,12 @@ impl Store {
         let mut held = Vec::with_capacity(rows.len());
         for row in rows {
             let (status, ending) = batches.get(&row.batch_id).cloned().unwrap_or_default();
+            let id = row.batch_id.clone();
             held.push(HeldSegment {
                 segment: SegmentRef { batch: BatchId::from_text(row.batch_id), index: SegmentIndex(row.idx) },
                 epoch: Epoch(row.epoch),
-                ending: convert::ending(ending.as_deref())?,
+                // The lease is renewed already: that must not be forgotten for a word that can't be read.
+                ending: convert::readable("batch", &id, convert::ending(ending.as_deref())).flatten(),
                 batch_ended: BatchStatus::from_text(&status).is_none_or(BatchStatus::is_terminal),
             });
         }
@@ -291,7 +284,9 @@ impl Store {
             .await?;
         let mut found = Vec::new();
         for (id, status, ending) in rows {
-            let (ending, ended) = (convert::ending(ending.as_deref())?, convert::status(&status)?.is_terminal());
+            let read = convert::ending(ending.as_deref())
+                .and_then(|ending| Ok((ending, convert::status(&status)?.is_terminal())));
+            let Some((ending, ended)) = convert::readable("batch", &id, read) else { continue };
             if ending.is_some() || ended {
                 found.push((BatchId::from_text(id), ending, ended));
             }
@@ -366,6 +361,17 @@ impl Store {
         let row = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0)).one(self.read()).await?;
         Ok(row.as_ref().map(record))
     }
+}
+
+fn candidate(row: batch::Model) -> Result<Candidate, StoreError> {
+    Ok(Candidate {
+        id: BatchId::from_text(row.id),
+        owner: row.owner,
+        priority: Priority::new(row.priority).unwrap_or_default(),
+        expires_at: Timestamp(row.expires_at),
+        models: convert::json("model list", &row.models)?,
+        ending: convert::ending(row.ending.as_deref())?,
+    })
 }
 
 /// Nobody has it.

@@ -1,6 +1,8 @@
 //! Rows to domain types. What does not convert was not written by us: [`StoreError::Corrupt`].
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
+
+use parking_lot::Mutex;
 
 use super::{StoreError, entity};
 use crate::domain::{
@@ -10,6 +12,26 @@ use crate::domain::{
 
 fn corrupt(what: &str, value: &str) -> StoreError {
     StoreError::Corrupt(format!("an unknown {what} {value:?}"))
+}
+
+/// Rows that were named in the log: each once, or a row that is looked at again and again would fill it.
+static NAMED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+/// How many are remembered.
+const MOST_NAMED: usize = 1_000;
+
+/// What was read of one row among others. One that can't be read is named in the log and left out, because it must not hide
+/// the others from everybody. It may be a newer version's.
+pub(super) fn readable<T>(what: &str, id: &str, read: Result<T, StoreError>) -> Option<T> {
+    match read {
+        Ok(read) => Some(read),
+        Err(error) => {
+            let mut named = NAMED.lock();
+            if named.len() < MOST_NAMED && named.insert(format!("{what} {id}")) {
+                tracing::error!(what, id, %error, "a row can't be read; it is left out");
+            }
+            None
+        }
+    }
 }
 
 pub(super) fn json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Result<T, StoreError> {

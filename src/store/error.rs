@@ -7,6 +7,14 @@
 use sea_orm::{DbErr, RuntimeErr};
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
+/// Counter: what the database has refused for good.
+const REJECTIONS: &str = "tidemill_database_rejections_total";
+
+/// Says what this module's metric is.
+pub(super) fn describe_metrics() {
+    metrics::describe_counter!(REJECTIONS, "statements that the database has refused for good; each is a bug");
+}
+
 /// Why the database did not do it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -40,7 +48,7 @@ impl From<DbErr> for StoreError {
         if is_away(&error) {
             return Self::Unavailable(error);
         }
-        metrics::counter!("tidemill_database_rejections_total").increment(1);
+        metrics::counter!(REJECTIONS).increment(1);
         // Here, because this is where all of them pass; whoever asked says what fails by it.
         tracing::error!(%error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
         Self::Rejected(error)

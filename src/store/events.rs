@@ -118,10 +118,10 @@ async fn enter(
         write_result_files(tx, row, at).await?;
     }
     append(tx, row, at).await?;
-    match telling {
-        Telling::Webhook => webhooks::enqueue_state(tx, row, status, at).await,
-        Telling::Nobody => Ok(()),
+    if telling == Telling::Nobody {
+        return Ok(());
     }
+    webhooks::enqueue_state(tx, row, status, at).await
 }
 
 /// Appends the event of the state that `row` has just entered.
@@ -156,8 +156,16 @@ pub(super) async fn append(tx: &DatabaseTransaction, row: &batch::Model, at: Tim
     Ok(())
 }
 
-/// The output and error files: rows that stand for the batch's segments in order. Nothing is copied.
-async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at: Timestamp) -> Result<(), StoreError> {
+/// What the ended segments of a batch have together.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct ResultSizes {
+    output_bytes: Option<i64>,
+    pub(super) output_lines: Option<i64>,
+    error_bytes: Option<i64>,
+    pub(super) error_lines: Option<i64>,
+}
+
+pub(super) async fn result_sizes(tx: &DatabaseTransaction, batch: &str) -> Result<ResultSizes, StoreError> {
     let sum = |column: segment::Column| Expr::col(column).sum().cast_as("bigint");
     type Sum = Option<i64>;
     let sums: Option<(Sum, Sum, Sum, Sum)> = segment::Entity::find()
@@ -166,11 +174,17 @@ async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at
         .expr_as(sum(segment::Column::OutputLines), "output_lines")
         .expr_as(sum(segment::Column::ErrorBytes), "error_bytes")
         .expr_as(sum(segment::Column::ErrorLines), "error_lines")
-        .filter(segment::Column::BatchId.eq(&row.id))
+        .filter(segment::Column::BatchId.eq(batch))
         .into_tuple()
         .one(tx)
         .await?;
     let (output_bytes, output_lines, error_bytes, error_lines) = sums.unwrap_or_default();
+    Ok(ResultSizes { output_bytes, output_lines, error_bytes, error_lines })
+}
+
+/// The output and error files: rows that stand for the batch's segments in order. Nothing is copied.
+async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at: Timestamp) -> Result<(), StoreError> {
+    let ResultSizes { output_bytes, output_lines, error_bytes, error_lines } = result_sizes(tx, &row.id).await?;
     let insert = async |kind: &str, bytes: Option<i64>, lines: Option<i64>| -> Result<Option<String>, StoreError> {
         let (Some(bytes), Some(lines @ 1..)) = (bytes, lines) else { return Ok(None) };
         let id = FileId::generate().into_string();
@@ -245,13 +259,17 @@ impl Store {
             .all(self.read())
             .await?
             .into_iter()
-            .map(|row| Ok((row.id.clone(), Batch::try_from(row)?)))
-            .collect::<Result<std::collections::HashMap<_, _>, StoreError>>()?;
-        let events = rows
-            .into_iter()
-            .filter_map(|event| batches.get(&event.batch_id).map(|batch| state_event(batch, event)))
-            .collect::<Result<Vec<_>, _>>()?;
-        Ok((events, reached))
+            .filter_map(|row| {
+                let id = row.id.clone();
+                let batch = convert::readable("batch", &id, Batch::try_from(row))?;
+                Some((id, batch))
+            })
+            .collect::<std::collections::HashMap<_, _>>();
+        let events = rows.into_iter().filter_map(|event| {
+            let id = event.batch_id.clone();
+            convert::readable("event of batch", &id, state_event(batches.get(&id)?, event))
+        });
+        Ok((events.collect(), reached))
     }
 
     /// The newest state change there is.

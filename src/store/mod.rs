@@ -217,6 +217,7 @@ impl Store {
     }
 
     fn of(read: Pool, write: Pool) -> Self {
+        error::describe_metrics();
         let inner = Inner {
             read,
             write,

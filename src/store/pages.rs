@@ -13,6 +13,7 @@ use sea_orm::{
 
 use super::{
     Store, StoreError,
+    convert::readable,
     entity::{batch, batch_metadata, batch_model, file},
 };
 use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind};
@@ -75,6 +76,19 @@ impl Store {
         after: Option<&BatchId>,
         limit: u64,
     ) -> Result<Vec<Batch>, StoreError> {
+        let after = after.map(|after| after.as_str().to_owned());
+        let rows = |after| self.batch_rows(filter, after, limit);
+        readable_page("batch", limit, after, rows, |row: &batch::Model| &row.id).await
+    }
+
+    async fn batch_rows(
+        &self,
+        filter: &BatchFilter,
+        after: Option<String>,
+        limit: u64,
+    ) -> Result<Vec<batch::Model>, StoreError> {
+        let after = after.map(BatchId::from_text);
+        let after = after.as_ref();
         // No index has the batches of several states in the order of their ids: each state is walked by itself. In the order
         // in which states are entered, so that a batch that moves on meanwhile is met twice rather than never.
         let states = BatchStatus::ALL.into_iter().filter(|status| filter.statuses.contains(status)).map(Some);
@@ -87,7 +101,7 @@ impl Store {
             rows.extend(page.all(self.read()).await?);
         }
         newest_first(&mut rows, limit, |row| &row.id);
-        rows.into_iter().map(Batch::try_from).collect()
+        Ok(rows)
     }
 
     /// The walk that meets the fewest batches. Only where there is a choice anything is counted.
@@ -120,6 +134,17 @@ impl Store {
         after: Option<&FileId>,
         limit: u64,
     ) -> Result<Vec<File>, StoreError> {
+        let after = after.map(|after| after.as_str().to_owned());
+        let rows = |after| self.file_rows(filter, after, limit);
+        readable_page("file", limit, after, rows, |row: &file::Model| &row.id).await
+    }
+
+    async fn file_rows(
+        &self,
+        filter: &FileFilter,
+        after: Option<String>,
+        limit: u64,
+    ) -> Result<Vec<file::Model>, StoreError> {
         let kinds: &[Option<&str>] = match &filter.purpose {
             None => &[None],
             Some(purpose) if purpose == FileKind::Input.purpose() => &[Some("input")],
@@ -134,13 +159,13 @@ impl Store {
             if let Some(kind) = kind {
                 find = find.filter(file::Column::Kind.eq(*kind));
             }
-            if let Some(after) = after {
+            if let Some(after) = &after {
                 find = find.filter(file::Column::Id.lt(after.as_str()));
             }
             rows.extend(find.all(self.read()).await?);
         }
         newest_first(&mut rows, limit, |row| &row.id);
-        rows.into_iter().map(File::try_from).collect()
+        Ok(rows)
     }
 }
 
@@ -212,6 +237,35 @@ impl Walk<'_> {
             Walk::Batches => (alias, batch::Column::Id).into_column_ref(),
             Walk::Model(_) => (alias, batch_model::Column::BatchId).into_column_ref(),
             Walk::Pair(..) => (alias, batch_metadata::Column::BatchId).into_column_ref(),
+        }
+    }
+}
+
+/// A page of `limit` rows that can be read, from `rows` after an id. One that can't makes no page shorter, or its caller
+/// would take that page for the last one.
+pub(super) async fn readable_page<R, T, F>(
+    what: &str,
+    limit: u64,
+    mut after: Option<String>,
+    rows: impl Fn(Option<String>) -> F,
+    id: fn(&R) -> &String,
+) -> Result<Vec<T>, StoreError>
+where
+    T: TryFrom<R, Error = StoreError>,
+    F: Future<Output = Result<Vec<R>, StoreError>>,
+{
+    let mut found = Vec::new();
+    loop {
+        let some = rows(after).await?;
+        let is_last = (some.len() as u64) < limit;
+        after = some.last().map(|row| id(row).clone());
+        for row in some {
+            let name = id(&row).clone();
+            found.extend(readable(what, &name, T::try_from(row)));
+        }
+        if is_last || found.len() as u64 >= limit {
+            found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+            return Ok(found);
         }
     }
 }

@@ -11,7 +11,7 @@ use super::{
     claims::{DONE, fenced},
     convert,
     entity::{batch, part, segment},
-    events::{lock_batch, transition},
+    events::{lock_batch, result_sizes, transition},
     garbage, now, webhooks,
 };
 use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::Input};
@@ -70,6 +70,8 @@ pub enum Commit {
     Done,
     /// The segment is somebody else's now, or its batch has ended: nothing was written.
     Fenced,
+    /// The results don't have one line for each request, which is a bug: nothing was written.
+    Incomplete,
 }
 
 impl Store {
@@ -135,6 +137,14 @@ impl Store {
     ) -> Result<Commit, StoreError> {
         let tx = self.begin().await?;
         let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let lines = object.output_lines.saturating_add(object.error_lines);
+        // The first promise is made here: nothing ends without a line for each request, whatever went wrong before.
+        if let Some(held) = segment::Entity::find().filter(fenced(of, epoch)).one(&tx).await?
+            && i64::from(held.requests) != size(lines)
+        {
+            tracing::error!(segment = %of, requests = held.requests, lines, "results do not fit their requests: this is a bug");
+            return Ok(Commit::Incomplete);
+        }
         let finished = segment::Entity::update_many()
             .col_expr(segment::Column::State, Expr::val(DONE))
             .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
@@ -167,6 +177,9 @@ impl Store {
         }
         garbage::add(&tx, superseded.iter().cloned(), at).await?;
         row.segments_done += 1;
+        if row.segments_done >= row.segments && !is_complete(&tx, &mut row).await? {
+            return Ok(Commit::Incomplete);
+        }
         let ended = row.segments_done >= row.segments
             && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
         if !ended {
@@ -246,6 +259,31 @@ impl Store {
         self.commit(tx, &of.batch).await?;
         Ok(Commit::Done)
     }
+}
+
+/// Whether the segments, all of which have ended, have a line for each request. Counts that say otherwise than the lines are
+/// set right.
+async fn is_complete(tx: &DatabaseTransaction, row: &mut batch::Model) -> Result<bool, StoreError> {
+    let lines = result_sizes(tx, &row.id).await?;
+    let (output, errors) = (lines.output_lines.unwrap_or(0), lines.error_lines.unwrap_or(0));
+    if output + errors != row.total {
+        let (batch, total) = (&row.id, row.total);
+        tracing::error!(batch, total, output, errors, "a batch's results do not fit its requests: this is a bug");
+        return Ok(false);
+    }
+    if (row.completed, row.failed) != (output, errors) {
+        let (batch, completed, failed) = (&row.id, row.completed, row.failed);
+        tracing::error!(
+            batch,
+            completed,
+            failed,
+            output,
+            errors,
+            "a batch's counts do not fit its results, and are set to them: this is a bug"
+        );
+        (row.completed, row.failed) = (output, errors);
+    }
+    Ok(true)
 }
 
 /// Locks the segment if it is still leased under this epoch: until the transaction ends nobody can claim it.

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{domain::BatchStatus, sim::SimConfig};
 
 use crate::harness::{Node, Worker, assert_one_line_each, chats, options};
@@ -69,6 +70,55 @@ async fn an_input_that_is_gone_fails_the_batch_with_the_reason() {
     let batch = node.ended(&id).await;
     assert_eq!(batch.status, BatchStatus::Failed);
     assert_eq!(batch.errors[0].code, "input_unreadable");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_that_is_away_for_a_moment_is_waited_for() {
+    let worker = Worker::start(SimConfig { models: vec!["late".into()], ..SimConfig::default() }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[&worker]).await;
+    let lines = chats(20);
+    let id = node.submit(&lines, 5).await;
+    let (there, away) = (folder.path().join("blobs/inputs"), folder.path().join("away"));
+    std::fs::rename(&there, &away).unwrap();
+    let sim = Worker::start(SimConfig::default()).await;
+    node.fleet.register(&sim.url()).await.unwrap();
+    // It has been claimed, and given back.
+    let raw = sea_orm::Database::connect(format!("sqlite://{}", folder.path().join("db").display())).await.unwrap();
+    let given_back = "SELECT COUNT(*) AS n FROM segments WHERE epoch > 0 AND state = 'queued'";
+    let wait = async {
+        loop {
+            let statement = Statement::from_string(raw.get_database_backend(), given_back);
+            let row = raw.query_one_raw(statement).await.unwrap().unwrap();
+            if row.try_get::<i64>("", "n").unwrap() > 0 {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(crate::harness::PATIENCE, wait).await.expect("it is given back");
+    std::fs::rename(&away, &there).unwrap();
+    let batch = node.ended(&id).await;
+    assert_eq!(batch.status, BatchStatus::Completed);
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_row_that_is_no_worker_costs_no_other() {
+    let worker = Worker::start(SimConfig::default()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start(folder.path(), &[]).await;
+    for url in ["nonsense", "http:\\\\x", "", "http://x/\0"] {
+        node.store.register_worker(url).await.unwrap();
+    }
+    node.fleet.register(&worker.url()).await.unwrap();
+    let lines = chats(20);
+    let batch = node.ended(&node.submit(&lines, 5).await).await;
+    assert_eq!(batch.status, BatchStatus::Completed);
+    assert_eq!(node.fleet.workers().len(), 1);
     node.stop().await;
 }
 

@@ -183,6 +183,7 @@ impl Runner {
             (_, Commit::Fenced) | (Call::Finish { .. } | Call::Release(_) | Call::Fail, Commit::Done) => {
                 return Next::Over;
             }
+            (_, Commit::Incomplete) => panic!("a line is lost"),
             (Call::Commit(part), Commit::Done) => self.parts.push(part),
             (Call::Drop(_), Commit::Done) => self.again(),
         }

@@ -1,11 +1,11 @@
 //! What the database refuses for good is told from what it can't do now, and hurts nobody but who asked for it.
 
 use tidemill::{
-    domain::{BatchError, BatchStatus, Epoch},
-    store::{Commit, StoreError},
+    domain::{BatchError, BatchStatus, Epoch, NodeId, Sequence, lifecycle::Ending},
+    store::{BatchFilter, Commit, FileFilter, StoreError},
 };
 
-use crate::fixture::{Db, LINES, final_object, part};
+use crate::fixture::{Db, LEASE, LINES, final_object, part};
 
 fn error() -> BatchError {
     BatchError { code: "internal_error".into(), message: "refused".into(), line: 0, param: String::new() }
@@ -75,7 +75,88 @@ async fn a_window_that_can_not_be_closed_keeps_no_other_open(db: Db) {
     assert_eq!(end.unwrap(), Commit::Done);
 }
 
+async fn a_row_that_can_not_be_read_hides_no_other(db: Db) {
+    let mut batches = Vec::new();
+    for _ in 0..6 {
+        batches.push(db.batch(1).await.id);
+    }
+    let spoil = async |at: usize, set: &str| {
+        assert_eq!(db.execute(&format!("UPDATE batches SET {set} WHERE id = '{}'", batches[at])).await, 1);
+    };
+    spoil(0, "models = 'nonsense'").await;
+    spoil(1, "ending = 'nonsense'").await;
+    spoil(2, "endpoint = 'nonsense'").await;
+    spoil(3, "metadata = 'nonsense'").await;
+    let candidates = db.store.candidates(&["m".to_owned()], 10).await.unwrap();
+    let mut ids: Vec<_> = candidates.into_iter().map(|one| one.id).collect();
+    ids.sort();
+    assert_eq!(ids, batches[2..], "a claim needs neither the endpoint nor the metadata to find them");
+    // A lease on it would run out and be taken again for ever.
+    let before = db.number("SELECT COUNT(*) FROM segments WHERE state = 'leased'").await;
+    let node = NodeId::generate();
+    let unread = db.store.claim_segment(&node, &batches[2], -1, LEASE).await.unwrap_err();
+    assert!(matches!(unread, StoreError::Corrupt(_)), "{unread:?}");
+    assert_eq!(db.number("SELECT COUNT(*) FROM segments WHERE state = 'leased'").await, before);
+
+    let held = db.store.claim_segment(&node, &batches[4], -1, LEASE).await.unwrap().unwrap().segment;
+    let other = db.store.claim_segment(&node, &batches[5], -1, LEASE).await.unwrap().unwrap().segment;
+    spoil(4, "ending = 'nonsense'").await;
+    db.store.cancel_batch(&batches[5]).await.unwrap();
+    let renewed = db.store.renew_leases(&node, &[held.clone(), other], LEASE).await.unwrap().held;
+    assert_eq!(renewed.len(), 2);
+    let endings = db.store.endings(&batches).await.unwrap();
+    assert_eq!(endings, [(batches[5].clone(), Some(Ending::Cancelled), false)]);
+
+    // Lists: none but what can't be read is missing, and a page is full all the same.
+    let last = db.batch(1).await;
+    let page = db.store.batches(&BatchFilter::default(), None, 2).await.unwrap();
+    assert_eq!(page.iter().map(|one| &one.id).collect::<Vec<_>>(), [&last.id, &batches[5]]);
+    let one = db.store.batches(&BatchFilter::default(), Some(&batches[5]), 1).await.unwrap();
+    assert!(one.is_empty(), "{one:?}");
+    let (events, reached) = db.store.events_after(None, Sequence(0), 1_000).await.unwrap();
+    assert!(events.iter().any(|event| event.batch.id == last.id) && reached > Sequence(0));
+    db.execute(&format!("UPDATE files SET models = 'x' WHERE id = '{}'", db.get(&last.id).await.input_file_id)).await;
+    assert_eq!(db.store.files(&FileFilter::default(), None, 3).await.unwrap().len(), 3);
+}
+
+async fn a_segment_ends_with_one_line_for_each_of_its_requests(db: Db) {
+    let batch = db.batch(1).await;
+    let claimed = db.claim(&batch.id).await;
+    let before = db.all_rows(&batch.id).await;
+    for (output, errors) in [(LINES - 1, 0), (LINES, 1), (0, 0), (0, LINES - 1)] {
+        let object = final_object(output, errors);
+        let end = db.store.finish_segment(&claimed.segment, claimed.epoch, None, &object, &[]).await;
+        assert_eq!(end.unwrap(), Commit::Incomplete, "{output} and {errors} lines of {LINES}");
+        assert_eq!(db.all_rows(&batch.id).await, before);
+    }
+    let object = final_object(LINES - 1, 1);
+    let end = db.store.finish_segment(&claimed.segment, claimed.epoch, None, &object, &[]).await;
+    assert_eq!(end.unwrap(), Commit::Done);
+    let ended = db.get(&batch.id).await;
+    assert_eq!(ended.status, BatchStatus::Completed);
+    assert_eq!(
+        (ended.counts.completed, ended.counts.failed),
+        (i64::from(LINES) - 1, 1),
+        "what was counted is what there is"
+    );
+}
+
+async fn a_batch_does_not_end_without_a_line_for_each_of_its_requests(db: Db) {
+    let batch = db.batch(2).await;
+    let (first, second) = (db.claim(&batch.id).await, db.claim(&batch.id).await);
+    assert_eq!(db.finish(&first).await, Commit::Done);
+    db.execute(&format!("UPDATE segments SET output_lines = 9 WHERE batch_id = '{}' AND state = 'done'", batch.id))
+        .await;
+    let before = db.all_rows(&batch.id).await;
+    assert_eq!(db.finish(&second).await, Commit::Incomplete);
+    assert_eq!(db.all_rows(&batch.id).await, before);
+    assert_eq!(db.get(&batch.id).await.status, BatchStatus::InProgress);
+}
+
 on_both_databases!(
+    a_row_that_can_not_be_read_hides_no_other,
+    a_segment_ends_with_one_line_for_each_of_its_requests,
+    a_batch_does_not_end_without_a_line_for_each_of_its_requests,
     a_refusal_is_final_and_leaves_nothing_behind,
     a_value_that_no_column_can_hold_is_refused,
     only_a_run_with_its_lease_can_fail_its_batch,

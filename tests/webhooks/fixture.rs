@@ -18,8 +18,8 @@ use tidemill::{
         webhook::{EventFilter, WebhookConfig, WebhookTarget},
     },
     store::{
-        AttemptRecord, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord, FinalObject,
-        NewPart, Store,
+        AttemptRecord, ClaimedSegment, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord,
+        FinalObject, NewPart, Store,
     },
 };
 use tokio::task::JoinHandle;
@@ -77,6 +77,23 @@ impl Db {
 
     pub async fn execute(&self, sql: &str) -> u64 {
         self.raw.execute_unprepared(sql).await.unwrap().rows_affected()
+    }
+
+    /// From now on the database refuses changes of deliveries for which a condition holds.
+    pub async fn refuse(&self, name: &str, when: &str) {
+        let sql = if self.folder.is_some() {
+            format!(
+                "CREATE TRIGGER {name} BEFORE UPDATE ON webhook_deliveries WHEN {when} \
+                 BEGIN SELECT RAISE(ABORT, 'refused'); END"
+            )
+        } else {
+            format!(
+                "CREATE FUNCTION {name}() RETURNS trigger AS 'BEGIN RAISE EXCEPTION ''refused''; END' LANGUAGE plpgsql; \
+                 CREATE TRIGGER {name} BEFORE UPDATE ON webhook_deliveries FOR EACH ROW WHEN ({when}) \
+                 EXECUTE FUNCTION {name}()"
+            )
+        };
+        self.raw.execute_unprepared(&sql).await.unwrap();
     }
 
     /// A running batch.
@@ -154,10 +171,15 @@ impl Db {
     }
 
     pub async fn fail(&self, id: &BatchId) {
-        let error =
-            BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
         let claimed =
             self.store.claim_segment(&NodeId::generate(), id, -1, Duration::from_secs(600)).await.unwrap().unwrap();
+        self.fail_as(&claimed).await;
+    }
+
+    /// Fails a batch of which a segment is claimed.
+    pub async fn fail_as(&self, claimed: &ClaimedSegment) {
+        let error =
+            BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
         self.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap();
     }
 

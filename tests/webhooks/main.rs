@@ -13,6 +13,7 @@ mod groups;
 mod late;
 mod outbox;
 mod receiver;
+mod refused;
 mod retries;
 mod rivals;
 mod zoo;

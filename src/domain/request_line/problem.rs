@@ -108,6 +108,13 @@ pub enum Problem {
         /// Its size in bytes.
         bytes: usize,
     },
+    /// A string has a character that can't be kept or shown.
+    Character {
+        /// Which.
+        field: Field,
+        /// The first of them.
+        found: char,
+    },
     /// The request asks for a stream.
     Stream,
 }
@@ -131,6 +138,11 @@ impl fmt::Display for Problem {
             Self::Empty(field) => write!(f, "{} is empty; expected {}", field.path(), field.expected()),
             Self::TooLong { field, bytes } => {
                 write!(f, "{} has {bytes} bytes; expected {}", field.path(), field.expected())
+            }
+            Self::Character { field, found } => {
+                let code = u32::from(*found);
+                write!(f, "{} has the character U+{code:04X}; expected {}", field.path(), field.expected())?;
+                f.write_str(if *field == Field::Model { ", without control characters" } else { ", without NUL" })
             }
             Self::Stream => write!(f, "{} is on; expected {}", Field::Stream.path(), Field::Stream.expected()),
         }

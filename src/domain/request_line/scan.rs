@@ -12,7 +12,10 @@ use serde::{
 use super::{
     Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown, skip,
 };
-use crate::domain::Endpoint;
+use crate::domain::{
+    Endpoint,
+    text::{is_plain, is_storable},
+};
 
 /// Reads a line that is UTF-8.
 pub(super) fn request(line: &str) -> Result<RequestLine<'_>, LineError> {
@@ -131,10 +134,17 @@ impl<'a> Seen<'a> {
             Field::CustomId => {
                 if text.len() > MAX_CUSTOM_ID_BYTES {
                     self.wrong(Problem::TooLong { field, bytes: text.len() });
+                } else if !is_storable(&text) {
+                    self.wrong(Problem::Character { field, found: '\0' });
                 }
                 self.custom_id = Some((text, raw));
             }
             Field::Model if text.len() > MAX_MODEL_BYTES => self.wrong(Problem::TooLong { field, bytes: text.len() }),
+            // No worker's list has one, so nobody could ever serve it.
+            Field::Model if !is_plain(&text) => {
+                let found = text.chars().find(|char| char.is_control()).unwrap_or_default();
+                self.wrong(Problem::Character { field, found });
+            }
             Field::Model => self.model = Some(text),
             Field::Method if text == "POST" => self.method = true,
             Field::Url => match text.parse() {

@@ -96,6 +96,21 @@ fn every_rule_has_its_message() {
         (r#""m"}}"#, r#""m",}}"#, "not valid JSON: expected a key in quotes at byte 83;"),
         (r#""method":"#, r#""method" "#, "not valid JSON: expected `:` at byte 27;"),
         (r#","method":"#, r#""method":"#, "not valid JSON: expected `,` or `}` at byte 17;"),
+        (
+            r#""m""#,
+            r#""a\u0000b""#,
+            "body.model has the character U+0000; expected a string of 1 to 1024 bytes, without control",
+        ),
+        (
+            r#""m""#,
+            r#""a\u001b[1m""#,
+            "body.model has the character U+001B; expected a string of 1 to 1024 bytes, without",
+        ),
+        (
+            r#""a""#,
+            r#""a\u0000""#,
+            "custom_id has the character U+0000; expected a string of 1 to 512 bytes, unique in the",
+        ),
         (r#""a""#, r#""\ud800""#, "not valid JSON: unexpected end of hex escape at byte 2"),
         (r#""a""#, "", "not valid JSON: expected value at byte 14"),
         (
@@ -204,7 +219,7 @@ fn any_json() -> impl Strategy<Value = Value> {
 proptest! {
     #[test]
     fn what_a_json_library_writes_is_read_back(
-        custom_id in ".{1,40}", model in ".{1,20}", x in any_json(), y in any_json(), pretty in any::<bool>(),
+        custom_id in "[^\\x00]{1,40}", model in "\\PC{1,20}", x in any_json(), y in any_json(), pretty in any::<bool>(),
     ) {
         let body = json!({"model": model, "x": x, "messages": y});
         let line = json!({"custom_id": custom_id, "method": "POST", "url": "/v1/score", "body": body, "metadata": x});

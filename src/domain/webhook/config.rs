@@ -7,6 +7,7 @@ use validator::{Validate, ValidationError, ValidationErrors, ValidationErrorsKin
 use zeroize::Zeroizing;
 
 use super::{EventFilter, SealedSecret, Secret};
+use crate::domain::text::{BadUrl, http_url};
 
 /// The longest URL, in bytes.
 pub const MAX_URL_BYTES: usize = 2_048;
@@ -81,7 +82,7 @@ pub struct Invalid {
 /// Where a batch's webhooks go, all defaults filled in; stored with the batch.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WebhookTarget {
-    /// Whole URL.
+    /// Whole URL, in its canonical form.
     pub url: String,
     /// None: the server's global secret, if there is one when it is sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,7 +149,7 @@ impl WebhookConfig {
             events: EventFilter::parse(&self.events).map_err(|error| refused("events", error.to_string()))?,
             max_attempts: self.max_retries.and_then(|number| number.try_into().ok()).unwrap_or(defaults.max_attempts),
             timeout: self.timeout.unwrap_or(defaults.timeout),
-            url: self.url,
+            url: canonical(&self.url).map_err(|error| refused("url", message(&error)))?,
         };
         Ok((target, secret.map_err(|error| refused("secret", error.to_string()))?))
     }
@@ -176,23 +177,23 @@ fn check_url(text: &str) -> Result<(), ValidationError> {
     if text.is_empty() {
         return Err(error("required", "a webhook has a url"));
     }
+    canonical(text).map(|_| ())
+}
+
+/// The form in which a URL is kept, shown and called. It may be longer than what was given, by its percent-encoding.
+fn canonical(text: &str) -> Result<String, ValidationError> {
     if text.len() > MAX_URL_BYTES {
         return Err(error("length", format!("a url has at most {MAX_URL_BYTES} bytes, not {}", text.len())));
     }
-    let url = Url::parse(text).map_err(|reason| error("url", format!("this is no URL: {reason}")))?;
-    if !matches!(url.scheme(), "http" | "https") {
-        return Err(error("scheme", "a url begins with http:// or https://"));
+    let url = String::from(http_url(text).map_err(|bad| match bad {
+        BadUrl::Credentials => error("user_info", format!("{bad}; use the secret instead")),
+        _ => error("url", bad.to_string()),
+    })?);
+    if url.len() > MAX_URL_BYTES {
+        let message = format!("a url has at most {MAX_URL_BYTES} bytes, not {} when it is percent-encoded", url.len());
+        return Err(error("length", message));
     }
-    if url.host_str().is_none_or(str::is_empty) {
-        return Err(error("host", "a url has a host"));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(error("user_info", "a url has no user name or password; use the secret instead"));
-    }
-    if url.port() == Some(0) {
-        return Err(error("port", "port 0 can't be connected to"));
-    }
-    Ok(())
+    Ok(url)
 }
 
 fn check_secret(secret: &GivenSecret) -> Result<(), ValidationError> {
@@ -226,10 +227,7 @@ fn invalid(errors: &ValidationErrors) -> Vec<Invalid> {
         .flat_map(|(field, kind)| match kind {
             ValidationErrorsKind::Field(errors) => errors
                 .iter()
-                .map(|error| Invalid {
-                    field: field.clone().into_owned(),
-                    message: error.message.clone().unwrap_or_else(|| error.code.clone()).into_owned(),
-                })
+                .map(|error| Invalid { field: field.clone().into_owned(), message: message(error) })
                 .collect(),
             ValidationErrorsKind::Struct(errors) => invalid(errors),
             ValidationErrorsKind::List(errors) => errors.values().flat_map(|errors| invalid(errors)).collect(),
@@ -237,6 +235,10 @@ fn invalid(errors: &ValidationErrors) -> Vec<Invalid> {
         .collect();
     all.sort_by(|a, b| a.field.cmp(&b.field));
     all
+}
+
+fn message(of: &ValidationError) -> String {
+    of.message.clone().unwrap_or_else(|| of.code.clone()).into_owned()
 }
 
 mod milliseconds {
@@ -307,12 +309,25 @@ mod tests {
             "http://example.com:0/",
             "http://example.com:70000/",
             "javascript:alert(1)",
+            "http:example.com/hook",
+            "http://example.com\\hook",
+            "http://example.com/ho\tok",
+            "http://example.com/hook\0",
+            " http://example.com/hook",
             &long,
+            // Two bytes become six.
+            &format!("https://example.com/{}", "é".repeat(700)),
         ] {
             assert_eq!(refused(WebhookConfig::new(url)).0, "url", "{url}");
         }
         let longest = format!("https://example.com/{}", "a".repeat(2_048 - 20));
         assert!(resolve(WebhookConfig::new(longest)).is_ok());
+    }
+
+    #[test]
+    fn a_url_is_kept_in_its_canonical_form() {
+        let (target, _) = resolve(WebhookConfig::new("HTTPS://Example.com:443/a/../h%6fok?x=é")).unwrap();
+        assert_eq!(target.url, "https://example.com/h%6fok?x=%C3%A9");
     }
 
     #[test]

@@ -9,11 +9,11 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
-use super::{LEASE_MARGIN_MICROS, NEVER, event_of, groups, outcome, state_of};
+use super::{LEASE_MARGIN_MICROS, NEVER, UNREADABLE_MICROS, event_of, groups, outcome, state_of};
 use crate::{
     domain::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
-        webhook::{Delivery, DeliveryState, Input, SealedSecret, WebhookEvent, apply},
+        webhook::{Delivery, DeliveryState, Input, SealedSecret, Step, WebhookEvent, apply},
     },
     fault::{self, Fault},
     store::{
@@ -140,8 +140,12 @@ pub(super) async fn claim(
     }
     let mut at_once: HashMap<&str, usize> = shares.iter().map(|share| (share.target.as_str(), share.at_once)).collect();
     let endpoints = endpoints_of(tx, &found).await?;
-    let (mut held, mut rows) = (Vec::new(), Vec::with_capacity(found.len()));
+    let (mut held, mut unreadable, mut rows) = (Vec::new(), Vec::new(), Vec::with_capacity(found.len()));
     for row in found {
+        if convert::readable("webhook delivery", &row.id, row.claimable()).is_none() {
+            unreadable.push(row.id);
+            continue;
+        }
         if row.endpoint_id.as_ref().and_then(|id| endpoints.get(id)).is_some_and(|endpoint| endpoint.disabled) {
             held.push(row.id);
             continue;
@@ -160,6 +164,14 @@ pub(super) async fn claim(
         webhook_delivery::Entity::update_many()
             .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(NEVER))
             .filter(webhook_delivery::Column::Id.is_in(held))
+            .exec(tx)
+            .await?;
+    }
+    if !unreadable.is_empty() {
+        // They would be the first that are due at every claim, and leave no room for others.
+        webhook_delivery::Entity::update_many()
+            .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(at.0.saturating_add(UNREADABLE_MICROS)))
+            .filter(webhook_delivery::Column::Id.is_in(unreadable))
             .exec(tx)
             .await?;
     }
@@ -247,6 +259,22 @@ impl Candidate {
     }
 }
 
+impl Candidate {
+    /// What it tells, and what a claim makes of it.
+    fn claimable(&self) -> Result<(WebhookEvent, Step), StoreError> {
+        let event = event_of(&self.event)?;
+        let of = Delivery {
+            state: DeliveryState::Pending,
+            attempts: self.attempts,
+            max_attempts: self.max_attempts,
+            disposable: event.is_disposable(),
+        };
+        let step = apply(of, Input::Claimed)
+            .map_err(|refused| StoreError::Corrupt(format!("a delivery without an attempt left: {refused}")))?;
+        Ok((event, step))
+    }
+}
+
 impl From<webhook_delivery::Model> for Candidate {
     fn from(row: webhook_delivery::Model) -> Self {
         Self {
@@ -276,15 +304,7 @@ pub(super) async fn take(
 ) -> Result<Vec<ClaimedDelivery>, StoreError> {
     let mut claimed = Vec::with_capacity(rows.len());
     for row in rows {
-        let event = event_of(&row.event)?;
-        let of = Delivery {
-            state: DeliveryState::Pending,
-            attempts: row.attempts,
-            max_attempts: row.max_attempts,
-            disposable: event.is_disposable(),
-        };
-        let step = apply(of, Input::Claimed)
-            .map_err(|refused| StoreError::Corrupt(format!("a delivery without an attempt left: {refused}")))?;
+        let (event, step) = row.claimable()?;
         let endpoint = row.endpoint_id.as_ref().and_then(|id| endpoints.get(id));
         let signing = signing(row.endpoint_id.as_deref(), endpoint, row.secret, at);
         claimed.push(ClaimedDelivery {

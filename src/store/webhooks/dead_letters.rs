@@ -27,6 +27,7 @@ use crate::{
         again::again,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,
+        pages::readable_page,
     },
 };
 
@@ -142,14 +143,18 @@ impl Store {
         after: Option<&DeadLetterId>,
         limit: u64,
     ) -> Result<Vec<DeadLetter>, StoreError> {
-        let mut find = webhook_dead_letter::Entity::find()
-            .filter(filter.condition())
-            .order_by_desc(webhook_dead_letter::Column::Id)
-            .limit(limit);
-        if let Some(after) = after {
-            find = find.filter(webhook_dead_letter::Column::Id.lt(after.as_str()));
-        }
-        find.all(self.read()).await?.into_iter().map(DeadLetter::try_from).collect()
+        let rows = |after: Option<String>| {
+            let mut find = webhook_dead_letter::Entity::find()
+                .filter(filter.condition())
+                .order_by_desc(webhook_dead_letter::Column::Id)
+                .limit(limit);
+            if let Some(after) = after {
+                find = find.filter(webhook_dead_letter::Column::Id.lt(after));
+            }
+            async move { Ok(find.all(self.read()).await?) }
+        };
+        let after = after.map(|after| after.as_str().to_owned());
+        readable_page("dead letter", limit, after, rows, |row: &webhook_dead_letter::Model| &row.id).await
     }
 
     /// How many there are.

@@ -24,6 +24,7 @@ use crate::{
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
         now,
+        pages::readable_page,
     },
 };
 
@@ -152,10 +153,15 @@ impl Store {
         if let Some(owner) = owner {
             find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
         }
-        if let Some(after) = after {
-            find = find.filter(webhook_endpoint::Column::Id.lt(after.as_str()));
-        }
-        find.all(self.read()).await?.into_iter().map(EndpointRecord::try_from).collect()
+        let rows = |after: Option<String>| {
+            let mut find = find.clone();
+            if let Some(after) = after {
+                find = find.filter(webhook_endpoint::Column::Id.lt(after));
+            }
+            async move { Ok(find.all(self.read()).await?) }
+        };
+        let after = after.map(|after| after.as_str().to_owned());
+        readable_page("webhook endpoint", limit, after, rows, |row: &webhook_endpoint::Model| &row.id).await
     }
 
     /// One endpoint; of one owner's, if one is given.

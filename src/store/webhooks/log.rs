@@ -15,6 +15,7 @@ use crate::{
         Store, StoreError,
         entity::{webhook_attempt, webhook_delivery},
         now,
+        pages::readable_page,
     },
 };
 
@@ -113,15 +114,14 @@ impl Store {
             .add_option(filter.batch_id.as_ref().map(|id| Column::BatchId.eq(id.as_str())))
             .add_option(filter.endpoint_id.as_ref().map(|id| Column::EndpointId.eq(id.as_str())))
             .add_option(filter.event.map(|event| Column::Event.eq(event.as_str())))
-            .add_option(filter.state.map(|state| Column::State.eq(state.as_str())))
-            .add_option(after.map(|after| Column::Id.lt(after.as_str())));
-        let rows = webhook_delivery::Entity::find()
-            .filter(condition)
-            .order_by_desc(Column::Id)
-            .limit(limit)
-            .all(self.read())
-            .await?;
-        rows.into_iter().map(DeliveryRecord::try_from).collect()
+            .add_option(filter.state.map(|state| Column::State.eq(state.as_str())));
+        let rows = |after: Option<String>| {
+            let condition = condition.clone().add_option(after.map(|after| Column::Id.lt(after)));
+            let find = webhook_delivery::Entity::find().filter(condition).order_by_desc(Column::Id).limit(limit);
+            async move { Ok(find.all(self.read()).await?) }
+        };
+        let after = after.map(|after| after.as_str().to_owned());
+        readable_page("webhook delivery", limit, after, rows, |row: &webhook_delivery::Model| &row.id).await
     }
 
     /// One delivery; of one owner's, if one is given.

@@ -41,6 +41,8 @@ use crate::domain::{
 
 /// How long a lease outlives the time of its attempt: long enough to write down what came of it.
 pub(super) const LEASE_MARGIN_MICROS: i64 = 30_000_000;
+/// When a row that this version can't read is looked at again: a newer one may be able to read it sooner.
+pub(super) const UNREADABLE_MICROS: i64 = 600_000_000;
 /// When a delivery to a disabled endpoint is due: not before somebody enables it.
 pub(super) const NEVER: i64 = i64::MAX;
 

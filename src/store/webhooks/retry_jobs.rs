@@ -21,6 +21,7 @@ use crate::{
         convert::{self, to_json},
         entity::{webhook_attempt, webhook_dead_letter, webhook_retry_job},
         now,
+        pages::readable_page,
     },
 };
 
@@ -229,15 +230,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn retry_job_page(&self, of: &ClaimedJob, limit: u64) -> Result<Vec<DeadLetter>, StoreError> {
-        let rows = webhook_dead_letter::Entity::find()
-            .filter(of.job.filter.condition())
-            .filter(webhook_dead_letter::Column::Id.gt(of.position.as_str()))
-            .filter(webhook_dead_letter::Column::Id.lte(of.last.as_str()))
-            .order_by_asc(webhook_dead_letter::Column::Id)
-            .limit(limit)
-            .all(self.read())
-            .await?;
-        rows.into_iter().map(DeadLetter::try_from).collect()
+        let rows = |after: Option<String>| {
+            let find = webhook_dead_letter::Entity::find()
+                .filter(of.job.filter.condition())
+                .filter(webhook_dead_letter::Column::Id.gt(after.unwrap_or_default()))
+                .filter(webhook_dead_letter::Column::Id.lte(of.last.as_str()))
+                .order_by_asc(webhook_dead_letter::Column::Id)
+                .limit(limit);
+            async move { Ok(find.all(self.read()).await?) }
+        };
+        let after = Some(of.position.as_str().to_owned());
+        readable_page("dead letter", limit, after, rows, |row: &webhook_dead_letter::Model| &row.id).await
     }
 
     /// Records how far a job is, what came of the attempts that carry its id, `skipped` more, and renews the lease; `done`:

@@ -11,6 +11,7 @@ use sea_orm::{
 };
 
 use super::{
+    UNREADABLE_MICROS,
     claims::{ClaimShare, ClaimedDelivery, claim, delivery_of},
     dead_letters,
     groups::{self, Answer, Mine},
@@ -24,6 +25,7 @@ use crate::{
     },
     store::{
         DatabaseTransaction, Store, StoreError,
+        convert::readable,
         entity::{webhook_attempt, webhook_delivery},
         now,
     },
@@ -178,6 +180,16 @@ impl Store {
         let rows = find.all(&tx).await?;
         let last = (rows.len() as u64) < REAPED_AT_ONCE;
         for row in rows {
+            if readable("webhook delivery", &row.id, delivery_of(&row)).is_none() {
+                // Else it would be among the first of every round.
+                let until = at.0.saturating_add(UNREADABLE_MICROS);
+                webhook_delivery::Entity::update_many()
+                    .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(until))
+                    .filter(webhook_delivery::Column::Id.eq(&row.id))
+                    .exec(&tx)
+                    .await?;
+                continue;
+            }
             let attempts = row.attempts;
             match reap(&tx, row, wait(attempts), at).await? {
                 DeliveryState::Pending => reaped.pending += 1,
@@ -246,6 +258,9 @@ async fn settle_all(
             let mine = rows.get(one.id.as_str()).is_some_and(|row| row.lease_token.as_deref() == Some(&one.lease));
             // Each lease settles once.
             if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {
+                if readable("webhook delivery", one.id.as_str(), delivery_of(&row)).is_none() {
+                    continue;
+                }
                 after[place] = settle(tx, row, one, at).await?;
             }
         }
