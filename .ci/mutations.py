@@ -242,6 +242,14 @@ MUTANTS = [
         "attempt.request_id = request_id.map(str::to_owned);",
         "attempt.request_id = request_id.map(str::to_owned).filter(|_| !MUTANT);")],
         ["webhooks a_request_id_makes_a_retry_idempotent"]),
+    Mutant("cut-off", "a text that the engine cut off is an answer", [("src/domain/answer.rs",
+        '"cancelled" | "canceled" | "failed" => {', '"cancelled" | "canceled" | "failed" if !MUTANT => {')],
+        ["engine a_text_that_the_engine_cut_off", "engine a_worker_that_is_put_to_sleep"]),
+    Mutant("answer-memory", "answers do not wait for memory", [("src/fleet/memory.rs",
+        "        self.waits.fetch_add(1, Ordering::Relaxed);\n        // It is never closed.",
+        "        if MUTANT {\n            return None;\n        }\n"
+        "        self.waits.fetch_add(1, Ordering::Relaxed);\n        // It is never closed.")],
+        ["process large_answers_cost_bounded_memory"]),
 ]
 
 

@@ -80,7 +80,7 @@ class Vllm:
     def start(self):
         log = open(self.folder / "vllm.log", "a")
         self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        wait_http(self.url + "/health", 240, self.process, "vLLM")
+        wait_http(self.url + "/health", 600, self.process, "vLLM")
 
     def running(self):
         """Requests that it runs at this moment."""
@@ -96,9 +96,9 @@ class Vllm:
         """SIGTERM, as systemd and Kubernetes send it, and some time later the end of whatever is left."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(60)
+            self.process.wait(20)
         except subprocess.TimeoutExpired:
-            print("vLLM did not end within 60 s of SIGTERM")
+            print("vLLM did not end within 20 s of SIGTERM")
         self.kill()
 
     def kill(self):

@@ -10,6 +10,7 @@ mod fields;
 mod tokens;
 
 use serde_json::value::RawValue;
+use smallvec::SmallVec;
 
 pub use broken::{NotJson, excerpt};
 
@@ -109,7 +110,7 @@ fn of_choices(choices: &Choices<'_>) -> Verdict {
     if choices.has_piece {
         return Verdict::Bad("it is one piece of a stream".into());
     }
-    let mut endings = Vec::with_capacity(1);
+    let mut endings = SmallVec::<[Ending; 4]>::new();
     for reason in &choices.reasons {
         match of_reason("finish_reason", *reason) {
             Verdict::Answer(ending) => endings.push(ending),
@@ -132,6 +133,8 @@ fn of_reason(name: &str, value: Option<&RawValue>) -> Verdict {
     let Some(value) = value else { return Verdict::Answer(Ending::Missing) };
     let Some(word) = fields::word_of(value) else { return Verdict::Answer(Ending::Null) };
     match word.to_ascii_lowercase().as_str() {
+        // Some servers write these while they generate.
+        "" | "null" | "none" => Verdict::Answer(Ending::Null),
         "abort" | "aborted" | "error" | "cancelled" | "canceled" | "failed" => {
             Verdict::CutOff(format!("the engine cut it off (`{name}` is {word:?})"))
         }

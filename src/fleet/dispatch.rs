@@ -205,7 +205,7 @@ struct Head {
     status: u16,
     request_id: Option<String>,
     retry_after: Option<Duration>,
-    content_type: Option<String>,
+    content_type: Option<HeaderValue>,
     /// Bytes of the body, as announced or as read.
     length: Option<u64>,
 }
@@ -218,7 +218,7 @@ impl Head {
             status: response.status().as_u16(),
             request_id: text(HeaderName::from_static("x-request-id")),
             retry_after: retry_after(response.headers()),
-            content_type: text(CONTENT_TYPE).map(|text| text.chars().take(100).collect()),
+            content_type: response.headers().get(CONTENT_TYPE).cloned(),
             length: response.content_length(),
         }
     }
@@ -228,7 +228,7 @@ impl fmt::Display for Head {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "status {}, ", self.status)?;
         match &self.content_type {
-            Some(content_type) => write!(f, "content type {content_type:?}, ")?,
+            Some(content_type) => write!(f, "content type \"{}\", ", excerpt(content_type.as_bytes(), SHOWN))?,
             None => f.write_str("no content type, ")?,
         }
         match self.length {

@@ -129,7 +129,12 @@ impl Section {
         let mut searched = 0;
         loop {
             if let Some(at) = memchr::memchr(b'\n', &self.buffer[searched..]) {
-                return Ok(self.buffer.split_to(searched + at + 1).freeze());
+                let line = self.buffer.split_to(searched + at + 1).freeze();
+                if line.len() as u64 > READ_AHEAD {
+                    // The rest would keep the memory of the whole line, for each part until the last line is merged.
+                    self.buffer = BytesMut::from(&self.buffer[..]);
+                }
+                return Ok(line);
             }
             searched = self.buffer.len();
             if self.position >= self.end {

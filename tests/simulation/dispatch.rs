@@ -163,7 +163,9 @@ impl Dispatch {
         let poison = self.segments[flight.segment].list.index(flight.line) % 7 == 3;
         if poison || (self.faults && self.random.random_bool(0.3)) {
             let asked = self.random.random_bool(0.2).then(|| Duration::from_secs(self.random.random_range(0..60)));
-            self.failed(&flight, FailureKind::Status, asked);
+            // Nor does a poison line get half of an answer.
+            let cut = !poison && self.random.random_bool(0.5);
+            self.failed(&flight, if cut { FailureKind::CutOff } else { FailureKind::Status }, asked);
         } else {
             self.board.release(WorkerKey(flight.worker), &flight.holder);
             self.end(&flight);
@@ -174,8 +176,8 @@ impl Dispatch {
         self.board.release(WorkerKey(flight.worker), &flight.holder);
         let random = self.random.random_range(0.0..1.0);
         let segment = &mut self.segments[flight.segment];
-        if kind == FailureKind::Removed {
-            // The worker's going uses up no try.
+        if matches!(kind, FailureKind::Removed | FailureKind::CutOff) {
+            // The worker's going uses up no try, nor does its stopping in the middle.
             *segment.begun.get_mut(&flight.line).expect("it was sent") -= 1;
         }
         let list = &mut segment.list;

@@ -7,6 +7,7 @@ use serde::{
     de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::value::RawValue;
+use smallvec::SmallVec;
 
 use super::broken::NotJson;
 
@@ -44,7 +45,7 @@ pub(super) struct Fields<'a> {
 pub(super) struct Choices<'a> {
     pub(super) list: Field,
     /// Each one's `finish_reason`; `None` where it has none.
-    pub(super) reasons: Vec<Option<&'a RawValue>>,
+    pub(super) reasons: SmallVec<[Option<&'a RawValue>; 2]>,
     /// One has a `delta` and neither `message` nor `text`.
     pub(super) has_piece: bool,
 }
@@ -289,7 +290,7 @@ impl<'de> DeserializeSeed<'de> for ChoiceList {
 
 impl Choices<'_> {
     fn none(list: Field) -> Self {
-        Self { list, reasons: Vec::new(), has_piece: false }
+        Self { list, reasons: SmallVec::new(), has_piece: false }
     }
 }
 
@@ -303,7 +304,7 @@ impl<'de> Visitor<'de> for ChoiceList {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Choices<'de>, A::Error> {
-        let mut choices = Choices { list: Field::Empty, reasons: Vec::with_capacity(1), has_piece: false };
+        let mut choices = Choices { list: Field::Empty, reasons: SmallVec::new(), has_piece: false };
         while let Some(choice) = list.next_element_seed(Choice { trusted: self.trusted })? {
             choices.list = Field::Filled;
             choices.reasons.push(choice.reason);

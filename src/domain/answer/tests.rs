@@ -38,6 +38,7 @@ fn a_text_that_the_engine_cut_off_is_known_in_every_choice() {
 #[test]
 fn an_answer_without_a_reason_is_told_from_one_with_a_reason() {
     assert_eq!(chat(r#"{"choices":[{"finish_reason":null},{"finish_reason":null}]}"#), Verdict::Answer(Ending::Null));
+    assert_eq!(chat(r#"{"choices":[{"finish_reason":"null"},{"finish_reason":""}]}"#), Verdict::Answer(Ending::Null));
     assert_eq!(chat(r#"{"choices":[{"message":{}}]}"#), Verdict::Answer(Ending::Missing));
     assert_eq!(chat(r#"{"choices":[[[[]]]]}"#), Verdict::Answer(Ending::Missing));
     assert!(is_bad(&chat(r#"{"choices":[{"finish_reason":"stop"},{"finish_reason":null}]}"#)));
