@@ -1,12 +1,18 @@
 //! Wires everything and stops it in order.
 //!
 //! Started from the bottom up: the data directory's lock, blobs, database, workers, scheduler, API. Stopped from the top down:
-//! calls first, then segments, then the watch over the workers, at last the node's own row; each with a deadline.
+//! calls and segments first, then webhooks, then the watch over the workers, at last the node's own row. Every step has its
+//! share of one deadline, so that the whole ends in time whatever hangs.
 
-use std::{fs::File, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs::File, io, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, task::JoinHandle, time::MissedTickBehavior};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use futures::{FutureExt, future::BoxFuture};
+use tokio::{
+    net::TcpListener,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::{
@@ -19,20 +25,29 @@ use crate::{
         secrets::{BadMasterKey, MasterKey, Vault},
     },
     domain::NodeId,
+    fault,
     fleet::{Fleet, FleetError, FleetOptions, InFlight},
     ingest::{Ingest, Limits},
+    objects::{self, ObjectsError},
     progress::Hub,
     results::Reader,
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
     store::{Store, StoreError},
+    supervise::{Died, Part, Supervisor},
     telemetry,
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Between two signs of life in the database.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long the last writes of a stop may take.
-const FAREWELL: Duration = Duration::from_secs(5);
+/// How long a stop may take beyond the time that what is in flight has ([`ServeConfig::drain_timeout`]).
+pub const FAREWELL: Duration = Duration::from_secs(5);
+/// Of that: when the scheduler and the deliverer must have written down what they have.
+const WRITTEN: Duration = Duration::from_secs(3);
+/// Of that: when the last thing must be done. The rest is for the process to end.
+const LAST: Duration = Duration::from_millis(4_300);
+/// How long the watch over the workers and the other small tasks may take to end.
+const BACKGROUND: Duration = Duration::from_millis(500);
 
 /// Why a server did not start, or did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +73,9 @@ pub enum AppError {
     /// The blob store.
     #[error(transparent)]
     Blob(#[from] BlobError),
+    /// The blob store is not there, can't be used, or is not the database's.
+    #[error(transparent)]
+    Objects(#[from] ObjectsError),
     /// The workers.
     #[error(transparent)]
     Fleet(#[from] FleetError),
@@ -73,18 +91,20 @@ pub enum AppError {
     /// The gRPC server.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// A part of the server has panicked: it is a bug.
-    #[error("the server has crashed: {0}")]
-    Crashed(String),
+    /// A part of the server has died: it is a bug, or what it needs is gone for good.
+    #[error(transparent)]
+    Died(#[from] Died),
 }
 
 /// A running server.
 pub struct App {
     addr: SocketAddr,
     tls: bool,
+    /// How long what is in flight has at the stop.
+    drain: Duration,
     /// Ends the API and the progress streams.
     serving: CancellationToken,
-    server: JoinHandle<Result<(), ServeError>>,
+    server: JoinHandle<()>,
     /// Ends the scheduler, once calls are over.
     scheduling: CancellationToken,
     scheduler: JoinHandle<()>,
@@ -93,7 +113,8 @@ pub struct App {
     deliverer: JoinHandle<()>,
     /// Ends the watch over the workers, once nothing is sent to them any more.
     watching: CancellationToken,
-    background: TaskTracker,
+    /// Runs all of it.
+    supervisor: Supervisor,
     store: Store,
     node: NodeId,
     /// Held until the process ends.
@@ -109,6 +130,7 @@ impl App {
         // What can be wrong with files is found before anything is touched.
         let options = server_options(&config)?;
         options.check().await?;
+        let webhooks = webhook_options(&config)?;
         let lock = lock(&config.data_dir)?;
         let listener =
             TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
@@ -117,14 +139,17 @@ impl App {
             BlobStore::Directory(path) => Blobs::directory(&path)?,
             BlobStore::Url(url) => Blobs::url(&url)?,
         };
+        let place = config.blob_store().to_string();
+        let store_id = objects::probe(&blobs, &place).await?;
         let store = open(&config).await?;
+        objects::establish(&store, &blobs, &place, store_id).await?;
         let node = NodeId::generate();
         let roles = config.role_names();
         store.heartbeat(&node, VERSION, &roles).await?;
 
         let (serving, scheduling, watching) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-        let background = TaskTracker::new();
+        let supervisor = Supervisor::default();
         let urls: Vec<String> = config.worker.iter().map(ToString::to_string).collect();
         Fleet::configure(&store, &urls).await?;
         let fleet = FleetOptions {
@@ -135,7 +160,7 @@ impl App {
             api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
             answer_memory: config.worker_answer_memory,
         };
-        let fleet = Fleet::start(store.clone(), fleet, &background, watching.clone()).await?;
+        let fleet = Fleet::start(store.clone(), fleet, supervisor.clone(), watching.clone()).await?;
         let scheduler = Scheduler::new(
             store.clone(),
             blobs.clone(),
@@ -145,16 +170,31 @@ impl App {
             scheduling.clone(),
         );
         let (troubles, stages) = (scheduler.troubles(), scheduler.stages());
-        let scheduler = run_if(config.has_role(Role::Scheduler), scheduler.run(), &scheduling);
+        let run_if = |has_role, part, stop: &CancellationToken, run: BoxFuture<'static, ()>| {
+            // Without its role a part only waits for its end.
+            let run = if has_role { run } else { stop.clone().cancelled_owned().boxed() };
+            supervisor.spawn(part, stop, run)
+        };
+        let has_scheduler = config.has_role(Role::Scheduler);
+        let scheduler = run_if(has_scheduler, Part::Scheduler, &scheduling, scheduler.run().boxed());
         let hub = Hub::new(store.clone(), fleet.clone(), troubles, serving.clone());
         let hub_runs = hub.clone();
-        background.spawn(async move { hub_runs.run().await });
-        background.spawn(heartbeat(store.clone(), node.clone(), roles.clone(), watching.clone()));
+        supervisor.spawn(Part::Hub, &serving, async move { hub_runs.run().await });
+        let heartbeat = heartbeat(store.clone(), node.clone(), roles.clone(), watching.clone());
+        supervisor.spawn(Part::Heartbeat, &watching, heartbeat);
+        supervisor.spawn(Part::StoreCheck, &watching, objects::watch(blobs.clone(), watching.clone()));
+        let (heard, stop) = (store.clone(), watching.clone());
+        supervisor.spawn(Part::Listener, &watching, async move {
+            tokio::select! {
+                died = heard.listener_died() => died,
+                () = stop.cancelled() => Ok(()),
+            }
+        });
 
-        let webhooks = Webhooks::new(store.clone(), webhook_options(&config)?).map_err(AppError::Webhooks)?;
+        let webhooks = Webhooks::new(store.clone(), webhooks).map_err(AppError::Webhooks)?;
         let delivering = CancellationToken::new();
         let deliverer = Deliverer::new(webhooks.clone(), delivering.clone());
-        let deliverer = run_if(config.has_role(Role::Delivery), deliverer.run(), &delivering);
+        let deliverer = run_if(config.has_role(Role::Delivery), Part::Webhooks, &delivering, deliverer.run().boxed());
 
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
         let services = Services {
@@ -169,10 +209,15 @@ impl App {
             metrics: Arc::new(telemetry::render),
         };
         let tls = options.tls.is_some();
-        let server = tokio::spawn(api::serve(listener, services, options, serving.clone()));
+        let server = api::serve(listener, services, options, serving.clone());
+        let server = supervisor.spawn(Part::Api, &serving, async move {
+            fault::panic_in(Part::Api);
+            server.await
+        });
         let app = Self {
             addr,
             tls,
+            drain: config.drain_timeout,
             serving,
             server,
             scheduling,
@@ -180,7 +225,7 @@ impl App {
             delivering,
             deliverer,
             watching,
-            background,
+            supervisor,
             store,
             node,
             _lock: lock,
@@ -201,62 +246,56 @@ impl App {
         format!("{}://{}", if self.tls { "https" } else { "http" }, self.addr)
     }
 
-    /// Serves until told to stop, then stops in order.
+    /// Serves until told to stop, or until a part of it dies, and then stops in order.
     ///
     /// # Errors
-    /// [`AppError::Serve`] or [`AppError::Crashed`] if it ended by itself.
-    pub async fn run_until(mut self, shutdown: CancellationToken) -> Result<(), AppError> {
-        let ended = tokio::select! {
+    /// [`AppError::Died`].
+    pub async fn run_until(self, shutdown: CancellationToken) -> Result<(), AppError> {
+        let died = tokio::select! {
             () = shutdown.cancelled() => None,
-            ended = &mut self.server => Some(ended),
-            ended = &mut self.scheduler => Some(ended.map(|()| Ok(()))),
+            died = self.supervisor.died() => Some(died),
         };
-        let Some(ended) = ended else {
-            self.stop().await;
-            return Ok(());
-        };
-        self.serving.cancel();
-        self.scheduling.cancel();
-        self.delivering.cancel();
-        self.watching.cancel();
-        match ended {
-            Ok(Ok(())) => Err(AppError::Crashed("it stopped without being told to".into())),
-            Ok(Err(error)) => Err(error.into()),
-            Err(panic) => Err(AppError::Crashed(panic.to_string())),
-        }
+        // What the other parts have in hand is given back as at any stop.
+        self.stop().await;
+        died.map_or(Ok(()), |died| Err(died.into()))
     }
 
-    /// Stops in order: streams and calls, segments, workers, the node's row.
+    /// Stops in order: streams and calls, segments, webhooks, workers, the node's row. It ends within the drain timeout and
+    /// [`FAREWELL`], whatever hangs: what can't be written down in that time is left to the leases.
     pub async fn stop(self) {
         tracing::info!("stopping");
+        let drained = Instant::now() + self.drain;
         self.serving.cancel();
         self.scheduling.cancel();
-        // Both have deadlines of their own.
-        let (server, scheduler) = tokio::join!(self.server, self.scheduler);
-        // After both: what they ended is still told, if there is time, and else at the next start.
+        let mut top = pin!(async { tokio::join!(self.server, self.scheduler) });
+        // What they end is still told to receivers, as long as there is time.
+        let top_ended = timeout_at(drained, &mut top).await.is_ok();
         self.delivering.cancel();
-        if let Err(panic) = self.deliverer.await {
-            tracing::error!(%panic, "the delivery of webhooks has crashed");
-        }
-        if let Err(error) =
-            server.map_err(|panic| panic.to_string()).and_then(|ended| ended.map_err(|error| error.to_string()))
-        {
-            tracing::error!(error, "the API ended with an error");
-        }
-        if let Err(panic) = scheduler {
-            tracing::error!(%panic, "the scheduler has crashed");
+        let aborted = self.deliverer.abort_handle();
+        let rest = async {
+            // Each says itself how it died.
+            if !top_ended {
+                let _ = top.await;
+            }
+            let _ = self.deliverer.await;
+        };
+        if timeout_at(drained + WRITTEN, rest).await.is_err() {
+            tracing::warn!("not everything could be written down in time: what is missing is done again");
+            // Its sends end, and so do their connections.
+            aborted.abort();
         }
         self.watching.cancel();
-        self.background.close();
+        if timeout(BACKGROUND, self.supervisor.ended()).await.is_err() {
+            tracing::debug!("background work did not end in time");
+        }
         let farewell = async {
-            self.background.wait().await;
             if let Err(error) = self.store.leave(&self.node).await {
                 tracing::warn!(%error, "the node's row could not be removed");
             }
             self.store.close().await;
         };
-        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
-            tracing::warn!("background work did not end in time");
+        if timeout_at(drained + LAST, farewell).await.is_err() {
+            tracing::warn!("the database does not answer: this node's row stays until others take it for dead");
         }
         tracing::info!("stopped");
     }
@@ -305,6 +344,7 @@ fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
     Ok(WebhookOptions {
         secrets: config.webhook_secret.iter().cloned().collect(),
         sole_node: matches!(config.database(), Database::Sqlite(_)),
+        drain: config.drain_timeout,
         ..WebhookOptions::new(Guard::new(policy), Vault::new(current, previous))
     })
 }
@@ -355,19 +395,11 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
     })
 }
 
-/// Runs a part of the server; without its role it only waits for its end.
-fn run_if(
-    has_role: bool,
-    part: impl Future<Output = ()> + Send + 'static,
-    shutdown: &CancellationToken,
-) -> JoinHandle<()> {
-    if has_role { tokio::spawn(part) } else { tokio::spawn(shutdown.clone().cancelled_owned()) }
-}
-
 async fn heartbeat(store: Store, node: NodeId, roles: String, shutdown: CancellationToken) {
     let mut tick = tokio::time::interval(HEARTBEAT);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        fault::panic_in(Part::Heartbeat);
         tokio::select! {
             () = shutdown.cancelled() => return,
             _ = tick.tick() => {

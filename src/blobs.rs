@@ -3,9 +3,10 @@
 //! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
 //! name. Names are never reused, so an object never changes once it can be read.
 
+mod identity;
 mod local;
 
-use std::{error::Error, ops::Range, path::Path as FsPath, sync::Arc, time::Duration};
+use std::{error::Error, io, ops::Range, path::Path as FsPath, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
@@ -22,6 +23,9 @@ use object_store::{
 };
 use url::Url;
 
+pub use identity::ID_KEY;
+
+use identity::Identity;
 use local::LocalWriter;
 
 /// Parts of a multipart write: S3's least is 5 MiB.
@@ -51,32 +55,43 @@ pub enum BlobError {
     /// The store failed; trying again may help.
     #[error("blob store failed: {0}")]
     Failed(#[source] object_store::Error),
+    /// The store refuses, and will until somebody mends it: a wrong key, a bucket that is not there, a directory that may
+    /// not be written.
+    #[error("blob store refuses: {0}")]
+    Refused(#[source] object_store::Error),
+    /// The objects here are not those that the database names.
+    #[error("the blob store is not the one of the database: {0}; is the volume mounted, is --blobs right?")]
+    Foreign(String),
 }
 
 impl From<object_store::Error> for BlobError {
     fn from(error: object_store::Error) -> Self {
         match error {
             object_store::Error::NotFound { path, source } if !is_without_bucket(&*source) => Self::Missing(path),
-            other => Self::Failed(other),
+            other => Self::of_write(other),
         }
     }
 }
 
 impl BlobError {
-    /// Of a write: whatever it is that is not there, trying again may help.
+    /// Of a write: there whatever is not there may come back, unless it is the bucket.
     fn of_write(error: object_store::Error) -> Self {
-        Self::Failed(error)
+        if is_refusal(&error) { Self::Refused(error) } else { Self::Failed(error) }
     }
 
     fn of_file(error: std::io::Error) -> Self {
-        Self::Failed(object_store::Error::Generic { store: "directory", source: Box::new(error) })
+        Self::of_write(object_store::Error::Generic { store: "directory", source: Box::new(error) })
     }
 
     /// Why the store failed, fit for clients: no address, no key, no secret. None: there are no such words for it.
     #[must_use]
     pub fn in_words(&self) -> Option<String> {
         use object_store::Error as E;
-        let Self::Failed(error) = self else { return None };
+        let error = match self {
+            Self::Failed(error) | Self::Refused(error) => error,
+            Self::Foreign(_) => return Some("the objects are not there; is the volume mounted?".into()),
+            Self::Open(_) | Self::Missing(_) => return None,
+        };
         match error {
             E::PermissionDenied { .. } => return Some("permission denied".into()),
             E::Unauthenticated { .. } => return Some("the credentials are refused".into()),
@@ -105,6 +120,27 @@ impl BlobError {
     }
 }
 
+/// Whether trying again is of no use before somebody has done something.
+fn is_refusal(error: &object_store::Error) -> bool {
+    use object_store::Error as E;
+    match error {
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } => return true,
+        E::NotFound { source, .. } => return is_without_bucket(&**source),
+        _ => {}
+    }
+    let mut at = error.source();
+    while let Some(error) = at {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return matches!(
+                io.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotADirectory
+            );
+        }
+        at = error.source();
+    }
+    false
+}
+
 fn is_without_bucket(error: &(dyn Error + 'static)) -> bool {
     let text = error.to_string();
     NO_BUCKET.iter().any(|code| text.contains(code))
@@ -124,6 +160,8 @@ pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     /// The store, if it is a directory.
     directory: Option<Arc<LocalFileSystem>>,
+    /// Whose it is.
+    identity: Identity,
 }
 
 impl Blobs {
@@ -149,7 +187,7 @@ impl Blobs {
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
             .with_fsync(true);
         let store = Arc::new(store);
-        Ok(Self { directory: Some(store.clone()), store })
+        Ok(Self { directory: Some(store.clone()), store, identity: Identity::default() })
     }
 
     /// An object store: `s3://bucket/prefix`, `gs://…`, `az://…`, with credentials from the environment as the cloud's
@@ -175,6 +213,15 @@ impl Blobs {
     }
 
     fn cloud(url: &Url, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, BlobError> {
+        let environment: Vec<(String, String)> = environment.into_iter().collect();
+        if environment.iter().any(|(name, value)| name == "AZURE_STORAGE_CONNECTION_STRING" && !value.is_empty())
+            && matches!(ObjectStoreScheme::parse(url), Ok((ObjectStoreScheme::MicrosoftAzure, _)))
+        {
+            tracing::warn!(
+                "AZURE_STORAGE_CONNECTION_STRING is set and is not read: set AZURE_STORAGE_ACCOUNT_NAME and \
+                 AZURE_STORAGE_ACCOUNT_KEY, and AZURE_STORAGE_ENDPOINT for an endpoint of your own"
+            );
+        }
         let open = |error: &dyn Error| BlobError::Open(format!("{url}: {error}"));
         let options: Vec<(String, String)> = environment
             .into_iter()
@@ -213,7 +260,7 @@ impl Blobs {
     /// Any object store, in which a write that has returned is durable: for tests that make it fail.
     #[must_use]
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
-        Self { store, directory: None }
+        Self { store, directory: None, identity: Identity::default() }
     }
 
     /// Writes a whole object. Durable when it returns.
@@ -221,6 +268,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), BlobError> {
+        self.is_still_ours().await?;
         let put = self.store.put(&Path::from(key), PutPayload::from_bytes(bytes)).await;
         put.map(|_| ()).map_err(BlobError::of_write)
     }
@@ -230,6 +278,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn writer(&self, key: &str) -> Result<ObjectWriter, BlobError> {
+        self.is_still_ours().await?;
         let key = Path::from(key);
         if let Some(directory) = &self.directory {
             let path = directory.path_to_filesystem(&key).map_err(BlobError::of_write)?;
@@ -245,6 +294,15 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Missing`] or [`BlobError::Failed`].
     pub async fn get(&self, key: &str) -> Result<Bytes, BlobError> {
+        self.is_ours()?;
+        match self.get_unchecked(key).await {
+            Ok(bytes) => Ok(bytes),
+            Err(error) => Err(self.missing(error).await),
+        }
+    }
+
+    /// The same, whosever the store is.
+    async fn get_unchecked(&self, key: &str) -> Result<Bytes, BlobError> {
         Ok(self.store.get(&Path::from(key)).await?.bytes().await?)
     }
 
@@ -256,10 +314,11 @@ impl Blobs {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
+        self.is_ours()?;
         let path = Path::from(key);
         match self.store.get_range(&path, range.clone()).await {
             Ok(bytes) => Ok(bytes),
-            Err(error @ object_store::Error::NotFound { .. }) => Err(error.into()),
+            Err(error @ object_store::Error::NotFound { .. }) => Err(self.missing(error.into()).await),
             // A range that begins past the end is an error like any other, and what it is is not told.
             Err(error) => match self.store.head(&path).await {
                 Ok(object) if object.size <= range.start => Ok(Bytes::new()),
@@ -287,6 +346,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn delete(&self, key: &str) -> Result<(), BlobError> {
+        self.is_still_ours().await?;
         match self.store.delete(&Path::from(key)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),

@@ -3,6 +3,11 @@
 //! `TIDEMILL_FAULT=part-object` aborts at the first visit of that point, `TIDEMILL_FAULT=part-object:3` at the third. Only
 //! builds with debug assertions know how: in a release build a point is nothing at all. No test has to hope that a signal
 //! hits the moment between two writes.
+//!
+//! `TIDEMILL_FAULT=panic-hub` has that part of the server panic instead, in the middle of what it does.
+
+#[cfg(any(debug_assertions, test))]
+use crate::supervise::Part;
 
 /// Where the process can be made to die. Each is a moment at which one write is durable and the next is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,25 +67,42 @@ impl Fault {
     }
 }
 
+/// What the environment has this process do.
+#[cfg(any(debug_assertions, test))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Armed {
+    Death(Fault),
+    Panic(Part),
+}
+
 /// Dies here if the environment says so.
 #[cfg(debug_assertions)]
 pub(crate) fn point(fault: Fault) {
+    if is_armed(Armed::Death(fault)) {
+        eprintln!("dying at {}", fault.name());
+        std::process::abort();
+    }
+}
+
+/// Panics here if the environment says so.
+#[cfg(debug_assertions)]
+pub(crate) fn panic_in(part: Part) {
+    assert!(!is_armed(Armed::Panic(part)), "TIDEMILL_FAULT=panic-{part}");
+}
+
+/// Whether this is the visit that is meant.
+#[cfg(debug_assertions)]
+fn is_armed(here: Armed) -> bool {
     use std::sync::{
         LazyLock,
         atomic::{AtomicU32, Ordering},
     };
-    static ARMED: LazyLock<Option<(Fault, u32)>> = LazyLock::new(|| {
+    static ARMED: LazyLock<Option<(Armed, u32)>> = LazyLock::new(|| {
         let text = std::env::var("TIDEMILL_FAULT").ok()?;
         Some(parse(&text).unwrap_or_else(|| panic!("TIDEMILL_FAULT={text}: no such point")))
     });
     static VISITS: AtomicU32 = AtomicU32::new(0);
-    if let Some((armed, at)) = *ARMED
-        && armed == fault
-        && VISITS.fetch_add(1, Ordering::Relaxed) + 1 == at
-    {
-        eprintln!("dying at {}", fault.name());
-        std::process::abort();
-    }
+    ARMED.is_some_and(|(armed, at)| armed == here && VISITS.fetch_add(1, Ordering::Relaxed) + 1 == at)
 }
 
 /// Release builds know no faults.
@@ -88,12 +110,20 @@ pub(crate) fn point(fault: Fault) {
 #[inline(always)]
 pub(crate) fn point(_: Fault) {}
 
+/// Release builds know no faults.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub(crate) fn panic_in(_: crate::supervise::Part) {}
+
 /// A point's name, and after a colon which visit of it; the first if it does not say.
 #[cfg(any(debug_assertions, test))]
-fn parse(text: &str) -> Option<(Fault, u32)> {
+fn parse(text: &str) -> Option<(Armed, u32)> {
     let (name, at) = text.split_once(':').unwrap_or((text, "1"));
-    let fault = Fault::ALL.into_iter().find(|fault| fault.name() == name)?;
-    Some((fault, at.parse().ok().filter(|at| *at > 0)?))
+    let armed = match name.strip_prefix("panic-") {
+        Some(name) => Armed::Panic(Part::ALL.into_iter().find(|part| part.name() == name)?),
+        None => Armed::Death(Fault::ALL.into_iter().find(|fault| fault.name() == name)?),
+    };
+    Some((armed, at.parse().ok().filter(|at| *at > 0)?))
 }
 
 #[cfg(test)]
@@ -103,10 +133,13 @@ mod tests {
     #[test]
     fn points_are_named_and_counted() {
         for fault in Fault::ALL {
-            assert_eq!(parse(fault.name()), Some((fault, 1)));
-            assert_eq!(parse(&format!("{}:7", fault.name())), Some((fault, 7)));
+            assert_eq!(parse(fault.name()), Some((Armed::Death(fault), 1)));
+            assert_eq!(parse(&format!("{}:7", fault.name())), Some((Armed::Death(fault), 7)));
         }
-        for bad in ["", "part", "part-row:", "part-row:0", "part-row:x", ":1"] {
+        for part in Part::ALL {
+            assert_eq!(parse(&format!("panic-{part}:2")), Some((Armed::Panic(part), 2)));
+        }
+        for bad in ["", "part", "panic-", "panic-part", "part-row:", "part-row:0", "part-row:x", ":1"] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }

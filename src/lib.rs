@@ -7,8 +7,10 @@
 //! - [`config`]: the one typed configuration: file, environment, flags.
 //! - [`telemetry`]: logs and metrics.
 //! - [`fault`]: where tests have the process die.
+//! - [`supervise`]: runs the parts of a server, and notices one that dies.
 //! - [`blobs`]: input, part and result objects, on a directory or an object store.
 //! - [`store`]: the database: every query and every transaction.
+//! - [`objects`]: whether the blob store is the one of the database.
 //! - [`ingest`]: validates an upload while it streams in and cuts it into segments.
 //! - [`results`]: parts, their merge in input order, manifests, reading back.
 //! - [`fleet`]: the workers: which there are, how they are, and one HTTP request to one of them.
@@ -31,11 +33,13 @@ pub mod fault;
 pub mod fleet;
 mod https;
 pub mod ingest;
+pub mod objects;
 pub mod progress;
 pub mod results;
 pub mod scheduler;
 pub mod sim;
 pub mod store;
+pub mod supervise;
 pub mod telemetry;
 
 /// The wire contract, generated from `proto/tidemill/v1`.

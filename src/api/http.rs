@@ -75,6 +75,9 @@ async fn ready(State(http): State<Arc<Http>>) -> Response {
     if http.shutdown.is_cancelled() {
         return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n").into_response();
     }
+    if http.services.blobs.foreign().is_some() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the blob store is not the one of the database\n").into_response();
+    }
     match tokio::time::timeout(READY_WITHIN, http.services.store.ping()).await {
         Ok(Ok(())) => "ready\n".into_response(),
         Ok(Err(error)) => {

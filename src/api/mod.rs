@@ -23,6 +23,7 @@ mod listener;
 mod pace;
 #[doc(hidden)]
 pub mod page;
+mod panics;
 mod peer;
 mod places;
 mod quota;

@@ -18,6 +18,7 @@ use super::{
     http,
     limits::{CallerLimits, Limiter},
     listener::{self, Listener},
+    panics,
     service::Api,
     webhook_admin::Admin,
     workers::Workers,
@@ -183,6 +184,7 @@ fn routes(
             .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
+    metrics::describe_counter!("tidemill_calls_crashed_total", "calls that ended with a panic: bugs");
     let tokens = options.tokens.clone();
     let limits = Arc::new(Limiter::new(options.limits));
     let batches = Api::new(services.clone(), tokens.as_ref(), limits.clone(), shutdown.clone());
@@ -201,11 +203,13 @@ fn routes(
         .add_service(reflection().build_v1alpha()?)
         .into_axum_router()
         .reset_fallback()
+        .layer(middleware::from_fn(panics::caught))
         .layer(middleware::from_fn_with_state(gate.clone(), gate::pass))
         // Outside the gate, so that a browser is told of refusals in its own way.
         .layer(GrpcWebLayer::new())
         .layer(middleware::from_fn(gate::only_grpc));
     let hosts = Hosts::new(&options.public_hosts, options.tokens.is_some(), options.tls.is_some());
-    let all = grpc.merge(http::routes(services, gate, limits, shutdown.clone()));
+    let http = http::routes(services, gate, limits, shutdown.clone()).layer(middleware::from_fn(panics::caught));
+    let all = grpc.merge(http);
     Ok(all.layer(middleware::from_fn_with_state(Arc::new(hosts), hosts::pass)))
 }

@@ -157,7 +157,17 @@ pub fn blob(error: BlobError) -> Status {
     match error {
         BlobError::Failed(_) | BlobError::Open(_) => {
             tracing::error!(%error, "the blob store failed");
-            retry(Code::Unavailable, "BLOB_STORE_UNAVAILABLE", "the blob store is not available now; try again", SOON)
+            let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
+            let message = format!("the blob store is not available now{why}; try again");
+            retry(Code::Unavailable, "BLOB_STORE_UNAVAILABLE", message, SOON)
+        }
+        BlobError::Refused(_) | BlobError::Foreign(_) => {
+            tracing::error!(%error, "the blob store can't be used");
+            let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
+            let message = format!(
+                "the blob store can't be used{why}: trying again does not help before whoever runs the server has mended that"
+            );
+            self::error(Code::FailedPrecondition, "BLOB_STORE_REFUSED", message)
         }
         BlobError::Missing(_) => {
             tracing::error!(%error, "an object is gone");

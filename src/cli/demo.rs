@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::{
     client::{Client, ClientArgs, retry},
     infer, out,
-    serve::on_signal,
+    signals::on_signal,
     upload::Upload,
     watch,
 };
@@ -59,7 +59,7 @@ pub struct DemoArgs {
 /// What went wrong, for people.
 pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let folder = tempfile::Builder::new().prefix("tidemill-demo-").tempdir().context("temporary directory")?;
-    let interrupted = on_signal()?;
+    let interrupted = on_signal(None)?;
     let worker = Worker::start(args.worker.as_ref()).await?;
     let mut receiver = Receiver::start().await?;
     let app = App::start(config(folder.path(), &worker.url)?).await?;

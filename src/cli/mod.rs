@@ -3,6 +3,7 @@
 mod batch;
 mod client;
 mod demo;
+mod descriptors;
 mod error;
 #[cfg(test)]
 mod fake;
@@ -13,6 +14,7 @@ mod meter;
 mod out;
 mod results;
 mod serve;
+mod signals;
 mod submit;
 mod token;
 mod top;
@@ -160,6 +162,12 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone> + Clone
 }
 
 impl Cli {
+    /// Whether what it fails with is to be a line of JSON, as its log is.
+    #[must_use]
+    pub fn fails_in_json(&self) -> bool {
+        matches!(&self.command, Command::Serve(config) if config.log_format == LogFormat::Json)
+    }
+
     /// The configuration file and the command that takes it.
     fn config_file(&self) -> Option<(PathBuf, &'static str)> {
         match &self.command {
@@ -184,6 +192,26 @@ impl Cli {
         }
         Ok(())
     }
+}
+
+/// Whether a command line that can't be read asks for a log in JSON, as far as can be seen.
+#[must_use]
+pub fn asks_for_json(args: &[OsString]) -> bool {
+    let words: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
+    if !words.iter().any(|word| word == "serve") {
+        return false;
+    }
+    let flag = words.windows(2).find(|pair| pair[0] == "--log-format").map(|pair| pair[1].to_string());
+    let flag = flag.or_else(|| words.iter().find_map(|word| word.strip_prefix("--log-format=").map(str::to_owned)));
+    flag.or_else(|| std::env::var("TIDEMILL_LOG_FORMAT").ok()).is_some_and(|format| format == "json")
+}
+
+/// A fatal error as a line of the JSON log.
+#[must_use]
+pub fn json_line(message: &str) -> String {
+    let timestamp = humantime::format_rfc3339_micros(std::time::SystemTime::now()).to_string();
+    let line = serde_json::json!({"timestamp": timestamp, "level": "ERROR", "message": message, "target": "tidemill"});
+    line.to_string()
 }
 
 /// Runs a command.
@@ -223,6 +251,19 @@ mod tests {
 
     fn parse_words(line: &str) -> Result<Cli, UsageError> {
         parse(line.split(' ').map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_server_that_logs_json_fails_in_json() {
+        let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        assert!(asks_for_json(&words("tidemill serve --wroker x --log-format json")));
+        assert!(asks_for_json(&words("tidemill serve --log-format=json --lease x")));
+        assert!(!asks_for_json(&words("tidemill serve --log-format text")));
+        assert!(!asks_for_json(&words("tidemill batch list --log-format json")));
+        assert!(parse_words("tidemill serve --log-format json").unwrap().fails_in_json());
+        assert!(!parse_words("tidemill serve").unwrap().fails_in_json());
+        let line: serde_json::Value = serde_json::from_str(&json_line("a\nb")).unwrap();
+        assert_eq!((&line["level"], &line["message"]), (&"ERROR".into(), &"a\nb".into()));
     }
 
     #[test]

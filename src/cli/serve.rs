@@ -4,14 +4,13 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
-use tokio::{net::TcpListener, signal};
-use tokio_util::sync::CancellationToken;
+use tokio::net::TcpListener;
 
-use super::{meter::note, out};
+use super::{descriptors, meter::note, out, signals};
 use crate::{
-    app::App,
+    app::{App, FAREWELL},
     blobs,
-    config::{BlobStore, Database, Secret, ServeConfig, parse_database_url},
+    config::{BlobStore, Database, LogFormat, Secret, ServeConfig, parse_database_url},
     sim::{Sim, SimConfig},
     store::Store,
 };
@@ -66,46 +65,37 @@ pub struct SimArgs {
 /// The settings are refused, or the server can't start.
 pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     let config = config.validate()?;
+    if config.log_format == LogFormat::Json {
+        log_panics();
+    }
+    descriptors::raise();
     if let (Database::Postgres(_), BlobStore::Directory(directory)) = (config.database(), config.blob_store()) {
         tracing::warn!(
-            "the database is PostgreSQL but objects are in {}: with more than one server, set --blobs",
+            "the database is PostgreSQL but objects are in {}: another server can't start without --blobs",
             directory.display()
         );
     }
     if config.insecure_allow_anonymous && !config.listen.ip().is_loopback() {
         tracing::warn!("everybody who can reach {} may do everything (--insecure-allow-anonymous)", config.listen);
     }
-    let shutdown = on_signal()?;
-    let app = App::start(config).await?;
-    Ok(app.run_until(shutdown).await?)
+    let shutdown = signals::on_signal(Some(config.drain_timeout + FAREWELL))?;
+    let started = tokio::select! {
+        started = App::start(config) => started?,
+        // While it waits for the database or migrates it: nothing has been claimed yet.
+        () = shutdown.cancelled() => {
+            tracing::info!("stopped before it served");
+            return Ok(());
+        }
+    };
+    Ok(started.run_until(shutdown).await?)
 }
 
-/// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process.
-///
-/// # Errors
-/// The system refuses signal handlers.
-pub fn on_signal() -> std::io::Result<CancellationToken> {
-    let token = CancellationToken::new();
-    let (mut terminate, mut interrupt) = (
-        signal::unix::signal(signal::unix::SignalKind::terminate())?,
-        signal::unix::signal(signal::unix::SignalKind::interrupt())?,
-    );
-    let cancel = token.clone();
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if cancel.is_cancelled() {
-                note("stopped at once");
-                // As a shell reports a process that SIGINT ended.
-                std::process::exit(130);
-            }
-            cancel.cancel();
-        }
-    });
-    Ok(token)
+/// The standard library would say it in words of its own between the lines of JSON.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let place = info.location().map(ToString::to_string);
+        tracing::error!(panic = info.payload_as_str().unwrap_or("it does not say why"), place, "something panicked");
+    }));
 }
 
 /// Migrates a database and prints its migrations.
@@ -145,7 +135,7 @@ pub async fn migrate(args: MigrateArgs, json: bool) -> anyhow::Result<()> {
 /// # Errors
 /// The address can't be used.
 pub async fn sim(args: SimArgs) -> anyhow::Result<()> {
-    let shutdown = on_signal()?;
+    let shutdown = signals::on_signal(None)?;
     let sim = Sim::new(SimConfig {
         models: args.models.clone(),
         latency: Duration::from_millis(args.latency_ms),

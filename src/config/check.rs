@@ -1,10 +1,10 @@
 //! What settings must be like, beyond their own form.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
 
-use super::{ConfigError, Database, Role, ServeConfig};
+use super::{ConfigError, DATA_DIR, Database, Role, ServeConfig};
 
 impl ServeConfig {
     /// Refuses settings that can't work or would open the server to anybody without saying so.
@@ -17,6 +17,7 @@ impl ServeConfig {
         self.check_spans()?;
         self.check_workers()?;
         self.check_roles()?;
+        self.check_objects()?;
         Ok(self)
     }
 
@@ -69,6 +70,23 @@ impl ServeConfig {
         }
     }
 
+    /// Servers that share a database must share the objects; a directory that nobody has named is nobody's but this server's.
+    fn check_objects(&self) -> Result<(), ConfigError> {
+        let named = self.blobs.is_some() || self.data_dir != Path::new(DATA_DIR);
+        if named || matches!(self.database(), Database::Sqlite(_)) {
+            return Ok(());
+        }
+        refuse(
+            "--blobs",
+            format!(
+                "with PostgreSQL, say where the objects are: all servers of a database need the same. Do one of these:\n  \
+                 --blobs s3://bucket/prefix  (or gs://…, az://…): an object store\n  \
+                 --blobs file:///a/shared/path  a directory that every server has, on a network file system for instance\n  \
+                 --data-dir /a/path  a directory other than {DATA_DIR}: this server is the only one, and keeps them there"
+            ),
+        )
+    }
+
     fn check_spans(&self) -> Result<(), ConfigError> {
         let second = Duration::from_secs(1);
         for (setting, span, least) in [
@@ -95,8 +113,6 @@ fn refuse(setting: &'static str, message: impl Into<String>) -> Result<(), Confi
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::super::{BlobStore, ConfigFile, Database};
     use super::*;
     use crate::domain::WorkerPriority;
@@ -188,11 +204,25 @@ mod tests {
 
     #[test]
     fn roles_are_split_on_postgres_only() {
-        let config = load(&["--roles", "delivery,api,api", "--database-url", "postgres://h/d"]).unwrap();
+        let config =
+            load(&["--roles", "delivery,api,api", "--database-url", "postgres://h/d", "--blobs", "s3://b"]).unwrap();
         assert_eq!(config.role_names(), "api,delivery");
         assert!(!config.has_role(Role::Scheduler));
         assert_eq!(load(&["--roles", "scheduler,delivery,api"]).unwrap().role_names(), "api,scheduler,delivery");
         assert_eq!(ServeConfig::default().role_names(), "api,scheduler,delivery");
+    }
+
+    #[test]
+    fn postgres_needs_a_word_about_the_objects() {
+        let postgres = ["--database-url", "postgres://h/d"];
+        let message = refusal(&postgres);
+        for way in ["--blobs: with PostgreSQL", "--blobs s3://", "--blobs file:///", "--data-dir"] {
+            assert!(message.contains(way), "{message}");
+        }
+        for word in [["--blobs", "s3://bucket"], ["--blobs", "file:///shared"], ["--data-dir", "/var/lib/tidemill"]] {
+            assert!(load(&[&postgres[..], &word].concat()).is_ok(), "{word:?}");
+        }
+        assert!(load(&[]).is_ok(), "SQLite has one server");
     }
 
     #[test]

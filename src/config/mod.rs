@@ -137,6 +137,18 @@ pub enum BlobStore {
     Url(String),
 }
 
+impl std::fmt::Display for BlobStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "{}", path.display()),
+            Self::Url(url) => f.write_str(url),
+        }
+    }
+}
+
+/// The directory of data unless another one is named.
+const DATA_DIR: &str = "./data";
+
 /// Everything that can be set on a server.
 #[derive(Clone, Debug, Args)]
 pub struct ServeConfig {

@@ -7,7 +7,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{Webhooks, jobs, metrics, outbox::Outbox, send::batch_context};
-use crate::store::{SecretOf, StoreError};
+use crate::{
+    fault,
+    store::{SecretOf, StoreError},
+    supervise::{Part, named},
+};
 
 /// How often senders that are gone are looked for.
 const REAP_EVERY: Duration = Duration::from_secs(10);
@@ -48,7 +52,12 @@ impl Deliverer {
                 () = self.shutdown.cancelled() => {}
             }
         };
-        tokio::join!(outbox.run(), keeping.run(), resealing, jobs);
+        tokio::join!(
+            named(Part::Webhooks, outbox.run()),
+            named(Part::WebhookUpkeep, keeping.run()),
+            named(Part::Resealing, resealing),
+            named(Part::RetryJobs, jobs)
+        );
     }
 }
 
@@ -91,6 +100,7 @@ impl Housekeeping {
     async fn run(&self) {
         let mut purge_at = Instant::now();
         loop {
+            fault::panic_in(Part::WebhookUpkeep);
             self.webhooks.reap(false).await;
             if Instant::now() >= purge_at {
                 purge_at = Instant::now() + PURGE_EVERY;
@@ -117,6 +127,7 @@ impl Housekeeping {
 
     /// Stored secrets go over to the present master key, so that the one before can be dropped.
     async fn reseal(&self) {
+        fault::panic_in(Part::Resealing);
         let inner = &self.webhooks.inner;
         // Without a key there is nothing to seal with.
         let Some(current) = inner.vault.mark() else { return };

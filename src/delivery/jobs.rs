@@ -10,7 +10,9 @@ use tracing::{info, warn};
 use super::{Webhooks, dead_letter::RetryError, fairness::PER_TARGET};
 use crate::{
     domain::{DeadLetterId, webhook::target_of},
+    fault,
     store::{ClaimedJob, DeadLetterFilter, RetryJob, StoreError},
+    supervise::Part,
 };
 
 /// Dead letters between two records of a job's position.
@@ -37,6 +39,7 @@ impl Webhooks {
 /// Runs jobs until the shutdown.
 pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
     while !shutdown.is_cancelled() {
+        fault::panic_in(Part::RetryJobs);
         match webhooks.inner.store.claim_retry_job(LEASE).await {
             Ok(Some(job)) => {
                 if let Err(error) = run_one(webhooks, job, shutdown).await {

@@ -30,6 +30,7 @@ use crate::{
     domain::{BatchId, Timestamp, webhook::AttemptResult},
     fault::{self, Fault},
     store::{self, ClaimShare, ClaimedDelivery, Settled, SettledAs, Settlement, Store, StoreError, Turn},
+    supervise::Part,
 };
 
 /// While sends are in flight, so many results are gathered before they are written down by themselves.
@@ -132,6 +133,7 @@ impl Outbox {
         let mut turn: Option<BoxFuture<'static, Done>> = None;
         let mut stop_by = None;
         loop {
+            fault::panic_in(Part::Webhooks);
             if self.shutdown.is_cancelled() {
                 let by = *stop_by.get_or_insert_with(|| Instant::now() + self.webhooks.inner.options.drain);
                 for claim in self.fairness.drain() {

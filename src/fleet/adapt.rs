@@ -12,6 +12,7 @@ use super::{
     memory, probe,
     worker::{Deeds, Worker, below},
 };
+use crate::{fault, supervise::Part};
 
 /// Between two reads of the metrics of a worker whose limit is fixed, or that has nothing to do; and of this module's own.
 const PACE: Duration = Duration::from_secs(1);
@@ -49,6 +50,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut before = Deeds::default();
     let mut prefix = HitRate::default();
     loop {
+        fault::panic_in(Part::Limit);
         tokio::select! {
             () = worker.gone.cancelled() => return,
             () = tokio::time::sleep(TICK) => {}

@@ -33,7 +33,7 @@ use tokio::{
     sync::watch,
     time::{Instant, MissedTickBehavior},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use dispatch::{Answer, Call, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
@@ -43,8 +43,10 @@ pub use worker::{Worker, base_url};
 
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
+    fault,
     https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
+    supervise::{Part, Supervisor},
     telemetry,
 };
 use memory::AnswerMemory;
@@ -218,19 +220,19 @@ struct Inner {
     syncing: tokio::sync::Mutex<()>,
     /// Counts changes of what is served; the scheduler wakes by it.
     topology: watch::Sender<u64>,
-    tasks: TaskTracker,
+    supervisor: Supervisor,
     shutdown: CancellationToken,
 }
 
 impl Fleet {
-    /// Starts to look after the workers that the database knows. `tasks` gets the loops, `shutdown` ends them.
+    /// Starts to look after the workers that the database knows. `tasks` runs the loops, `shutdown` ends them.
     ///
     /// # Errors
     /// [`FleetError`] if the workers can't be read.
     pub async fn start(
         store: Store,
         options: FleetOptions,
-        tasks: &TaskTracker,
+        tasks: impl Into<Supervisor>,
         shutdown: CancellationToken,
     ) -> Result<Self, FleetError> {
         telemetry::install_tls_provider();
@@ -254,20 +256,28 @@ impl Fleet {
             workers: Mutex::default(),
             syncing: tokio::sync::Mutex::default(),
             topology: watch::Sender::new(0),
-            tasks: tasks.clone(),
+            supervisor: tasks.into(),
             shutdown,
         };
         let fleet = Self { inner: Arc::new(inner) };
         fleet.sync().await?;
         let looked_after = fleet.clone();
-        tasks.spawn(async move { looked_after.look_after().await });
+        let stop = fleet.inner.shutdown.clone();
+        fleet.inner.supervisor.spawn(Part::Workers, &stop, async move { looked_after.look_after().await });
         Ok(fleet)
+    }
+
+    /// What runs its loops: those of whoever works with the workers run there, too.
+    #[must_use]
+    pub fn supervisor(&self) -> &Supervisor {
+        &self.inner.supervisor
     }
 
     async fn look_after(self) {
         let mut tick = tokio::time::interval(SYNC);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            fault::panic_in(Part::Workers);
             tokio::select! {
                 () = self.inner.shutdown.cancelled() => return,
                 _ = tick.tick() => {}
@@ -318,8 +328,9 @@ impl Fleet {
         let limit = self.inner.options.limit.first();
         let worker = Arc::new(Worker::new(key, record, &base, limit, self.inner.shutdown.child_token()));
         self.inner.workers.lock().insert(key, worker.clone());
-        self.inner.tasks.spawn(adapt::run(self.inner.clone(), worker.clone(), base.clone()));
-        self.inner.tasks.spawn(probe::run(self.inner.clone(), worker, base));
+        let (inner, gone) = (&self.inner, worker.gone.clone());
+        inner.supervisor.spawn(Part::Limit, &gone, adapt::run(inner.clone(), worker.clone(), base.clone()));
+        inner.supervisor.spawn(Part::Probe, &gone, probe::run(inner.clone(), worker, base));
     }
 
     /// All workers, in the order in which they were added.

@@ -12,7 +12,11 @@ use super::{
     health::{Change, Probe},
     worker::{Worker, below},
 };
-use crate::domain::{request_line::MAX_MODEL_BYTES, text::is_plain};
+use crate::{
+    domain::{request_line::MAX_MODEL_BYTES, text::is_plain},
+    fault,
+    supervise::Part,
+};
 
 /// Between two probes.
 pub const INTERVAL: Duration = Duration::from_secs(1);
@@ -32,6 +36,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut round = 0u32;
     let mut known = Vec::new();
     loop {
+        fault::panic_in(Part::Probe);
         let stale = std::mem::take(&mut worker.state.lock().models_stale);
         let models = stale || round.is_multiple_of(MODELS_EVERY) || known.is_empty();
         let probe = match timeout(TIMEOUT, probe(&fleet.client, &base, fleet.bearer(), models, &known)).await {

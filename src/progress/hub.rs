@@ -19,9 +19,11 @@ use super::{
 };
 use crate::{
     domain::{Batch, BatchId, BatchStatus, Sequence, Timestamp},
+    fault,
     fleet::Fleet,
     scheduler::Troubles,
     store::{Store, StoreError},
+    supervise::Part,
 };
 
 /// How often the database is asked what has changed.
@@ -225,7 +227,9 @@ impl Hub {
             return;
         }
         let (hub, feed) = (self.clone(), feed.clone());
-        tokio::spawn(async move {
+        // It ends with the next read, or with a wait before it.
+        self.inner.fleet.supervisor().spawn_once(Part::HubRead, async move {
+            fault::panic_in(Part::HubRead);
             let began = *feed.turn.lock().await;
             if let Some(began) = began {
                 tokio::time::sleep_until(began + READ_GAP).await;
@@ -278,6 +282,7 @@ impl Hub {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sequence = Sequence(0);
         loop {
+            fault::panic_in(Part::Hub);
             ticks.tick().await;
             if let Err(error) = self.ask_once(&mut sequence).await {
                 tracing::warn!(%error, "can't ask what has changed");

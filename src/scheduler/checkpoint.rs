@@ -197,7 +197,8 @@ impl Trouble for crate::blobs::BlobError {
 
     fn is_final(&self) -> bool {
         match self {
-            Self::Failed(_) => false,
+            // Whoever mends the store finds the segment where it was.
+            Self::Failed(_) | Self::Refused(_) | Self::Foreign(_) => false,
             Self::Missing(_) | Self::Open(_) => true,
         }
     }

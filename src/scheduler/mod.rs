@@ -20,10 +20,12 @@ mod work;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use futures::FutureExt;
 use tokio::{
     sync::{broadcast::error::RecvError, mpsc, watch},
     time::{Instant, MissedTickBehavior},
@@ -39,8 +41,10 @@ pub use work::{PART_BYTES, PART_LINES};
 use crate::{
     blobs::Blobs,
     domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending},
+    fault,
     fleet::{Fleet, Rank, Tenant},
     store::{Candidate, ClaimedSegment, Store, StoreError},
+    supervise::{Part, message},
 };
 use aside::Asides;
 use plan::Demand;
@@ -55,6 +59,14 @@ const LOOK_GAP: Duration = Duration::from_millis(100);
 /// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
 /// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
 const COURTESY: Duration = Duration::from_secs(2);
+/// How long a question to the database that is under way at the shutdown may still take: a claim that is dropped half way
+/// would be leased by nobody.
+const HALF_WAY: Duration = Duration::from_secs(1);
+/// After what is in flight at the shutdown has had its time, for so long runs may write down what they have. Then they are
+/// abandoned, and their leases run out.
+const LAST_WRITES: Duration = Duration::from_secs(2);
+/// How long abandoned runs have to be gone.
+const GONE: Duration = Duration::from_millis(200);
 
 /// What the scheduler wants of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,13 +182,22 @@ impl Scheduler {
         metrics::describe_counter!("tidemill_parts_total", "parts committed before their segment was finished");
         stages::describe_metrics();
         metrics::describe_gauge!("tidemill_segments_running", "segments that this server runs");
+        metrics::describe_counter!("tidemill_segments_crashed_total", "runs of segments that ended with a panic: bugs");
         metrics::describe_gauge!("tidemill_segments_stuck", "segments that can't reach the blob store or the database");
     }
 
     /// Runs until the shutdown, and then until every segment is finished or given back.
     pub async fn run(mut self) {
         Self::describe_metrics();
-        let sweeps = tokio::spawn(sweeps::run(self.store.clone(), self.blobs.clone(), self.shutdown.clone()));
+        let (sweeps, shutdown) = (sweeps::run(self.store.clone(), self.blobs.clone()), self.shutdown.clone());
+        let sweeps = async move {
+            tokio::select! {
+                () = sweeps => {}
+                () = shutdown.cancelled() => {}
+            }
+        };
+        let sweeps = self.fleet.supervisor().spawn(Part::Sweeps, &self.shutdown, sweeps);
+        let shutdown = self.shutdown.clone();
         let (ended, mut endings) = mpsc::unbounded_channel();
         let mut changes = self.store.changes();
         let mut topology = self.fleet.topology();
@@ -186,8 +207,9 @@ impl Scheduler {
         let mut renew = tokio::time::interval(self.options.lease / 3);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            fault::panic_in(Part::Scheduler);
             tokio::select! {
-                () = self.shutdown.cancelled() => break,
+                () = shutdown.cancelled() => break,
                 Some((segment, epoch)) = endings.recv() => {
                     self.forget(&segment, epoch);
                     while let Ok((segment, epoch)) = endings.try_recv() {
@@ -207,14 +229,16 @@ impl Scheduler {
                     Err(RecvError::Closed) => break,
                 },
                 _ = poll.tick() => {
-                    let (began, noticed) = (Instant::now(), self.notice_endings().await);
+                    let began = Instant::now();
+                    let Some(noticed) = half_way(&shutdown, self.notice_endings()).await else { break };
                     self.heard(began, &noticed);
                     if let Err(error) = noticed {
                         tracing::warn!(%error, "the state of running batches could not be read");
                     }
                 }
                 _ = renew.tick() => {
-                    if let Err(error) = self.renew().await {
+                    let Some(renewed) = half_way(&shutdown, self.renew()).await else { break };
+                    if let Err(error) = renewed {
                         // What runs goes on: if nobody claims it in between it is still this node's when the database is
                         // back, and else it finds itself fenced.
                         tracing::warn!(%error, "leases could not be renewed");
@@ -224,7 +248,8 @@ impl Scheduler {
                 }
             }
             looked_at = Instant::now();
-            if let Err(error) = self.claim(&ended).await {
+            let Some(claimed) = half_way(&shutdown, self.claim(&ended)).await else { break };
+            if let Err(error) = claimed {
                 tracing::warn!(%error, "segments could not be claimed");
             }
             #[allow(clippy::cast_precision_loss)]
@@ -235,25 +260,45 @@ impl Scheduler {
         let _ = sweeps.await;
     }
 
-    /// Lets every run end or give its segment back, and keeps their leases meanwhile.
+    /// Lets every run end or give its segment back, and keeps their leases meanwhile. What can't be written in time, because
+    /// the database or the blob store is away, is left to the lease.
     async fn drain(&mut self, endings: &mut mpsc::UnboundedReceiver<(SegmentRef, Epoch)>) {
         let deadline = Instant::now() + self.options.drain;
+        let give_up = deadline + LAST_WRITES;
         for running in self.running.values() {
-            running.control.send_replace(Control::Drain { deadline });
+            running.control.send_if_modified(|control| {
+                let runs = *control == Control::Run;
+                if runs {
+                    *control = Control::Drain { deadline };
+                }
+                runs
+            });
         }
         self.runs.close();
         let mut renew = tokio::time::interval(self.options.lease / 3);
         while !self.running.is_empty() {
             tokio::select! {
                 Some((segment, epoch)) = endings.recv() => self.forget(&segment, epoch),
+                () = tokio::time::sleep_until(give_up) => break,
                 _ = renew.tick() => {
-                    if let Err(error) = self.renew().await {
+                    if let Ok(Err(error)) = tokio::time::timeout_at(give_up, self.renew()).await {
                         tracing::warn!(%error, "leases could not be renewed");
                     }
                 }
             }
         }
-        self.runs.wait().await;
+        if !self.running.is_empty() {
+            tracing::warn!(
+                segments = self.running.len(),
+                lease = ?self.options.lease,
+                "segments could not be given back in time: their leases run out, and then they are run elsewhere or at the \
+                 next start; what was not written down of them is run again"
+            );
+            for running in self.running.values() {
+                running.control.send_replace(Control::Abandon);
+            }
+        }
+        let _ = tokio::time::timeout(GONE, self.runs.wait()).await;
     }
 
     fn forget(&mut self, segment: &SegmentRef, epoch: Epoch) {
@@ -299,6 +344,10 @@ impl Scheduler {
         if self.shutdown.is_cancelled() || !self.demand(&BTreeSet::new()).has_room() {
             return Ok(());
         }
+        // Other nodes may have the objects.
+        if self.blobs.foreign().is_some() {
+            return Ok(());
+        }
         // A node that was held up would otherwise claim what it runs itself.
         if self.renewed_at.elapsed() > self.options.lease / 2 {
             self.renew().await?;
@@ -338,6 +387,9 @@ impl Scheduler {
                 continue;
             }
             loop {
+                if self.shutdown.is_cancelled() {
+                    return Ok(Vec::new());
+                }
                 let demand = self.demand(tenants);
                 if !demand.has_room() {
                     return Ok(Vec::new());
@@ -391,6 +443,7 @@ impl Scheduler {
             // Its lease ran out between a renewal and this claim: what it writes is refused from now on.
             before.control.send_replace(Control::Abandon);
         }
+        let mut abandoned = told.clone();
         let run = Run {
             store: self.store.clone(),
             blobs: self.blobs.clone(),
@@ -405,15 +458,34 @@ impl Scheduler {
         };
         let asides = self.asides.clone();
         self.runs.spawn(async move {
-            // Told even if the run panics: then the lease runs out and the segment is run again.
+            // Told however the run ends.
             let guard = Told { ended, what: Some((segment.clone(), epoch)) };
-            let how = run.run().await;
+            let how = tokio::select! {
+                biased;
+                how = AssertUnwindSafe(run.run()).catch_unwind() => how,
+                // Also in the middle of a question to a database or blob store that does not answer.
+                _ = abandoned.wait_for(|control| *control == Control::Abandon) => Ok(Ended::Lost),
+            };
             match how {
-                Ended::Missing | Ended::Stuck => asides.leave(&segment.batch, Instant::now()),
-                Ended::Finished => asides.forget(&segment.batch),
-                Ended::Released | Ended::Lost => {}
+                Ok(how) => {
+                    match how {
+                        Ended::Missing | Ended::Stuck => asides.leave(&segment.batch, Instant::now()),
+                        Ended::Finished => asides.forget(&segment.batch),
+                        Ended::Released | Ended::Lost => {}
+                    }
+                    tracing::debug!(%segment, %epoch, ?how, "segment ended");
+                }
+                // Not the end of the server: what one batch holds must not end every node, one after the other.
+                Err(panic) => {
+                    metrics::counter!("tidemill_segments_crashed_total").increment(1);
+                    tracing::error!(
+                        %segment,
+                        %epoch,
+                        panic = message(&*panic),
+                        "the run of a segment has crashed, which is a bug: it is run again when its lease has run out"
+                    );
+                }
             }
-            tracing::debug!(%segment, %epoch, ?how, "segment ended");
             drop(guard);
         });
     }
@@ -478,6 +550,19 @@ impl Scheduler {
 /// A batch's.
 fn rank(weights: &Weights, owner: &str, priority: Priority, expires_at: Timestamp) -> Rank {
     Rank::batch(priority, expires_at).of(Tenant::named(owner).weighing(weights.of(owner)))
+}
+
+/// What `act` comes to; None if it is still under way [`HALF_WAY`] after the shutdown.
+async fn half_way<T>(shutdown: &CancellationToken, act: impl Future<Output = T>) -> Option<T> {
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(HALF_WAY).await;
+    };
+    tokio::select! {
+        biased;
+        done = act => Some(done),
+        () = overdue => None,
+    }
 }
 
 /// Says that a run has ended, however it ended.

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     blobs::Blobs,
+    fault,
     store::{Store, StoreError},
+    supervise::Part,
 };
 
 /// How late a window may close.
@@ -17,15 +18,15 @@ const GARBAGE: Duration = Duration::from_secs(10);
 /// Windows and objects at a time.
 const SOME: u64 = 500;
 
-/// Sweeps until the shutdown.
-pub(super) async fn run(store: Store, blobs: Blobs, shutdown: CancellationToken) {
+/// Sweeps for ever: it may be dropped at any moment.
+pub(super) async fn run(store: Store, blobs: Blobs) {
     let mut windows = tokio::time::interval(WINDOWS);
     let mut garbage = tokio::time::interval(GARBAGE);
     windows.set_missed_tick_behavior(MissedTickBehavior::Delay);
     garbage.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        fault::panic_in(Part::Sweeps);
         let swept = tokio::select! {
-            () = shutdown.cancelled() => return,
             _ = windows.tick() => store.close_windows(SOME).await.map(|closed| {
                 for batch in closed {
                     tracing::info!(%batch, "the completion window has closed");

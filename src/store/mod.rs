@@ -15,11 +15,13 @@ mod error;
 mod events;
 mod files;
 mod garbage;
+mod identity;
 mod nodes;
 mod notify;
 mod pages;
 mod parts;
 mod queue;
+mod reach;
 mod schema;
 mod webhooks;
 mod workers;
@@ -38,7 +40,7 @@ use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DbErr, RuntimeErr, SqliteTransactionMode, Statement,
     TransactionOptions,
 };
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 pub use batches::{CancelledBatch, CreatedBatch};
@@ -76,9 +78,6 @@ const SQLITE_READ_CACHE: &str = "-2000";
 const SQLITE_RETRY: Duration = Duration::from_millis(20);
 /// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
 const ACQUIRE: Duration = Duration::from_secs(5);
-/// PostgreSQL ends a transaction whose node says nothing for so long: a node that is frozen or cut off in the middle of one
-/// would keep its row locks, and with them every other node's batches, for as long as it is gone.
-const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
 
@@ -108,6 +107,8 @@ struct Inner {
     origin: String,
     /// Hears of other nodes' commits.
     listener: OnceLock<AbortOnDropHandle<()>>,
+    /// Why it hears nothing any more.
+    listener_died: watch::Sender<Option<String>>,
 }
 
 impl Store {
@@ -178,8 +179,8 @@ impl Store {
     /// [`StoreError`] if it can't be reached or migrated.
     pub async fn postgres(url: &str, connections: u32) -> Result<Self, StoreError> {
         let store = Self::postgres_unmigrated(url, connections).await?.migrated().await?;
-        let Inner { origin, changes, listener, .. } = &*store.inner;
-        listener.get_or_init(|| notify::listen(url, origin.clone(), changes.clone()));
+        let Inner { origin, changes, listener, listener_died, .. } = &*store.inner;
+        listener.get_or_init(|| notify::listen(url, origin.clone(), changes.clone(), listener_died.clone()));
         Ok(store)
     }
 
@@ -191,19 +192,14 @@ impl Store {
         let mut options = ConnectOptions::new(url.to_owned());
         let silence = Silence::new();
         let watch = silence.clone();
-        options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE).map_sqlx_postgres_opts(
-            |postgres| {
-                postgres.options([
-                    ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION.as_millis().to_string().as_str()),
-                    // A node whose machine is gone says no goodbye: 10 s + 3 × 5 s until PostgreSQL notices.
-                    ("tcp_keepalives_idle", "10"),
-                    ("tcp_keepalives_interval", "5"),
-                    ("tcp_keepalives_count", "3"),
-                ])
-            },
-        );
-        options.map_sqlx_postgres_pool_opts(move |pool| watch.watch(pool));
-        // A database that starts at the same time is waited for; the pool's own error does not say for what.
+        options
+            .max_connections(connections)
+            .sqlx_logging(false)
+            .acquire_timeout(ACQUIRE)
+            .map_sqlx_postgres_opts(reach::plain);
+        options.map_sqlx_postgres_pool_opts(move |pool| reach::settle(watch.watch(pool)));
+        reach::wait_for(url, ACQUIRE).await?;
+        // The pool's own error does not say for what it has waited.
         let pool = Database::connect(options).await.map_err(|error| match error {
             DbErr::Conn(_) | DbErr::ConnectionAcquire(_) => StoreError::Open(format!(
                 "no connection to PostgreSQL within {} s: is the database URL right, and does the server accept connections? \
@@ -224,6 +220,7 @@ impl Store {
             changes: broadcast::Sender::new(CHANGES),
             origin: format!("{:016x}", rand::random::<u64>()),
             listener: OnceLock::new(),
+            listener_died: watch::Sender::new(None),
         };
         Self { inner: Arc::new(inner) }
     }

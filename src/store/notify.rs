@@ -1,18 +1,26 @@
 //! Word of changes between nodes: a commit on PostgreSQL notifies, and every other node's store passes it on to the
 //! listeners of [`Store::changes`]. Word may get lost with a connection; who must know asks the database now and then.
 
-use std::time::Duration;
+use std::{panic::AssertUnwindSafe, time::Duration};
 
+use futures::FutureExt;
 use sea_orm::{ConnectionTrait, DatabaseBackend, Statement};
 use sqlx::{
     Executor,
     postgres::{PgListener, PgPoolOptions},
 };
-use tokio::{sync::broadcast, time::timeout};
+use tokio::{
+    sync::{broadcast, watch},
+    time::timeout,
+};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{DatabaseTransaction, Store, StoreError, bounded::ANSWER};
-use crate::domain::BatchId;
+use super::{DatabaseTransaction, Store, StoreError, bounded::ANSWER, reach};
+use crate::{
+    domain::BatchId,
+    fault,
+    supervise::{Part, message},
+};
 
 /// PostgreSQL's name for it.
 const CHANNEL: &str = "tidemill";
@@ -35,17 +43,43 @@ impl Store {
         self.changed(batch);
         Ok(())
     }
+
+    /// Waits until what hears of other nodes' commits has panicked, and says why. On SQLite there is nothing to hear.
+    ///
+    /// # Errors
+    /// What the panic said; it never ends otherwise.
+    pub async fn listener_died(&self) -> Result<(), String> {
+        let mut died = self.inner.listener_died.subscribe();
+        match died.wait_for(Option::is_some).await.map(|died| died.clone()) {
+            Ok(Some(why)) => Err(format!("it panicked: {why}")),
+            // The sender is this store's own.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
 }
 
 /// Passes on what other stores than `origin` commit, until dropped. On a connection of its own: it is always in use.
-pub(super) fn listen(url: &str, origin: String, changes: broadcast::Sender<BatchId>) -> AbortOnDropHandle<()> {
+/// A panic is passed to `died`.
+pub(super) fn listen(
+    url: &str,
+    origin: String,
+    changes: broadcast::Sender<BatchId>,
+    died: watch::Sender<Option<String>>,
+) -> AbortOnDropHandle<()> {
     let url = url.to_owned();
-    AbortOnDropHandle::new(tokio::spawn(async move {
+    let listening = async move {
+        // It ends with a panic only.
         loop {
+            fault::panic_in(Part::Listener);
             let Err(error) = pass_on(&url, &origin, &changes).await;
             tracing::warn!(%error, "no word of other nodes' changes; they are found by asking until it comes again");
             tokio::time::sleep(AGAIN).await;
         }
+    };
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let caught: Result<std::convert::Infallible, _> = AssertUnwindSafe(listening).catch_unwind().await;
+        let Err(panic) = caught;
+        died.send_replace(Some(message(&*panic).to_owned()));
     }))
 }
 
@@ -54,7 +88,8 @@ async fn pass_on(
     origin: &str,
     changes: &broadcast::Sender<BatchId>,
 ) -> Result<std::convert::Infallible, sqlx::Error> {
-    let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None).connect(url).await?;
+    let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None);
+    let pool = pool.connect_with(reach::options(url)?).await?;
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.listen(CHANNEL).await?;
     loop {

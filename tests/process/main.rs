@@ -12,6 +12,7 @@ mod doors;
 // Only debug builds have points to die at.
 #[cfg(debug_assertions)]
 mod faults;
+mod identity;
 mod nodes;
 mod objects;
 #[cfg(target_os = "linux")]
@@ -21,6 +22,9 @@ mod receiver;
 mod s3;
 mod secrets;
 mod server;
+mod stopping;
+#[cfg(debug_assertions)]
+mod supervised;
 #[path = "../support/mod.rs"]
 mod support;
 mod tenants;

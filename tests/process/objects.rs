@@ -62,9 +62,15 @@ async fn pauses_and_goes_on(on: On, fault: Fault, says: &str, refuses: bool) {
     assert_eq!(server.metric("tidemill_segments_stuck{on=\"blob_store\"}").await.as_deref(), Some("1"));
     if refuses {
         let refusal = try_upload(&mut client, input(3), "").await.unwrap_err();
-        assert_eq!(refusal.code(), Code::Unavailable, "{refusal:?}");
-        assert_eq!(refusal.get_details_error_info().unwrap().reason, "BLOB_STORE_UNAVAILABLE");
-        assert!(refusal.get_details_retry_info().is_some() && !refusal.message().contains("secret"), "{refusal:?}");
+        // What trying again can't mend is not answered with "try again".
+        let hopeless = matches!(fault, Fault::Status(403 | 404, _));
+        let (code, reason) = match hopeless {
+            true => (Code::FailedPrecondition, "BLOB_STORE_REFUSED"),
+            false => (Code::Unavailable, "BLOB_STORE_UNAVAILABLE"),
+        };
+        assert_eq!((refusal.code(), refusal.get_details_error_info().unwrap().reason.as_str()), (code, reason));
+        assert_eq!(refusal.get_details_retry_info().is_some(), !hopeless, "{refusal:?}");
+        assert!(refusal.message().contains(says) && !refusal.message().contains("secret"), "{refusal:?}");
     }
     s3.heal();
     when(&mut client, &id, |batch| batch.status() == BatchStatus::Completed).await;

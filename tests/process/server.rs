@@ -117,7 +117,40 @@ impl Server {
         self.run(None).await;
     }
 
-    async fn run(&mut self, fault: Option<String>) {
+    /// Starts the process with that in `TIDEMILL_FAULT` and waits for no answer.
+    pub fn spawn_with_fault(&mut self, fault: &str) {
+        self.child = Some(self.spawn(Some(fault)));
+    }
+
+    /// Starts the process and waits for no answer.
+    pub fn spawn_unready(&mut self) {
+        self.child = Some(self.spawn(None));
+    }
+
+    /// Starts the process with a log that nobody reads, and waits until no more goes into it. The reader is to be kept.
+    pub fn spawn_with_full_log(&mut self) -> std::io::PipeReader {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        // All that a pipe takes, less what a start logs at least.
+        std::io::Write::write_all(&mut writer, &[b' '; 65_000]).unwrap();
+        let mut command = self.command(&self.shared.address.to_string());
+        self.child = Some(command.stderr(writer).spawn().unwrap());
+        let id = self.child.as_ref().unwrap().id().unwrap();
+        let waits = || {
+            let tasks = std::fs::read_dir(format!("/proc/{id}/task")).unwrap();
+            let waits =
+                |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
+            tasks.flatten().map(waits).any(|wait| wait.contains("pipe_write"))
+        };
+        for _ in 0..1_000 {
+            if waits() {
+                return reader;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("its log is never full");
+    }
+
+    fn spawn(&self, fault: Option<&str>) -> Child {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -127,7 +160,16 @@ impl Server {
         if let Some(fault) = fault {
             command.env("TIDEMILL_FAULT", fault);
         }
-        let mut child = command.stderr(log).spawn().unwrap();
+        command.stderr(log).spawn().unwrap()
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder().join("server.log")).unwrap_or_default()
+    }
+
+    async fn run(&mut self, fault: Option<String>) {
+        let mut child = self.spawn(fault.as_deref());
         for _ in 0..600 {
             if let Some(status) = child.try_wait().unwrap() {
                 let log = std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap();
@@ -162,6 +204,25 @@ impl Server {
         let id = child.id().unwrap().to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
         tokio::time::timeout(Duration::from_secs(30), child.wait()).await.expect("it stops").unwrap()
+    }
+
+    /// Sends a signal: `TERM`, `HUP`.
+    pub async fn signal(&self, name: &str) {
+        let id = self.child.as_ref().unwrap().id().expect("it runs").to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &id]).status().await.unwrap().success());
+    }
+
+    /// How the process ended, and how long it took from now on.
+    pub async fn ended(&mut self, within: Duration) -> (ExitStatus, Duration) {
+        let (mut child, began) = (self.child.take().unwrap(), std::time::Instant::now());
+        let ended = tokio::time::timeout(within, child.wait()).await;
+        let status = ended.unwrap_or_else(|_| panic!("it has not ended within {within:?}:\n{}", self.log())).unwrap();
+        (status, began.elapsed())
+    }
+
+    /// Whether the process runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.as_mut().unwrap().try_wait().unwrap().is_none()
     }
 
     /// A second process on the same data, on another port.

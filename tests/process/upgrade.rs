@@ -316,3 +316,22 @@ async fn data_of_earlier_versions_open_on_postgres() {
         }
     }
 }
+
+/// Data of a release that knew no store id, and a server that does not have its objects: it does not make itself their owner.
+#[tokio::test(flavor = "multi_thread")]
+async fn data_of_earlier_versions_are_not_opened_without_their_objects() {
+    for folder in versions("postgres") {
+        let Some(url) = postgres::database().await else { return };
+        let dump = tokio::fs::read_to_string(folder.join("dump.sql")).await.unwrap();
+        let connection = connect(Some(&url), Path::new("")).await;
+        connection.execute_unprepared(&dump).await.unwrap();
+        connection.close().await.unwrap();
+        let refused = Server::new(&["--database-url", &url, "--master-key", MASTER_KEY]).second().await;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains("is not the one of the database"), "{said}");
+        let connection = connect(Some(&url), Path::new("")).await;
+        let sql = "SELECT count(*) FROM blob_store";
+        let row = connection.query_one_raw(Statement::from_string(sea_orm::DatabaseBackend::Postgres, sql)).await;
+        assert_eq!(row.unwrap().unwrap().try_get_by_index::<i64>(0).unwrap(), 0);
+    }
+}

@@ -57,21 +57,81 @@ pub struct Away(());
 /// test of the process suffers too.
 #[allow(dead_code)] // few binaries do
 pub fn crash() -> Away {
-    control(&["-m", "immediate", "stop"]);
+    control(cluster().expect("it ran"), &["-m", "immediate", "stop"]);
     Away(())
+}
+
+/// A cluster of its own: what is done to it concerns no other test.
+#[allow(dead_code)] // few binaries do
+pub struct Own(Cluster);
+
+/// A cluster of its own and the URL of a database there. None, with a line that says so, without PostgreSQL.
+#[allow(dead_code)] // few binaries do
+pub fn own() -> Option<(Own, String)> {
+    let own = Own(start()?);
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres?sslmode=disable", own.0.port);
+    Some((own, url))
+}
+
+#[allow(dead_code)] // few binaries do
+impl Own {
+    /// Stops it as a crash would.
+    pub fn stop(&self) {
+        control(&self.0, &["-m", "immediate", "stop"]);
+    }
+
+    /// Starts it again.
+    pub fn start(&self) {
+        bring_up(&self.0);
+    }
+
+    /// SIGSTOP to all its processes: connections stay open, new ones are taken by the system, and nobody answers.
+    pub fn freeze(&self) {
+        self.signal("-STOP");
+    }
+
+    /// The end of it.
+    pub fn thaw(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let Ok(text) = std::fs::read_to_string(self.0.folder.join("data/postmaster.pid")) else { return };
+        let main = text.lines().next().unwrap_or_default().to_owned();
+        // The one that makes the others first.
+        let mut all = vec![main.clone()];
+        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let status = std::fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).map(str::trim);
+            if parent == Some(main.as_str()) {
+                all.push(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+        run(Command::new("kill").arg(signal).args(all));
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // A frozen server can't be stopped.
+        self.thaw();
+    }
 }
 
 impl Drop for Away {
     fn drop(&mut self) {
-        let cluster = cluster().expect("it ran");
-        let (log, options) = (cluster.folder.join("log"), format!("-p {} {SETTINGS}", cluster.port));
-        control(&["-l", &log.display().to_string(), "-o", &options, "-w", "-t", "60", "start"]);
+        bring_up(cluster().expect("it ran"));
     }
 }
 
 #[allow(dead_code)] // few binaries do
-fn control(arguments: &[&str]) {
-    let cluster = cluster().expect("it ran");
+fn bring_up(cluster: &Cluster) {
+    let (log, options) = (cluster.folder.join("log"), format!("-p {} {SETTINGS}", cluster.port));
+    control(cluster, &["-l", &log.display().to_string(), "-o", &options, "-w", "-t", "60", "start"]);
+}
+
+#[allow(dead_code)] // few binaries do
+fn control(cluster: &Cluster, arguments: &[&str]) {
     let mut command = as_user(cluster.user.as_deref(), cluster.programs.join("pg_ctl"));
     command.arg("-D").arg(cluster.folder.join("data")).args(arguments);
     // The server outlives the command: it must not hold on to this process's pipes, nor hear its signals.

@@ -5,6 +5,7 @@ pub(super) mod batch;
 pub(super) mod batch_event;
 pub(super) mod batch_metadata;
 pub(super) mod batch_model;
+pub(super) mod blob_store;
 pub(super) mod counter;
 pub(super) mod file;
 pub(super) mod file_segment;

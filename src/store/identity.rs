@@ -1,0 +1,71 @@
+//! Which blob store holds the objects that this database names.
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set, Statement,
+};
+
+use super::{
+    Store, StoreError,
+    entity::{blob_store, file},
+};
+
+/// The one row's.
+const ROW: i32 = 1;
+/// PostgreSQL's advisory lock for giving the store its id: the bytes of "tide-blo" as a number.
+const LOCK: i64 = i64::from_be_bytes(*b"tide-blo");
+
+impl Store {
+    /// The id of the blob store. None: it has not been given one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn blob_store_id(&self) -> Result<Option<String>, StoreError> {
+        let row = blob_store::Entity::find_by_id(ROW).one(self.read()).await?;
+        Ok(row.map(|row| row.store_id))
+    }
+
+    /// Writes the id down, unless there is one. `give` gives it to the store itself before that: of nodes that start at the
+    /// same time one does it, and the others wait for it. Returns the id that counts.
+    ///
+    /// # Errors
+    /// [`StoreError`], or what `give` fails with.
+    pub async fn settle_blob_store_id<E: From<StoreError>>(
+        &self,
+        id: &str,
+        give: impl Future<Output = Result<(), E>>,
+    ) -> Result<String, E> {
+        let failed = |error| E::from(StoreError::from(error));
+        let tx = self.begin().await?;
+        if !self.is_sqlite() {
+            // Whoever has waited must see what was written meanwhile.
+            tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await.map_err(failed)?;
+            let lock =
+                Statement::from_string(DatabaseBackend::Postgres, format!("SELECT pg_advisory_xact_lock({LOCK})"));
+            tx.execute_raw(lock).await.map_err(failed)?;
+        }
+        if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await.map_err(failed)? {
+            return Ok(row.store_id);
+        }
+        give.await?;
+        let row = blob_store::ActiveModel { id: Set(ROW), store_id: Set(id.to_owned()) };
+        blob_store::Entity::insert(row).exec_without_returning(&tx).await.map_err(failed)?;
+        tx.commit().await.map_err(failed)?;
+        Ok(id.to_owned())
+    }
+
+    /// Some objects that must be in the blob store, the newest first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn some_objects(&self, limit: u64) -> Result<Vec<String>, StoreError> {
+        Ok(file::Entity::find()
+            .select_only()
+            .column(file::Column::ObjectKey)
+            .filter(file::Column::ObjectKey.is_not_null())
+            .order_by_desc(file::Column::CreatedAt)
+            .limit(limit)
+            .into_tuple()
+            .all(self.read())
+            .await?)
+    }
+}

@@ -1,0 +1,71 @@
+//! How PostgreSQL is reached: directly, or through a pooler such as pgbouncer, which refuses most start-up parameters. So
+//! there are none, and a session is set up after it is there.
+
+use std::{str::FromStr, time::Duration};
+
+use sqlx::{
+    Connection, Executor, PgConnection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::StoreError;
+
+/// Between two tries at a start.
+const AGAIN: Duration = Duration::from_millis(250);
+/// PostgreSQL ends a transaction whose node says nothing for 5 s: a node that is frozen or cut off in the middle of one would
+/// keep its row locks, and with them every other node's batches, for as long as it is gone. A node whose machine is gone says
+/// no goodbye: it takes 10 s and 3 times 5 s until PostgreSQL notices.
+const SESSION: &str = "SET idle_in_transaction_session_timeout = 5000; SET tcp_keepalives_idle = 10; \
+                       SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3";
+
+/// Without the start-up parameter that the driver sends by itself.
+pub(super) fn plain(options: PgConnectOptions) -> PgConnectOptions {
+    options.extra_float_digits(None)
+}
+
+/// The same, for a connection of one's own.
+pub(super) fn options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
+    Ok(plain(PgConnectOptions::from_str(url)?))
+}
+
+/// Sets up each session of a pool.
+pub(super) fn settle(pool: PgPoolOptions) -> PgPoolOptions {
+    pool.after_connect(|connection, _| {
+        Box::pin(async move {
+            connection.execute(SESSION).await?;
+            Ok(())
+        })
+    })
+}
+
+/// Waits until PostgreSQL takes a connection: it may be starting at the same time. What it, or the way to it, has said last is
+/// in the error: a pool would only say that it has waited.
+pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreError> {
+    let options = options(url).map_err(|error| failed(limit, &error.to_string()))?;
+    let by = Instant::now() + limit;
+    let mut last = "it does not answer".to_owned();
+    loop {
+        match timeout_at(by, PgConnection::connect_with(&options)).await {
+            Ok(Ok(connection)) => {
+                // It was only to see.
+                let _ = timeout_at(by, connection.close()).await;
+                return Ok(());
+            }
+            Ok(Err(error)) => last = error.to_string(),
+            Err(_) => return Err(failed(limit, &last)),
+        }
+        if Instant::now() + AGAIN >= by {
+            return Err(failed(limit, &last));
+        }
+        sleep(AGAIN).await;
+    }
+}
+
+fn failed(limit: Duration, why: &str) -> StoreError {
+    let limit = limit.as_secs();
+    StoreError::Open(format!(
+        "no connection to PostgreSQL within {limit} s: is the database URL right, and does the server accept connections? \
+         ({why})"
+    ))
+}

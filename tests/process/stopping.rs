@@ -1,0 +1,324 @@
+//! SIGTERM ends the server within the documented time, whatever hangs: the drain timeout and 5 s. What it could not write
+//! down is given back by its leases, and is done at the next start.
+
+use std::{
+    any::Any,
+    time::{Duration, Instant},
+};
+
+use sea_orm::{ConnectionTrait, Database, TransactionTrait};
+use tidemill::{
+    pb::{
+        BatchStatus, CreateBatchRequest, FileSpec, GetBatchRequest, UploadFileRequest, WatchBatchRequest,
+        WebhookConfig, create_batch_request::Input, upload_file_request::Payload,
+    },
+    sim::{Fault, Sim, SimConfig},
+};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+
+use crate::{
+    assert_complete, create, input,
+    receiver::{Receiver, SECRET, SILENT},
+    s3::{self, BUCKET, S3},
+    server::{Client, Server},
+    support::postgres,
+    upload, worker,
+};
+
+/// Short, so that the tests are; and the time beyond it that the documentation promises.
+const DRAIN: &str = "1s";
+const LIMIT: Duration = Duration::from_secs(1 + 5);
+const LINES: usize = 200;
+
+/// What a state needs to last: dropped after the server has ended.
+type Kept = Vec<Box<dyn Any>>;
+
+/// A server in some state, about to be told to stop.
+struct World {
+    server: Server,
+    kept: Kept,
+}
+
+/// The shortest lease, so that what a server has left is soon claimed.
+fn flags<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    let mut flags = vec!["--drain-timeout", DRAIN, "--flush-interval", "50ms", "--lease", "3s"];
+    flags.extend(["--webhook-allow-cidr", "127.0.0.0/8"]);
+    flags.extend(more);
+    flags
+}
+
+/// Tells it to stop, and looks that it does, in order.
+async fn ends_in_time(server: &mut Server) {
+    server.signal("TERM").await;
+    let (status, took) = server.ended(LIMIT).await;
+    assert!(status.success(), "{status} after {took:?}:\n{}", server.log());
+}
+
+async fn until(what: &str, holds: impl AsyncFn() -> bool) {
+    let began = Instant::now();
+    while !holds().await {
+        assert!(began.elapsed() < Duration::from_secs(60), "{what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn completes(server: &mut Server, batch: &str, count: usize) {
+    server.restart().await;
+    let client = server.client().await;
+    until("the batch completes", async || is_completed(client.clone(), batch).await).await;
+    assert_complete(&mut server.client().await, batch, count).await;
+    server.kill().await;
+}
+
+async fn is_completed(mut client: Client, batch: &str) -> bool {
+    let request = GetBatchRequest { batch_id: batch.to_owned() };
+    client.get_batch(request).await.is_ok_and(|batch| batch.into_inner().status() == BatchStatus::Completed)
+}
+
+/// A worker that takes its time, and a batch that it is in the middle of.
+async fn running(more: &[&str], environment: Vec<(String, String)>) -> (Server, Sim, String) {
+    let config = SimConfig { latency: Duration::from_millis(100), max_num_seqs: 8, ..SimConfig::default() };
+    let (sim, url) = worker(config).await;
+    let flags = flags(&[&["--worker", &url, "--worker-max-in-flight", "8"], more].concat());
+    let server = Server::in_environment(&flags, environment, None).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, input(LINES)).await;
+    let batch = create(&mut client, &file, "").await;
+    until("the batch runs", async || sim.faults().received() > 20).await;
+    (server, sim, batch)
+}
+
+async fn with_webhook(client: &mut Client, file: &str, url: &str, timeout: i64) -> String {
+    let timeout = Some(prost_types::Duration { seconds: timeout, nanos: 0 });
+    let webhook = WebhookConfig { url: url.into(), secret: SECRET.into(), timeout, ..WebhookConfig::default() };
+    let request = CreateBatchRequest {
+        input: Some(Input::InputFileId(file.to_owned())),
+        webhook: Some(webhook),
+        ..CreateBatchRequest::default()
+    };
+    client.create_batch(request).await.unwrap().into_inner().id
+}
+
+/// A webhook and a request that hang, both with all the time in the world.
+async fn hanging(webhook: bool, request: bool) -> World {
+    let (sim, url) = worker(SimConfig::default()).await;
+    let receiver = Receiver::start(SILENT).await;
+    let server = Server::start(&flags(&["--worker", &url, "--request-timeout", "300s"])).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, input(3)).await;
+    if webhook {
+        with_webhook(&mut client, &file, &receiver.url, 300).await;
+        receiver.wait(1).await;
+    }
+    if request {
+        sim.faults().always(Some(Fault::Hang));
+        create(&mut client, &file, "").await;
+        until("a request hangs", async || sim.faults().in_flight() > 0).await;
+    }
+    World { server, kept: vec![Box::new(sim), Box::new(receiver)] }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_hangs() {
+    ends_in_time(&mut hanging(true, false).await.server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_hangs() {
+    ends_in_time(&mut hanging(false, true).await.server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_and_a_request_hang() {
+    let mut world = hanging(true, true).await;
+    ends_in_time(&mut world.server).await;
+    drop(world.kept);
+}
+
+/// Uploads, watches, connections that have said half a word or stopped reading: all there are to the same server.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_hang() {
+    let (mut server, _sim, batch) = running(&[], Vec::new()).await;
+    let mut kept: Kept = Vec::new();
+    // An upload that says nothing more.
+    let (sender, receiver) = tokio::sync::mpsc::channel(4);
+    let spec = FileSpec { filename: "half.jsonl".into(), ..FileSpec::default() };
+    sender.send(UploadFileRequest { payload: Some(Payload::Spec(spec)) }).await.unwrap();
+    sender.send(UploadFileRequest { payload: Some(Payload::Chunk(input(10).into())) }).await.unwrap();
+    let mut client = server.client().await;
+    let uploading = async move { client.upload_file(tokio_stream::wrappers::ReceiverStream::new(receiver)).await };
+    let uploading = tokio::spawn(uploading);
+    kept.push(Box::new(sender));
+    // A watcher that does not read.
+    let request = WatchBatchRequest { batch_id: batch.clone(), after_revision: 0, min_interval: None };
+    kept.push(Box::new(server.client().await.watch_batch(request).await.unwrap()));
+    // Connections: silent, in the middle of HTTP/2's preface, after it without a word, in the middle of an HTTP/1 request.
+    for text in ["", "PRI * HTT", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "GET /healthz HTTP/1.1\r\nhost:"] {
+        let mut tcp = TcpStream::connect(server.address()).await.unwrap();
+        tcp.write_all(text.as_bytes()).await.unwrap();
+        kept.push(Box::new(tcp));
+    }
+    let inputs = server.folder().join("blobs/inputs");
+    let count = || std::fs::read_dir(&inputs).map(Iterator::count).unwrap_or(0);
+    until("the upload is under way", async || count() > 1).await;
+    ends_in_time(&mut server).await;
+    assert!(uploading.await.unwrap().is_err());
+    completes(&mut server, &batch, LINES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_cannot_be_written() {
+    let (mut server, _sim, batch) = running(&[], Vec::new()).await;
+    // Whoever runs the test may be root, whom no mode stops: a file where the folder was stops everybody.
+    let (blobs, away) = (server.folder().join("blobs"), server.folder().join("away"));
+    std::fs::rename(&blobs, &away).unwrap();
+    std::fs::write(&blobs, "").unwrap();
+    until("a write has failed", async || server.log().contains("can't write a part")).await;
+    ends_in_time(&mut server).await;
+    std::fs::remove_file(&blobs).unwrap();
+    std::fs::rename(&away, &blobs).unwrap();
+    completes(&mut server, &batch, LINES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s3_hangs() {
+    let s3 = S3::start().await;
+    let blobs = format!("s3://{BUCKET}/objects");
+    let (mut server, _sim, batch) = running(&["--blobs", &blobs], s3.environment()).await;
+    s3.break_it(s3::On::All, s3::Fault::Slow(Duration::from_secs(600)));
+    until("something waits for it", async || s3.struck() > 0).await;
+    ends_in_time(&mut server).await;
+    s3.heal();
+    completes(&mut server, &batch, LINES).await;
+}
+
+/// What is done to a database, and undone.
+#[derive(Clone, Copy)]
+enum Ill {
+    Stopped,
+    Frozen,
+}
+
+impl Ill {
+    fn begin(self, own: &postgres::Own) {
+        match self {
+            Self::Stopped => own.stop(),
+            Self::Frozen => own.freeze(),
+        }
+    }
+
+    fn end(self, own: &postgres::Own) {
+        match self {
+            Self::Stopped => own.start(),
+            Self::Frozen => own.thaw(),
+        }
+    }
+}
+
+async fn database_is(how: Ill) {
+    let Some((own, url)) = postgres::own() else { return };
+    let (mut server, _sim, batch) = running(&["--database-url", &url], Vec::new()).await;
+    how.begin(&own);
+    // Until the server has noticed, or has had the time to.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    ends_in_time(&mut server).await;
+    how.end(&own);
+    completes(&mut server, &batch, LINES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_is_stopped() {
+    database_is(Ill::Stopped).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_is_frozen() {
+    database_is(Ill::Frozen).await;
+}
+
+/// Everything at once, and clients that wait for answers of the database.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_is_frozen_and_everything_else_hangs_too() {
+    let Some((own, url)) = postgres::own() else { return };
+    let receiver = Receiver::start(SILENT).await;
+    let (mut server, sim, _) = running(&["--database-url", &url, "--request-timeout", "300s"], Vec::new()).await;
+    let mut client = server.client().await;
+    let file = upload(&mut client, input(1)).await;
+    with_webhook(&mut client, &file, &receiver.url, 300).await;
+    receiver.wait(1).await;
+    sim.faults().always(Some(Fault::Hang));
+    until("requests hang", async || sim.faults().in_flight() >= 8).await;
+    own.freeze();
+    let asking = tokio::spawn(async move { client.list_batches(tidemill::pb::ListBatchesRequest::default()).await });
+    ends_in_time(&mut server).await;
+    assert!(asking.await.unwrap().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_waits_for_a_frozen_database_at_its_start() {
+    let Some((own, url)) = postgres::own() else { return };
+    own.freeze();
+    let mut server = Server::new(&flags(&["--database-url", &url]));
+    server.spawn_unready();
+    // Well before it gives up waiting by itself.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(server.is_alive(), "{}", server.log());
+    ends_in_time(&mut server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_waits_to_migrate() {
+    let Some(url) = postgres::database().await else { return };
+    let other = Database::connect(&url).await.unwrap();
+    // As a node does that migrates a large database for an hour.
+    let migrating = other.begin().await.unwrap();
+    let lock = format!("SELECT pg_advisory_xact_lock({})", i64::from_be_bytes(*b"tidemill"));
+    migrating.execute_unprepared(&lock).await.unwrap();
+    let mut server = Server::new(&flags(&["--database-url", &url]));
+    server.spawn_unready();
+    let waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    let waits = async || {
+        let row = sea_orm::Statement::from_string(sea_orm::DatabaseBackend::Postgres, waiting);
+        other.query_one_raw(row).await.unwrap().is_some()
+    };
+    until("it waits for its turn to migrate", waits).await;
+    ends_in_time(&mut server).await;
+    migrating.rollback().await.unwrap();
+}
+
+/// Nobody reads the log, and its pipe is full: every thread that says something stands still.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_reads_the_log() {
+    let mut server = Server::new(&flags(&["--log", "trace"]));
+    let log = server.spawn_with_full_log();
+    ends_by_the_clock(&mut server).await;
+    drop(log);
+}
+
+/// Not in order, and its exit code says so.
+async fn ends_by_the_clock(server: &mut Server) {
+    server.signal("TERM").await;
+    let (status, took) = server.ended(LIMIT).await;
+    assert_eq!(status.code(), Some(1), "after {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_it_at_once() {
+    for (first, second) in [("TERM", "TERM"), ("INT", "INT"), ("TERM", "INT")] {
+        let mut world = hanging(false, true).await;
+        world.server.signal(first).await;
+        until("it stops", async || world.server.log().contains("stopping")).await;
+        world.server.signal(second).await;
+        let (status, _) = world.server.ended(Duration::from_secs(1)).await;
+        assert_eq!(status.code(), Some(130), "{first} {second}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_does_not_end_it() {
+    let mut server = Server::start(&flags(&[])).await;
+    server.signal("HUP").await;
+    until("it says so", async || server.log().contains("SIGHUP does nothing")).await;
+    assert!(server.is_alive());
+    ends_in_time(&mut server).await;
+}
