@@ -125,6 +125,15 @@ MUTANTS = [
     Mutant("fsync", "objects are not fsynced", [("src/blobs.rs", ".with_fsync(true)", ".with_fsync(!MUTANT)")], [POWER]),
     Mutant("fsync-folder", "a new folder's name is not fsynced", [("src/blobs.rs",
         "made.filter_map(FsPath::parent)", "made.filter_map(FsPath::parent).filter(|_| !MUTANT)")], [FOLDERS]),
+    Mutant("foreign", "an object that is gone with its whole store counts as missing", [("src/blobs/identity.rs",
+        "            BlobError::Missing(_) => self.verify().await.err().unwrap_or(error),",
+        "            BlobError::Missing(_) if !MUTANT => self.verify().await.err().unwrap_or(error),")],
+        ["process identity::a_volume_that_is_unmounted"]),
+    Mutant("unsupervised", "a part that dies is only logged", [("src/supervise.rs",
+        "                first.get_or_insert(Died { part, why });", """                if MUTANT {
+                    return false;
+                }
+                first.get_or_insert(Died { part, why });""")], ["process supervised::"]),
     Mutant("sqlite-sync", "SQLite does not sync each commit", [("src/store/mod.rs",
         '.pragma("synchronous", "FULL")', '.pragma("synchronous", if MUTANT { "NORMAL" } else { "FULL" })')], [POWER]),
     Mutant("row-first", "a part's row before its object", [("src/scheduler/checkpoint.rs",

@@ -1,8 +1,8 @@
 //! Wires everything and stops it in order.
 //!
-//! Started from the bottom up: the data directory's lock, blobs, database, workers, scheduler, API. Stopped from the top down:
-//! calls and segments first, then webhooks, then the watch over the workers, at last the node's own row. Every step has its
-//! share of one deadline, so that the whole ends in time whatever hangs.
+//! Started from the bottom up: the data directory's lock, blobs, database, workers, scheduler, API. Stopped from the
+//! top down: calls and segments first, then webhooks, then the watch over the workers, at last the node's own row.
+//! Every step has its share of one deadline, so that the whole ends in time whatever hangs.
 
 use std::{fs::File, io, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
@@ -260,8 +260,8 @@ impl App {
         died.map_or(Ok(()), |died| Err(died.into()))
     }
 
-    /// Stops in order: streams and calls, segments, webhooks, workers, the node's row. It ends within the drain timeout and
-    /// [`FAREWELL`], whatever hangs: what can't be written down in that time is left to the leases.
+    /// Stops in order: streams and calls, segments, webhooks, workers, the node's row. It ends within the drain timeout
+    /// and [`FAREWELL`], whatever hangs: what can't be written down in that time is left to the leases.
     pub async fn stop(self) {
         tracing::info!("stopping");
         let drained = Instant::now() + self.drain;

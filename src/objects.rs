@@ -63,8 +63,8 @@ pub async fn probe(blobs: &Blobs, place: &str) -> Result<Option<String>, Objects
     }
 }
 
-/// Makes sure that the store, whose id is `found`, is the one of the database. A new database gets the store that its first
-/// server names; so does one of a release that knew no ids, if the objects that it names are there.
+/// Makes sure that the store, whose id is `found`, is the one of the database. A new database gets the store that its
+/// first server names; so does one of a release that knew no ids, if the objects that it names are there.
 ///
 /// # Errors
 /// [`ObjectsError`].
@@ -114,8 +114,8 @@ fn unusable(error: BlobError, place: &str) -> ObjectsError {
     ObjectsError::Unusable { place: place.to_owned(), words, error }
 }
 
-/// Looks now and then whether the store is still the one of the database, until the shutdown. As long as it is not, this
-/// server claims nothing, says that it is not ready, and waits with what it has.
+/// Looks now and then whether the store is still the one of the database, until the shutdown. As long as it is not,
+/// this server claims nothing, says that it is not ready, and waits with what it has.
 pub async fn watch(blobs: Blobs, shutdown: CancellationToken) {
     let mut was_foreign = false;
     loop {

@@ -1,5 +1,6 @@
-//! A handler that panics answers INTERNAL, and everything else goes on: without this its panic would end the connection,
-//! and with it every other call that a client or a load balancer has on it. What one caller sends must not end the server.
+//! A handler that panics answers INTERNAL, and everything else goes on: without this its panic would end the
+//! connection, and with it every other call that a client or a load balancer has on it. What one caller sends must not
+//! end the server.
 
 use std::panic::AssertUnwindSafe;
 

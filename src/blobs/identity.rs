@@ -1,6 +1,6 @@
-//! Whose objects these are. An object holds the store's id, and a row of the database the same: a server that sees other
-//! objects than the other servers (another bucket, a directory of its own, a volume that is not mounted) must not take them
-//! for lost, must not write any there, and must not fail anybody's batch for it.
+//! Whose objects these are. An object holds the store's id, and a row of the database the same: a server that sees
+//! other objects than the other servers (another bucket, a directory of its own, a volume that is not mounted) must not
+//! take them for lost, must not write any there, and must not fail anybody's batch for it.
 
 use std::sync::Arc;
 
@@ -92,8 +92,8 @@ impl Blobs {
         self.foreign().map_or(Ok(()), |why| Err(BlobError::Foreign(why)))
     }
 
-    /// Before an object is written. A volume is unmounted without a word, and a write to the folder below it would be lost as
-    /// soon as it is back; so in a directory, where that costs next to nothing, the id is looked at each time.
+    /// Before an object is written. A volume is unmounted without a word, and a write to the folder below it would be
+    /// lost as soon as it is back; so in a directory, where that costs next to nothing, the id is looked at each time.
     pub(super) async fn is_still_ours(&self) -> Result<(), BlobError> {
         if self.directory.is_some() { self.verify().await } else { self.is_ours() }
     }

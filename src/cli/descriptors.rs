@@ -1,7 +1,7 @@
 //! How many files and connections the process may have open.
 
-/// Raises the soft limit on open files, which shells and containers set to 1,024 or less, to the hard one: each request to
-/// a worker, each client and each webhook needs one.
+/// Raises the soft limit on open files, which shells and containers set to 1,024 or less, to the hard one: each request
+/// to a worker, each client and each webhook needs one.
 #[cfg(target_os = "linux")]
 pub(super) fn raise() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

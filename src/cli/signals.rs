@@ -1,7 +1,7 @@
 //! What ends a server: SIGTERM and Ctrl-C in order, a second one at once, and the clock if the order takes too long.
 //!
-//! Signals are heard on a thread of their own. It works also when nothing else does: when every thread of the runtime waits
-//! for a disk that hangs, or for somebody to read the log.
+//! Signals are heard on a thread of their own. It works also when nothing else does: when every thread of the runtime
+//! waits for a disk that hangs, or for somebody to read the log.
 
 use std::{io, process, sync::mpsc, thread, time::Duration};
 
@@ -23,8 +23,8 @@ const WORD: Duration = Duration::from_millis(100);
 /// For a server without a limit: an hour is for ever.
 const FOR_EVER: Duration = Duration::from_secs(3_600);
 
-/// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process at once. With a `limit` the first one ends it
-/// after that time, whatever the process does, and SIGHUP does nothing.
+/// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process at once. With a `limit` the first one ends
+/// it after that time, whatever the process does, and SIGHUP does nothing.
 ///
 /// # Errors
 /// The system refuses signal handlers or a thread.

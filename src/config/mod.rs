@@ -233,7 +233,7 @@ pub struct ServeConfig {
     pub max_tries: u32,
 
     /// Directory of the SQLite database and of the objects. One server at a time may use it.
-    #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = "./data", help_heading = "Storage")]
+    #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = DATA_DIR, help_heading = "Storage")]
     pub data_dir: PathBuf,
 
     /// PostgreSQL: postgres://user:password@host/database. Any number of servers may share it if they share --blobs
@@ -248,7 +248,7 @@ pub struct ServeConfig {
     pub database_connections: u32,
 
     /// Where objects are kept: s3://bucket/prefix, gs://…, az://… (credentials as the cloud's own tools take them), or
-    /// file:///path. Default: a directory in --data-dir.
+    /// file:///path. Default: a directory in --data-dir, which with PostgreSQL must be named.
     #[arg(long, env = "TIDEMILL_BLOBS", value_name = "URL", help_heading = "Storage", value_parser = parse_blobs)]
     pub blobs: Option<String>,
 
@@ -386,7 +386,7 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
     pub max_connections: Option<u32>,
 
-    /// How long calls and requests in flight may take to finish after SIGTERM.
+    /// How long calls, requests and webhooks in flight may take to finish after SIGTERM. At most 5 s later the process ends.
     #[arg(long, env = "TIDEMILL_DRAIN_TIMEOUT", value_name = "SPAN", default_value = "10s", help_heading = "Connections",
         value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,

@@ -1,8 +1,8 @@
 //! Which segments this node runs, and the run of each.
 //!
-//! [`plan`], [`order`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with [`checkpoint`] for
-//! what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments, keeps their leases and tells the runs
-//! what has become of their batches.
+//! [`plan`], [`order`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with
+//! [`checkpoint`] for what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments,
+//! keeps their leases and tells the runs what has become of their batches.
 
 mod aside;
 mod checkpoint;
@@ -56,14 +56,14 @@ const CANDIDATES: u64 = 1_000;
 const POLL: Duration = Duration::from_millis(500);
 /// Between two looks for segments to claim that only word of changes is the reason for.
 const LOOK_GAP: Duration = Duration::from_millis(100);
-/// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
-/// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
+/// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever
+/// still runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
 const COURTESY: Duration = Duration::from_secs(2);
-/// How long a question to the database that is under way at the shutdown may still take: a claim that is dropped half way
-/// would be leased by nobody.
+/// How long a question to the database that is under way at the shutdown may still take: a claim that is dropped half
+/// way would be leased by nobody.
 const HALF_WAY: Duration = Duration::from_secs(1);
-/// After what is in flight at the shutdown has had its time, for so long runs may write down what they have. Then they are
-/// abandoned, and their leases run out.
+/// After what is in flight at the shutdown has had its time, for so long runs may write down what they have. Then they
+/// are abandoned, and their leases run out.
 const LAST_WRITES: Duration = Duration::from_secs(2);
 /// How long abandoned runs have to be gone.
 const GONE: Duration = Duration::from_millis(200);
@@ -239,8 +239,8 @@ impl Scheduler {
                 _ = renew.tick() => {
                     let Some(renewed) = half_way(&shutdown, self.renew()).await else { break };
                     if let Err(error) = renewed {
-                        // What runs goes on: if nobody claims it in between it is still this node's when the database is
-                        // back, and else it finds itself fenced.
+                        // What runs goes on: if nobody claims it in between it is still this node's when the database
+                        // is back, and else it finds itself fenced.
                         tracing::warn!(%error, "leases could not be renewed");
                         renew.reset_after(POLL.min(self.options.lease / 3));
                     }
@@ -260,8 +260,8 @@ impl Scheduler {
         let _ = sweeps.await;
     }
 
-    /// Lets every run end or give its segment back, and keeps their leases meanwhile. What can't be written in time, because
-    /// the database or the blob store is away, is left to the lease.
+    /// Lets every run end or give its segment back, and keeps their leases meanwhile. What can't be written in time,
+    /// because the database or the blob store is away, is left to the lease.
     async fn drain(&mut self, endings: &mut mpsc::UnboundedReceiver<(SegmentRef, Epoch)>) {
         let deadline = Instant::now() + self.options.drain;
         let give_up = deadline + LAST_WRITES;
@@ -291,8 +291,8 @@ impl Scheduler {
             tracing::warn!(
                 segments = self.running.len(),
                 lease = ?self.options.lease,
-                "segments could not be given back in time: their leases run out, and then they are run elsewhere or at the \
-                 next start; what was not written down of them is run again"
+                "segments could not be given back in time: their leases run out, and then they are run elsewhere or at \
+                 the next start; what was not written down of them is run again"
             );
             for running in self.running.values() {
                 running.control.send_replace(Control::Abandon);
@@ -325,8 +325,8 @@ impl Scheduler {
         demand
     }
 
-    /// Takes note of whether the database is there. One that lets a question wait for as long as a renewal may be late was
-    /// away too.
+    /// Takes note of whether the database is there. One that lets a question wait for as long as a renewal may be late
+    /// was away too.
     fn heard<T>(&mut self, began: Instant, answer: &Result<T, StoreError>) {
         match answer {
             Err(StoreError::Unavailable(_)) => self.away = true,
@@ -372,8 +372,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Claims segments of these. `lent`: beyond their tenants' own parts of this node's room, too. Returns those that there
-    /// was no room for.
+    /// Claims segments of these. `lent`: beyond their tenants' own parts of this node's room, too. Returns those that
+    /// there was no room for.
     async fn claim_of(
         &mut self,
         candidates: Vec<(Candidate, Rank)>,

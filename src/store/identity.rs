@@ -24,8 +24,8 @@ impl Store {
         Ok(row.map(|row| row.store_id))
     }
 
-    /// Writes the id down, unless there is one. `give` gives it to the store itself before that: of nodes that start at the
-    /// same time one does it, and the others wait for it. Returns the id that counts.
+    /// Writes the id down, unless there is one. `give` gives it to the store itself before that: of nodes that start at
+    /// the same time one does it, and the others wait for it. Returns the id that counts.
     ///
     /// # Errors
     /// [`StoreError`], or what `give` fails with.

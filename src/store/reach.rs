@@ -1,5 +1,5 @@
-//! How PostgreSQL is reached: directly, or through a pooler such as pgbouncer, which refuses most start-up parameters. So
-//! there are none, and a session is set up after it is there.
+//! How PostgreSQL is reached: directly, or through a pooler such as pgbouncer, which refuses most start-up parameters.
+//! So there are none, and a session is set up after it is there.
 
 use std::{str::FromStr, time::Duration};
 
@@ -13,9 +13,9 @@ use super::StoreError;
 
 /// Between two tries at a start.
 const AGAIN: Duration = Duration::from_millis(250);
-/// PostgreSQL ends a transaction whose node says nothing for 5 s: a node that is frozen or cut off in the middle of one would
-/// keep its row locks, and with them every other node's batches, for as long as it is gone. A node whose machine is gone says
-/// no goodbye: it takes 10 s and 3 times 5 s until PostgreSQL notices.
+/// PostgreSQL ends a transaction whose node says nothing for 5 s: a node that is frozen or cut off in the middle of one
+/// would keep its row locks, and with them every other node's batches, for as long as it is gone. A node whose machine
+/// is gone says no goodbye: it takes 10 s and 3 times 5 s until PostgreSQL notices.
 const SESSION: &str = "SET idle_in_transaction_session_timeout = 5000; SET tcp_keepalives_idle = 10; \
                        SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3";
 
@@ -39,8 +39,8 @@ pub(super) fn settle(pool: PgPoolOptions) -> PgPoolOptions {
     })
 }
 
-/// Waits until PostgreSQL takes a connection: it may be starting at the same time. What it, or the way to it, has said last is
-/// in the error: a pool would only say that it has waited.
+/// Waits until PostgreSQL takes a connection: it may be starting at the same time. What it, or the way to it, has said
+/// last is in the error: a pool would only say that it has waited.
 pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreError> {
     let options = options(url).map_err(|error| failed(limit, &error.to_string()))?;
     let by = Instant::now() + limit;
@@ -65,7 +65,7 @@ pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreErro
 fn failed(limit: Duration, why: &str) -> StoreError {
     let limit = limit.as_secs();
     StoreError::Open(format!(
-        "no connection to PostgreSQL within {limit} s: is the database URL right, and does the server accept connections? \
-         ({why})"
+        "no connection to PostgreSQL within {limit} s: is the database URL right, and does the server accept \
+         connections? ({why})"
     ))
 }

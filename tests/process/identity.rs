@@ -1,5 +1,5 @@
-//! A server that sees other objects than the database names harms nobody: it does not start, or it waits. A blob store that
-//! can't be used is found at the start and said in words.
+//! A server that sees other objects than the database names harms nobody: it does not start, or it waits. A blob store
+//! that can't be used is found at the start and said in words.
 
 use std::{
     process::Output,
@@ -127,13 +127,14 @@ async fn a_volume_that_is_unmounted_fails_nothing_and_all_goes_on_when_it_is_bac
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_store_that_cannot_be_used_is_found_at_the_start_and_said_in_words() {
     let s3 = S3::start().await;
-    let refused = async |blobs: String, change: Option<(&str, &str)>| {
+    let refused = async |blobs: String, change: Option<(&'static str, &'static str)>| {
         let mut environment = s3.environment();
         if let Some((name, value)) = change {
             environment.retain(|(other, _)| other != name);
             environment.push((name.to_owned(), value.to_owned()));
         }
-        let server = Server { environment, ..Server::new(&["--blobs", &blobs]) };
+        let mut server = Server::new(&["--blobs", &blobs]);
+        server.environment = environment;
         let began = Instant::now();
         let refusal = said(&server.second().await);
         assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
@@ -163,7 +164,8 @@ async fn azures_connection_string_is_said_not_to_be_read() {
         ("AZURE_STORAGE_ENDPOINT".to_owned(), "http://127.0.0.1:1/a".to_owned()),
         ("AZURE_ALLOW_HTTP".to_owned(), "true".to_owned()),
     ];
-    let server = Server { environment, ..Server::new(&["--blobs", "az://container/x"]) };
+    let mut server = Server::new(&["--blobs", "az://container/x"]);
+    server.environment = environment;
     let refusal = said(&server.second().await);
     assert!(refusal.contains("AZURE_STORAGE_CONNECTION_STRING is set and is not read"), "{refusal}");
 }
@@ -171,17 +173,18 @@ async fn azures_connection_string_is_said_not_to_be_read() {
 /// What a log shipper must not lose: why it does not start.
 #[tokio::test(flavor = "multi_thread")]
 async fn fatal_errors_at_the_start_are_lines_of_json_if_the_log_is() {
+    let s3 = S3::start().await;
     for (flags, word, code) in [
         (&["--tokens", "/no/such/file"][..], "tokens file", 1),
-        (&["--listen", "0.0.0.0:0"], "can be reached from other machines", 1),
+        (&["--roles", "api"], "a SQLite database has one node", 1),
         (&["--wroker", "x"], "--wroker", 2),
         (&["--master-key-file", "/no/such/file"], "master key file", 1),
         (&["--blobs", "s3://no-such-bucket/x"], "can't be used", 1),
     ] {
         let mut flags = flags.to_vec();
         flags.extend(["--log-format", "json"]);
-        let environment = S3::start().await.environment();
-        let server = Server { environment, ..Server::new(&flags) };
+        let mut server = Server::new(&flags);
+        server.environment = s3.environment();
         let output = server.second().await;
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         let text = String::from_utf8(output.stderr).unwrap();

@@ -1,5 +1,5 @@
-//! SIGTERM ends the server within the documented time, whatever hangs: the drain timeout and 5 s. What it could not write
-//! down is given back by its leases, and is done at the next start.
+//! SIGTERM ends the server within the documented time, whatever hangs: the drain timeout and 5 s. What it could not
+//! write down is given back by its leases, and is done at the next start.
 
 use std::{
     any::Any,
@@ -152,7 +152,8 @@ async fn clients_hang() {
     // A watcher that does not read.
     let request = WatchBatchRequest { batch_id: batch.clone(), after_revision: 0, min_interval: None };
     kept.push(Box::new(server.client().await.watch_batch(request).await.unwrap()));
-    // Connections: silent, in the middle of HTTP/2's preface, after it without a word, in the middle of an HTTP/1 request.
+    // Connections: silent, in the middle of HTTP/2's preface, after it without a word, in the middle of an HTTP/1
+    // request.
     for text in ["", "PRI * HTT", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "GET /healthz HTTP/1.1\r\nhost:"] {
         let mut tcp = TcpStream::connect(server.address()).await.unwrap();
         tcp.write_all(text.as_bytes()).await.unwrap();
