@@ -220,6 +220,11 @@ impl Server {
         (status, began.elapsed())
     }
 
+    /// Whether it answers and takes calls.
+    pub async fn is_ready(&self) -> bool {
+        reqwest_ready(self.shared.address).await
+    }
+
     /// Whether the process runs.
     pub fn is_alive(&mut self) -> bool {
         self.child.as_mut().unwrap().try_wait().unwrap().is_none()

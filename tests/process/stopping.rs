@@ -244,10 +244,11 @@ async fn postgres_is_frozen_and_everything_else_hangs_too() {
     let receiver = Receiver::start(SILENT).await;
     let (mut server, sim, _) = running(&["--database-url", &url, "--request-timeout", "300s"], Vec::new()).await;
     let mut client = server.client().await;
-    let file = upload(&mut client, input(1)).await;
+    let file = upload(&mut client, input(20)).await;
     with_webhook(&mut client, &file, &receiver.url, 300).await;
     receiver.wait(1).await;
     sim.faults().always(Some(Fault::Hang));
+    create(&mut client, &file, "").await;
     until("requests hang", async || sim.faults().in_flight() >= 8).await;
     own.freeze();
     let asking = tokio::spawn(async move { client.list_batches(tidemill::pb::ListBatchesRequest::default()).await });
