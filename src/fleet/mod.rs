@@ -50,7 +50,7 @@ use crate::{
     telemetry,
 };
 use memory::AnswerMemory;
-use slots::{Call, Desks};
+use slots::Desks;
 
 /// Between two looks at the workers in the database: other nodes register some too.
 const SYNC: Duration = Duration::from_secs(1);
@@ -469,7 +469,7 @@ impl Fleet {
             if self.capacity(model) == 0 {
                 return Err(InferError::NoWorker(model.to_owned()));
             }
-            let mut call = Call::new(self.inner.clone(), want.clone());
+            let mut call = slots::Call::new(self.inner.clone(), want.clone());
             let Ok(Some(slot)) = tokio::time::timeout_at(deadline, call.slot()).await else {
                 return Err(InferError::Timeout(timeout));
             };
