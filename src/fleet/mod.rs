@@ -43,8 +43,7 @@ pub use worker::{Worker, base_url};
 
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId},
-    fault,
-    https,
+    fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     supervise::{Part, Supervisor},
     telemetry,
