@@ -40,7 +40,7 @@ fn expected(text: &str) -> Option<Expected> {
     let body_text = line.once("body")??;
     let body = serde_json::from_str::<Members>(body_text).ok()?;
     let string = |raw: Option<&str>| raw.and_then(|raw| serde_json::from_str::<String>(raw).ok());
-    let custom_id = string(line.once("custom_id")?).filter(|id| (1..=512).contains(&id.len()) && !id.contains('\0'))?;
+    let custom_id = string(line.once("custom_id")?).filter(|id| (1..=512).contains(&id.len()))?;
     let url = string(line.once("url")?).filter(|url| url.parse::<Endpoint>().is_ok_and(|known| known.path() == url))?;
     string(line.once("method")?).filter(|method| method == "POST")?;
     let model = string(body.once("model")?)

@@ -142,7 +142,7 @@ impl fmt::Display for Problem {
             Self::Character { field, found } => {
                 let code = u32::from(*found);
                 write!(f, "{} has the character U+{code:04X}; expected {}", field.path(), field.expected())?;
-                f.write_str(if *field == Field::Model { ", without control characters" } else { ", without NUL" })
+                f.write_str(", without control characters")
             }
             Self::Stream => write!(f, "{} is on; expected {}", Field::Stream.path(), Field::Stream.expected()),
         }

@@ -12,10 +12,7 @@ use serde::{
 use super::{
     Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown, skip,
 };
-use crate::domain::{
-    Endpoint,
-    text::{is_plain, is_storable},
-};
+use crate::domain::{Endpoint, text::is_plain};
 
 /// Reads a line that is UTF-8.
 pub(super) fn request(line: &str) -> Result<RequestLine<'_>, LineError> {
@@ -134,8 +131,6 @@ impl<'a> Seen<'a> {
             Field::CustomId => {
                 if text.len() > MAX_CUSTOM_ID_BYTES {
                     self.wrong(Problem::TooLong { field, bytes: text.len() });
-                } else if !is_storable(&text) {
-                    self.wrong(Problem::Character { field, found: '\0' });
                 }
                 self.custom_id = Some((text, raw));
             }
