@@ -108,7 +108,7 @@ class Server:
         self.environment["TIDEMILL_MASTER_KEY"] = base64.b64encode(secrets.token_bytes(32)).decode()
         self.start("sim", self.program, "sim", "--listen", f"127.0.0.1:{worker}", "--models", "sim-7b")
         self.start("serve", self.program, "serve", "--listen", f"127.0.0.1:{self.port}", "--data-dir", folder / "data",
-                   "--worker", f"http://127.0.0.1:{worker}", "--webhook-allow-cidr", "127.0.0.0/8",
+                   "--worker", f"http://127.0.0.1:{worker}", "--webhook-allow-cidr", "127.0.0.0/8", "--webhook-retry-schedule", "1s,2s",
                    "--flush-interval", "200ms")
         until("the server is ready", lambda: is_up(f"http://127.0.0.1:{self.port}/readyz"))
 

@@ -22,6 +22,7 @@ use crate::{
     delivery::{
         Deliverer, Options as WebhookOptions, Webhooks,
         egress::{Guard, Policy},
+        schedule::Schedule,
         secrets::{BadMasterKey, MasterKey, Vault},
     },
     domain::NodeId,
@@ -345,6 +346,9 @@ fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
         secrets: config.webhook_secret.iter().cloned().collect(),
         sole_node: matches!(config.database(), Database::Sqlite(_)),
         drain: config.drain_timeout,
+        in_flight: config.webhook_max_in_flight,
+        // The settings' check has refused others.
+        schedule: Schedule::try_new(config.webhook_retry_schedule.clone()).unwrap_or_default(),
         ..WebhookOptions::new(Guard::new(policy), Vault::new(current, previous))
     })
 }

@@ -10,6 +10,7 @@ mod m20261124_000002_webhooks;
 mod m20261125_000003_requires;
 mod m20261125_000004_webhook_indexes;
 mod m20261125_000005_pages;
+mod m20261130_000006_webhook_shares;
 mod m20261130_000007_blob_store_id;
 
 /// All migrations, oldest first.
@@ -24,6 +25,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000003_requires::Migration),
             Box::new(m20261125_000004_webhook_indexes::Migration),
             Box::new(m20261125_000005_pages::Migration),
+            Box::new(m20261130_000006_webhook_shares::Migration),
             Box::new(m20261130_000007_blob_store_id::Migration),
         ]
     }

@@ -14,7 +14,7 @@ use super::{
     },
 };
 use crate::{
-    delivery::{DEFAULT_OVERLAP, Webhooks},
+    delivery::{DEFAULT_OVERLAP, TestError, Webhooks},
     domain::{
         BatchId, DeadLetterId, DeliveryId, RetryJobId, WebhookEndpointId,
         text::is_storable,
@@ -288,7 +288,10 @@ impl WebhookAdmin for Admin {
     async fn send_test_event(&self, request: Request<pb::SendTestEventRequest>) -> Reply<pb::SendTestEventResponse> {
         let (_, owner, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id, "endpoint_id")?);
-        let tested = self.webhooks.test_endpoint(&id, owner.as_deref()).await.map_err(status::store)?;
+        let tested = self.webhooks.test_endpoint(&id, owner.as_deref()).await.map_err(|error| match error {
+            TestError::Store(error) => status::store(error),
+            TestError::Stopped => status::shutting_down(),
+        })?;
         let tested = tested.ok_or_else(|| no_endpoint(id.as_str()))?;
         let failed = tested.result.error;
         Ok(Response::new(pb::SendTestEventResponse {

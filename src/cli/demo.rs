@@ -174,6 +174,7 @@ fn config(folder: &Path, worker: &Url) -> anyhow::Result<ServeConfig> {
         // Seals the webhook's secret, for as long as the database lives.
         master_key: Some(Secret::try_new(STANDARD.encode(rand::random::<[u8; 32]>()))?),
         // The demo's receiver is on this machine.
+        webhook_retry_schedule: [1, 2, 4].map(Duration::from_secs).to_vec(),
         webhook_allow_cidr: vec![IpNet::from(IpAddr::from([127, 0, 0, 1]))],
         ..ServeConfig::default()
     };

@@ -5,6 +5,7 @@ use std::{path::Path, time::Duration};
 use clap::ValueEnum;
 
 use super::{ConfigError, DATA_DIR, Database, Role, ServeConfig};
+use crate::delivery::schedule::Schedule;
 
 impl ServeConfig {
     /// Refuses settings that can't work or would open the server to anybody without saying so.
@@ -15,6 +16,7 @@ impl ServeConfig {
         self.check_tls()?;
         self.check_anonymous()?;
         self.check_spans()?;
+        self.check_webhooks()?;
         self.check_workers()?;
         self.check_roles()?;
         self.check_objects()?;
@@ -87,6 +89,13 @@ impl ServeConfig {
         )
     }
 
+    fn check_webhooks(&self) -> Result<(), ConfigError> {
+        match Schedule::try_new(self.webhook_retry_schedule.clone()) {
+            Ok(_) => Ok(()),
+            Err(bad) => refuse("--webhook-retry-schedule", format!("{bad}; the default is 5s,30s,2m,10m,30m,1h,2h,4h,8h")),
+        }
+    }
+
     fn check_spans(&self) -> Result<(), ConfigError> {
         let second = Duration::from_secs(1);
         for (setting, span, least) in [
@@ -143,6 +152,8 @@ mod tests {
         assert_eq!(config.flush_interval, Duration::from_secs(2));
         assert_eq!(config.max_connection_age, Duration::from_secs(1_800));
         assert_eq!(config.drain_timeout, Duration::from_secs(10));
+        assert_eq!((config.webhook_max_in_flight, config.webhook_retry_schedule.len()), (256, 9));
+        assert_eq!(config.webhook_retry_schedule.iter().sum::<Duration>(), Duration::from_secs(56_555));
         assert!(config.worker.is_empty() && config.webhook_allow_cidr.is_empty() && !config.insecure_allow_anonymous);
     }
 

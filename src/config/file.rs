@@ -164,6 +164,8 @@ mod tests {
             public_host = ["batch.example.com", "app.example.com"]
             webhook_allow_cidr = "10.0.0.0/8"
             webhook_https_only = true
+            webhook_max_in_flight = 99
+            webhook_retry_schedule = ["1s", "2m"]
             webhook_secret = "canary"
             master_key = "canary"
             master_key_file = "m"
@@ -188,6 +190,8 @@ mod tests {
         assert_eq!(config.request_timeout.as_secs(), 90);
         assert!(config.insecure_allow_anonymous);
         assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");
+        assert_eq!((config.webhook_max_in_flight, config.webhook_retry_schedule.len()), (99, 2));
+        assert_eq!(config.webhook_retry_schedule[1].as_secs(), 120);
         let shown = format!("{config:?}");
         assert!(!shown.contains("u:p") && !shown.contains("canary"), "no password in logs");
     }

@@ -360,6 +360,18 @@ pub struct ServeConfig {
         value_parser = secret)]
     pub webhook_secret: Option<WebhookSecret>,
 
+    /// Webhooks in flight at this server at a time, 8 to 10000. One access token gets at most half of those that are free,
+    /// and receivers that have not answered lately at most a fifth.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_MAX_IN_FLIGHT", value_name = "N", default_value = "256", help_heading = "Limits",
+        value_parser = RangedU64ValueParser::<usize>::new().range(8..=10_000))]
+    pub webhook_max_in_flight: usize,
+
+    /// The waits between the attempts of a webhook, such as 5s,30s,2m: each 1ms to 7days, a fifth more or less by chance. With
+    /// more attempts than that the last wait is repeated.
+    #[arg(long, env = "TIDEMILL_WEBHOOK_RETRY_SCHEDULE", value_name = "SPANS", value_delimiter = ',',
+        default_value = "5s,30s,2m,10m,30m,1h,2h,4h,8h", help_heading = "Durability", value_parser = humantime::parse_duration)]
+    pub webhook_retry_schedule: Vec<Duration>,
+
     /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
     /// environment or a file. Default: they are stored as they are.
     #[arg(long, env = "TIDEMILL_MASTER_KEY", value_name = "BASE64", help_heading = "Security", hide_env_values = true,

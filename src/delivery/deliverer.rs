@@ -6,15 +6,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Webhooks, jobs, metrics, outbox::Outbox, send::batch_context};
+use super::{Webhooks, clock::Clocks, jobs, metrics, outbox::Outbox, send::batch_context};
 use crate::{
     fault,
     store::{SecretOf, StoreError},
     supervise::{Part, named},
 };
 
-/// How often senders that are gone are looked for.
-const REAP_EVERY: Duration = Duration::from_secs(10);
 /// How often what is old enough is deleted.
 const PURGE_EVERY: Duration = Duration::from_secs(3_600);
 
@@ -78,8 +76,8 @@ impl Webhooks {
 
     async fn try_reap(&self, all: bool) -> Result<(), StoreError> {
         let inner = &self.inner;
-        let backoff = inner.options.backoff;
-        let reaped = inner.store.reap_deliveries(all, |attempts| backoff.nominal(attempts)).await?;
+        let schedule = &inner.options.schedule;
+        let reaped = inner.store.reap_deliveries(all, |attempts| schedule.nominal(attempts)).await?;
         if reaped.pending > 0 || reaped.dead > 0 {
             info!(again = reaped.pending, dead = reaped.dead, "webhooks whose sender is gone");
             metrics::reaped(reaped.pending + reaped.dead);
@@ -99,8 +97,14 @@ struct Housekeeping {
 impl Housekeeping {
     async fn run(&self) {
         let mut purge_at = Instant::now();
+        let mut clocks = Clocks::default();
         loop {
             fault::panic_in(Part::WebhookUpkeep);
+            if let Err(error) = self.mend(&mut clocks).await {
+                // The next look is as if it were the first.
+                clocks = Clocks::default();
+                warn!(%error, "what is due can't be compared with the database's clock");
+            }
             self.webhooks.reap(false).await;
             if Instant::now() >= purge_at {
                 purge_at = Instant::now() + PURGE_EVERY;
@@ -109,10 +113,25 @@ impl Housekeeping {
                 }
             }
             tokio::select! {
-                () = tokio::time::sleep(REAP_EVERY) => {}
+                () = tokio::time::sleep(self.webhooks.inner.options.reap) => {}
                 () = self.shutdown.cancelled() => return,
             }
         }
+    }
+
+    /// A clock that was set back holds neither a wait nor a lease for as long as it was set back.
+    async fn mend(&self, clocks: &mut Clocks) -> Result<(), StoreError> {
+        let inner = &self.webhooks.inner;
+        let asked = Instant::now().into_std();
+        let said = inner.store.clock().await?;
+        if clocks.may_be_back(asked, Instant::now().into_std(), said) {
+            let mended = inner.store.mend_due_times().await?;
+            if mended > 0 {
+                warn!(mended, "the database's clock was set back; webhooks that were due later than they can be are due anew");
+                inner.wake.notify_one();
+            }
+        }
+        Ok(())
     }
 
     async fn purge(&self) -> Result<(), StoreError> {

@@ -74,13 +74,13 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
         }
         // Nothing new is begun once the server stops, or the job is stopped or taken over. What is in flight ends.
         let stop = shutdown.child_token();
-        let skipped = {
+        let sent = {
             let sends = send_page(webhooks, &job, targets, &stop);
             tokio::pin!(sends);
             let mut renew_at = Instant::now() + RENEW;
             loop {
                 tokio::select! {
-                    skipped = &mut sends => break skipped,
+                    sent = &mut sends => break sent,
                     () = sleep_until(renew_at) => {
                         renew_at = Instant::now() + RENEW;
                         match store.advance_retry_job(&job, 0, false, LEASE).await {
@@ -90,6 +90,15 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
                         }
                     }
                 }
+            }
+        };
+        let skipped = match sent {
+            Ok(skipped) => skipped,
+            Err(error) => {
+                // What was not tried is tried when the database is back, by whoever takes the job then; what was sent is found by
+                // the job's id. If even this can't be written the lease runs out.
+                store.release_retry_job(&job).await?;
+                return Err(error);
             }
         };
         if !stop.is_cancelled() {
@@ -106,37 +115,81 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
     }
 }
 
-/// Sends a page, the targets beside each other. Returns how many there was nothing to send of.
+/// Sends a page, the targets beside each other. Returns how many there was nothing to send of. After an error of the database
+/// nothing new is begun.
 async fn send_page(
     webhooks: &Webhooks,
     job: &ClaimedJob,
     targets: BTreeMap<String, Vec<DeadLetterId>>,
     stop: &CancellationToken,
-) -> i64 {
+) -> Result<i64, StoreError> {
+    let note = |sum: Result<i64, StoreError>, one: Result<i64, StoreError>| {
+        if one.is_err() {
+            stop.cancel();
+        }
+        std::future::ready(sum.and_then(|sum| one.map(|one| sum + one)))
+    };
     stream::iter(targets.into_values())
         .map(|dead_letters| {
             stream::iter(dead_letters)
                 .take_while(|_| std::future::ready(!stop.is_cancelled()))
-                .map(|id| retry(webhooks, job, id))
+                .map(async |id| retry(webhooks, job, id).await.map(|sent| i64::from(!sent)))
                 .buffer_unordered(PER_TARGET)
-                .fold(0, |skipped, sent| std::future::ready(skipped + i64::from(!sent)))
+                .fold(Ok(0), note)
         })
         .buffer_unordered(TARGETS)
-        .fold(0, |sum, skipped| std::future::ready(sum + skipped))
+        .fold(Ok(0), note)
         .await
 }
 
 /// Retries one dead letter. Returns whether there was something to send.
-async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> bool {
+///
+/// # Errors
+/// The database can't say now. Nothing was sent then, or the job's id is on what was.
+async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Result<bool, StoreError> {
     // The job's id as request id: whatever is looked at twice is sent once.
-    match webhooks.retry(id, None, false, Some(job.job.id.to_string())).await {
-        Ok(_) | Err(RetryError::LeaseLost | RetryError::Stopped) => true,
+    let retried = webhooks.retry(id, None, false, Some(job.job.id.to_string())).await;
+    was_sent(retried.map(|_| ()))
+}
+
+fn was_sent(retried: Result<(), RetryError>) -> Result<bool, StoreError> {
+    match retried {
+        Ok(_) | Err(RetryError::LeaseLost | RetryError::Stopped) => Ok(true),
         Err(RetryError::NotFound | RetryError::AlreadyDelivered | RetryError::Busy | RetryError::EndpointDeleted) => {
-            false
+            Ok(false)
         }
-        Err(RetryError::Store(error)) => {
-            warn!(%error, job = %job.job.id, "a dead letter can't be retried now");
-            false
+        // This one can't ever be retried; the others can.
+        Err(RetryError::Store(error)) if error.is_final() => {
+            warn!(%error, "a dead letter can't be retried");
+            Ok(false)
         }
+        Err(RetryError::Store(error)) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::DbErr;
+
+    use super::*;
+
+    /// A dead letter is skipped where there is nothing to try, and never because the database is away.
+    #[test]
+    fn a_database_that_is_away_skips_nothing() {
+        let store = |error| was_sent(Err(RetryError::Store(error)));
+        assert!(matches!(store(StoreError::Unavailable(DbErr::Custom("away".into()))), Err(StoreError::Unavailable(_))));
+        assert!(matches!(store(StoreError::Rejected(DbErr::Custom("bug".into()))), Ok(false)));
+        assert!(matches!(store(StoreError::Corrupt("odd".into())), Ok(false)));
+        for (error, sent) in [
+            (RetryError::LeaseLost, true),
+            (RetryError::Stopped, true),
+            (RetryError::NotFound, false),
+            (RetryError::AlreadyDelivered, false),
+            (RetryError::Busy, false),
+            (RetryError::EndpointDeleted, false),
+        ] {
+            assert!(was_sent(Err(error)).is_ok_and(|was| was == sent));
+        }
+        assert!(was_sent(Ok(())).is_ok_and(|was| was));
     }
 }

@@ -5,6 +5,7 @@
 //! [`secrets`] and [`egress`] guard, `send` makes one attempt, `outbox` is the loop over what is due, [`dead_letter`] and
 //! `jobs` retry by hand, [`deliverer`] runs all of it. [`Webhooks`] is what the API holds, [`Deliverer`] what the application runs.
 
+mod clock;
 pub mod dead_letter;
 pub mod deliverer;
 pub mod egress;
@@ -22,4 +23,4 @@ mod webhooks;
 
 pub use dead_letter::{Retried, RetryError};
 pub use deliverer::Deliverer;
-pub use webhooks::{AcceptError, DEFAULT_OVERLAP, MAX_OVERLAP, Options, Tested, Webhooks};
+pub use webhooks::{AcceptError, DEFAULT_OVERLAP, MAX_OVERLAP, Options, TestError, Tested, Webhooks};

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     domain::{BatchId, Timestamp, webhook::AttemptResult},
     fault::{self, Fault},
-    store::{self, ClaimShare, ClaimedDelivery, Settled, SettledAs, Settlement, Store, StoreError, Turn},
+    store::{self, ClaimShare, ClaimedDelivery, DueTargets, Settled, SettledAs, Settlement, Store, StoreError, Turn},
     supervise::Part,
 };
 
@@ -39,9 +39,12 @@ const GATHER: usize = AHEAD / 2;
 const GATHER_FOR: Duration = Duration::from_millis(10);
 /// How long a receiver is left alone whose webhooks the database refuses to hand out.
 const REFUSED: Duration = Duration::from_secs(60);
+/// Where an owner has more targets than one look takes in, the next look comes after so long.
+const NEXT_PAGE: Duration = Duration::from_millis(50);
 
 /// What the loop must remember of a send in flight.
 struct InFlight {
+    owner: String,
     target: String,
     created_at: Timestamp,
 }
@@ -60,13 +63,15 @@ struct Work {
     shares: Vec<Share>,
     /// Look at what is due in any case.
     look: bool,
+    /// Where the look at owners with very many targets goes on.
+    after: Vec<(String, String)>,
 }
 
 /// What came of it: of the transaction, and of the look if there was one.
 struct Done {
     work: Work,
     turn: Result<Turn, StoreError>,
-    look: Option<Result<(Vec<store::Due>, Timestamp), StoreError>>,
+    look: Option<Result<DueTargets, StoreError>>,
 }
 
 pub(super) struct Outbox {
@@ -82,6 +87,8 @@ pub(super) struct Outbox {
     gathering_since: Option<Instant>,
     /// What was due at the last look.
     due: Vec<Due>,
+    /// Owners with very many targets: where the next look goes on.
+    after: Vec<(String, String)>,
     /// It is time for another look.
     look: bool,
     /// When it will be, at the latest.
@@ -97,10 +104,10 @@ pub(super) struct Outbox {
     /// refuses is found, and keeps nothing else from being written.
     one_by_one: usize,
     /// Targets of which a claim alone was refused, and until when they are left alone.
-    refused: HashMap<String, Instant>,
+    refused: HashMap<(String, String), Instant>,
     /// Of these targets less than was asked for was there: nothing (false), or nothing that may stand in line (true). They are
     /// not asked for it again before there is news or it is time to look.
-    spent: HashMap<String, bool>,
+    spent: HashMap<(String, String), bool>,
 }
 
 impl Outbox {
@@ -114,6 +121,7 @@ impl Outbox {
             unsettled: Vec::new(),
             gathering_since: None,
             due: Vec::new(),
+            after: Vec::new(),
             look: true,
             look_at: Instant::now(),
             away_until: None,
@@ -230,12 +238,12 @@ impl Outbox {
         self.claims_next = shares.is_empty();
         self.look = false;
         let (settlements, created) = unsettled.into_iter().map(|one| (one.settlement, one.created_at)).unzip();
-        Some(Work { settlements, created, shares, look: news })
+        Some(Work { settlements, created, shares, look: news, after: self.after.clone() })
     }
 
     /// Takes note of what a turn has come to.
     fn done(&mut self, done: Done) {
-        let Done { work: Work { settlements, created, shares, look }, turn, look: looked } = done;
+        let Done { work: Work { settlements, created, shares, look, .. }, turn, look: looked } = done;
         let poll = self.webhooks.inner.options.poll;
         self.away_until = None;
         match turn {
@@ -255,10 +263,10 @@ impl Outbox {
                 }
                 for share in &shares {
                     error!(%error, target = share.target, "a receiver's webhooks can't be claimed; they wait");
-                    self.fairness.give_back(&share.target, share.count);
-                    self.refused.insert(share.target.clone(), Instant::now() + REFUSED);
+                    self.fairness.give_back(&share.owner, &share.target, share.count);
+                    self.refused.insert((share.owner.clone(), share.target.clone()), Instant::now() + REFUSED);
                     // Without it the next turn has its look, too: a turn that fails has none.
-                    self.due.retain(|due| due.target != share.target);
+                    self.due.retain(|due| due.owner != share.owner || due.target != share.target);
                 }
             }
             Err(error) => {
@@ -270,7 +278,7 @@ impl Outbox {
                 self.apart |= both;
                 self.away_until = (!both && !error.is_final()).then(|| Instant::now() + poll);
                 for share in &shares {
-                    self.fairness.give_back(&share.target, share.count);
+                    self.fairness.give_back(&share.owner, &share.target, share.count);
                 }
                 let unsettled = settlements.into_iter().zip(created);
                 let unsettled =
@@ -284,7 +292,7 @@ impl Outbox {
             }
         }
         match looked {
-            Some(Ok((targets, at))) => self.looked(targets, at),
+            Some(Ok(looked)) => self.looked(looked),
             Some(Err(error)) => {
                 warn!(%error, "the webhook outbox can't be read");
                 self.look = true;
@@ -296,28 +304,36 @@ impl Outbox {
     }
 
     /// What is due, and when to look again.
-    fn looked(&mut self, targets: Vec<store::Due>, at: Timestamp) {
+    fn looked(&mut self, DueTargets { targets, at, more }: DueTargets) {
         let now = now();
         // What is due now and not taken waits for room, which comes with the end of a send.
         let next = targets.iter().filter_map(|target| {
             let due = now + Timestamp(target.due).since(at);
-            let ready = self.fairness.held_until(&target.target, now).map_or(due, |held| due.max(held));
+            let ready = self.fairness.held_until(&target.owner, &target.target, now).map_or(due, |held| due.max(held));
             (ready > now).then_some(ready)
         });
         let poll = Instant::now() + self.webhooks.inner.options.poll;
         self.look_at = next.min().map_or(poll, |next| poll.min(Instant::from_std(next)));
+        if !more.is_empty() {
+            self.look_at = self.look_at.min(Instant::now() + NEXT_PAGE);
+        }
+        self.after = more;
         self.refused.retain(|_, until| *until > Instant::now());
         self.due = targets
             .into_iter()
-            .filter(|target| target.due <= at.0 && !self.refused.contains_key(&target.target))
-            .filter_map(|store::Due { target, .. }| {
-                let spent = self.spent.get(&target).copied();
-                let ahead = match spent {
+            .filter(|target| target.due <= at.0)
+            .filter_map(|store::Due { owner, target, .. }| {
+                let key = (owner, target);
+                if self.refused.contains_key(&key) {
+                    return None;
+                }
+                let ahead = match self.spent.get(&key).copied() {
                     None => true,
                     Some(true) => false,
                     Some(false) => return None,
                 };
-                Some(Due { host: host(&target), target, count: usize::MAX, ahead })
+                let (owner, target) = key;
+                Some(Due { host: host(&target), owner, target, count: usize::MAX, ahead })
             })
             .collect();
         if self.due.is_empty() {
@@ -327,28 +343,34 @@ impl Outbox {
 
     /// Puts what was claimed in line, and notes what was asked for and is not there.
     fn line_up(&mut self, shares: &[Share], claimed: Vec<ClaimedDelivery>) {
-        let mut there: HashMap<String, usize> = shares.iter().map(|share| (share.target.clone(), 0)).collect();
+        let mut there: HashMap<(String, String), usize> = HashMap::with_capacity(shares.len());
         let now = now();
         for claim in claimed {
-            if let Some(there) = there.get_mut(&claim.target) {
-                *there += 1;
-            }
-            let target = claim.target.clone();
-            self.fairness.claimed(&target, claim, now);
+            let key = (claim.owner.clone(), claim.target.clone());
+            self.fairness.claimed(&key.0, &key.1, claim, now);
+            *there.entry(key).or_default() += 1;
         }
         for share in shares {
-            let there = there.get(&share.target).copied().unwrap_or(0);
-            self.fairness.give_back(&share.target, share.count.saturating_sub(there));
-            if there == 0 && share.at_once > 0 {
-                self.spent.insert(share.target.clone(), false);
+            let key = (share.owner.clone(), share.target.clone());
+            let there = there.get(&key).copied().unwrap_or(0);
+            self.fairness.give_back(&share.owner, &share.target, share.count.saturating_sub(there));
+            let spent = if there == 0 && share.at_once > 0 {
+                false
             } else if there <= share.at_once && there < share.count {
-                self.spent.insert(share.target.clone(), true);
-            }
+                true
+            } else {
+                continue;
+            };
+            self.spent.insert(key, spent);
         }
     }
 
     fn send(&mut self, claim: ClaimedDelivery) {
-        let known = InFlight { target: claim.target.clone(), created_at: claim.created_at };
+        let known = InFlight {
+            owner: claim.owner.clone(),
+            target: claim.target.clone(),
+            created_at: claim.created_at,
+        };
         let webhooks = self.webhooks.clone();
         let task = self.sends.spawn(async move {
             let sent = webhooks.send(&claim).await;
@@ -372,16 +394,16 @@ impl Outbox {
                 // Its lease runs out, and the attempt is counted.
                 if let Some(known) = self.in_flight.remove(&error.id()) {
                     warn!(%error, target = known.target, created_at = known.created_at.0, "a webhook's sender died");
-                    self.fairness.failed(&known.target, None, now());
+                    self.fairness.failed(&known.owner, &known.target, None, now());
                 }
                 return;
             }
         };
         match &sent.result.error {
-            None => self.fairness.succeeded(&claim.target, now()),
-            Some(_) => self.fairness.failed(&claim.target, sent.retry_after, now()),
+            None => self.fairness.succeeded(&claim.owner, &claim.target, now()),
+            Some(_) => self.fairness.failed(&claim.owner, &claim.target, sent.retry_after, now()),
         }
-        let wait = self.webhooks.inner.options.backoff.wait(claim.attempt, sent.retry_after, &mut self.random);
+        let wait = self.webhooks.inner.options.schedule.wait(claim.attempt, sent.retry_after, &mut self.random);
         self.settle(claim, Some(sent.result), wait);
     }
 
@@ -397,7 +419,12 @@ async fn act(store: Store, work: Work) -> Done {
     let shares: Vec<_> = work
         .shares
         .iter()
-        .map(|share| ClaimShare { target: share.target.clone(), count: share.count, at_once: share.at_once })
+        .map(|share| ClaimShare {
+            owner: share.owner.clone(),
+            target: share.target.clone(),
+            count: share.count,
+            at_once: share.at_once,
+        })
         .collect();
     let asked = shares.iter().map(|share| share.count).sum();
     let turn = store.turn_deliveries(&work.settlements, &shares).await;
@@ -406,7 +433,7 @@ async fn act(store: Store, work: Work) -> Done {
     }
     let look = match &turn {
         Ok(turn) if work.look || is_to_look(asked, turn.claimed.len(), &turn.settled) => {
-            Some(store.due_targets().await)
+            Some(store.due_targets(&work.after).await)
         }
         Ok(_) | Err(_) => None,
     };

@@ -7,72 +7,80 @@ use rand::{Rng, RngExt};
 /// The longest that a receiver's `Retry-After` is honoured.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(3_600);
 
-/// Exponential backoff: before attempt n+1 waits `base * factor^(n-1)`, at most `cap`, give or take `jitter`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Backoff {
-    base: Duration,
-    factor: f64,
-    cap: Duration,
-    jitter: f64,
+/// The waits of a webhook whose operator sets none: some 16 hours in all.
+pub const DEFAULT_WAITS: [Duration; 9] = [
+    Duration::from_secs(5),
+    Duration::from_secs(30),
+    Duration::from_secs(2 * 60),
+    Duration::from_secs(10 * 60),
+    Duration::from_secs(30 * 60),
+    Duration::from_secs(3_600),
+    Duration::from_secs(2 * 3_600),
+    Duration::from_secs(4 * 3_600),
+    Duration::from_secs(8 * 3_600),
+];
+/// The shortest and the longest wait in a schedule.
+pub const WAIT_RANGE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(7 * 24 * 3_600));
+/// By so much of itself a wait may be shorter or longer, so that what failed together does not come back together.
+const JITTER: f64 = 0.2;
+
+/// The waits between the attempts of a delivery, give or take a fifth. Whoever has more attempts than that waits before each
+/// further one as long as before the last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    waits: Vec<Duration>,
 }
 
-/// Why these numbers are no backoff.
+/// Why these waits are no schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum BadBackoff {
-    /// The first wait is nothing, or longer than the longest.
-    #[error("the base must be more than zero and at most the cap")]
-    Base,
-    /// Waits would shrink.
-    #[error("the factor must be a number from 1 to 100")]
-    Factor,
-    /// A wait could be less than nothing.
-    #[error("the jitter must be from 0 to less than 1")]
-    Jitter,
+pub enum BadSchedule {
+    /// There is none.
+    #[error("a schedule has at least one wait")]
+    Empty,
+    /// One is nothing, or longer than anybody waits.
+    #[error("a wait is 1 ms to 7 days")]
+    Range,
 }
 
-impl Default for Backoff {
-    /// 1, 2, 4, … s, at most an hour, ±20%.
+impl Default for Schedule {
     fn default() -> Self {
-        Self { base: Duration::from_secs(1), factor: 2.0, cap: Duration::from_secs(3_600), jitter: 0.2 }
+        Self { waits: DEFAULT_WAITS.to_vec() }
     }
 }
 
-impl Backoff {
-    /// A backoff of these numbers.
+impl Schedule {
+    /// A schedule of these waits.
     ///
     /// # Errors
-    /// [`BadBackoff`].
-    pub fn try_new(base: Duration, factor: f64, cap: Duration, jitter: f64) -> Result<Self, BadBackoff> {
-        if base.is_zero() || base > cap {
-            return Err(BadBackoff::Base);
+    /// [`BadSchedule`].
+    pub fn try_new(waits: Vec<Duration>) -> Result<Self, BadSchedule> {
+        let (least, most) = WAIT_RANGE;
+        if waits.is_empty() {
+            return Err(BadSchedule::Empty);
         }
-        if !(1.0..=100.0).contains(&factor) {
-            return Err(BadBackoff::Factor);
+        if !waits.iter().all(|wait| (least..=most).contains(wait)) {
+            return Err(BadSchedule::Range);
         }
-        if !(0.0..1.0).contains(&jitter) {
-            return Err(BadBackoff::Jitter);
-        }
-        Ok(Self { base, factor, cap, jitter })
+        Ok(Self { waits })
     }
 
     /// The wait after `attempts` failed attempts, without jitter.
     #[must_use]
     pub fn nominal(&self, attempts: i32) -> Duration {
-        let wait = self.base.as_secs_f64() * self.factor.powi(attempts.max(1) - 1);
-        // Also where the product is no finite number any more.
-        if wait < self.cap.as_secs_f64() { Duration::from_secs_f64(wait) } else { self.cap }
+        let at = usize::try_from(attempts.max(1) - 1).unwrap_or(0);
+        self.waits.get(at).or(self.waits.last()).copied().unwrap_or_default()
     }
 
     /// The wait after `attempts` failed attempts. What the receiver asked for wins if it is longer.
     pub fn wait<R: Rng>(&self, attempts: i32, retry_after: Option<Duration>, random: &mut R) -> Duration {
-        let spread = random.random_range(-1.0..=1.0) * self.jitter;
+        let spread = random.random_range(-1.0..=1.0) * JITTER;
         let wait = self.nominal(attempts).mul_f64(1.0 + spread);
         wait.max(retry_after.unwrap_or_default().min(MAX_RETRY_AFTER))
     }
 
     /// The waits between `max_attempts` attempts, without jitter, when every one fails at once.
     #[must_use]
-    pub fn schedule(&self, max_attempts: i32) -> Vec<Duration> {
+    pub fn waits(&self, max_attempts: i32) -> Vec<Duration> {
         (1..max_attempts).map(|attempts| self.nominal(attempts)).collect()
     }
 
@@ -80,7 +88,7 @@ impl Backoff {
     /// longer than this and the attempts' own time misses the event.
     #[must_use]
     pub fn horizon(&self, max_attempts: i32) -> Duration {
-        self.schedule(max_attempts).iter().sum()
+        self.waits(max_attempts).iter().sum()
     }
 }
 
@@ -110,30 +118,26 @@ mod tests {
     }
 
     #[test]
-    fn one_two_four_up_to_an_hour() {
-        let backoff = Backoff::default();
-        assert!(backoff.schedule(1).is_empty());
-        assert_eq!(backoff.schedule(3), [seconds(1), seconds(2)]);
-        assert_eq!(backoff.horizon(3), seconds(3));
-        assert_eq!(backoff.horizon(10), seconds(511));
-        assert_eq!(backoff.nominal(12), seconds(2_048));
-        for far in [13, 100, 10_000, i32::MAX] {
-            assert_eq!(backoff.nominal(far), seconds(3_600));
+    fn ten_attempts_over_some_sixteen_hours() {
+        let schedule = Schedule::default();
+        assert!(schedule.waits(1).is_empty());
+        let waits = [5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800].map(seconds);
+        assert_eq!(schedule.waits(10), waits);
+        assert_eq!(schedule.horizon(10), seconds(56_555));
+        assert_eq!(schedule.horizon(3), seconds(35));
+        for far in [10, 100, i32::MAX] {
+            assert_eq!(schedule.nominal(far), seconds(28_800));
         }
-        assert_eq!(backoff.nominal(0), seconds(1));
+        assert_eq!((schedule.nominal(0), schedule.nominal(i32::MIN + 1)), (seconds(5), seconds(5)));
     }
 
     #[test]
     fn nonsense_is_refused() {
-        let (one, hour) = (seconds(1), seconds(3_600));
-        assert!(Backoff::try_new(one, 1.0, one, 0.0).is_ok());
-        assert_eq!(Backoff::try_new(Duration::ZERO, 2.0, hour, 0.2), Err(BadBackoff::Base));
-        assert_eq!(Backoff::try_new(hour, 2.0, one, 0.2), Err(BadBackoff::Base));
-        for factor in [0.9, f64::NAN, f64::INFINITY, -2.0] {
-            assert_eq!(Backoff::try_new(one, factor, hour, 0.2), Err(BadBackoff::Factor));
-        }
-        for jitter in [-0.1, 1.0, f64::NAN] {
-            assert_eq!(Backoff::try_new(one, 2.0, hour, jitter), Err(BadBackoff::Jitter));
+        let (least, most) = WAIT_RANGE;
+        assert!(Schedule::try_new(vec![least, most, seconds(1)]).is_ok());
+        assert_eq!(Schedule::try_new(Vec::new()), Err(BadSchedule::Empty));
+        for bad in [Duration::ZERO, least / 2, most + least, Duration::MAX] {
+            assert_eq!(Schedule::try_new(vec![seconds(1), bad]), Err(BadSchedule::Range));
         }
     }
 
@@ -168,23 +172,37 @@ mod tests {
 
     #[test]
     fn the_longer_wait_wins() {
-        let (backoff, mut random) = (Backoff::default(), StdRng::seed_from_u64(1));
-        assert_eq!(backoff.wait(1, Some(seconds(90)), &mut random), seconds(90));
-        assert_eq!(backoff.wait(1, Some(seconds(1_000_000)), &mut random), seconds(3_600));
-        assert!(backoff.wait(8, Some(seconds(1)), &mut random) >= seconds(102));
+        let (schedule, mut random) = (Schedule::default(), StdRng::seed_from_u64(1));
+        assert_eq!(schedule.wait(1, Some(seconds(90)), &mut random), seconds(90));
+        assert_eq!(schedule.wait(1, Some(seconds(1_000_000)), &mut random), seconds(3_600));
+        assert!(schedule.wait(4, Some(seconds(1)), &mut random) >= seconds(480));
     }
 
     proptest! {
         #[test]
         fn waits_stay_within_their_jitter(seed: u64, attempts in 1i32..40, asked in proptest::option::of(0u64..10_000)) {
-            let backoff = Backoff::default();
+            let schedule = Schedule::default();
             let asked = asked.map(seconds);
-            let wait = |seed| backoff.wait(attempts, asked, &mut StdRng::seed_from_u64(seed));
-            let nominal = backoff.nominal(attempts);
+            let wait = |seed| schedule.wait(attempts, asked, &mut StdRng::seed_from_u64(seed));
+            let nominal = schedule.nominal(attempts);
             let floor = asked.unwrap_or_default().min(MAX_RETRY_AFTER);
             prop_assert!(wait(seed) >= nominal.mul_f64(0.799).max(floor));
             prop_assert!(wait(seed) <= nominal.mul_f64(1.201).max(floor));
             prop_assert_eq!(wait(seed), wait(seed), "the same seed gives the same wait");
+        }
+
+        /// A receiver that is away for a minute, from whenever on, gets the event by the default schedule, however the waits
+        /// fall out.
+        #[test]
+        fn an_outage_of_a_minute_is_survived(seed: u64, began in 0u64..60) {
+            let (schedule, mut random) = (Schedule::default(), StdRng::seed_from_u64(seed));
+            let (mut at, back) = (seconds(began), seconds(60));
+            let mut attempts = 1;
+            while at < back {
+                prop_assert!(attempts < 4, "{attempts} attempts are used up within a minute");
+                at += schedule.wait(attempts, None, &mut random);
+                attempts += 1;
+            }
         }
 
         #[test]

@@ -34,6 +34,8 @@ const ATTEMPT: HeaderName = HeaderName::from_static("x-webhook-attempt");
 const MAX_ANSWER: usize = 64 * 1_024;
 /// So much of it is kept, in characters.
 const EXCERPT: usize = 200;
+/// So much of an error, in characters: some quote what the receiver's certificate says.
+const MESSAGE: usize = 500;
 /// For the connection alone; the attempt's own timeout may be shorter.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection waits for its next use: soon enough for a changed name or policy to take hold.
@@ -59,8 +61,8 @@ pub(super) struct Sent {
 }
 
 impl Sent {
-    fn failed(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { result: AttemptResult::failed(kind, message), retry_after: None }
+    fn failed(kind: ErrorKind, message: impl AsRef<str>) -> Self {
+        Self { result: AttemptResult::failed(kind, printable(message.as_ref().chars(), MESSAGE)), retry_after: None }
     }
 }
 
@@ -103,11 +105,10 @@ impl Sender {
         *request.headers_mut() = headers;
         *request.body_mut() = Some(claim.body.clone().into());
         // The status is kept outside: once it is 2xx the receiver has the event, even if its answer never ends.
-        let mut answer = None;
+        let mut answer: Option<(Head, Vec<u8>)> = None;
         let attempt = async {
             let mut response = self.client.execute(request).await?;
-            answer = Some((response.status(), retry_after(response.headers()), Vec::new()));
-            let Some((_, _, body)) = &mut answer else { return Ok(()) };
+            let (_, body) = answer.insert((Head::of(&response), Vec::new()));
             while body.len() < MAX_ANSWER {
                 let Some(chunk) = response.chunk().await? else { break };
                 body.extend_from_slice(&chunk[..chunk.len().min(MAX_ANSWER - body.len())]);
@@ -116,7 +117,7 @@ impl Sender {
         };
         let ended = timeout(claim.timeout, attempt).await;
         match (answer, ended) {
-            (Some((status, retry_after, body)), _) => answered(status, retry_after, &body),
+            (Some((head, body)), _) => answered(head, &body),
             (None, Ok(Err(error))) => failed(&error),
             (None, Err(_) | Ok(Ok(()))) => {
                 Sent::failed(ErrorKind::Timeout, format!("no answer within {} s", claim.timeout.as_secs_f64()))
@@ -189,10 +190,30 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     schedule::retry_after(headers.get(header::RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
 }
 
-fn answered(status: StatusCode, retry_after: Option<Duration>, body: &[u8]) -> Sent {
+/// What counts of an answer's head.
+struct Head {
+    status: StatusCode,
+    retry_after: Option<Duration>,
+    location: Option<String>,
+}
+
+impl Head {
+    fn of(response: &reqwest::Response) -> Self {
+        let (status, headers) = (response.status(), response.headers());
+        let location = headers.get(header::LOCATION).map(|value| excerpt(value.as_bytes()).unwrap_or_default());
+        Self { status, retry_after: retry_after(headers), location }
+    }
+}
+
+fn answered(head: Head, body: &[u8]) -> Sent {
+    let Head { status, retry_after, location } = head;
     let error = match status {
         status if status.is_success() => None,
         StatusCode::GONE => Some((ErrorKind::Gone, "the receiver answered 410: it wants no more of this".to_owned())),
+        status if status.is_redirection() && location.is_some() => {
+            let (code, to) = (status.as_u16(), location.unwrap_or_default());
+            Some((ErrorKind::Status, format!("the receiver answered {code}, a redirect to {to}; redirects are not followed")))
+        }
         status => Some((ErrorKind::Status, format!("the receiver answered {}", status.as_u16()))),
     };
     let retry_after = retry_after.filter(|_| error.is_some());
@@ -205,12 +226,12 @@ fn answered(status: StatusCode, retry_after: Option<Duration>, body: &[u8]) -> S
 fn excerpt(body: &[u8]) -> Option<String> {
     // A character has at most 4 bytes.
     let start = &body[..body.len().min(EXCERPT * 4)];
-    let text: String = String::from_utf8_lossy(start)
-        .chars()
-        .map(|char| if char.is_control() { ' ' } else { char })
-        .take(EXCERPT)
-        .collect();
+    let text = printable(String::from_utf8_lossy(start).chars(), EXCERPT);
     (!text.is_empty()).then_some(text)
+}
+
+fn printable(text: impl Iterator<Item = char>, most: usize) -> String {
+    text.map(|char| if char.is_control() { ' ' } else { char }).take(most).collect()
 }
 
 fn refused(forbidden: &Forbidden) -> Sent {
@@ -259,6 +280,7 @@ mod tests {
         ClaimedDelivery {
             id: DeliveryId::from_text("msg_1"),
             batch_id: None,
+            owner: String::new(),
             event: WebhookEvent::Completed,
             url: "https://example.com/".into(),
             target: "https://example.com/".into(),
@@ -315,9 +337,24 @@ mod tests {
             (410, Some(ErrorKind::Gone)),
             (503, Some(ErrorKind::Status)),
         ] {
-            let sent = answered(StatusCode::from_u16(status).unwrap(), Some(Duration::from_secs(9)), b"x");
+            let status_code = StatusCode::from_u16(status).unwrap();
+            let head = Head { status: status_code, retry_after: Some(Duration::from_secs(9)), location: None };
+            let sent = answered(head, b"x");
             assert_eq!(sent.result.error.as_ref().map(|error| error.kind), kind, "{status}");
             assert_eq!(sent.retry_after.is_some(), kind.is_some());
         }
+    }
+
+    #[test]
+    fn a_redirect_says_where_to() {
+        let head = Head { status: StatusCode::FOUND, retry_after: None, location: Some("https://b.test/x".into()) };
+        let message = answered(head, b"").result.error.unwrap().message;
+        assert_eq!(message, "the receiver answered 302, a redirect to https://b.test/x; redirects are not followed");
+    }
+
+    #[test]
+    fn errors_are_short_and_printable() {
+        let message = Sent::failed(ErrorKind::Connect, format!("a\0b\n{}", "é".repeat(9_000))).result.error.unwrap().message;
+        assert!(message.starts_with("a b é") && message.chars().count() == MESSAGE);
     }
 }

@@ -10,7 +10,7 @@ use tokio::{
 use super::{
     egress::{Forbidden, Guard},
     fairness, metrics,
-    schedule::Backoff,
+    schedule::Schedule,
     secrets::Vault,
     send::{Sender, Sent, batch_context},
 };
@@ -43,13 +43,15 @@ pub struct Options {
     /// What a client need not say.
     pub defaults: Defaults,
     /// The waits between attempts.
-    pub backoff: Backoff,
-    /// Sends in flight to one target.
+    pub schedule: Schedule,
+    /// Sends in flight to one target of one owner.
     pub per_target: usize,
     /// Sends in flight in all.
     pub in_flight: usize,
     /// The longest between two looks at the outbox. Commits of this node are noticed at once.
     pub poll: Duration,
+    /// How often leases that have run out and a clock that was set back are looked for.
+    pub reap: Duration,
     /// How long sends in flight may take at shutdown.
     pub drain: Duration,
     /// How long settled deliveries and their attempts are kept.
@@ -71,10 +73,11 @@ impl Options {
             vault,
             secrets: Vec::new(),
             defaults: Defaults::default(),
-            backoff: Backoff::default(),
+            schedule: Schedule::default(),
             per_target: fairness::PER_TARGET,
             in_flight: fairness::IN_FLIGHT,
             poll: Duration::from_secs(1),
+            reap: Duration::from_secs(10),
             drain: Duration::from_secs(30),
             keep_deliveries: Duration::from_secs(7 * 24 * 3_600),
             keep_dead_letters: Duration::from_secs(30 * 24 * 3_600),
@@ -99,6 +102,17 @@ impl From<Forbidden> for AcceptError {
     fn from(forbidden: Forbidden) -> Self {
         Self::Invalid(vec![Invalid { field: "url".into(), message: forbidden.to_string() }])
     }
+}
+
+/// Why nobody knows what came of a test event.
+#[derive(Debug, thiserror::Error)]
+pub enum TestError {
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The server is stopping.
+    #[error("the server stopped during the test")]
+    Stopped,
 }
 
 /// What came of a test event.
@@ -149,13 +163,13 @@ impl Webhooks {
     /// The waits between the attempts of a delivery with so many of them.
     #[must_use]
     pub fn schedule(&self, max_attempts: i32) -> Vec<Duration> {
-        self.inner.options.backoff.schedule(max_attempts)
+        self.inner.options.schedule.waits(max_attempts)
     }
 
     /// From the first to the last of so many attempts.
     #[must_use]
     pub fn horizon(&self, max_attempts: i32) -> Duration {
-        self.inner.options.backoff.horizon(max_attempts)
+        self.inner.options.schedule.horizon(max_attempts)
     }
 
     /// Checks a batch's webhook, fills in the defaults and seals its secret.
@@ -249,11 +263,19 @@ impl Webhooks {
         self.inner.store.delete_endpoint(id, owner).await
     }
 
-    /// Sends an endpoint a test event, now and once, just as any other event is sent. None if there is no such endpoint.
+    /// Sends an endpoint a test event, now and once, just as any other event is sent. None if there is no such endpoint. Goes on
+    /// if the caller does not wait for it.
     ///
     /// # Errors
-    /// [`StoreError`].
-    pub async fn test_endpoint(
+    /// [`TestError`].
+    pub async fn test_endpoint(&self, id: &WebhookEndpointId, owner: Option<&str>) -> Result<Option<Tested>, TestError> {
+        let (webhooks, id, owner) = (self.clone(), id.clone(), owner.map(str::to_owned));
+        let test = async move { webhooks.test_endpoint_here(&id, owner.as_deref()).await };
+        // Once sent it must be written down, also when the caller has hung up.
+        Ok(tokio::spawn(test).await.map_err(|_| TestError::Stopped)??)
+    }
+
+    async fn test_endpoint_here(
         &self,
         id: &WebhookEndpointId,
         owner: Option<&str>,

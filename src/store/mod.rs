@@ -53,8 +53,8 @@ pub use pages::{BatchFilter, FileFilter};
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
-    DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, EndpointChange, EndpointRecord,
-    NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing, Turn,
+    DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,
+    EndpointRecord, NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing, Turn,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 

@@ -30,13 +30,14 @@ async fn a_batch_answers_with_its_schedule_and_without_its_secret() {
     assert_eq!((webhook.url.as_str(), webhook.max_retries, webhook.timeout), (URL, 4, seconds(5)));
     assert_eq!(webhook.events, ["completed", "failed"]);
     let waits: Vec<_> = webhook.retry_schedule.iter().map(|wait| wait.seconds).collect();
-    assert_eq!((waits.as_slice(), webhook.retry_horizon), ([1, 2, 4].as_slice(), seconds(7)));
+    assert_eq!((waits.as_slice(), webhook.retry_horizon), ([5, 30, 120].as_slice(), seconds(155)));
     assert_eq!(client.get_batch(get(&made.id)).await.unwrap().into_inner().webhook, made.webhook);
     // The old form, and what the server puts where nothing is said.
     let mut old = inline(1);
     old.metadata.insert("webhook_url".into(), URL.into());
     let webhook = client.create_batch(old).await.unwrap().into_inner().webhook.unwrap();
-    assert_eq!((webhook.url.as_str(), webhook.max_retries, webhook.timeout), (URL, 3, seconds(30)));
+    assert_eq!((webhook.url.as_str(), webhook.max_retries, webhook.timeout), (URL, 10, seconds(30)));
+    assert_eq!((webhook.retry_schedule.len(), webhook.retry_horizon), (9, seconds(56_555)), "some 16 hours");
     assert_eq!(webhook.events, ["completed", "failed", "cancelled", "expired"]);
 }
 

@@ -28,8 +28,9 @@ use crate::{
     receiver::{Receiver, Reply, Request},
 };
 
-/// What `serve` needs to send webhooks to this machine.
-pub const FLAGS: [&str; 2] = ["--webhook-allow-cidr", "127.0.0.0/8"];
+/// What `serve` needs to send webhooks to this machine, with waits that a test can sit out.
+pub const FLAGS: [&str; 4] =
+    ["--webhook-allow-cidr", "127.0.0.0/8", "--webhook-retry-schedule", "1s,2s,4s,8s,16s,32s,64s,128s,256s"];
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 const ENDPOINT_SECRET: &str = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
 /// For one attempt: the shortest there is.

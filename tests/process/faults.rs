@@ -77,7 +77,7 @@ impl World {
         let config = SimConfig { latency: Duration::from_millis(40), max_num_seqs: 16, ..SimConfig::default() };
         let (_, worker) = worker(config).await;
         let mut flags = vec!["--worker", &worker, "--flush-interval", "50ms", "--lease", "3s"];
-        flags.extend(["--webhook-allow-cidr", "127.0.0.0/8"]);
+        flags.extend(["--webhook-allow-cidr", "127.0.0.0/8", "--webhook-retry-schedule", "1s,2s,4s"]);
         if let Some(url) = &database {
             flags.extend(["--database-url", url]);
         }

@@ -155,7 +155,16 @@ impl World {
     async fn new(ignores: Option<&'static str>) -> Self {
         let config = SimConfig { latency: Duration::from_millis(20), max_num_seqs: 32, ..SimConfig::default() };
         let (_, worker) = worker(config).await;
-        let flags = ["--worker", &worker, "--flush-interval", "50ms", "--webhook-allow-cidr", "127.0.0.0/8"];
+        let flags = [
+            "--worker",
+            &worker,
+            "--flush-interval",
+            "50ms",
+            "--webhook-allow-cidr",
+            "127.0.0.0/8",
+            "--webhook-retry-schedule",
+            "1s,2s,4s",
+        ];
         let mut server = Server::new(&flags);
         let disk = Disk::new(server.folder(), ignores);
         server.environment = disk.environment();

@@ -1,4 +1,4 @@
-//! Webhook deliveries without IO: the state machine, the fairness and the backoff, all of them the real ones, in virtual
+//! Webhook deliveries without IO: the state machine, the fairness and the schedule, all of them the real ones, in virtual
 //! time. Receivers are well, slow, dead or gone for good; senders crash with what they have taken.
 
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidemill::{
     delivery::{
         fairness::{Due, Fairness},
-        schedule::Backoff,
+        schedule::Schedule,
     },
     domain::webhook::{Delivery, DeliveryState, Effect, Input, apply},
 };
@@ -90,7 +90,7 @@ impl Deliveries {
         }
         while let Some(at) = self.fairness.next(self.now) {
             assert!(
-                self.fairness.held_until(&self.rows[at].target.to_string(), self.now).is_none(),
+                self.fairness.held_until(owner(self.rows[at].target), &self.rows[at].target.to_string(), self.now).is_none(),
                 "a target that is held back"
             );
             self.flights.push(at);
@@ -117,7 +117,7 @@ impl Deliveries {
         match step.effect {
             Effect::None => {}
             Effect::Retry => {
-                let wait = Backoff::default().wait(step.attempts, None, &mut self.random);
+                let wait = Schedule::default().wait(step.attempts, None, &mut self.random);
                 assert!(wait <= Duration::from_secs(3_600 * 2));
                 row.due = self.now + wait;
             }
@@ -130,6 +130,7 @@ impl Deliveries {
         let ready = |row: &Row, now| row.state.state == DeliveryState::Pending && row.due <= now;
         let due: Vec<Due> = (0..TARGETS)
             .map(|target| Due {
+                owner: owner(target).to_owned(),
                 target: target.to_string(),
                 host: (target / 2).to_string(),
                 count: self.rows.iter().filter(|row| row.target == target && ready(row, self.now)).count(),
@@ -138,7 +139,7 @@ impl Deliveries {
             .collect();
         for share in self.fairness.shares(&due, self.now) {
             let target: usize = share.target.parse().unwrap();
-            assert!(self.fairness.held_until(&share.target, self.now).is_none(), "a target that is held back");
+            assert!(self.fairness.held_until(&share.owner, &share.target, self.now).is_none(), "a target that is held back");
             let mine: Vec<usize> = (0..self.rows.len())
                 .filter(|at| self.rows[*at].target == target && ready(&self.rows[*at], self.now))
                 .collect();
@@ -147,9 +148,9 @@ impl Deliveries {
             let taken = if self.faults { self.random.random_range(0..=share.count) } else { share.count };
             for at in &mine[..taken] {
                 assert!(self.input(*at, Input::Claimed));
-                self.fairness.claimed(&share.target, *at, self.now);
+                self.fairness.claimed(&share.owner, &share.target, *at, self.now);
             }
-            self.fairness.give_back(&share.target, share.count - taken);
+            self.fairness.give_back(&share.owner, &share.target, share.count - taken);
         }
     }
 
@@ -158,7 +159,7 @@ impl Deliveries {
             return;
         }
         let at = self.flights.swap_remove(self.random.random_range(0..self.flights.len()));
-        let target = self.rows[at].target.to_string();
+        let (owner, target) = (owner(self.rows[at].target), self.rows[at].target.to_string());
         let input = match self.random.random_range(0..10) {
             0 if self.faults => Input::FailedForGood,
             2..6 if self.faults => Input::Failed,
@@ -167,11 +168,11 @@ impl Deliveries {
         match input {
             Input::Succeeded => {
                 self.rows[at].received = true;
-                self.fairness.succeeded(&target, self.now);
+                self.fairness.succeeded(owner, &target, self.now);
             }
             _ => {
                 let asked = self.random.random_bool(0.2).then(|| Duration::from_secs(30));
-                self.fairness.failed(&target, asked, self.now);
+                self.fairness.failed(owner, &target, asked, self.now);
             }
         }
         // Refused: its lease was taken away.
@@ -201,6 +202,11 @@ impl Deliveries {
         let disposable = self.rows[at].state.disposable;
         assert!(!self.input(at, Input::Superseded) || disposable, "a delivery that matters was dropped");
     }
+}
+
+/// Whose a target is: two are one owner's, on one host.
+fn owner(target: usize) -> &'static str {
+    if target / 2 == 0 { "one" } else { "two" }
 }
 
 fn is_settled(state: DeliveryState) -> bool {

@@ -271,7 +271,7 @@ impl Outbox {
     async fn claim(&mut self, store: &Store, awake: &[usize], now: i64, faults: bool, random: &mut StdRng) {
         let Some(node) = pick(awake, random).copied() else { return };
         self.observe(store).await;
-        let (due, _) = store.due_targets().await.unwrap();
+        let due = store.due_targets(&[]).await.unwrap().targets;
         let mut expected: BTreeMap<&str, i64> = BTreeMap::new();
         for known in self.known.values().filter(|known| known.state == DeliveryState::Pending) {
             let first = expected.entry(&known.target).or_insert(i64::MAX);
@@ -279,7 +279,7 @@ impl Outbox {
         }
         assert!(due.iter().map(|due| (due.target.as_str(), due.due)).eq(expected), "{due:?}");
         let shares: Vec<_> =
-            due.into_iter().map(|due| ClaimShare::at_once(due.target, random.random_range(1..=2))).collect();
+            due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, random.random_range(1..=2))).collect();
         let mut wanted = Vec::new();
         for ClaimShare { target, count, .. } in &shares {
             let mut ready: Vec<_> = self

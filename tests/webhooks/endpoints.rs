@@ -15,7 +15,7 @@ use tidemill::{
 
 use crate::{
     fixture::{CANARY, Db, Running, eventually, settled, signed},
-    receiver::Receiver,
+    receiver::{Gate, Receiver},
 };
 
 crate::on_both!(
@@ -23,7 +23,9 @@ crate::on_both!(
     during_a_rotation_both_secrets_sign,
     what_comes_for_a_disabled_endpoint_waits,
     a_moved_endpoint_gets_what_waited,
+    a_delivery_that_is_being_sent_when_its_endpoint_moves_follows_it,
     a_test_event_takes_the_common_way,
+    a_test_event_is_settled_although_its_caller_hangs_up,
     an_endpoint_in_use_stays,
     a_new_master_key_takes_over_every_secret,
 );
@@ -93,7 +95,11 @@ async fn what_comes_for_a_disabled_endpoint_waits(db: Db) {
     assert_eq!((off.disabled, off.disabled_reason.as_deref()), (true, Some("maintenance")));
     let batch = db.batch(None, Some(&endpoint.id)).await;
     db.complete(&batch.id).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // What is written later for somebody else is delivered.
+    let other = Receiver::always(200).await;
+    let elsewhere = db.batch(Some(crate::fixture::target(other.url("/"))), None).await;
+    db.complete(&elsewhere.id).await;
+    settled(&db, &elsewhere.id).await;
     let waiting = db.deliveries(&batch.id).await.remove(0);
     assert_eq!((waiting.state, waiting.attempts, waiting.next_attempt_at), (DeliveryState::Pending, 0, None));
     assert!(receiver.requests().is_empty());
@@ -115,6 +121,47 @@ async fn a_moved_endpoint_gets_what_waited(db: Db) {
     let dead = db.dead_letters().await.remove(0);
     assert!(running.webhooks.retry(dead.id, None, false, None).await.unwrap().success, "a dead letter follows it");
     assert_eq!(new.requests().len(), 1);
+    running.stop().await;
+}
+
+async fn a_delivery_that_is_being_sent_when_its_endpoint_moves_follows_it(db: Db) {
+    let running = db.start();
+    let gate = Gate::closed();
+    let held = gate.reply(503);
+    let (old, new) = (Receiver::start(move |_, _| held.clone()).await, Receiver::always(200).await);
+    let (endpoint, _) = create(&running.webhooks, old.url("/old")).await;
+    let batch = db.batch(None, Some(&endpoint.id)).await;
+    db.complete(&batch.id).await;
+    old.wait(1).await;
+    let change = EndpointChange { url: Some(new.url("/new")), ..EndpointChange::default() };
+    running.webhooks.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    gate.open();
+    let delivery = settled(&db, &batch.id).await.remove(0);
+    assert_eq!((delivery.state, delivery.attempts), (DeliveryState::Delivered, 2));
+    assert_eq!((delivery.url, old.requests().len()), (new.url("/new"), 1));
+    assert_eq!(new.requests()[0].path, "/new");
+    running.stop().await;
+}
+
+async fn a_test_event_is_settled_although_its_caller_hangs_up(db: Db) {
+    let running = db.start();
+    let gate = Gate::closed();
+    let held = gate.reply(200);
+    let receiver = Receiver::start(move |_, _| held.clone()).await;
+    let (endpoint, _) = create(&running.webhooks, receiver.url("/")).await;
+    let mut call = Box::pin(running.webhooks.test_endpoint(&endpoint.id, None));
+    tokio::select! {
+        _ = &mut call => panic!("the receiver has not answered yet"),
+        _ = receiver.wait(1) => {}
+    }
+    drop(call);
+    gate.open();
+    let filter = tidemill::store::DeliveryFilter { endpoint_id: Some(endpoint.id.clone()), ..Default::default() };
+    eventually("settled", || async {
+        let all = db.store.deliveries(&filter, None, 10).await.unwrap();
+        all.iter().all(|one| one.state == DeliveryState::Delivered).then_some(())
+    })
+    .await;
     running.stop().await;
 }
 

@@ -9,7 +9,7 @@ use tidemill::{
     delivery::{
         Deliverer, Options, Webhooks,
         egress::{Guard, Policy},
-        schedule::Backoff,
+        schedule::Schedule,
         secrets::{MasterKey, Vault},
     },
     domain::{
@@ -98,11 +98,21 @@ impl Db {
 
     /// A running batch.
     pub async fn batch(&self, webhook: Option<WebhookTarget>, endpoint: Option<&WebhookEndpointId>) -> Batch {
+        self.batch_of("", webhook, endpoint).await
+    }
+
+    /// The same, of this owner.
+    pub async fn batch_of(
+        &self,
+        owner: &str,
+        webhook: Option<WebhookTarget>,
+        endpoint: Option<&WebhookEndpointId>,
+    ) -> Batch {
         let id = FileId::generate();
         let file = File {
             object_key: Some(format!("inputs/{id}")),
             id: id.clone(),
-            owner: String::new(),
+            owner: owner.to_owned(),
             kind: FileKind::Input,
             filename: "in.jsonl".into(),
             bytes: 1_000,
@@ -123,7 +133,7 @@ impl Db {
         };
         self.store.insert_file(&file, None, &[span]).await.unwrap();
         let new = NewBatch {
-            owner: String::new(),
+            owner: owner.to_owned(),
             input_file_id: id,
             endpoint: Endpoint::ChatCompletions,
             completion_window: Duration::from_secs(86_400),
@@ -204,7 +214,7 @@ impl Db {
         let key = MasterKey::from_base64(&STANDARD.encode([7; 32])).unwrap();
         let millis = Duration::from_millis;
         Options {
-            backoff: Backoff::try_new(millis(10), 2.0, millis(100), 0.2).unwrap(),
+            schedule: Schedule::try_new([10, 20, 40, 80, 100].map(millis).to_vec()).unwrap(),
             poll: millis(50),
             drain: Duration::from_secs(10),
             sole_node: true,
@@ -256,7 +266,7 @@ pub fn target(url: String) -> WebhookTarget {
         url,
         secret: None,
         max_attempts: 3,
-        timeout: Duration::from_millis(1_000),
+        timeout: Duration::from_secs(60),
         events: EventFilter::default(),
     }
 }
@@ -269,7 +279,7 @@ pub async fn signed(webhooks: &Webhooks, url: String) -> WebhookTarget {
 
 /// Asks again and again until there is an answer.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
-    let asked = tokio::time::timeout(Duration::from_secs(20), async {
+    let asked = tokio::time::timeout(Duration::from_secs(120), async {
         loop {
             if let Some(answer) = ask().await {
                 return answer;

@@ -14,7 +14,7 @@ use tidemill::{
 
 use crate::{
     fixture::Db,
-    receiver::{Receiver, Reply},
+    receiver::{Gate, Receiver, Reply},
 };
 
 crate::on_both!(
@@ -128,7 +128,7 @@ impl World<'_> {
             .targets
             .iter()
             .filter(|_| self.random.random_bool(0.7))
-            .map(|target| ClaimShare::at_once(target.as_str(), 3))
+            .map(|target| ClaimShare::at_once("", target.as_str(), 3))
             .collect();
         let turn = self.db.store.turn_deliveries(&settlements, &shares).await.unwrap();
         assert_eq!(turn.settled.len(), settlements.len());
@@ -249,7 +249,7 @@ async fn any_order_of_results_settles_each_lease_once(db: Db) {
 async fn a_last_attempt_is_not_claimed_ahead(db: Db) {
     let url = "http://127.0.0.1:1/";
     enqueue(&db, "last", url, 5, 1).await;
-    let ahead = |count, at_once| [ClaimShare { target: url.into(), count, at_once }];
+    let ahead = |count, at_once| [ClaimShare { owner: String::new(), target: url.into(), count, at_once }];
     assert_eq!(db.store.claim_deliveries(&ahead(5, 0)).await.unwrap().len(), 0);
     assert_eq!(db.store.claim_deliveries(&ahead(5, 2)).await.unwrap().len(), 2);
     enqueue(&db, "more", url, 5, 2).await;
@@ -267,7 +267,12 @@ async fn the_longest_due_are_claimed_and_no_more_than_asked(db: Db) {
         .await;
     db.execute("UPDATE webhook_deliveries SET next_attempt_at = 9223372036854775000 WHERE id = 'msg_two0008'").await;
     let shares =
-        [ClaimShare::at_once(one, 2), ClaimShare::at_once(two, 5), ClaimShare::at_once("http://127.0.0.1:1/three", 7)];
+        [
+        ClaimShare::at_once("", one, 2),
+        ClaimShare::at_once("", two, 5),
+        ClaimShare::at_once("", "http://127.0.0.1:1/three", 7),
+        ClaimShare::at_once("somebody else", two, 7),
+    ];
     let claimed = db.store.claim_deliveries(&shares).await.unwrap();
     let mut ids: Vec<_> = claimed.iter().map(|one| one.id.as_str()).collect();
     ids.sort_unstable();
@@ -277,13 +282,16 @@ async fn the_longest_due_are_claimed_and_no_more_than_asked(db: Db) {
 }
 
 async fn a_row_that_cannot_be_claimed_keeps_none_from_being_settled(db: Db) {
-    let receiver = Receiver::start(|_, _| Reply::Slow(204, Duration::from_millis(200))).await;
+    let gate = Gate::closed();
+    let held = gate.reply(204);
+    let receiver = Receiver::start(move |_, _| held.clone()).await;
     let good = enqueue(&db, "good", &receiver.url("/good"), 4, 3).await;
     let running = db.start();
     receiver.wait(4).await;
     // What no version has written.
     enqueue(&db, "bad", &receiver.url("/bad"), 1, 3).await;
     db.execute("UPDATE webhook_deliveries SET event = 'nonsense' WHERE id = 'msg_bad0000'").await;
+    gate.open();
     delivered(&db, good.len()).await;
     assert_eq!(receiver.requests().len(), 4);
     running.stop().await;

@@ -6,11 +6,13 @@
 mod support;
 
 mod atomic;
+mod clock;
 mod delivery;
 mod endpoints;
 mod fixture;
 mod groups;
 mod late;
+mod names;
 mod outbox;
 mod receiver;
 mod refused;

@@ -18,6 +18,9 @@ use tokio::{
     time::sleep,
 };
 
+/// How long a slow machine may take for what is to happen.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// A request as it came.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -40,6 +43,23 @@ impl Request {
     }
 }
 
+/// Holds answers back until the test opens it.
+pub struct Gate(watch::Sender<bool>);
+
+impl Gate {
+    pub fn closed() -> Self {
+        Self(watch::channel(false).0)
+    }
+
+    pub fn reply(&self, status: u16) -> Reply {
+        Reply::Held(status, self.0.subscribe())
+    }
+
+    pub fn open(&self) {
+        self.0.send_replace(true);
+    }
+}
+
 /// What a receiver does with a request.
 #[derive(Clone, Debug)]
 pub enum Reply {
@@ -57,6 +77,8 @@ pub enum Reply {
     Reset,
     /// Sends something that is no HTTP.
     Nonsense,
+    /// Answers with this status once its [`Gate`] is open.
+    Held(u16, watch::Receiver<bool>),
     /// Answers with this status after a while.
     Slow(u16, Duration),
 }
@@ -101,7 +123,7 @@ impl Receiver {
     /// Waits for so many requests.
     pub async fn wait(&self, count: usize) -> Vec<Request> {
         let mut seen = self.seen.clone();
-        let waited = tokio::time::timeout(Duration::from_secs(20), seen.wait_for(|seen| *seen >= count)).await;
+        let waited = tokio::time::timeout(PATIENCE, seen.wait_for(|seen| *seen >= count)).await;
         assert!(waited.is_ok(), "{} requests instead of {count}", self.requests().len());
         self.requests()
     }
@@ -159,6 +181,11 @@ async fn answer(mut stream: TcpStream, reply: Reply) -> std::io::Result<()> {
         Reply::Reset => {
             // Closing with a linger of zero is a reset.
             stream.set_zero_linger()?;
+        }
+        Reply::Held(status, mut gate) => {
+            // A gate that is gone is open.
+            let _ = gate.wait_for(|open| *open).await;
+            stream.write_all(head(status, "content-length: 0\r\n\r\n").as_bytes()).await?;
         }
         Reply::Nonsense => stream.write_all(b"SSH-2.0-OpenSSH_9.9\r\n").await?,
         Reply::Slow(status, wait) => {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures::StreamExt;
 use tidemill::{
     delivery::RetryError,
     domain::{DeadLetterId, webhook::DeliveryState},
@@ -10,7 +11,7 @@ use tidemill::{
 
 use crate::{
     fixture::{CANARY, Db, Running, eventually, settled, signed},
-    receiver::{Receiver, Reply},
+    receiver::{Gate, Receiver, Reply},
 };
 
 crate::on_both!(
@@ -67,25 +68,21 @@ async fn a_retry_is_sent_once_and_not_again_unless_forced(db: Db) {
 
 async fn of_two_retries_at_the_same_time_one_sends(db: Db) {
     let running = db.start();
-    let receiver = Receiver::start(|n, _| match n {
-        1..=3 => Reply::Status(500),
-        _ => Reply::Slow(200, Duration::from_millis(300)),
-    })
-    .await;
+    let gate = Gate::closed();
+    let held = gate.reply(200);
+    let receiver = Receiver::start(move |n, _| if n <= 3 { Reply::Status(500) } else { held.clone() }).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
-    let retries = (0..5).map(|_| running.webhooks.retry(dead.id.clone(), None, true, None));
-    let all = futures::future::join_all(retries).await;
-    assert_eq!(all.iter().filter(|one| one.is_ok()).count(), 1);
-    assert_eq!(all.iter().filter(|one| matches!(one, Err(RetryError::Busy))).count(), 4);
-    assert_eq!(receiver.requests().len(), 4);
+    let mut retries: futures::stream::FuturesUnordered<_> =
+        (0..5).map(|_| running.webhooks.retry(dead.id.clone(), None, true, None)).collect();
+    for _ in 0..4 {
+        assert!(matches!(retries.next().await, Some(Err(RetryError::Busy))));
+    }
+    receiver.wait(4).await;
     // While it is being sent it can't be deleted.
-    let again = {
-        let (webhooks, id) = (running.webhooks.clone(), dead.id.clone());
-        tokio::spawn(async move { webhooks.retry(id, None, true, None).await.unwrap() })
-    };
-    receiver.wait(5).await;
     assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Busy);
-    again.await.unwrap();
+    gate.open();
+    assert!(matches!(retries.next().await, Some(Ok(_))));
+    assert_eq!(receiver.requests().len(), 4);
     running.stop().await;
 }
 

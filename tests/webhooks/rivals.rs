@@ -23,8 +23,8 @@ async fn dead_letter(db: &Db) -> DeadLetterId {
     let batch = db.batch(Some(target(URL.into())), None).await;
     db.complete(&batch.id).await;
     for _ in 0..3 {
-        let (due, _) = db.store.due_targets().await.unwrap();
-        let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.target, 10)).collect();
+        let due = db.store.due_targets(&[]).await.unwrap().targets;
+        let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, 10)).collect();
         let [claim] = db.store.claim_deliveries(&shares).await.unwrap().try_into().unwrap();
         let failed = Settlement {
             id: claim.id,

@@ -6,18 +6,28 @@
 //! skips its resolver where the host is an address, so those are checked from the URL; the URL parser has by then turned
 //! `0x7f.1` and `2130706433` into what they mean.
 
+mod names;
 mod ranges;
 
 use std::{
     error::Error,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use futures::future::BoxFuture;
 use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use tokio::{sync::Semaphore, time::timeout};
 use url::{Host, Url};
+
+pub use names::Names;
+
+/// So many names are looked up at a time for [`Guard::check`]: of one more nothing is known yet.
+const CHECKS: usize = 64;
+/// How long a check waits for a name's addresses.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What webhooks may be sent to.
 #[derive(Clone, Debug, Default)]
@@ -51,19 +61,24 @@ type Lookup = Arc<dyn Fn(String) -> BoxFuture<'static, std::io::Result<Vec<IpAdd
 pub struct Guard {
     policy: Arc<Policy>,
     lookup: Lookup,
+    checks: Arc<Semaphore>,
 }
 
 impl Guard {
     /// A guard that resolves names as the system does.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
+        Self::with_names(policy, Names::system())
+    }
+
+    /// A guard that asks this name service.
+    #[must_use]
+    pub fn with_names(policy: Policy, names: Names) -> Self {
         Self::with_lookup(
             policy,
-            Arc::new(|name| {
-                Box::pin(async move {
-                    let found = tokio::net::lookup_host((name, 0)).await?;
-                    Ok(found.map(|address| address.ip()).collect())
-                })
+            Arc::new(move |name| {
+                let names = names.clone();
+                Box::pin(async move { names.lookup(&name).await })
             }),
         )
     }
@@ -71,7 +86,7 @@ impl Guard {
     /// A guard with a name service of its own.
     #[must_use]
     pub fn with_lookup(policy: Policy, lookup: Lookup) -> Self {
-        Self { policy: Arc::new(policy), lookup }
+        Self { policy: Arc::new(policy), lookup, checks: Arc::new(Semaphore::new(CHECKS)) }
     }
 
     /// Checks all that can be known of a URL without asking anybody.
@@ -97,17 +112,22 @@ impl Guard {
         Ok(url)
     }
 
-    /// Checks a URL, for a name its present addresses too. A name that does not resolve now may do so later: it passes.
+    /// Checks a URL, for a name its present addresses too. A name that does not resolve now, or not in time, may do so later: it
+    /// passes, as it does while very many are being checked. What it resolves to is checked in any case when it is sent to.
     ///
     /// # Errors
     /// [`Forbidden`].
     pub async fn check(&self, url: &str) -> Result<(), Forbidden> {
         let url = self.check_url(url)?;
         match url.host() {
-            Some(Host::Domain(name)) => match self.addresses(name.to_owned()).await {
-                Ok(_) | Err(ResolveError::Lookup(_)) => Ok(()),
-                Err(ResolveError::Forbidden(forbidden)) => Err(forbidden),
-            },
+            Some(Host::Domain(name)) => {
+                // Nobody waits for others' name servers.
+                let Ok(_turn) = self.checks.try_acquire() else { return Ok(()) };
+                match timeout(CHECK_TIMEOUT, self.addresses(name.to_owned())).await {
+                    Ok(Ok(_) | Err(ResolveError::Lookup(_))) | Err(_) => Ok(()),
+                    Ok(Err(ResolveError::Forbidden(forbidden))) => Err(forbidden),
+                }
+            }
             Some(Host::Ipv4(_) | Host::Ipv6(_)) | None => Ok(()),
         }
     }
@@ -117,13 +137,25 @@ impl Guard {
     }
 
     /// A name's addresses. If any is forbidden the whole name is: which one is used would be left to chance.
+    /// `localhost` is this machine by every address that it has: those that are open are used.
     async fn addresses(&self, name: String) -> Result<Vec<IpAddr>, ResolveError> {
-        let addresses = (self.lookup)(name).await?;
+        let is_local = is_localhost(&name);
+        let mut addresses = (self.lookup)(name).await?;
+        if is_local && addresses.iter().all(IpAddr::is_loopback) {
+            addresses.retain(|address| self.check_address(*address).is_ok());
+            return if addresses.is_empty() { Err(Forbidden::Address.into()) } else { Ok(addresses) };
+        }
         for address in &addresses {
             self.check_address(*address)?;
         }
         Ok(addresses)
     }
+}
+
+/// Whether a name means this machine whatever a name server says (RFC 6761, section 6.3).
+fn is_localhost(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    name == "localhost" || name.ends_with(".localhost")
 }
 
 impl std::fmt::Debug for Guard {
@@ -308,5 +340,51 @@ mod tests {
         let open =
             Policy { allow: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()], https_only: false };
         assert_eq!(Guard::new(open).check("http://localhost:4080/").await, Ok(()));
+    }
+
+    /// Where only one of its addresses is open, that one is used (what listens on 127.0.0.1 alone is there).
+    #[tokio::test]
+    async fn localhost_is_whichever_of_its_addresses_is_open() {
+        let names: &'static [(&str, &[&str])] = &[
+            ("localhost", &["::1", "127.0.0.1"]),
+            ("app.localhost.", &["127.0.0.1", "::1"]),
+            ("LocalHost.", &["10.0.0.1", "127.0.0.1"]),
+            ("notlocalhost", &["::1", "127.0.0.1"]),
+        ];
+        let addresses = async |allow: &[&str], name: &str| {
+            let found = guard(allow, false, names).addresses(name.to_owned()).await;
+            found.ok().map(|found| found.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        };
+        assert_eq!(addresses(&["127.0.0.0/8"], "localhost").await.as_deref(), Some("127.0.0.1"));
+        assert_eq!(addresses(&["::1/128"], "app.localhost.").await.as_deref(), Some("::1"));
+        assert_eq!(addresses(&["127.0.0.0/8", "::1/128"], "localhost").await.as_deref(), Some("::1 127.0.0.1"));
+        assert_eq!(addresses(&["10.9.0.0/16"], "localhost").await, None);
+        assert_eq!(addresses(&["127.0.0.0/8"], "LocalHost.").await, None, "whoever says so, 10.0.0.1 is not this machine");
+        assert_eq!(addresses(&["127.0.0.0/8"], "notlocalhost").await, None);
+    }
+
+    /// A name server that says nothing holds up nobody: the name passes, and is checked when it is sent to.
+    #[tokio::test]
+    async fn a_name_server_that_never_answers_is_waited_for_so_long_and_no_longer() {
+        let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let names = Names::of(vec![silent.local_addr().unwrap()], Duration::from_millis(200));
+        let guard = Guard::with_names(Policy::default(), names.clone());
+        assert_eq!(guard.check("https://example.test/").await, Ok(()));
+        let error = names.lookup("example.test").await.unwrap_err();
+        assert!(error.to_string().contains("did not answer within 0.2 s"), "{error}");
+        let mut question = [0; 512];
+        assert!(silent.recv(&mut question).await.unwrap() > 12, "it was asked");
+    }
+
+    /// While very many checks wait for name servers, the next does not wait behind them.
+    #[tokio::test]
+    async fn a_check_does_not_wait_for_others() {
+        let lookup = Arc::new(|_| -> BoxFuture<'static, std::io::Result<Vec<IpAddr>>> { Box::pin(std::future::pending()) });
+        let guard = Guard::with_lookup(Policy::default(), lookup);
+        let mut waiting: Vec<_> = (0..CHECKS).map(|_| Box::pin(guard.check("https://slow.test/"))).collect();
+        for check in &mut waiting {
+            assert!(futures::poll!(check).is_pending());
+        }
+        assert!(futures::poll!(Box::pin(guard.check("https://next.test/"))).is_ready());
     }
 }

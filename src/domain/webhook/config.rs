@@ -11,12 +11,12 @@ use crate::domain::text::{BadUrl, http_url};
 
 /// The longest URL, in bytes.
 pub const MAX_URL_BYTES: usize = 2_048;
-/// The most attempts that can be asked for: the last of them comes 8.5 minutes after the first.
+/// The most attempts that can be asked for: by default the last of them comes some 16 hours after the first.
 pub const MAX_ATTEMPTS: i64 = 10;
 /// The shortest and the longest time for one attempt.
 pub const TIMEOUT_RANGE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
-/// Attempts in all where nobody asks for another number.
-pub const DEFAULT_MAX_ATTEMPTS: i32 = 3;
+/// Attempts in all where nobody asks for another number. As many as there can be: fewer lose the events of an outage.
+pub const DEFAULT_MAX_ATTEMPTS: i32 = 10;
 /// Time for one attempt where nobody asks for another.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The metadata key that older clients put a webhook's URL under.
@@ -272,7 +272,7 @@ mod tests {
     fn each_unset_field_has_its_default() {
         let (target, secret) = resolve(WebhookConfig::new("https://example.com/hook")).unwrap();
         assert_eq!((&target.secret, secret), (&None, None));
-        assert_eq!(target.max_attempts, 3);
+        assert_eq!(target.max_attempts, 10);
         assert_eq!(target.timeout, Duration::from_secs(30));
         assert_eq!(target.events, EventFilter::default());
     }

@@ -20,6 +20,7 @@ pub struct Model {
     pub state: String,
     pub attempts: i32,
     pub next_attempt_at: i64,
+    pub scheduled_at: Option<i64>,
     pub expires_at: Option<i64>,
     pub lease_token: Option<String>,
     pub lease_expires_at: Option<i64>,

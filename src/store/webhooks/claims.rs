@@ -23,18 +23,37 @@ use crate::{
     },
 };
 
+/// So many targets of one owner are looked at at once: an owner with more of them waits for its own next page, and nobody
+/// else does.
+const TARGETS_AT_A_LOOK: usize = 1_000;
+
 /// A target with deliveries that wait.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Due {
+    /// Whose they are.
+    pub owner: String,
     /// Its key ([`crate::domain::webhook::target_of`]).
     pub target: String,
     /// When the first of them is due, in microseconds since the Unix epoch.
     pub due: i64,
 }
 
+/// What waits, as far as one look goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DueTargets {
+    /// By owner, then by target.
+    pub targets: Vec<Due>,
+    /// The database's clock.
+    pub at: Timestamp,
+    /// Owners that may have more targets, each with the last that was looked at: where its next look begins.
+    pub more: Vec<(String, String)>,
+}
+
 /// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClaimShare {
+    /// Whose they are.
+    pub owner: String,
     /// Its key ([`crate::domain::webhook::target_of`]).
     pub target: String,
     /// At most so many.
@@ -47,8 +66,8 @@ pub struct ClaimShare {
 impl ClaimShare {
     /// So many, to be sent at once.
     #[must_use]
-    pub fn at_once(target: impl Into<String>, count: usize) -> Self {
-        Self { target: target.into(), count, at_once: count }
+    pub fn at_once(owner: impl Into<String>, target: impl Into<String>, count: usize) -> Self {
+        Self { owner: owner.into(), target: target.into(), count, at_once: count }
     }
 }
 
@@ -72,6 +91,8 @@ pub struct ClaimedDelivery {
     pub id: DeliveryId,
     /// The batch it tells of.
     pub batch_id: Option<BatchId>,
+    /// Whose it is.
+    pub owner: String,
     /// What it tells.
     pub event: WebhookEvent,
     /// Where it goes.
@@ -97,24 +118,44 @@ pub struct ClaimedDelivery {
 }
 
 impl Store {
-    /// Every target with deliveries that wait, and when the first of each is due, by the database's clock, which is
-    /// returned too.
+    /// Targets with deliveries that wait, and when the first of each is due: of each owner at most a thousand, those after the
+    /// one that `after` names for it.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn due_targets(&self) -> Result<(Vec<Due>, Timestamp), StoreError> {
+    pub async fn due_targets(&self, after: &[(String, String)]) -> Result<DueTargets, StoreError> {
         let at = now(self.read()).await?;
-        // One index probe a target, however many rows each has (neither database skips through an index by itself).
-        let sql = "WITH RECURSIVE scan(target) AS ( \
-             SELECT MIN(target) FROM webhook_deliveries WHERE state = 'pending' \
+        let (backend, rows) = (self.read().get_database_backend(), groups::rows(self.read()));
+        // One index probe an owner and a target, however many rows each has (neither database skips through an index by
+        // itself). A step without a target stands between two owners.
+        let sql = format!(
+            "WITH RECURSIVE page(owner, target) AS (SELECT v.value ->> 0, v.value ->> 1 FROM {rows}), \
+             scan(owner, target, n) AS ( \
+             SELECT MIN(d.owner), CAST(NULL AS TEXT), 0 FROM webhook_deliveries d WHERE d.state = 'pending' \
              UNION ALL \
-             SELECT (SELECT MIN(d.target) FROM webhook_deliveries d WHERE d.state = 'pending' AND d.target > scan.target) \
-             FROM scan WHERE scan.target IS NOT NULL) \
-             SELECT target, (SELECT MIN(d.next_attempt_at) FROM webhook_deliveries d \
-             WHERE d.state = 'pending' AND d.target = scan.target) AS due FROM scan WHERE target IS NOT NULL";
-        let backend = self.read().get_database_backend();
-        let due = Due::find_by_statement(Statement::from_string(backend, sql)).all(self.read()).await?;
-        Ok((due, at))
+             SELECT CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN \
+             (SELECT MIN(d.owner) FROM webhook_deliveries d WHERE d.state = 'pending' AND d.owner > scan.owner) \
+             ELSE scan.owner END, \
+             CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN NULL ELSE \
+             (SELECT MIN(d.target) FROM webhook_deliveries d WHERE d.state = 'pending' AND d.owner = scan.owner AND \
+             d.target > COALESCE(scan.target, (SELECT page.target FROM page WHERE page.owner = scan.owner), '')) END, \
+             CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN 0 ELSE scan.n + 1 END \
+             FROM scan WHERE scan.owner IS NOT NULL) \
+             SELECT owner, target, (SELECT MIN(d.next_attempt_at) FROM webhook_deliveries d WHERE d.state = 'pending' \
+             AND d.owner = scan.owner AND d.target = scan.target) AS due FROM scan \
+             WHERE owner IS NOT NULL AND target IS NOT NULL"
+        );
+        let most = i32::try_from(TARGETS_AT_A_LOOK).unwrap_or(i32::MAX);
+        let values = [groups::json(after.iter())?.into(), most.into()];
+        let targets =
+            Due::find_by_statement(Statement::from_sql_and_values(backend, sql, values)).all(self.read()).await?;
+        let more = targets
+            .chunk_by(|a, b| a.owner == b.owner)
+            .filter(|of_owner| of_owner.len() >= TARGETS_AT_A_LOOK)
+            .filter_map(|of_owner| of_owner.last())
+            .map(|last| (last.owner.clone(), last.target.clone()))
+            .collect();
+        Ok(DueTargets { targets, at, more })
     }
 
     /// Takes due deliveries, of each target at most as many as given, the longest due first. An attempt of each is written
@@ -138,7 +179,10 @@ pub(super) async fn claim(
     if found.is_empty() {
         return Ok(Vec::new());
     }
-    let mut at_once: HashMap<&str, usize> = shares.iter().map(|share| (share.target.as_str(), share.at_once)).collect();
+    let mut at_once: HashMap<&str, HashMap<&str, usize>> = HashMap::new();
+    for share in shares {
+        at_once.entry(&share.owner).or_default().insert(&share.target, share.at_once);
+    }
     let endpoints = endpoints_of(tx, &found).await?;
     let (mut held, mut unreadable, mut rows) = (Vec::new(), Vec::new(), Vec::with_capacity(found.len()));
     for row in found {
@@ -150,7 +194,8 @@ pub(super) async fn claim(
             held.push(row.id);
             continue;
         }
-        let at_once = at_once.get_mut(row.target.as_str());
+        let of_owner = at_once.get_mut(row.owner.as_str());
+        let at_once = of_owner.and_then(|targets| targets.get_mut(row.target.as_str()));
         let is_last = row.attempts + 1 >= row.max_attempts;
         match at_once {
             Some(at_once) if *at_once > 0 => *at_once -= 1,
@@ -183,13 +228,13 @@ pub(super) async fn claim(
 async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) -> Result<Vec<Candidate>, StoreError> {
     // All but the bytes in one value: each value of a row is copied to and fro between threads, and that costs more than
     // the search for the row ([`Candidate::from_row`] takes it apart).
-    const COLUMNS: &str = "(d.id, d.batch_id, d.endpoint_id, d.event, d.url, d.target, d.timeout, d.attempts, \
-         d.max_attempts, d.created_at)";
+    const COLUMNS: &str = "(d.id, d.batch_id, d.endpoint_id, d.owner, d.event, d.url, d.target, d.timeout, \
+         d.attempts, d.max_attempts, d.created_at)";
     // The state is written out: only then do the databases use the index of what is pending.
-    const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.target = v.value ->> 0 \
-         AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
+    const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.owner = v.value ->> 0 \
+         AND w.target = v.value ->> 1 AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
     let rows = groups::rows(tx);
-    let targets = groups::json(shares.iter().map(|share| (&share.target, share.count)))?;
+    let targets = groups::json(shares.iter().map(|share| (&share.owner, &share.target, share.count)))?;
     let most = shares.iter().map(|share| share.count).max().unwrap_or(0);
     let most = i64::try_from(most).unwrap_or(i64::MAX);
     let columns = match tx.get_database_backend() {
@@ -202,7 +247,7 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
             DatabaseBackend::Sqlite,
             format!(
                 "SELECT {columns} FROM {rows} CROSS JOIN webhook_deliveries d WHERE d.id IN (SELECT id FROM \
-                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 1)"
+                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 2)"
             ),
             [targets.into(), at.0.into(), most.into()],
         ),
@@ -210,7 +255,7 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
             backend,
             format!(
                 "SELECT {columns} FROM {rows} CROSS JOIN LATERAL (SELECT w.* {DUE} \
-                 LIMIT CAST(v.value ->> 1 AS BIGINT) FOR UPDATE SKIP LOCKED) d"
+                 LIMIT CAST(v.value ->> 2 AS BIGINT) FOR UPDATE SKIP LOCKED) d"
             ),
             [targets.into(), at.0.into()],
         ),
@@ -223,6 +268,7 @@ pub(super) struct Candidate {
     id: String,
     batch_id: Option<String>,
     endpoint_id: Option<String>,
+    owner: String,
     event: String,
     url: String,
     target: String,
@@ -237,15 +283,16 @@ pub(super) struct Candidate {
 impl Candidate {
     /// From a row of [`due_of`]: the array of the other columns, the secret, the body.
     fn from_row(row: &QueryResult) -> Result<Self, StoreError> {
-        type Packed = (String, Option<String>, Option<String>, String, String, String, i64, i32, i32, i64);
+        type Packed = (String, Option<String>, Option<String>, String, String, String, String, i64, i32, i32, i64);
         let packed: String = row.try_get_by_index(0)?;
-        let (id, batch_id, endpoint_id, event, url, target, timeout, attempts, max_attempts, created_at): Packed =
+        let (id, batch_id, endpoint_id, owner, event, url, target, timeout, attempts, max_attempts, created_at): Packed =
             convert::json("delivery", &packed)?;
         let (secret, body) = (row.try_get_by_index(1)?, row.try_get_by_index(2)?);
         Ok(Self {
             id,
             batch_id,
             endpoint_id,
+            owner,
             event,
             url,
             target,
@@ -281,6 +328,7 @@ impl From<webhook_delivery::Model> for Candidate {
             id: row.id,
             batch_id: row.batch_id,
             endpoint_id: row.endpoint_id,
+            owner: row.owner,
             event: row.event,
             url: row.url,
             target: row.target,
@@ -310,6 +358,7 @@ pub(super) async fn take(
         claimed.push(ClaimedDelivery {
             id: DeliveryId::from_text(row.id),
             batch_id: row.batch_id.map(BatchId::from_text),
+            owner: row.owner,
             event,
             url: row.url,
             target: row.target,

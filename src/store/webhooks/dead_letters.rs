@@ -250,6 +250,7 @@ impl Store {
         let claim = ClaimedDelivery {
             id: delivery_id,
             batch_id: row.batch_id.clone().map(BatchId::from_text),
+            owner: row.owner.clone(),
             event: event_of(&row.event)?,
             target: target_of(&url),
             url,

@@ -28,6 +28,9 @@ use crate::{
     },
 };
 
+/// The states of what is not settled yet.
+const UNSETTLED: [&str; 2] = ["pending", "leased"];
+
 /// An endpoint to register.
 #[derive(Clone, Debug)]
 pub struct NewEndpoint {
@@ -79,7 +82,7 @@ pub struct EndpointRecord {
 /// What to change of an endpoint: what is none stays.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointChange {
-    /// Where it is. What waits for it goes there too.
+    /// Where it is. What waits for it goes there too, and of what is being sent the next attempt.
     pub url: Option<String>,
     /// What it wants to hear of, from now on.
     pub events: Option<EventFilter>,
@@ -204,7 +207,8 @@ impl Store {
         let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
         if let Some(url) = change.url {
             row.url = url;
-            waiting(id)
+            // Also what is being sent at this moment: its next attempts go to the new place.
+            unsettled(id)
                 .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
                 .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
                 .exec(&tx)
@@ -213,7 +217,12 @@ impl Store {
         if let Some((disabled, reason)) = change.disabled {
             if disabled != row.disabled {
                 let due = if disabled { NEVER } else { at.0 };
-                waiting(id).col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due)).exec(&tx).await?;
+                unsettled(id)
+                    .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due))
+                    .col_expr(webhook_delivery::Column::ScheduledAt, Expr::val(at.0))
+                    .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+                    .exec(&tx)
+                    .await?;
             }
             row.disabled = disabled;
             row.disabled_reason = reason.filter(|_| disabled);
@@ -293,10 +302,7 @@ impl Store {
             .await?;
         let deliveries = webhook_delivery::Entity::find()
             .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
-            .filter(
-                webhook_delivery::Column::State
-                    .is_in([DeliveryState::Pending.as_str(), DeliveryState::Leased.as_str()]),
-            )
+            .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
             .count(&tx)
             .await?;
         if batches > 0 || deliveries > 0 {
@@ -342,11 +348,11 @@ impl Store {
     }
 }
 
-/// An update of the deliveries that wait for an endpoint.
-fn waiting(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Entity> {
+/// An update of the deliveries to an endpoint that wait or are being sent.
+fn unsettled(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Entity> {
     webhook_delivery::Entity::update_many()
         .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
-        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+        .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
 }
 
 pub(super) async fn lock(

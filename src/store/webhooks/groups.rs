@@ -15,8 +15,8 @@ use crate::{
 };
 
 /// The table of a statement's first parameter.
-pub(super) fn rows(tx: &DatabaseTransaction) -> &'static str {
-    match tx.get_database_backend() {
+pub(super) fn rows<C: ConnectionTrait>(connection: &C) -> &'static str {
+    match connection.get_database_backend() {
         DatabaseBackend::Sqlite => "json_each($1) AS v",
         _ => "json_array_elements($1::json) AS v(value)",
     }

@@ -1,11 +1,8 @@
 //! What people ask about deliveries and their attempts.
 
-use sea_orm::{
-    ColumnTrait, Condition, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect,
-    sea_query::{Expr, ExprTrait},
-};
+use sea_orm::{ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
 
-use super::{NEVER, event_of, is, state_of};
+use super::{DueTargets, NEVER, event_of, state_of};
 use crate::{
     domain::{
         BatchId, DeliveryId, Timestamp, WebhookEndpointId,
@@ -14,7 +11,6 @@ use crate::{
     store::{
         Store, StoreError,
         entity::{webhook_attempt, webhook_delivery},
-        now,
         pages::readable_page,
     },
 };
@@ -92,11 +88,6 @@ pub struct AttemptRecord {
     pub forced: bool,
 }
 
-#[derive(FromQueryResult)]
-struct OldestDue {
-    due: Option<i64>,
-}
-
 impl Store {
     /// Deliveries, newest first, those after `after` in that order, at most `limit`.
     ///
@@ -150,20 +141,15 @@ impl Store {
         rows.into_iter().map(AttemptRecord::try_from).collect()
     }
 
-    /// For how long the delivery that has been due longest has been so. None if none is due.
+    /// For how long the delivery that has been due longest has been so. None if none is due. Of an owner with very many targets
+    /// only the first are looked at ([`Store::due_targets`]).
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn oldest_due(&self) -> Result<Option<std::time::Duration>, StoreError> {
-        let at = now(self.read()).await?;
-        let oldest = webhook_delivery::Entity::find()
-            .select_only()
-            .expr_as(Expr::col(webhook_delivery::Column::NextAttemptAt).min(), "due")
-            .filter(is(DeliveryState::Pending))
-            .into_model::<OldestDue>()
-            .one(self.read())
-            .await?;
-        Ok(oldest.and_then(|oldest| oldest.due).filter(|due| *due <= at.0).map(|due| at.since(Timestamp(due))))
+        let DueTargets { targets, at, .. } = self.due_targets(&[]).await?;
+        let oldest = targets.into_iter().map(|target| target.due).min();
+        Ok(oldest.filter(|due| *due <= at.0).map(|due| at.since(Timestamp(due))))
     }
 }
 

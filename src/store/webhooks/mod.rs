@@ -5,6 +5,7 @@
 //! the reaper skip rows that somebody else has locked.
 
 mod claims;
+mod clock;
 mod dead_letters;
 mod endpoints;
 mod groups;
@@ -19,7 +20,7 @@ use sea_orm::{
     sea_query::{Expr, SimpleExpr},
 };
 
-pub use claims::{ClaimShare, ClaimedDelivery, Due, Signing};
+pub use claims::{ClaimShare, ClaimedDelivery, Due, DueTargets, Signing};
 pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLetter};
 pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint};
 pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
@@ -87,7 +88,8 @@ pub(super) async fn enqueue_progress(
     let last = ProgressMark { done: row.progress_done, at: row.progress_at };
     let Some(mark) = last.next(row.completed + row.failed, row.total, at) else { return Ok(()) };
     let Some(receiver) = Receiver::of(tx, row).await? else { return Ok(()) };
-    if !receiver.events().wants(WebhookEvent::Progress) {
+    // For a disabled endpoint it would only wait until it is too old.
+    if !receiver.events().wants(WebhookEvent::Progress) || receiver.is_disabled() {
         return Ok(());
     }
     row.progress_done = mark.done;
@@ -116,6 +118,13 @@ impl Receiver {
             }));
         }
         row.webhook.as_deref().map(|text| convert::json("webhook", text).map(Self::Webhook)).transpose()
+    }
+
+    fn is_disabled(&self) -> bool {
+        match self {
+            Self::Endpoint(endpoint, _) => endpoint.disabled,
+            Self::Webhook(_) | Self::Gone(_) => false,
+        }
     }
 
     fn events(&self) -> EventFilter {
@@ -186,6 +195,7 @@ fn new_delivery(event: WebhookEvent, body: Vec<u8>, at: Timestamp) -> webhook_de
         state: DeliveryState::Pending.as_str().to_owned(),
         attempts: 0,
         next_attempt_at: at.0,
+        scheduled_at: None,
         expires_at: (event == WebhookEvent::Progress).then(|| at.plus(PROGRESS_LIFETIME).0),
         lease_token: None,
         lease_expires_at: None,

@@ -195,10 +195,12 @@ impl Store {
     }
 
     async fn claim_retry_job_once(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
+        // One that ends later than a whole lease from now was taken before the database's clock was set back.
         let free = |at: Timestamp| {
             Condition::any()
                 .add(webhook_retry_job::Column::LeaseExpiresAt.is_null())
                 .add(webhook_retry_job::Column::LeaseExpiresAt.lt(at.0))
+                .add(webhook_retry_job::Column::LeaseExpiresAt.gt(at.plus(lease * 2).0))
         };
         let open = |at: Timestamp| {
             webhook_retry_job::Entity::find()

@@ -6,7 +6,7 @@ use std::{
 };
 
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
+    ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     sea_query::{Expr, LockBehavior, LockType},
 };
 
@@ -204,12 +204,27 @@ impl Store {
 
     async fn expire_progress(&self) -> Result<u64, StoreError> {
         let at = now(self.read()).await?;
+        // Of these there is an index of its own.
+        let old = Condition::all()
+            .add(is(DeliveryState::Pending))
+            .add(webhook_delivery::Column::ExpiresAt.lte(at.0))
+            .add(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()));
+        // Nearly always there is none: that is found out without a write transaction.
+        let any: Option<String> = webhook_delivery::Entity::find()
+            .select_only()
+            .column(webhook_delivery::Column::Id)
+            .filter(old.clone())
+            .limit(1)
+            .into_tuple()
+            .one(self.read())
+            .await?;
+        if any.is_none() {
+            return Ok(0);
+        }
         let expired = webhook_delivery::Entity::update_many()
             .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
             .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
-            .filter(is(DeliveryState::Pending))
-            .filter(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()))
-            .filter(webhook_delivery::Column::ExpiresAt.lte(at.0))
+            .filter(old)
             .exec(&self.inner.write)
             .await?;
         Ok(expired.rows_affected)
@@ -356,7 +371,10 @@ async fn put(
     row.lease_expires_at = None;
     row.error_message = error.map(|error| error.message.clone());
     match step.effect {
-        Effect::Retry => row.next_attempt_at = at.plus(wait).0,
+        Effect::Retry => {
+            row.next_attempt_at = at.plus(wait).0;
+            row.scheduled_at = Some(at.0);
+        }
         Effect::None | Effect::DeadLetter => {}
     }
     if step.state != DeliveryState::Pending {

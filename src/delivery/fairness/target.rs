@@ -1,0 +1,130 @@
+//! What is known of one owner's target.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{FAILURES_BEFORE_PROBING, LATELY, PROBE_WAIT, Pace};
+
+/// How long a target that only ever failed is remembered after its last send.
+const LONG: Duration = Duration::from_secs(3_600);
+
+pub(super) struct Target<T> {
+    pub(super) host: Arc<str>,
+    in_flight: usize,
+    /// Of those, begun while it had not answered lately.
+    unsure: usize,
+    /// To be claimed: it is not known yet whether they are there.
+    pub(super) asked: usize,
+    /// When it was asked last, on [`Fairness`](super::Fairness)'s clock.
+    pub(super) asked_at: u64,
+    /// Claimed, with the time from which they wait.
+    pub(super) line: VecDeque<(T, Instant)>,
+    /// It is in the turns of its host.
+    pub(super) has_turn: bool,
+    pace: Pace,
+    failures: u32,
+    /// The wait before the next probe, while only probed.
+    probe_wait: Duration,
+    pub(super) not_before: Option<Instant>,
+    pub(super) last_used: Option<Instant>,
+    last_success: Option<Instant>,
+}
+
+impl<T> Target<T> {
+    pub(super) fn new(host: Arc<str>) -> Self {
+        Self {
+            host,
+            in_flight: 0,
+            unsure: 0,
+            asked: 0,
+            asked_at: 0,
+            line: VecDeque::new(),
+            has_turn: false,
+            pace: Pace::default(),
+            failures: 0,
+            probe_wait: Duration::ZERO,
+            not_before: None,
+            last_used: None,
+            last_success: None,
+        }
+    }
+
+    pub(super) fn is_held(&self, now: Instant) -> bool {
+        self.not_before.is_some_and(|at| at > now)
+    }
+
+    pub(super) fn is_probed(&self) -> bool {
+        self.failures >= FAILURES_BEFORE_PROBING
+    }
+
+    /// It has answered lately, so it will most likely do so again.
+    pub(super) fn is_sure(&self, now: Instant) -> bool {
+        self.failures == 0 && self.last_success.is_some_and(|at| now.saturating_duration_since(at) <= LATELY)
+    }
+
+    /// Whether it, for its own part, can take another.
+    pub(super) fn may_send(&self, per_target: usize, now: Instant) -> bool {
+        self.in_flight < self.limit(per_target) && !self.is_held(now)
+    }
+
+    /// How many it may have more: at once, and in all.
+    pub(super) fn room(&self, per_target: usize, line: usize, now: Instant) -> (usize, usize) {
+        if self.is_held(now) {
+            return (0, 0);
+        }
+        let limit = self.limit(per_target);
+        let taken = self.in_flight + self.asked + self.line.len();
+        let line = if self.failures > 0 { 0 } else { (self.pace.recent(now) * 2).min(line) };
+        (limit.saturating_sub(taken), (limit + line).saturating_sub(taken))
+    }
+
+    pub(super) fn sent(&mut self, is_sure: bool, now: Instant) {
+        self.in_flight += 1;
+        self.unsure += usize::from(!is_sure);
+        self.last_used = Some(now);
+    }
+
+    /// A send has ended; whether it was begun as a sure one. None: there was none. They are alike, so any of them has ended.
+    pub(super) fn finished(&mut self) -> Option<bool> {
+        self.in_flight = self.in_flight.checked_sub(1)?;
+        let was_sure = self.unsure == 0;
+        self.unsure = self.unsure.saturating_sub(1);
+        Some(was_sure)
+    }
+
+    pub(super) fn succeeded(&mut self, now: Instant) {
+        self.pace.count(now);
+        self.failures = 0;
+        self.probe_wait = Duration::ZERO;
+        self.not_before = None;
+        self.last_success = Some(now);
+    }
+
+    pub(super) fn failed(&mut self, retry_after: Option<Duration>, now: Instant) {
+        self.failures = self.failures.saturating_add(1);
+        // What was in flight when the first of them failed says nothing new.
+        let probing = (self.is_probed() && !self.is_held(now)).then(|| {
+            let (first, longest) = PROBE_WAIT;
+            self.probe_wait = (self.probe_wait * 2).clamp(first, longest);
+            self.probe_wait
+        });
+        if let Some(wait) = probing.into_iter().chain(retry_after).max() {
+            self.not_before = self.not_before.max(Some(now + wait));
+        }
+    }
+
+    pub(super) fn is_at_rest(&self, now: Instant) -> bool {
+        let recent = self.last_used.is_some_and(|at| now.saturating_duration_since(at) < LONG);
+        let busy = self.in_flight > 0 || self.asked > 0 || !self.line.is_empty();
+        let known = (self.failures > 0 && recent) || self.is_sure(now) || self.pace.recent(now) > 0;
+        !(busy || self.is_held(now) || known)
+    }
+
+    /// Sends that may be in flight.
+    fn limit(&self, per_target: usize) -> usize {
+        if self.is_probed() { 1 } else { per_target }
+    }
+}
