@@ -92,7 +92,9 @@ impl ServeConfig {
     fn check_webhooks(&self) -> Result<(), ConfigError> {
         match Schedule::try_new(self.webhook_retry_schedule.clone()) {
             Ok(_) => Ok(()),
-            Err(bad) => refuse("--webhook-retry-schedule", format!("{bad}; the default is 5s,30s,2m,10m,30m,1h,2h,4h,8h")),
+            Err(bad) => {
+                refuse("--webhook-retry-schedule", format!("{bad}; the default is 5s,30s,2m,10m,30m,1h,2h,4h,8h"))
+            }
         }
     }
 

@@ -127,7 +127,10 @@ impl Housekeeping {
         if clocks.may_be_back(asked, Instant::now().into_std(), said) {
             let mended = inner.store.mend_due_times().await?;
             if mended > 0 {
-                warn!(mended, "the database's clock was set back; webhooks that were due later than they can be are due anew");
+                warn!(
+                    mended,
+                    "the database's clock was set back; webhooks that were due later than they can be are due anew"
+                );
                 inner.wake.notify_one();
             }
         }

@@ -177,7 +177,10 @@ mod tests {
     #[test]
     fn a_database_that_is_away_skips_nothing() {
         let store = |error| was_sent(Err(RetryError::Store(error)));
-        assert!(matches!(store(StoreError::Unavailable(DbErr::Custom("away".into()))), Err(StoreError::Unavailable(_))));
+        assert!(matches!(
+            store(StoreError::Unavailable(DbErr::Custom("away".into()))),
+            Err(StoreError::Unavailable(_))
+        ));
         assert!(matches!(store(StoreError::Rejected(DbErr::Custom("bug".into()))), Ok(false)));
         assert!(matches!(store(StoreError::Corrupt("odd".into())), Ok(false)));
         for (error, sent) in [

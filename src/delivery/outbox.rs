@@ -366,11 +366,7 @@ impl Outbox {
     }
 
     fn send(&mut self, claim: ClaimedDelivery) {
-        let known = InFlight {
-            owner: claim.owner.clone(),
-            target: claim.target.clone(),
-            created_at: claim.created_at,
-        };
+        let known = InFlight { owner: claim.owner.clone(), target: claim.target.clone(), created_at: claim.created_at };
         let webhooks = self.webhooks.clone();
         let task = self.sends.spawn(async move {
             let sent = webhooks.send(&claim).await;

@@ -212,7 +212,10 @@ fn answered(head: Head, body: &[u8]) -> Sent {
         StatusCode::GONE => Some((ErrorKind::Gone, "the receiver answered 410: it wants no more of this".to_owned())),
         status if status.is_redirection() && location.is_some() => {
             let (code, to) = (status.as_u16(), location.unwrap_or_default());
-            Some((ErrorKind::Status, format!("the receiver answered {code}, a redirect to {to}; redirects are not followed")))
+            Some((
+                ErrorKind::Status,
+                format!("the receiver answered {code}, a redirect to {to}; redirects are not followed"),
+            ))
         }
         status => Some((ErrorKind::Status, format!("the receiver answered {}", status.as_u16()))),
     };
@@ -354,7 +357,8 @@ mod tests {
 
     #[test]
     fn errors_are_short_and_printable() {
-        let message = Sent::failed(ErrorKind::Connect, format!("a\0b\n{}", "é".repeat(9_000))).result.error.unwrap().message;
+        let message =
+            Sent::failed(ErrorKind::Connect, format!("a\0b\n{}", "é".repeat(9_000))).result.error.unwrap().message;
         assert!(message.starts_with("a b é") && message.chars().count() == MESSAGE);
     }
 }

@@ -268,7 +268,11 @@ impl Webhooks {
     ///
     /// # Errors
     /// [`TestError`].
-    pub async fn test_endpoint(&self, id: &WebhookEndpointId, owner: Option<&str>) -> Result<Option<Tested>, TestError> {
+    pub async fn test_endpoint(
+        &self,
+        id: &WebhookEndpointId,
+        owner: Option<&str>,
+    ) -> Result<Option<Tested>, TestError> {
         let (webhooks, id, owner) = (self.clone(), id.clone(), owner.map(str::to_owned));
         let test = async move { webhooks.test_endpoint_here(&id, owner.as_deref()).await };
         // Once sent it must be written down, also when the caller has hung up.

@@ -54,7 +54,8 @@ pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
     DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,
-    EndpointRecord, NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing, Turn,
+    EndpointRecord, NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
+    Turn,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 

@@ -109,7 +109,16 @@ async fn deliveries(server: &Server, batch: &str, until: impl Fn(&[DeliveryState
 
 fn flags<'a>(worker: &'a str, database: Option<&'a str>) -> Vec<&'a str> {
     let mut flags = vec!["--worker", worker, "--worker-max-in-flight", "4", "--flush-interval", "50ms"];
-    flags.extend(["--webhook-allow-cidr", "127.0.0.0/8", "--webhook-retry-schedule", "1s,2s,4s", "--master-key", MASTER_KEY, "--lease", "3s"]);
+    flags.extend([
+        "--webhook-allow-cidr",
+        "127.0.0.0/8",
+        "--webhook-retry-schedule",
+        "1s,2s,4s",
+        "--master-key",
+        MASTER_KEY,
+        "--lease",
+        "3s",
+    ]);
     flags.extend(database.iter().flat_map(|url| ["--database-url", *url]));
     flags
 }

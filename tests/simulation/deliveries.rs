@@ -90,7 +90,9 @@ impl Deliveries {
         }
         while let Some(at) = self.fairness.next(self.now) {
             assert!(
-                self.fairness.held_until(owner(self.rows[at].target), &self.rows[at].target.to_string(), self.now).is_none(),
+                self.fairness
+                    .held_until(owner(self.rows[at].target), &self.rows[at].target.to_string(), self.now)
+                    .is_none(),
                 "a target that is held back"
             );
             self.flights.push(at);
@@ -139,7 +141,10 @@ impl Deliveries {
             .collect();
         for share in self.fairness.shares(&due, self.now) {
             let target: usize = share.target.parse().unwrap();
-            assert!(self.fairness.held_until(&share.owner, &share.target, self.now).is_none(), "a target that is held back");
+            assert!(
+                self.fairness.held_until(&share.owner, &share.target, self.now).is_none(),
+                "a target that is held back"
+            );
             let mine: Vec<usize> = (0..self.rows.len())
                 .filter(|at| self.rows[*at].target == target && ready(&self.rows[*at], self.now))
                 .collect();

@@ -1,9 +1,6 @@
 //! What receivers get, and what they get after a crash.
 
-use std::{
-    collections::HashSet,
-    time::Duration,
-};
+use std::{collections::HashSet, time::Duration};
 
 use sea_orm::{ConnectionTrait, Statement};
 
@@ -136,8 +133,7 @@ async fn a_stop_lets_what_is_in_flight_end(db: Db) {
     let batch = db.batch(Some(target(receiver.url("/"))), None).await;
     db.complete(&batch.id).await;
     let options = tidemill::delivery::Options { drain: Duration::from_secs(120), ..db.options() };
-    let running =
-        crate::fixture::Running::start(tidemill::delivery::Webhooks::new(db.store.clone(), options).unwrap());
+    let running = crate::fixture::Running::start(tidemill::delivery::Webhooks::new(db.store.clone(), options).unwrap());
     receiver.wait(1).await;
     let late = db.batch(Some(target(receiver.url("/"))), None).await;
     let mut stopping = Box::pin(running.stop());
@@ -186,8 +182,7 @@ async fn hanging_receivers_of_one_owner_hold_up_nobody(db: Db) {
         db.complete(&batch.id).await;
     }
     let options = tidemill::delivery::Options { in_flight: 64, ..db.options() };
-    let running =
-        crate::fixture::Running::start(tidemill::delivery::Webhooks::new(db.store.clone(), options).unwrap());
+    let running = crate::fixture::Running::start(tidemill::delivery::Webhooks::new(db.store.clone(), options).unwrap());
     let hang = || one.requests().len() + two.requests().len();
     eventually("as many hang as may", || async { (hang() >= 10).then_some(()) }).await;
     for (owner, path) in [("good", "/theirs"), ("bad", "/own")] {
@@ -197,7 +192,9 @@ async fn hanging_receivers_of_one_owner_hold_up_nobody(db: Db) {
     }
     assert!(hang() <= 16, "{} of 64 places", hang());
     let attempts = "SELECT 1 FROM webhook_attempts WHERE outcome = 'failed'";
-    assert!(db.raw.query_all_raw(Statement::from_string(db.raw.get_database_backend(), attempts)).await.unwrap().is_empty());
+    assert!(
+        db.raw.query_all_raw(Statement::from_string(db.raw.get_database_backend(), attempts)).await.unwrap().is_empty()
+    );
     running.kill().await;
 }
 

@@ -266,8 +266,7 @@ async fn the_longest_due_are_claimed_and_no_more_than_asked(db: Db) {
     db.execute("UPDATE webhook_deliveries SET next_attempt_at = 10 - attempts - CAST(substr(id, 8, 4) AS INTEGER)")
         .await;
     db.execute("UPDATE webhook_deliveries SET next_attempt_at = 9223372036854775000 WHERE id = 'msg_two0008'").await;
-    let shares =
-        [
+    let shares = [
         ClaimShare::at_once("", one, 2),
         ClaimShare::at_once("", two, 5),
         ClaimShare::at_once("", "http://127.0.0.1:1/three", 7),

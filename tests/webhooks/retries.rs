@@ -82,6 +82,7 @@ async fn of_two_retries_at_the_same_time_one_sends(db: Db) {
     assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Busy);
     gate.open();
     assert!(matches!(retries.next().await, Some(Ok(_))));
+    drop(retries);
     assert_eq!(receiver.requests().len(), 4);
     running.stop().await;
 }

@@ -359,7 +359,11 @@ mod tests {
         assert_eq!(addresses(&["::1/128"], "app.localhost.").await.as_deref(), Some("::1"));
         assert_eq!(addresses(&["127.0.0.0/8", "::1/128"], "localhost").await.as_deref(), Some("::1 127.0.0.1"));
         assert_eq!(addresses(&["10.9.0.0/16"], "localhost").await, None);
-        assert_eq!(addresses(&["127.0.0.0/8"], "LocalHost.").await, None, "whoever says so, 10.0.0.1 is not this machine");
+        assert_eq!(
+            addresses(&["127.0.0.0/8"], "LocalHost.").await,
+            None,
+            "whoever says so, 10.0.0.1 is not this machine"
+        );
         assert_eq!(addresses(&["127.0.0.0/8"], "notlocalhost").await, None);
     }
 
@@ -379,7 +383,8 @@ mod tests {
     /// While very many checks wait for name servers, the next does not wait behind them.
     #[tokio::test]
     async fn a_check_does_not_wait_for_others() {
-        let lookup = Arc::new(|_| -> BoxFuture<'static, std::io::Result<Vec<IpAddr>>> { Box::pin(std::future::pending()) });
+        let lookup =
+            Arc::new(|_| -> BoxFuture<'static, std::io::Result<Vec<IpAddr>>> { Box::pin(std::future::pending()) });
         let guard = Guard::with_lookup(Policy::default(), lookup);
         let mut waiting: Vec<_> = (0..CHECKS).map(|_| Box::pin(guard.check("https://slow.test/"))).collect();
         for check in &mut waiting {

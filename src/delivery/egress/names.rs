@@ -11,9 +11,7 @@ use std::{
 
 use hickory_resolver::{
     Resolver, TokioResolver,
-    config::{
-        ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
-    },
+    config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
     net::{NetError, runtime::TokioRuntimeProvider},
     system_conf::read_system_conf,
 };
@@ -96,7 +94,8 @@ impl Names {
             }
         }
         let files = changed_at();
-        let resolver = self.build().map_err(|error| io::Error::other(format!("the resolver can't be set up: {error}")))?;
+        let resolver =
+            self.build().map_err(|error| io::Error::other(format!("the resolver can't be set up: {error}")))?;
         *current = Some(Current { resolver: resolver.clone(), looked_at: now, files });
         Ok(resolver)
     }

@@ -59,12 +59,7 @@ impl Plan {
     }
 
     /// What is due, by owner and host, whoever was asked longest ago first.
-    fn in_order<'a, T>(
-        &self,
-        due: &'a [Due],
-        known: &HashMap<Arc<str>, Owner<T>>,
-        now: Instant,
-    ) -> Vec<OwnerDue<'a>> {
+    fn in_order<'a, T>(&self, due: &'a [Due], known: &HashMap<Arc<str>, Owner<T>>, now: Instant) -> Vec<OwnerDue<'a>> {
         let mut owners: BTreeMap<&str, BTreeMap<&str, Vec<TargetDue<'a>>>> = BTreeMap::new();
         for due in due.iter().filter(|due| due.count > 0) {
             let state = known.get(&*due.owner).and_then(|owner| owner.targets.get(&*due.target));
@@ -122,8 +117,7 @@ impl<'a> TargetDue<'a> {
     fn share(self) -> Option<(&'a Due, Share)> {
         let (at_once, count) = (self.at_once, self.at_once + self.in_line);
         let Due { owner, target, .. } = self.due;
-        (count > 0)
-            .then(|| (self.due, Share { owner: owner.clone(), target: target.clone(), count, at_once }))
+        (count > 0).then(|| (self.due, Share { owner: owner.clone(), target: target.clone(), count, at_once }))
     }
 }
 
@@ -165,8 +159,8 @@ impl<'a> OwnerDue<'a> {
     /// One more that can be sent at once, to the next target that may have it. False: there is none.
     fn give_at_once(&mut self, plan: &Plan) -> bool {
         self.give(|owner, host, target| {
-            let fits = target.at_once < target.at_once_room
-                && has_room(plan.limit, plan.taken, owner, host, target.is_sure);
+            let fits =
+                target.at_once < target.at_once_room && has_room(plan.limit, plan.taken, owner, host, target.is_sure);
             target.at_once += usize::from(fits);
             fits.then(|| usize::from(!target.is_sure))
         })

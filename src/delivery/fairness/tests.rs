@@ -89,8 +89,7 @@ fn turns_go_round_the_owners_first() {
 #[test]
 fn whoever_has_hanging_receivers_only_holds_up_nobody() {
     let (mut fairness, now) = (Fairness::new(4, 64), Instant::now());
-    let mut all: Vec<_> =
-        (0..16).map(|n| of("bad", ["one", "two"][n % 2], &format!("http://{n}"))).collect();
+    let mut all: Vec<_> = (0..16).map(|n| of("bad", ["one", "two"][n % 2], &format!("http://{n}"))).collect();
     let hanging = send(&mut fairness, &all, now).len();
     assert!((8..=12).contains(&hanging), "{hanging}");
     all.push(of("bad", "three", "new"));
@@ -110,7 +109,9 @@ fn whoever_has_hanging_receivers_only_holds_up_nobody() {
 fn many_owners_with_hanging_receivers_leave_places_to_the_next() {
     let (mut fairness, now) = (Fairness::<String>::new(4, 256), Instant::now());
     let all: Vec<_> = (0..40)
-        .flat_map(|owner| (0..64).map(move |n| of(&format!("o{owner}"), &format!("h{}", n % 8), &format!("{owner} {n}"))))
+        .flat_map(|owner| {
+            (0..64).map(move |n| of(&format!("o{owner}"), &format!("h{}", n % 8), &format!("{owner} {n}")))
+        })
         .collect();
     let hanging = send(&mut fairness, &all, now).len();
     assert!((150..=250).contains(&hanging), "{hanging}");

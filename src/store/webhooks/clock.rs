@@ -46,10 +46,7 @@ impl Store {
                  WHERE state = 'leased' AND lease_expires_at > timeout + $1",
                 vec![at.0 + LEASE_MARGIN_MICROS],
             ),
-            (
-                "UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1",
-                vec![at.0 + longest],
-            ),
+            ("UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1", vec![at.0 + longest]),
         ] {
             let values: Vec<sea_orm::Value> = values.into_iter().map(Into::into).collect();
             changed += tx.execute_raw(Statement::from_sql_and_values(backend, sql, values)).await?.rows_affected();
