@@ -225,7 +225,7 @@ impl Outbox {
                 shares.swap(0, at);
             }
             for share in shares.drain(shares.len().min(1)..) {
-                self.fairness.give_back(&share.target, share.count);
+                self.fairness.give_back(&share.owner, &share.target, share.count);
             }
             self.unsettled.extend(unsettled.drain(unsettled.len().min(1)..));
         }

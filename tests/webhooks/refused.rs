@@ -56,13 +56,13 @@ async fn a_delivery_that_can_not_be_read_hides_no_other(db: Db) {
     spoil(1, "attempts = 99").await;
     // A sender that is gone has left it.
     spoil(2, "event = 'nonsense', state = 'leased', lease_token = 'x', lease_expires_at = 1").await;
-    let share = ClaimShare::at_once(target(receiver.url("/")).url, 10);
+    let share = ClaimShare::at_once("", target(receiver.url("/")).url, 10);
     let claimed = db.store.claim_deliveries(std::slice::from_ref(&share)).await.unwrap();
     assert_eq!(claimed.len(), 1);
     assert_eq!(claimed[0].batch_id.as_ref(), Some(&batches[3]));
     assert!(db.store.claim_deliveries(&[share]).await.unwrap().is_empty(), "they are not the first for ever");
-    let (due, at) = db.store.due_targets().await.unwrap();
-    assert!(due.iter().all(|due| due.due > at.0), "{due:?}");
+    let due = db.store.due_targets(&[]).await.unwrap();
+    assert!(due.targets.iter().all(|one| one.due > due.at.0), "{due:?}");
     let reaped = db.store.reap_deliveries(true, |_| Duration::ZERO).await.unwrap();
     assert_eq!(reaped.pending, 1, "what can be read is taken back");
     let all = db.store.deliveries(&DeliveryFilter::default(), None, 2).await.unwrap();
