@@ -222,6 +222,10 @@ pub fn message(panic: &(dyn Any + Send)) -> &str {
 mod tests {
     use super::*;
 
+    async fn panics(why: &'static str) {
+        panic!("{why}")
+    }
+
     #[tokio::test]
     async fn a_part_that_panics_ends_early_or_fails_has_died_and_the_first_counts() {
         let stop = CancellationToken::new();
@@ -236,7 +240,7 @@ mod tests {
             });
             let died = supervisor.died().await;
             assert_eq!((died.part, died.why.as_str()), (Part::Hub, why));
-            supervisor.spawn_once(Part::Sweeps, async { panic!("later") });
+            supervisor.spawn_once(Part::Sweeps, panics("later"));
             supervisor.ended().await;
             assert_eq!(supervisor.died().await.part, Part::Hub, "the first");
             assert_eq!(died.to_string(), format!("the part \"hub\" of the server has died: {why}"));
@@ -259,8 +263,7 @@ mod tests {
         let supervisor = Supervisor::default();
         supervisor.spawn_once(
             Part::Webhooks,
-            async { tokio::join!(named(Part::RetryJobs, async { panic!("oh no") }), std::future::pending::<()>()) }
-                .map(|_| ()),
+            async { tokio::join!(named(Part::RetryJobs, panics("oh no")), std::future::pending::<()>()) }.map(|_| ()),
         );
         assert_eq!(supervisor.died().await.why, "it panicked: retry-jobs: oh no");
     }
