@@ -27,7 +27,7 @@ use crate::{
     },
     domain::NodeId,
     fault,
-    fleet::{Fleet, FleetError, FleetOptions, InFlight},
+    fleet::{Fleet, FleetError, FleetOptions, HealthCheck, InFlight},
     ingest::{Ingest, Limits},
     objects::{self, ObjectsError},
     progress::Hub,
@@ -160,6 +160,10 @@ impl App {
             },
             api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
             answer_memory: config.worker_answer_memory,
+            health: HealthCheck {
+                path: config.worker_health_path.path().map(str::to_owned),
+                interval: config.worker_health_interval,
+            },
         };
         let fleet = Fleet::start(store.clone(), fleet, supervisor.clone(), watching.clone()).await?;
         let scheduler = Scheduler::new(

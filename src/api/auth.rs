@@ -11,7 +11,10 @@ use subtle::ConstantTimeEq;
 use tonic::{Code, Request, Status};
 
 use super::status::error;
-use crate::domain::{Weight, Weights};
+use crate::{
+    domain::{Weight, Weights},
+    progress::Progress,
+};
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,15 @@ impl Caller {
     #[must_use]
     pub fn sees(&self, owner: &str) -> bool {
         self.role == Role::Admin || self.owner == owner
+    }
+
+    /// A batch's progress as they may see it.
+    #[must_use]
+    pub fn shown(&self, progress: Progress) -> Progress {
+        match self.role {
+            Role::Admin => progress,
+            Role::Submit => progress.public(),
+        }
     }
 
     /// Refuses all but admins.

@@ -44,7 +44,7 @@ impl Api {
         let new = validate::create_batch(request)?;
         // First of all: the same call again answers the same, whatever has become of its file since.
         if let Some(existing) = self.by_request_id(caller, new.request_id.as_deref()).await? {
-            return self.show(existing).await;
+            return self.show(caller, existing).await;
         }
         let (webhook, webhook_endpoint_id) =
             webhook_of_batch(&self.services.webhooks, caller, webhook, webhook_endpoint_id, &new.metadata).await?;
@@ -82,7 +82,7 @@ impl Api {
             webhook,
             webhook_endpoint_id,
         };
-        self.insert(new, inline).await
+        self.insert(caller, new, inline).await
     }
 
     /// Lets a call make work, which every way to make some passes: its lines, bytes and turn count as those of an upload and
@@ -97,17 +97,17 @@ impl Api {
     }
 
     /// Creates the batch. `made`: its file was made for it, and goes if it is not needed.
-    async fn insert(&self, new: NewBatch, made: bool) -> Result<pb::Batch, Status> {
+    async fn insert(&self, caller: &Caller, new: NewBatch, made: bool) -> Result<pb::Batch, Status> {
         let file = new.input_file_id.clone();
         let most = self.limits.most_lines();
         match self.services.store.create_batch_within(new, most).await.map_err(status::store)? {
-            CreatedBatch::New(batch) => self.show(*batch).await,
+            CreatedBatch::New(batch) => self.show(caller, *batch).await,
             CreatedBatch::Existing(batch) => {
                 if made && batch.input_file_id != file {
                     // Best effort: nobody knows its id.
                     let _ = self.services.store.delete_file(&file).await;
                 }
-                self.show(*batch).await
+                self.show(caller, *batch).await
             }
             CreatedBatch::TooManyLines { queued, added } => {
                 if made {
@@ -144,14 +144,14 @@ impl Api {
     }
 
     /// A batch with its progress.
-    async fn show(&self, batch: Batch) -> Result<pb::Batch, Status> {
-        let progress = self.services.hub.progress(&batch).await.map_err(status::store)?;
+    async fn show(&self, caller: &Caller, batch: Batch) -> Result<pb::Batch, Status> {
+        let progress = caller.shown(self.services.hub.progress(&batch).await.map_err(status::store)?);
         Ok(convert::batch(batch, Some(progress), &self.services.webhooks))
     }
 
     pub(super) async fn batch(&self, caller: &Caller, request: &pb::GetBatchRequest) -> Result<pb::Batch, Status> {
         let id = validate::batch_id(&request.batch_id)?;
-        self.show(self.find(caller, &id).await?).await
+        self.show(caller, self.find(caller, &id).await?).await
     }
 
     pub(super) async fn batches(
@@ -172,7 +172,7 @@ impl Api {
         let progress = self.services.hub.progresses(&found).await.map_err(status::store)?;
         let webhooks = &self.services.webhooks;
         let found = found.into_iter().zip(progress);
-        let found = found.map(|(batch, progress)| convert::batch(batch, Some(progress), webhooks));
+        let found = found.map(|(batch, progress)| convert::batch(batch, Some(caller.shown(progress)), webhooks));
         let (batches, next_page_token) = page.finish(found.collect(), |batch| &batch.id);
         Ok(pb::ListBatchesResponse { batches, next_page_token })
     }
@@ -181,7 +181,7 @@ impl Api {
         let id = validate::batch_id(&request.batch_id)?;
         self.find(caller, &id).await?;
         match self.services.store.cancel_batch(&id).await.map_err(status::store)? {
-            CancelledBatch::Batch(batch) => self.show(*batch).await,
+            CancelledBatch::Batch(batch) => self.show(caller, *batch).await,
             CancelledBatch::NotFound => Err(status::no_batch(&id)),
             CancelledBatch::Ended(batch) => {
                 let message = format!("the batch is {} and can't be cancelled any more", batch.status.as_str());
@@ -199,7 +199,7 @@ impl Api {
         let id = validate::batch_id(&request.batch_id)?;
         let (window, request_id) = validate::retry(request.completion_window, request.request_id)?;
         if let Some(existing) = self.by_request_id(caller, request_id.as_deref()).await? {
-            return self.show(existing).await;
+            return self.show(caller, existing).await;
         }
         let batch = self.find(caller, &id).await?;
         let _admitted = self.admit(caller, account, batch.counts.failed, self.copied(&batch).await?).await?;
@@ -219,7 +219,7 @@ impl Api {
             webhook: batch.webhook,
             webhook_endpoint_id: batch.webhook_endpoint_id,
         };
-        self.insert(new, true).await
+        self.insert(caller, new, true).await
     }
 
     /// The work of writing a batch's failed lines again: about so many bytes, as if all its lines were equally long.

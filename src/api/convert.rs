@@ -3,6 +3,7 @@
 use tonic::Status;
 
 use super::{
+    auth::Caller,
     status,
     webhooks::{span, webhook_to_proto},
 };
@@ -118,8 +119,9 @@ pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> 
     }
 }
 
-pub(super) fn event(of: Event, webhooks: &Webhooks) -> pb::BatchEvent {
+pub(super) fn event(of: Event, caller: &Caller, webhooks: &Webhooks) -> pb::BatchEvent {
     use pb::batch_event::Event as Wire;
+    let shown = |progress: Box<Progress>| caller.shown(*progress);
     pb::BatchEvent {
         batch_id: of.batch.map(crate::domain::BatchId::into_string).unwrap_or_default(),
         revision: of.revision.0,
@@ -127,9 +129,9 @@ pub(super) fn event(of: Event, webhooks: &Webhooks) -> pb::BatchEvent {
         sequence: of.sequence.0,
         event: Some(match of.kind {
             EventKind::StateChanged { batch: of, progress } => {
-                Wire::StateChanged(batch(*of, progress.map(|progress| *progress), webhooks))
+                Wire::StateChanged(batch(*of, progress.map(shown), webhooks))
             }
-            EventKind::Progress(of) => Wire::Progress(progress(*of)),
+            EventKind::Progress(of) => Wire::Progress(progress(shown(of))),
             EventKind::Heartbeat => Wire::Heartbeat(pb::Heartbeat {}),
         }),
     }
@@ -157,6 +159,11 @@ pub(super) fn result(of: ResultLine) -> Result<pb::BatchResult, Status> {
     })
 }
 
+/// A worker as somebody may see it who is no admin: not where it is, nor what it answers.
+pub(super) fn public_worker(of: WorkerView) -> pb::Worker {
+    pb::Worker { url: String::new(), last_error: String::new(), ..worker(of) }
+}
+
 pub(super) fn worker(of: WorkerView) -> pb::Worker {
     let state = match of.state {
         WorkerState::Starting => pb::WorkerState::Starting,
@@ -166,6 +173,8 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
     };
     let count = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
     let load = of.load.unwrap_or_default();
+    let complaint = of.complaint.map(|complaint| complaint.what);
+    let last_error = of.last_error.or(complaint);
     pb::Worker {
         id: of.id.into_string(),
         url: of.url,
@@ -178,7 +187,7 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
         kv_cache_usage: load.kv_cache_usage,
         output_tokens_per_second: of.output_tokens_per_second,
         requests_per_second: of.requests_per_second,
-        last_error: of.last_error.unwrap_or_default(),
+        last_error: last_error.unwrap_or_default(),
         create_time: Some(of.created_at.to_proto()),
         reports_metrics: of.load.is_some(),
         prefix_hit_rate: of.prefix_hit_rate,

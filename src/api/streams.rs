@@ -32,8 +32,8 @@ impl Api {
         self.find(caller, &id).await?;
         let events = self.services.hub.watch(&id, after, interval).await;
         let events = events.map_err(|error| status::watch(error, FIELD))?;
-        let webhooks = self.services.webhooks.clone();
-        let wire = move |event| convert::event(event, &webhooks);
+        let (caller, webhooks) = (caller.clone(), self.services.webhooks.clone());
+        let wire = move |event| convert::event(event, &caller, &webhooks);
         Ok(events.map(move |event| event.map(&wire).map_err(|error| status::watch(error, FIELD))).boxed())
     }
 
@@ -47,8 +47,8 @@ impl Api {
         let interval = validate::min_interval(request.min_interval)?;
         let events = self.services.hub.watch_all(caller.scope(), after, interval).await;
         let events = events.map_err(|error| status::watch(error, FIELD))?;
-        let webhooks = self.services.webhooks.clone();
-        let wire = move |event| convert::event(event, &webhooks);
+        let (caller, webhooks) = (caller.clone(), self.services.webhooks.clone());
+        let wire = move |event| convert::event(event, &caller, &webhooks);
         Ok(events.map(move |event| event.map(&wire).map_err(|error| status::watch(error, FIELD))).boxed())
     }
 

@@ -19,9 +19,11 @@ pub(super) struct Workers {
 impl WorkerAdmin for Workers {
     async fn list_workers(
         &self,
-        _: Request<pb::ListWorkersRequest>,
+        request: Request<pb::ListWorkersRequest>,
     ) -> Result<Response<pb::ListWorkersResponse>, Status> {
-        let workers = self.fleet.workers().into_iter().map(convert::worker).collect();
+        let admin = Caller::of(&request)?.require_admin().is_ok();
+        let shown = if admin { convert::worker } else { convert::public_worker };
+        let workers = self.fleet.workers().into_iter().map(shown).collect();
         let request_stages = Some(convert::stages(&self.stages));
         Ok(Response::new(pb::ListWorkersResponse { workers, request_stages }))
     }

@@ -105,10 +105,14 @@ impl ServeConfig {
             ("--lease", self.lease, 3 * second),
             ("--flush-interval", self.flush_interval, Duration::from_millis(10)),
             ("--max-connection-age", self.max_connection_age, second),
+            ("--worker-health-interval", self.worker_health_interval, Duration::from_millis(100)),
         ] {
             if span < least {
                 return refuse(setting, format!("must be at least {}", humantime::format_duration(least)));
             }
+        }
+        if self.worker_health_interval > Duration::from_secs(3_600) {
+            return refuse("--worker-health-interval", "must be at most 1h");
         }
         // A lease is renewed and fenced between flushes: one that ends before the first flush would never keep its work.
         if self.flush_interval > self.lease / 2 {

@@ -136,6 +136,8 @@ mod tests {
             worker_max_in_flight = 7
             worker_max_in_flight_cap = 70
             worker_priority = -3
+            worker_health_path = "none"
+            worker_health_interval = "30s"
             request_timeout = "1m 30s"
             worker_answer_memory = "64MiB"
             max_tries = 2
@@ -183,6 +185,7 @@ mod tests {
         assert_eq!(config.role_names(), "api,scheduler");
         assert_eq!(config.worker_priority, WorkerPriority::Body(-3));
         assert_eq!((config.max_file_bytes, config.worker_answer_memory), (4 << 30, 64 << 20));
+        assert_eq!((config.worker_health_path.path(), config.worker_health_interval.as_secs()), (None, 30));
         assert_eq!((config.limit_requests_per_second, config.limit_bytes_per_day), (20, 1_000_000_000));
         assert_eq!((config.limit_queued_lines, config.limit_concurrent_uploads), (5_000, 3));
         assert_eq!((config.limit_infer_calls, config.limit_watches, config.limit_downloads), (11, 12, 13));

@@ -119,6 +119,33 @@ impl Role {
     }
 }
 
+/// What workers are asked for to see whether they are well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthPath(Option<String>);
+
+impl HealthPath {
+    /// The path; none: only their list of models.
+    #[must_use]
+    pub fn path(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
+}
+
+impl std::str::FromStr for HealthPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'?' | b'#' | b'\\');
+        match text {
+            "none" => Ok(Self(None)),
+            path if path.starts_with('/') && path.len() <= 1_024 && path.bytes().all(plain) => {
+                Ok(Self(Some(path.into())))
+            }
+            _ => Err("expected a path that begins with \"/\", such as /health/liveliness, or none".into()),
+        }
+    }
+}
+
 /// Which database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Database {
@@ -214,6 +241,23 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",
         value_parser = parse_secret)]
     pub worker_api_key: Option<Secret>,
+
+    /// What each worker is asked for to see whether it is well: a path below its base URL, or "none": then its list of
+    /// models has to do. A check that is answered too slowly, or that runs requests on models as a LiteLLM gateway's does,
+    /// is done without by itself.
+    #[arg(
+        long,
+        env = "TIDEMILL_WORKER_HEALTH_PATH",
+        value_name = "PATH|none",
+        default_value = "/health",
+        help_heading = "Workers"
+    )]
+    pub worker_health_path: HealthPath,
+
+    /// Time between two health checks of a worker, 100 ms to 1 h.
+    #[arg(long, env = "TIDEMILL_WORKER_HEALTH_INTERVAL", value_name = "SPAN", default_value = "1s",
+        help_heading = "Workers", value_parser = humantime::parse_duration)]
+    pub worker_health_interval: Duration,
 
     /// How long one request to a worker may take.
     #[arg(long, env = "TIDEMILL_REQUEST_TIMEOUT", value_name = "SPAN", default_value = "600s", help_heading = "Workers",

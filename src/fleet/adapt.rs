@@ -84,6 +84,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
         }
         if now - published_at >= PACE {
             published_at = now;
+            worker.sample(now);
             let (in_flight, _) = fleet.desks.lock().board.load(worker.key);
             publish(&worker, in_flight, &mut prefix);
         }

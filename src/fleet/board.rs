@@ -22,6 +22,7 @@ use std::{
 
 use smallvec::SmallVec;
 
+use super::names;
 use crate::domain::{Priority, Timestamp, Weight};
 use shares::Shares;
 
@@ -150,7 +151,10 @@ struct Wish {
 /// What the board knows of a worker.
 #[derive(Clone, Debug, Default)]
 struct Desk {
+    /// As listed, patterns too.
     models: BTreeSet<Arc<str>>,
+    /// Those of them that are patterns.
+    patterns: Vec<Arc<str>>,
     /// Healthy and not draining: it is worth waiting for.
     serving: bool,
     /// Serving, and not held back for the moment.
@@ -161,8 +165,17 @@ struct Desk {
     was_full: bool,
     /// What is in flight there must be there alone.
     alone: bool,
+    /// It is on trial: it gets requests to find out whether it answers again.
+    trial: Option<Trial>,
     /// Who gets it as soon as nothing is in flight there.
     reserved: Option<Ticket>,
+}
+
+/// How many requests a worker on trial gets.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    allowed: u32,
+    given: u32,
 }
 
 /// All workers and all who wait for one.
@@ -170,6 +183,8 @@ struct Desk {
 pub struct Board {
     desks: BTreeMap<WorkerKey, Desk>,
     waiting: BTreeMap<Ticket, Wish>,
+    /// Models that batches want, for those that list patterns.
+    wanted: BTreeSet<Arc<str>>,
     shares: Shares,
     next: u64,
 }
@@ -177,7 +192,8 @@ pub struct Board {
 impl Board {
     /// Takes a free slot at once. None if there is none, or if somebody of the same or a better rank waits for that model.
     pub fn take(&mut self, want: &Want) -> Option<WorkerKey> {
-        if !self.desks.values().any(|desk| if want.alone { desk.idle(None) } else { desk.free() }) {
+        let fits = |desk: &Desk| if want.alone { desk.trial.is_none() && desk.idle(None) } else { desk.free() };
+        if !self.desks.values().any(fits) {
             return None;
         }
         let rivals = |(_, other, _): &(Ticket, &Want, u64)| other.model == want.model && other.alone == want.alone;
@@ -278,7 +294,8 @@ impl Board {
 
     /// Gives free slots to those who wait, best first, until nothing fits.
     pub fn grant(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
-        let granted = self.grant_in_turn();
+        let mut granted = self.grant_trials();
+        granted.extend(self.grant_in_turn());
         // The next are for others of the same rank first: segments of a batch go on side by side, each in a task of its own,
         // so that all cores have something to do.
         for (ticket, _) in &granted {
@@ -288,6 +305,44 @@ impl Board {
             }
         }
         granted
+    }
+
+    /// Requests that find out whether a worker answers again are taken from those who wait in turns, whatever their rank
+    /// among batches: those of the first may be what it fails, and must not be in the way of all others.
+    fn grant_trials(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
+        let mut granted = SmallVec::new();
+        let on_trial: SmallVec<[WorkerKey; 2]> =
+            self.desks.iter().filter(|(_, desk)| desk.trial.is_some()).map(|(key, _)| *key).collect();
+        for key in on_trial {
+            while let Some((ticket, want)) = self.next_on_trial(key) {
+                if let Some(desk) = self.desks.get_mut(&key) {
+                    desk.give(want.alone);
+                }
+                self.shares.take(&want);
+                granted.push((ticket, key));
+                self.serve(ticket);
+                if let Some(wish) = self.waiting.get_mut(&ticket) {
+                    wish.turn = self.next;
+                    self.next += 1;
+                }
+                if want.alone {
+                    self.unreserve(ticket);
+                }
+            }
+        }
+        granted
+    }
+
+    /// Whose request finds out next whether a worker answers again.
+    fn next_on_trial(&self, key: WorkerKey) -> Option<(Ticket, Want)> {
+        let desk = self.desks.get(&key)?;
+        let fits = |ticket: &Ticket, want: &Want| {
+            let place = if want.alone { desk.idle(Some(*ticket)) } else { desk.has_place() && !desk.alone };
+            place && desk.lists(&want.model)
+        };
+        let waiting = self.waiting.iter().filter(|(ticket, wish)| fits(ticket, &wish.want));
+        let next = waiting.min_by_key(|(_, wish)| (wish.want.rank.batch, wish.turn));
+        next.map(|(ticket, wish)| (*ticket, wish.want.clone()))
     }
 
     fn grant_in_turn(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
@@ -369,12 +424,14 @@ impl Board {
         let waiting = &self.waiting;
         let desk = self.desks.entry(worker).or_default();
         desk.models = models.into_iter().collect();
+        desk.patterns = desk.models.iter().filter(|model| names::is_pattern(model)).cloned().collect();
         desk.serving = serving;
         desk.open = serving && open;
         desk.limit = limit;
-        let stays = |ticket: &Ticket| {
-            desk.open && waiting.get(ticket).is_some_and(|wish| desk.models.contains(&wish.want.model))
-        };
+        if !desk.open {
+            desk.trial = desk.trial.map(|trial| Trial { given: 0, ..trial });
+        }
+        let stays = |ticket: &Ticket| desk.open && waiting.get(ticket).is_some_and(|wish| desk.lists(&wish.want.model));
         desk.reserved = desk.reserved.filter(stays);
     }
 
@@ -383,6 +440,20 @@ impl Board {
     pub fn relimit(&mut self, worker: WorkerKey, limit: u32) -> bool {
         let Some(desk) = self.desks.get_mut(&worker) else { return false };
         std::mem::replace(&mut desk.limit, limit) < limit
+    }
+
+    /// Puts a worker on trial: it gets so many requests in all until it is closed or no longer on trial, whatever it still
+    /// has of before. None: it is not on trial. Returns whether it may have free slots now.
+    pub fn trial(&mut self, worker: WorkerKey, requests: Option<u32>) -> bool {
+        let Some(desk) = self.desks.get_mut(&worker) else { return false };
+        let given = desk.trial.map_or(0, |trial| trial.given);
+        desk.trial = requests.map(|allowed| Trial { allowed, given });
+        desk.open
+    }
+
+    /// What is in flight at a worker need not be there alone any longer. Returns whether that frees slots.
+    pub fn join(&mut self, worker: WorkerKey) -> bool {
+        self.desks.get_mut(&worker).is_some_and(|desk| std::mem::take(&mut desk.alone))
     }
 
     /// Whether all slots of a worker were out at some time since the last call.
@@ -412,6 +483,12 @@ impl Board {
         self.desks.get(&worker).is_some_and(|desk| desk.open)
     }
 
+    /// Whether a worker takes requests at all.
+    #[must_use]
+    pub fn is_serving(&self, worker: WorkerKey) -> bool {
+        self.desks.get(&worker).is_some_and(|desk| desk.serving)
+    }
+
     /// Forgets a worker. Slots that are still out come back to nobody.
     pub fn remove(&mut self, worker: WorkerKey) {
         self.desks.remove(&worker);
@@ -426,37 +503,56 @@ impl Board {
     /// How many requests for a model can be in flight at once. 0: nobody serves it now.
     #[must_use]
     pub fn capacity(&self, model: &str) -> u32 {
-        self.desks.values().filter(|desk| desk.serving && desk.models.contains(model)).map(|desk| desk.limit).sum()
+        self.desks.values().filter(|desk| desk.serving && desk.lists(model)).map(|desk| desk.limit).sum()
     }
 
     /// The workers that serve a model now.
     pub fn serving<'a>(&'a self, model: &'a str) -> impl Iterator<Item = WorkerKey> + 'a {
-        let serves = move |desk: &Desk| desk.serving && desk.models.contains(model);
+        let serves = move |desk: &Desk| desk.serving && desk.lists(model);
         self.desks.iter().filter(move |(_, desk)| serves(desk)).map(|(key, _)| *key)
     }
 
     /// The models that are served now.
     #[must_use]
     pub fn served(&self) -> BTreeSet<Arc<str>> {
-        self.desks.values().filter(|desk| desk.serving).flat_map(|desk| desk.models.iter().cloned()).collect()
+        let serving = self.desks.values().filter(|desk| desk.serving);
+        let mut served: BTreeSet<Arc<str>> = serving.flat_map(|desk| desk.models.iter().cloned()).collect();
+        if self.lists_patterns() {
+            served.extend(self.wanted.iter().filter(|model| self.is_served(model)).cloned());
+        }
+        served
+    }
+
+    /// Whether a worker serves the model now.
+    #[must_use]
+    pub fn is_served(&self, model: &str) -> bool {
+        self.serving(model).next().is_some()
+    }
+
+    /// Whether a worker that serves lists patterns.
+    #[must_use]
+    pub fn lists_patterns(&self) -> bool {
+        self.desks.values().any(|desk| desk.serving && !desk.patterns.is_empty())
+    }
+
+    /// Says which models are wanted. Returns whether those are others than before.
+    pub fn want(&mut self, models: BTreeSet<Arc<str>>) -> bool {
+        let changed = self.wanted != models;
+        self.wanted = models;
+        changed
     }
 
     fn seat(&mut self, want: &Want, ticket: Option<Ticket>) -> Option<WorkerKey> {
-        let fits = |desk: &Desk| if want.alone { desk.idle(ticket) } else { desk.free() };
+        let fits = |desk: &Desk| if want.alone { desk.trial.is_none() && desk.idle(ticket) } else { desk.free() };
         let (key, desk) = self.best(want, fits)?;
-        desk.in_flight += 1;
-        desk.was_full |= desk.in_flight >= desk.limit;
-        if want.alone {
-            desk.alone = true;
-            desk.reserved = None;
-        }
+        desk.give(want.alone);
         self.shares.take(want);
         Some(key)
     }
 
     /// The least loaded worker for a request, of those that fit.
     fn best(&mut self, want: &Want, fits: impl Fn(&Desk) -> bool) -> Option<(WorkerKey, &mut Desk)> {
-        let serves = |desk: &Desk| desk.open && desk.models.contains(&want.model);
+        let serves = |desk: &Desk| desk.open && desk.lists(&want.model);
         // A worker that failed the request is better than none, but only if there is no other that serves the model.
         let fresh = self.desks.iter().any(|(key, desk)| serves(desk) && !want.avoid.contains(key));
         let (key, desk) = self
@@ -472,13 +568,44 @@ impl Board {
 }
 
 impl Desk {
+    /// Whether it lists the model, or a pattern that stands for it.
+    fn lists(&self, model: &str) -> bool {
+        self.models.contains(model) || self.patterns.iter().any(|pattern| names::stands_for(pattern, model))
+    }
+
+    /// It gets one request more.
+    fn give(&mut self, alone: bool) {
+        self.in_flight += 1;
+        match &mut self.trial {
+            // On trial it has as few as it is given, whatever its limit.
+            Some(trial) => trial.given += 1,
+            None => self.was_full |= self.in_flight >= self.limit,
+        }
+        if alone {
+            self.alone = true;
+            self.reserved = None;
+        }
+    }
+
     fn free(&self) -> bool {
-        self.open && self.in_flight < self.limit && !self.alone && self.reserved.is_none()
+        self.trial.is_none() && self.has_place() && !self.alone && self.reserved.is_none()
+    }
+
+    /// On trial, what is left of before may hang and must not be in the way.
+    fn has_place(&self) -> bool {
+        self.open
+            && match self.trial {
+                None => self.in_flight < self.limit,
+                Some(trial) => trial.given < trial.allowed && self.in_flight < self.limit.saturating_add(trial.allowed),
+            }
     }
 
     /// Nothing is in flight there, and it is not kept free for anybody else.
     fn idle(&self, ticket: Option<Ticket>) -> bool {
-        self.open && self.in_flight == 0 && self.limit > 0 && self.reserved.is_none_or(|other| Some(other) == ticket)
+        self.has_place()
+            && self.in_flight == 0
+            && self.limit > 0
+            && self.reserved.is_none_or(|other| Some(other) == ticket)
     }
 }
 

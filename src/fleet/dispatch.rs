@@ -13,7 +13,9 @@ use tokio::time::Instant;
 use super::{
     Slot, WorkerKey,
     body::{self, Unread},
+    judge,
     memory::Held,
+    outage::Blame,
     reasons::Worth,
 };
 use crate::domain::{
@@ -28,8 +30,6 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// What vLLM (0.32 and later) reads a request's priority from, before its body. With `--scheduling-policy fcfs` it makes no
 /// use of it, and other servers do not know it.
 const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
-/// The pause after 429 and 503 where the worker names none.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// The first bytes of a bad answer that are shown.
 const SHOWN: usize = 200;
@@ -97,6 +97,12 @@ pub enum FailureKind {
     BadAnswer,
     /// The engine stopped in the middle of the answer and said so: it was stopped or put to sleep, for instance.
     CutOff,
+    /// 401, 403, 407, and a 404 that no API gives: a wrong key or a wrong path says so to every request.
+    Refused,
+    /// The worker fails every request alike: it is at fault, not this one.
+    Outage,
+    /// This server itself lacks something: file descriptors, memory, a route.
+    Local,
 }
 
 impl FailureKind {
@@ -114,6 +120,9 @@ impl FailureKind {
             Self::NoModel => "no_model",
             Self::BadAnswer => "bad_answer",
             Self::CutOff => "cut_off",
+            Self::Refused => "refused",
+            Self::Outage => "outage",
+            Self::Local => "local",
         }
     }
 }
@@ -133,6 +142,8 @@ pub struct Failure {
     pub worker: WorkerKey,
     /// The answer may be as good as this worker's answers get: it is taken when there are no more tries.
     pub is_doubtful: bool,
+    /// What may tell later that the worker was at fault; none: it was not, or that is known already.
+    pub blame: Option<Blame>,
 }
 
 /// Whether a status is worth another try; every other one is the request's answer.
@@ -165,6 +176,13 @@ fn is_missing_model(body: &[u8]) -> bool {
     let of_model = refusal.param.is_some_and(|param| param == "model") || refusal.message.starts_with("The model");
     refusal.code.is_some_and(|code| code == "model_not_found")
         || (of_model && refusal.kind.is_some_and(|kind| kind == "NotFoundError"))
+}
+
+/// Whether the body of a 404 is none of OpenAI's API, in which an error has a message, and so is not about the request.
+fn is_plain_404(body: &[u8]) -> bool {
+    let Ok(page) = serde_json::from_slice::<serde_json::Value>(body) else { return true };
+    let error = page.get("error").unwrap_or(&page);
+    !error.get("message").is_some_and(serde_json::Value::is_string)
 }
 
 /// Whether an answer refuses the request, and may do so for its `priority`: "Extra inputs are not permitted" or
@@ -245,6 +263,8 @@ impl Slot {
     /// # Errors
     /// [`Failure`]: another try may help. The worker is held back or looked at as the failure suggests.
     pub async fn send(&self, call: Call<'_>) -> Result<Answer, Failure> {
+        // Never closed; without a place it waits as for a slot.
+        let _socket = self.fleet.sockets.acquire().await;
         tokio::select! {
             biased;
             () = self.fleet.memory.open(call.expected) => {}
@@ -261,6 +281,8 @@ impl Slot {
             Answer { status, request_id: head.request_id.clone(), body: body.bytes, usage: None, held: body.held };
         let kind = match status {
             404 if is_missing_model(&answer.body) => FailureKind::NoModel,
+            401 | 403 | 407 => FailureKind::Refused,
+            404 if is_plain_404(&answer.body) => FailureKind::Refused,
             429 => FailureKind::Busy,
             503 if wish.is_some() => FailureKind::Busy,
             status if is_retryable(status) => FailureKind::Status,
@@ -274,8 +296,7 @@ impl Slot {
             }
         };
         if matches!(status, 429 | 503) {
-            self.worker.pushed_back();
-            self.fleet.hold(&self.worker, wish.unwrap_or(PAUSE));
+            self.fleet.pushed_back(&self.worker, wish, began);
         }
         if kind == FailureKind::NoModel {
             self.worker.look_at_models();
@@ -366,6 +387,10 @@ impl Slot {
     }
 
     fn broken(&self, error: &reqwest::Error) -> Failure {
+        if let Some(lack) = judge::own_fault(error) {
+            self.fleet.note_own_fault(lack, "a request to a worker");
+            return self.failure(FailureKind::Local, format!("this server could not send the request: {lack}"));
+        }
         self.fleet.suspect(&self.worker, &cause(error));
         let kind = if error.is_connect() { FailureKind::Unreachable } else { FailureKind::Connection };
         self.failure(kind, format!("connection to the worker failed: {}", cause(error)))
@@ -374,7 +399,15 @@ impl Slot {
     /// A failed try on this slot's worker.
     #[must_use]
     pub fn failure(&self, kind: FailureKind, message: String) -> Failure {
-        Failure { kind, message, answer: None, retry_after: None, worker: self.worker.key, is_doubtful: false }
+        Failure {
+            kind,
+            message,
+            answer: None,
+            retry_after: None,
+            worker: self.worker.key,
+            is_doubtful: false,
+            blame: None,
+        }
     }
 }
 
@@ -414,6 +447,19 @@ mod tests {
             r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError","param":null,"code":404}}"#,
         ] {
             assert!(!is_missing_model(body.as_bytes()), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_404_of_the_api_is_told_from_that_of_a_gateway() {
+        for body in ["", "<html>404</html>", r#"{"detail":"Not Found"}"#, r#"{"error":"no route"}"#, "[]"] {
+            assert!(is_plain_404(body.as_bytes()), "{body}");
+        }
+        for body in [
+            r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError"}}"#,
+            r#"{"object":"error","message":"no such response","code":404}"#,
+        ] {
+            assert!(!is_plain_404(body.as_bytes()), "{body}");
         }
     }
 

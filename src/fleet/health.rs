@@ -11,8 +11,8 @@ pub enum Probe {
     Silent(String),
 }
 
-/// Silent probes in a row after which a worker counts as hung. With [`super::probe::TIMEOUT`] and
-/// [`super::probe::INTERVAL`]: about 18 s.
+/// Silent probes in a row after which a worker counts as hung. With [`super::probe::TIMEOUT`] and a second in between: about
+/// 18 s.
 pub const SILENT_LIMIT: u32 = 3;
 
 /// A worker's health.

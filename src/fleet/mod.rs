@@ -1,7 +1,8 @@
 //! The workers: which there are, how they are, and one HTTP request to one of them.
 //!
-//! [`board`] decides who gets which worker's next slot, [`limit`] how many it has, [`health`] when it is down, [`load`] reads
-//! its metrics: all pure. [`probe`], [`adapt`] and [`dispatch`] talk to workers; this file holds them together.
+//! [`board`] decides who gets which worker's next slot, [`limit`] how many it has, [`health`] when it is down, [`outage`]
+//! when it is at fault for what fails, [`load`] reads its metrics: all pure. [`probe`], [`adapt`] and [`dispatch`] talk to
+//! workers, [`judge`] tells them what came of requests; this file holds them together.
 
 mod adapt;
 #[doc(hidden)]
@@ -10,18 +11,27 @@ mod body;
 mod dispatch;
 #[doc(hidden)]
 pub mod health;
+mod judge;
+mod listing;
 #[doc(hidden)]
 pub mod limit;
 mod load;
 mod memory;
+mod names;
+#[doc(hidden)]
+pub mod outage;
 mod probe;
 mod reasons;
 mod slots;
+mod sockets;
 mod worker;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,7 +40,7 @@ use parking_lot::Mutex;
 use reqwest::Client;
 use smallvec::SmallVec;
 use tokio::{
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
@@ -38,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use dispatch::{Answer, Call, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
 pub use memory::Held;
+pub use outage::Blame;
 pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
@@ -98,8 +109,27 @@ pub struct WorkerView {
     pub request_time: Option<Duration>,
     /// Why it is down.
     pub last_error: Option<String>,
+    /// What it does to every request, while it is at fault.
+    pub complaint: Option<Complaint>,
     /// When it was first known.
     pub created_at: Timestamp,
+}
+
+impl WorkerView {
+    /// Whether it lists the model, or a pattern that stands for it.
+    #[must_use]
+    pub fn serves(&self, model: &str) -> bool {
+        self.models.iter().any(|listed| names::stands_for(listed, model))
+    }
+}
+
+/// What is wrong with a worker that seems to be well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Complaint {
+    /// Such as "answers 502 to every request".
+    pub what: String,
+    /// Since when, by this machine's clock.
+    pub since: Timestamp,
 }
 
 /// A worker's load, by its own account.
@@ -186,8 +216,23 @@ impl InFlight {
     }
 }
 
+/// How workers are asked for their health.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Below the base URL, with a leading "/". None: only `/v1/models` is asked for.
+    pub path: Option<String>,
+    /// Between two checks.
+    pub interval: Duration,
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self { path: Some("/health".into()), interval: Duration::from_secs(1) }
+    }
+}
+
 /// How this node treats its workers.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct FleetOptions {
     /// Requests in flight per worker.
     pub limit: InFlight,
@@ -195,11 +240,30 @@ pub struct FleetOptions {
     pub api_key: Option<String>,
     /// Bytes that answers may hold from their first byte until their result line is durable; one answer more at most.
     pub answer_memory: u64,
+    /// How they are asked for their health.
+    pub health: HealthCheck,
+}
+
+impl std::fmt::Debug for FleetOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let api_key = self.api_key.as_ref().map(|_| "…");
+        f.debug_struct("FleetOptions")
+            .field("limit", &self.limit)
+            .field("api_key", &api_key)
+            .field("answer_memory", &self.answer_memory)
+            .field("health", &self.health)
+            .finish()
+    }
 }
 
 impl Default for FleetOptions {
     fn default() -> Self {
-        Self { limit: InFlight::Adaptive { cap: 1_024 }, api_key: None, answer_memory: 512 * 1024 * 1024 }
+        Self {
+            limit: InFlight::Adaptive { cap: 1_024 },
+            api_key: None,
+            answer_memory: 512 * 1024 * 1024,
+            health: HealthCheck::default(),
+        }
     }
 }
 
@@ -217,6 +281,12 @@ struct Inner {
     desks: Mutex<Desks>,
     workers: Mutex<BTreeMap<WorkerKey, Arc<Worker>>>,
     syncing: tokio::sync::Mutex<()>,
+    /// Interactive calls so far.
+    calls: AtomicU64,
+    /// A request to a worker has one while it is sent: a part of what this process may have open.
+    sockets: Semaphore,
+    /// When this server's own faults were last logged, and how many there were since.
+    own_faults: Mutex<Option<(Instant, u64)>>,
     /// Counts changes of what is served; the scheduler wakes by it.
     topology: watch::Sender<u64>,
     supervisor: Supervisor,
@@ -236,6 +306,7 @@ impl Fleet {
     ) -> Result<Self, FleetError> {
         telemetry::install_tls_provider();
         adapt::describe_metrics();
+        judge::describe_metrics();
         let client = https::client(|builder| {
             builder
                 .no_proxy()
@@ -254,6 +325,9 @@ impl Fleet {
             desks: Mutex::default(),
             workers: Mutex::default(),
             syncing: tokio::sync::Mutex::default(),
+            calls: AtomicU64::new(0),
+            sockets: Semaphore::new(sockets::budget()),
+            own_faults: Mutex::default(),
             topology: watch::Sender::new(0),
             supervisor: tasks.into(),
             shutdown,
@@ -329,6 +403,7 @@ impl Fleet {
         self.inner.workers.lock().insert(key, worker.clone());
         let (inner, gone) = (&self.inner, worker.gone.clone());
         inner.supervisor.spawn(Part::Limit, &gone, adapt::run(inner.clone(), worker.clone(), base.clone()));
+        inner.supervisor.spawn(Part::Probe, &gone, judge::keep_gate(inner.clone(), worker.clone()));
         inner.supervisor.spawn(Part::Probe, &gone, probe::run(inner.clone(), worker, base));
     }
 
@@ -405,8 +480,22 @@ impl Fleet {
     /// Those of the models that no healthy, undraining worker serves.
     #[must_use]
     pub fn unserved<'a>(&self, models: &'a [String]) -> Vec<&'a str> {
-        let served = self.served();
-        models.iter().map(String::as_str).filter(|model| !served.contains(*model)).collect()
+        let desks = self.inner.desks.lock();
+        models.iter().map(String::as_str).filter(|model| !desks.board.is_served(model)).collect()
+    }
+
+    /// Whether a worker lists patterns of models: then [`Fleet::served`] has to know which models are wanted.
+    #[must_use]
+    pub fn lists_patterns(&self) -> bool {
+        self.inner.desks.lock().board.lists_patterns()
+    }
+
+    /// Says which models are wanted: those that patterns stand for are served.
+    pub fn want(&self, models: Vec<String>) {
+        let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
+        if self.inner.desks.lock().board.want(models) {
+            self.inner.topology.send_modify(|version| *version += 1);
+        }
     }
 
     /// How many requests for a model can be in flight at once. 0: nobody serves it now.
@@ -421,6 +510,12 @@ impl Fleet {
         let keys: Vec<WorkerKey> = self.inner.desks.lock().board.serving(model).collect();
         let workers = self.inner.workers.lock();
         keys.iter().filter_map(|key| workers.get(key)).map(|worker| worker.affinity()).collect()
+    }
+
+    /// Requests that its workers have answered, of all of them together.
+    #[must_use]
+    pub fn answers(&self) -> u64 {
+        self.inner.workers.lock().values().map(|worker| worker.answers()).sum()
     }
 
     /// Changes whenever other workers serve, or a worker other models.
@@ -461,6 +556,7 @@ impl Fleet {
         timeout: Duration,
     ) -> Result<Inferred, InferError> {
         let deadline = Instant::now() + timeout;
+        let request = self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let rank = Rank::interactive().of(tenant);
         let mut want = Want { model: model.into(), rank, avoid: SmallVec::new(), alone: false };
         let mut last = None;
@@ -472,12 +568,13 @@ impl Fleet {
             let Ok(Some(slot)) = tokio::time::timeout_at(deadline, call.slot()).await else {
                 return Err(InferError::Timeout(timeout));
             };
-            let left = deadline.saturating_duration_since(Instant::now());
+            let at = Instant::now();
+            let left = deadline.saturating_duration_since(at);
             let call = Call { endpoint, model, body: body.clone(), priority: None, timeout: left, expected: 0 };
             let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
                 return Err(InferError::Timeout(timeout));
             };
-            match sent {
+            match slot.tell(request, at, sent) {
                 Ok(answer) | Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => {
                     slot.worker.count(0);
                     return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });

@@ -2,75 +2,81 @@
 
 use std::{sync::Arc, time::Duration};
 
-use reqwest::{Client, Response, StatusCode, Url};
-use serde::Deserialize;
-use serde_json::value::RawValue;
-use tokio::time::{Instant, timeout};
+use reqwest::{Client, RequestBuilder, Response, StatusCode, Url, header::LOCATION};
+use serde_json::Value;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
-    Inner,
-    health::{Change, Probe},
+    HealthCheck, Inner,
+    health::{Change, Health, Probe},
+    judge,
+    listing::{Listed, models_of},
     worker::{Worker, below},
 };
-use crate::{
-    domain::{request_line::MAX_MODEL_BYTES, text::is_plain},
-    fault,
-    supervise::Part,
-};
+use crate::{fault, supervise::Part};
 
-/// Between two probes.
-pub const INTERVAL: Duration = Duration::from_secs(1);
 /// How long a probe may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
-/// Probes between two looks at a healthy worker's models: a LoRA adapter may be loaded at run time.
-const MODELS_EVERY: u32 = 10;
-/// The most models of one worker that are known: a claim asks the database for all of all workers.
-const MAX_MODELS: usize = 1_000;
-/// Characters of a name that is left out in the log.
-const SHOWN: usize = 60;
+/// Between two checks of a worker that does not answer as it should: at first, doubling, and at most.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const RETRY: Duration = Duration::from_secs(1);
+/// A healthy worker's models are looked at so often: a LoRA adapter may be loaded at run time.
+const MODELS_EVERY: Duration = Duration::from_secs(10);
+/// If the health check has not been answered for so long, the list of models is asked for instead.
+const SLOW: Duration = Duration::from_secs(4);
+/// Health checks in a row that were too slow while the list of models was not: then the check is done without, and for
+/// how long.
+const SLOW_CHECKS: u32 = 2;
+const WITHOUT: Duration = Duration::from_secs(600);
 /// The most that is read of an answer.
 const MAX_PAGE: usize = 4 * 1024 * 1024;
+/// Bytes of a redirect's target that are shown.
+const SHOWN: usize = 200;
 
 /// Probes a worker until it is forgotten.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
-    let mut round = 0u32;
-    let mut known = Vec::new();
+    let mut prober = Prober::new(fleet.client.clone(), base, fleet.bearer(), &fleet.options.health);
+    let mut failures = 0u32;
     loop {
         fault::panic_in(Part::Probe);
         let stale = std::mem::take(&mut worker.state.lock().models_stale);
-        let models = stale || round.is_multiple_of(MODELS_EVERY) || known.is_empty();
-        let probe = match timeout(TIMEOUT, probe(&fleet.client, &base, fleet.bearer(), models, &known)).await {
-            Ok(probe) => probe,
-            Err(_) => Probe::Silent(format!("no answer to the health check within {} s", TIMEOUT.as_secs())),
+        let seen = prober.probe(stale).await;
+        let well = match seen {
+            Ok(probe) => {
+                take_note(&fleet, &worker, &probe);
+                if !matches!(probe, Probe::Well(_)) {
+                    prober.forget();
+                }
+                matches!(probe, Probe::Well(_))
+            }
+            Err(OwnFault(lack)) => {
+                fleet.note_own_fault(lack, "a health check");
+                false
+            }
         };
-        if let Probe::Well(models) = &probe {
-            known.clone_from(models);
-        } else {
-            // A worker that comes back may serve something else.
-            known.clear();
-        }
-        round = round.wrapping_add(1);
-        let change = note(&worker, &probe);
-        worker.sample(Instant::now());
-        if matches!(change, Change::Down) {
-            tracing::warn!(worker = %worker.id, url = %worker.url, ?probe, "worker is down; its requests run elsewhere");
-            worker.abandon();
-        } else if matches!(change, Change::Up) {
-            worker.is_back();
-            tracing::info!(worker = %worker.id, url = %worker.url, models = ?known, "worker is healthy");
-        }
-        fleet.refresh(&worker);
-        if !matches!(probe, Probe::Well(_)) {
-            worker.state.lock().load = None;
-        }
-        let held = worker.state.lock().held_until.map(|until| until.saturating_duration_since(Instant::now()));
-        let wait = held.map_or(INTERVAL, |held| held.min(INTERVAL)).max(Duration::from_millis(10));
+        failures = if well { 0 } else { failures.saturating_add(1) };
+        let retry = FIRST_RETRY.saturating_mul(2u32.saturating_pow(failures.saturating_sub(1))).min(RETRY);
+        let interval = fleet.options.health.interval;
         tokio::select! {
             () = worker.gone.cancelled() => return,
             () = worker.probe_now.notified() => {}
-            () = tokio::time::sleep(wait) => {}
+            () = sleep(if well { interval } else { interval.min(retry) }) => {}
         }
     }
+}
+
+fn take_note(fleet: &Arc<Inner>, worker: &Worker, probe: &Probe) {
+    let change = note(worker, probe);
+    if matches!(change, Change::Down) {
+        tracing::warn!(worker = %worker.id, url = %worker.url, ?probe, "worker is down; its requests run elsewhere");
+        worker.abandon();
+    } else if matches!(change, Change::Up) {
+        worker.is_back();
+        let models: Vec<String> = worker.state.lock().models.iter().map(ToString::to_string).collect();
+        tracing::info!(worker = %worker.id, url = %worker.url, ?models, "worker is healthy");
+    }
+    fleet.refresh(worker);
+    worker.gate_moved.notify_one();
 }
 
 fn note(worker: &Worker, probe: &Probe) -> Change {
@@ -86,59 +92,195 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
             state.last_error = Some(error.clone());
             // While in doubt nothing new goes there; what is in flight may still be answered.
             state.suspect = true;
+            state.load = None;
         }
+    }
+    if state.health == Health::Down {
+        // Who comes back may be another process.
+        state.outage.reset();
     }
     change
 }
 
-async fn probe(client: &Client, base: &Url, bearer: Option<&str>, models: bool, known: &[String]) -> Probe {
-    let get = |path: &str| {
-        let request = client.get(below(base, path));
-        match bearer {
+/// The check failed because of this server itself, which says nothing of the worker.
+struct OwnFault(&'static str);
+
+/// How a worker is asked.
+struct Prober {
+    client: Client,
+    base: Url,
+    bearer: Option<String>,
+    /// The health check's path; none: the list of models has to do.
+    path: Option<String>,
+    /// Checks in a row that were too slow.
+    slow: u32,
+    /// The check is done without until then.
+    without: Option<Instant>,
+    /// Each check costs: it is never asked for again.
+    costly: bool,
+    /// What the worker serves, and when it was asked for that.
+    known: Option<(Instant, Vec<String>)>,
+}
+
+/// What a health check was answered with.
+enum Checked {
+    Well,
+    /// There is no such check.
+    Absent,
+    Unwell(String),
+    Slow,
+}
+
+impl Prober {
+    fn new(client: Client, base: Url, bearer: Option<&str>, check: &HealthCheck) -> Self {
+        let bearer = bearer.map(str::to_owned);
+        let path = check.path.clone();
+        Self { client, base, bearer, path, slow: 0, without: None, costly: false, known: None }
+    }
+
+    /// A worker that comes back may serve something else, and be another server.
+    fn forget(&mut self) {
+        self.known = None;
+    }
+
+    /// Asks once. `models`: for the list of models, too.
+    async fn probe(&mut self, models: bool) -> Result<Probe, OwnFault> {
+        let now = Instant::now();
+        let models = models || self.known.as_ref().is_none_or(|(at, _)| now >= *at + MODELS_EVERY);
+        let without = self.costly || self.without.is_some_and(|until| now < until);
+        let check = self.path.clone().filter(|_| !without);
+        let Some(path) = check else { return self.models(TIMEOUT).await };
+        match self.check(&path).await? {
+            Checked::Well if !models && !self.costly => {
+                self.slow = 0;
+                Ok(Probe::Well(self.known.as_ref().map(|(_, models)| models.clone()).unwrap_or_default()))
+            }
+            Checked::Well | Checked::Absent => {
+                self.slow = 0;
+                self.models(TIMEOUT).await
+            }
+            Checked::Unwell(error) => Ok(Probe::Unwell(error)),
+            Checked::Slow => {
+                let probe = self.models(TIMEOUT - SLOW).await?;
+                if !matches!(probe, Probe::Well(_)) {
+                    let seconds = TIMEOUT.as_secs();
+                    return Ok(Probe::Silent(format!("no answer to the health check within {seconds} s")));
+                }
+                self.slow += 1;
+                if self.slow >= SLOW_CHECKS {
+                    (self.slow, self.without) = (0, Some(now + WITHOUT));
+                    tracing::info!(
+                        worker = %self.base, path,
+                        "the health check is not answered in time, the list of models is: the check is done without \
+                         for a while; --worker-health-path none does without it for good"
+                    );
+                }
+                Ok(probe)
+            }
+        }
+    }
+
+    async fn check(&mut self, path: &str) -> Result<Checked, OwnFault> {
+        let response = match timeout(SLOW, self.get(path).send()).await {
+            Err(_) => return Ok(Checked::Slow),
+            Ok(Err(error)) => {
+                return match failed(&error)? {
+                    Probe::Silent(_) => Ok(Checked::Slow),
+                    Probe::Unwell(error) => Ok(Checked::Unwell(error)),
+                    Probe::Well(_) => Ok(Checked::Well),
+                };
+            }
+            Ok(Ok(response)) => response,
+        };
+        let status = response.status();
+        // Any OpenAI-compatible server will do: one without this path is asked for its models instead.
+        if matches!(status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::UNAUTHORIZED) {
+            return Ok(Checked::Absent);
+        }
+        if !status.is_success() {
+            return Ok(Checked::Unwell(format!("{path} answers {}", answered(&response))));
+        }
+        let page = match timeout(SLOW, read(response)).await {
+            Err(_) => return Ok(Checked::Slow),
+            Ok(page) => page.unwrap_or_default(),
+        };
+        if is_costly(&page) {
+            self.costly = true;
+            tracing::info!(
+                worker = %self.base, path,
+                "each health check of this gateway runs requests on its models: from now on only its list of models is asked for"
+            );
+        }
+        Ok(Checked::Well)
+    }
+
+    async fn models(&mut self, within: Duration) -> Result<Probe, OwnFault> {
+        let asked = timeout(within, async {
+            let response = match self.get("/v1/models").send().await {
+                Ok(response) => response,
+                Err(error) => return failed(&error),
+            };
+            if !response.status().is_success() {
+                let key = match (response.status(), &self.bearer) {
+                    (StatusCode::UNAUTHORIZED, None) => ": it wants an API key, see --worker-api-key",
+                    (StatusCode::UNAUTHORIZED, Some(_)) => ": it does not take the key of --worker-api-key",
+                    _ => "",
+                };
+                return Ok(Probe::Unwell(format!("/v1/models answers {}{key}", answered(&response))));
+            }
+            let page = match read(response).await {
+                Ok(page) => page,
+                Err(error) => return Ok(Probe::Unwell(error)),
+            };
+            let Some(Listed { models, dropped }) = models_of(&page) else {
+                return Ok(Probe::Unwell("/v1/models does not answer with OpenAI's model list".into()));
+            };
+            if let Some((count, first)) = dropped
+                && self.known.as_ref().is_none_or(|(_, known)| *known != models)
+            {
+                let url = &self.base;
+                tracing::warn!(%url, count, first, "the worker lists models that no request can name; the others are used");
+            }
+            Ok(Probe::Well(models))
+        });
+        let Ok(probe) = asked.await else {
+            return Ok(Probe::Silent(format!("no answer to /v1/models within {} s", within.as_secs())));
+        };
+        let probe = probe?;
+        if let Probe::Well(models) = &probe {
+            self.known = Some((Instant::now(), models.clone()));
+        }
+        Ok(probe)
+    }
+
+    fn get(&self, path: &str) -> RequestBuilder {
+        let request = self.client.get(below(&self.base, path));
+        match &self.bearer {
             Some(key) => request.bearer_auth(key),
             None => request,
         }
-    };
-    let health = match get("/health").send().await {
-        Ok(response) => response,
-        Err(error) => return failed(&error),
-    };
-    // Any OpenAI-compatible server will do: one without /health is asked for its models instead.
-    let absent =
-        matches!(health.status(), StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::UNAUTHORIZED);
-    if !absent && !health.status().is_success() {
-        return Probe::Unwell(format!("/health answers {}", health.status()));
-    }
-    if !absent && !models {
-        return Probe::Well(known.to_vec());
-    }
-    let response = match get("/v1/models").send().await {
-        Ok(response) => response,
-        Err(error) => return failed(&error),
-    };
-    if !response.status().is_success() {
-        return Probe::Unwell(format!("/v1/models answers {}", response.status()));
-    }
-    match read(response).await.map(|page| models_of(&page)) {
-        Ok(Some(Listed { models, dropped })) => {
-            if let Some((count, first)) = dropped
-                && models != known
-            {
-                tracing::warn!(url = %base, count, first, "the worker lists models that no request can name; the others are used");
-            }
-            Probe::Well(models)
-        }
-        Ok(None) => Probe::Unwell("/v1/models does not answer with OpenAI's model list".into()),
-        Err(error) => Probe::Unwell(error),
     }
 }
 
-fn failed(error: &reqwest::Error) -> Probe {
-    if error.is_timeout() {
-        Probe::Silent(super::dispatch::cause(error))
-    } else {
-        Probe::Unwell(super::dispatch::cause(error))
+/// A status in words, and where it leads.
+fn answered(response: &Response) -> String {
+    let status = response.status();
+    let to = response.headers().get(LOCATION).filter(|_| status.is_redirection()).and_then(|to| to.to_str().ok());
+    match to {
+        Some(to) => {
+            let to: String = to.chars().take(SHOWN).collect();
+            format!("{status}, a redirect to {to}: requests are not redirected, so give that server's base URL instead")
+        }
+        None => status.to_string(),
     }
+}
+
+fn failed(error: &reqwest::Error) -> Result<Probe, OwnFault> {
+    if let Some(lack) = judge::own_fault(error) {
+        return Err(OwnFault(lack));
+    }
+    let cause = super::dispatch::cause(error);
+    Ok(if error.is_timeout() { Probe::Silent(cause) } else { Probe::Unwell(cause) })
 }
 
 pub(super) async fn read(mut response: Response) -> Result<Vec<u8>, String> {
@@ -152,51 +294,9 @@ pub(super) async fn read(mut response: Response) -> Result<Vec<u8>, String> {
     Ok(page)
 }
 
-/// The names in a model list. Of what can't be one, because it is no text, or no line could ask for it, or there are too
-/// many of them, nothing is taken but the others are. None: it is no model list, or there is no name in it that can be used.
-fn models_of(page: &[u8]) -> Option<Listed> {
-    #[derive(Deserialize)]
-    struct List<'a> {
-        #[serde(borrow)]
-        data: Vec<&'a RawValue>,
-    }
-    #[derive(Deserialize)]
-    struct Model {
-        id: String,
-    }
-    let list: List<'_> = serde_json::from_slice(page).ok()?;
-    let mut listed = Listed::default();
-    for one in list.data {
-        match serde_json::from_str::<Model>(one.get()) {
-            Ok(Model { id }) if is_usable(&id) && listed.models.len() < MAX_MODELS => listed.models.push(id),
-            Ok(Model { id }) => listed.drop(&id),
-            Err(_) => listed.drop(one.get()),
-        }
-    }
-    (!listed.models.is_empty() || listed.dropped.is_none()).then_some(listed)
-}
-
-/// Whether a line can ask for it.
-fn is_usable(model: &str) -> bool {
-    (1..=MAX_MODEL_BYTES).contains(&model.len()) && is_plain(model)
-}
-
-/// What a model list has.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Listed {
-    models: Vec<String>,
-    /// How many were left out, and the first of them, in part.
-    dropped: Option<(usize, String)>,
-}
-
-impl Listed {
-    fn drop(&mut self, what: &str) {
-        let count = self.dropped.as_ref().map_or(0, |(count, _)| *count) + 1;
-        let first = self.dropped.take().map(|(_, first)| first);
-        // Escaped, for the log.
-        let first = first.unwrap_or_else(|| what.chars().take(SHOWN).collect::<String>().escape_debug().to_string());
-        self.dropped = Some((count, first));
-    }
+/// Whether a health check tells of the endpoints behind a gateway, as LiteLLM's does: it asks each of them for a completion.
+fn is_costly(page: &[u8]) -> bool {
+    serde_json::from_slice::<Value>(page).is_ok_and(|page| page.get("healthy_endpoints").is_some())
 }
 
 #[cfg(test)]
@@ -204,29 +304,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_can_not_be_used_costs_that_name() {
-        let list = |items: &str| models_of(format!(r#"{{"object":"list","data":[{items}]}}"#).as_bytes());
-        let long = format!(r#"{{"id":"{}"}}"#, "x".repeat(1_025));
-        for bad in [
-            r#"{"id":"a\u0000b"}"#,
-            r#"{"id":"\u001b[31m"}"#,
-            r#"{"id":""}"#,
-            r#"{"id":"\ud800"}"#,
-            r#"{"id":7}"#,
-            "{}",
-            "7",
-            &long,
-        ] {
-            let listed = list(&format!(r#"{{"id":"good"}},{bad},{{"id":"also"}}"#)).unwrap();
-            assert_eq!(listed.models, ["good", "also"], "{bad}");
-            let (count, first) = listed.dropped.unwrap();
-            assert!(count == 1 && is_plain(&first), "{bad}: {first:?}");
-            assert_eq!(list(bad), None, "a worker of which nothing can be used is not well");
-        }
-        assert_eq!(list("").unwrap(), Listed::default());
-        let many: Vec<String> = (0..1_500).map(|number| format!(r#"{{"id":"m{number}"}}"#)).collect();
-        let listed = list(&many.join(",")).unwrap();
-        assert_eq!((listed.models.len(), listed.dropped), (1_000, Some((500, "m1000".into()))));
-        assert_eq!(models_of(b"[]"), None);
+    fn a_check_that_costs_is_known_by_what_it_tells() {
+        assert!(is_costly(br#"{"healthy_endpoints":[{"model":"m"}],"unhealthy_endpoints":[]}"#));
+        assert!(!is_costly(b"") && !is_costly(b"OK") && !is_costly(br#"{"status":"ok"}"#));
     }
 }

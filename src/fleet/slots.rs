@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Inner, Worker, WorkerKey,
     board::{Board, Holder, Tenant, Ticket, Want},
+    outage::Gate,
 };
 
 /// The board and those who wait.
@@ -128,22 +129,28 @@ impl Inner {
     /// Tells the board how a worker is now. One that is forgotten stays so: a probe may be under way meanwhile, and slots of a
     /// worker that nobody knows are no use to who waits.
     pub(super) fn refresh(self: &Arc<Self>, worker: &Worker) {
-        let (models, serving, open) = {
+        let (models, serving, gate) = {
             let state = worker.state.lock();
-            (state.models.clone(), state.is_serving(), state.is_open(Instant::now()))
+            (state.models.clone(), state.is_serving(), state.gate(Instant::now()))
         };
-        let changed = {
+        let (moved, opened) = {
             let mut desks = self.desks.lock();
             if worker.gone.is_cancelled() {
                 return;
             }
-            let before = desks.board.served();
-            let was_open = desks.board.is_open(worker.key);
-            desks.board.set(worker.key, models, serving, open, worker.limit());
-            was_open != open || before != desks.board.served()
+            let (before, was_serving) = (desks.board.served(), desks.board.is_serving(worker.key));
+            desks.board.set(worker.key, models, serving, gate != Gate::Closed, worker.limit());
+            let opened = match gate {
+                Gate::Closed => false,
+                Gate::Open => desks.board.trial(worker.key, None),
+                Gate::Trial(requests) => desks.board.trial(worker.key, Some(requests)),
+            };
+            (was_serving != serving || before != desks.board.served(), opened)
         };
-        if changed {
+        if moved {
             self.topology.send_modify(|version| *version += 1);
+        }
+        if moved || opened {
             self.grant();
         }
     }
@@ -167,16 +174,12 @@ impl Inner {
         worker.probe_now.notify_one();
     }
 
-    /// Sends a worker nothing for a while.
-    pub(super) fn hold(self: &Arc<Self>, worker: &Worker, pause: Duration) {
-        let until = Instant::now() + pause;
-        {
-            let mut state = worker.state.lock();
-            state.held_until = state.held_until.max(Some(until));
-        }
+    /// A worker has more than it can take: it gets nothing for as long as it asks, or for a moment.
+    pub(super) fn pushed_back(self: &Arc<Self>, worker: &Worker, asked: Option<Duration>, sent: Instant) {
+        worker.pushed_back();
+        worker.state.lock().outage.pushed_back(asked, sent, Instant::now());
         self.refresh(worker);
-        // The probe's loop opens it again when the time is over.
-        worker.probe_now.notify_one();
+        worker.gate_moved.notify_one();
     }
 
     pub(super) fn forget(self: &Arc<Self>, worker: &Worker) {
@@ -206,6 +209,13 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Others may be sent to a worker that was given out for requests that must be alone.
+    pub fn let_others_join(&self) {
+        if self.fleet.desks.lock().board.join(self.worker.key) {
+            self.fleet.grant();
+        }
+    }
+
     /// Gives slots back together, as dropping each would: then those who wait are given what is free once, not after each.
     pub fn give_back(mut slots: Vec<Self>) {
         let Some(fleet) = slots.first().map(|slot| slot.fleet.clone()) else { return };

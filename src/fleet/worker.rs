@@ -14,7 +14,13 @@ use reqwest::Url;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Answer, Load, WorkerState, WorkerView, board::WorkerKey, health::Health, reasons::Reasons};
+use super::{
+    Answer, Complaint, Load, WorkerState, WorkerView,
+    board::WorkerKey,
+    health::Health,
+    outage::{Gate, Outage},
+    reasons::Reasons,
+};
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId, text::http_url},
     store::WorkerRecord,
@@ -49,6 +55,8 @@ pub struct Worker {
     abandon: Mutex<CancellationToken>,
     /// Asks for a probe now.
     pub(super) probe_now: Notify,
+    /// What may be sent there changes at another time than before.
+    pub(super) gate_moved: Notify,
     /// Cancelled when the worker is forgotten.
     pub(super) gone: CancellationToken,
     answered: AtomicU64,
@@ -94,8 +102,10 @@ pub(super) struct State {
     pub(super) suspect: bool,
     /// It does not have a model that it listed: its next probe looks at its models again.
     pub(super) models_stale: bool,
-    /// It asked for a pause until then.
-    pub(super) held_until: Option<Instant>,
+    /// What its answers say of it.
+    pub(super) outage: Outage,
+    /// When it was last found to be at fault, by this machine's clock.
+    pub(super) complained_at: Option<Timestamp>,
     pub(super) requests_per_second: f64,
     pub(super) tokens_per_second: f64,
     /// Of what `load` says, lately.
@@ -120,9 +130,9 @@ impl State {
         self.health.is_well() && !self.draining
     }
 
-    /// Whether requests may go there at this moment.
-    pub(super) fn is_open(&self, now: Instant) -> bool {
-        self.is_serving() && !self.suspect && self.held_until.is_none_or(|until| until <= now)
+    /// What may be sent there at this moment.
+    pub(super) fn gate(&self, now: Instant) -> Gate {
+        if self.is_serving() && !self.suspect { self.outage.gate(now) } else { Gate::Closed }
     }
 }
 
@@ -138,6 +148,7 @@ impl Worker {
             state: Mutex::new(State { draining: record.draining, ..State::default() }),
             abandon: Mutex::new(gone.child_token()),
             probe_now: Notify::new(),
+            gate_moved: Notify::new(),
             gone,
             answered: AtomicU64::new(0),
             output_tokens: AtomicU64::new(0),
@@ -174,7 +185,8 @@ impl Worker {
     }
 
     /// How many requests this node may have in flight there.
-    pub(super) fn limit(&self) -> u32 {
+    #[must_use]
+    pub fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
 
@@ -214,6 +226,12 @@ impl Worker {
     /// It has more than it can take.
     pub(super) fn pushed_back(&self) {
         self.pushed_back.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Requests that it has answered, whatever it said, since it became known.
+    #[must_use]
+    pub fn answers(&self) -> u64 {
+        self.returned.load(Ordering::Relaxed)
     }
 
     pub(super) fn deeds(&self) -> Deeds {
@@ -296,6 +314,10 @@ impl Worker {
             prefix_hit_rate: state.load.and(state.prefix_hit_rate),
             request_time: state.request_time,
             last_error: state.last_error.clone(),
+            complaint: state.outage.complaint().map(|(sign, _)| Complaint {
+                what: sign.to_string(),
+                since: state.complained_at.unwrap_or_else(Timestamp::now),
+            }),
             created_at: self.created_at,
         }
     }

@@ -125,23 +125,29 @@ impl Hub {
             eta: rates.eta(counts.total - counts.completed - counts.failed),
             queue_position,
             waiting_reason: None,
+            public_reason: None,
         };
         if !rates.moving() && !batch.status.is_terminal() {
             let workers = self.inner.fleet.workers();
-            progress.waiting_reason = waiting_reason(&Situation {
+            let unserved = self.inner.fleet.unserved(&batch.models);
+            let situation = Situation {
                 status: batch.status,
                 moving: false,
                 running: queue_position > 0 && self.inner.store.is_running(&batch.id).await?,
-                unserved: &self.inner.fleet.unserved(&batch.models),
+                unserved: &unserved,
+                models: &batch.models,
                 workers: &workers,
+                for_admins: true,
                 queue_position,
-            });
+            };
+            progress.waiting_reason = waiting_reason(&situation);
+            progress.public_reason = waiting_reason(&Situation { for_admins: false, ..situation });
         }
         // A run that is stuck is the best reason of all, even if another segment has just ended.
         if !batch.status.is_terminal()
             && let Some(trouble) = self.inner.troubles.of(&batch.id, Instant::now())
         {
-            progress.waiting_reason = Some(trouble);
+            (progress.waiting_reason, progress.public_reason) = (Some(trouble.clone()), Some(trouble));
         }
         Ok(progress)
     }

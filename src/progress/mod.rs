@@ -50,8 +50,18 @@ pub struct Progress {
     pub eta: Option<Duration>,
     /// How many unfinished batches go before it.
     pub queue_position: i64,
-    /// Why nothing moves; none while it does.
+    /// Why nothing moves; none while it does. For admins: it may name workers.
     pub waiting_reason: Option<String>,
+    /// The same for everybody else.
+    pub public_reason: Option<String>,
+}
+
+impl Progress {
+    /// As it may be shown to somebody who is no admin.
+    #[must_use]
+    pub fn public(self) -> Self {
+        Self { waiting_reason: self.public_reason.clone(), ..self }
+    }
 }
 
 /// Something to tell a watcher.

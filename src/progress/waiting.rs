@@ -1,8 +1,10 @@
 //! Why a batch does not move, in words.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use crate::{
     domain::BatchStatus,
-    fleet::{WorkerState, WorkerView},
+    fleet::{Complaint, WorkerState, WorkerView},
 };
 
 /// Workers that a reason names at most.
@@ -19,8 +21,12 @@ pub struct Situation<'a> {
     pub running: bool,
     /// Its models that no healthy worker serves.
     pub unserved: &'a [&'a str],
+    /// Its models.
+    pub models: &'a [String],
     /// All workers.
     pub workers: &'a [WorkerView],
+    /// Whether the reason may name workers and say what they answer: their addresses are for admins.
+    pub for_admins: bool,
     /// How many unfinished batches go before it.
     pub queue_position: i64,
 }
@@ -48,9 +54,16 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
             0 => String::new(),
             others => format!(" nor {others} more of its models"),
         };
+        let known = if of.for_admins { known(of.workers) } else { of.workers.len().to_string() };
+        return Some(format!("no healthy worker serves the model {model:?}{more} (known workers: {known})"));
+    }
+    if let Some((worker, complaint)) = at_fault(of) {
+        let since = UNIX_EPOCH + Duration::from_secs(u64::try_from(complaint.since.unix_seconds()).unwrap_or(0));
+        let since = humantime::format_rfc3339_seconds(since);
+        let worker = if of.for_admins { format!("worker {}", worker.url) } else { "the worker".to_owned() };
         return Some(format!(
-            "no healthy worker serves the model {model:?}{more} (known workers: {})",
-            known(of.workers)
+            "{worker} {} since {since}; it is asked again every few seconds, and no request is given up for it",
+            complaint.what
         ));
     }
     match of.queue_position {
@@ -59,6 +72,20 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
         1 => Some("behind 1 batch".into()),
         position => Some(format!("behind {position} batches")),
     }
+}
+
+/// The worker that is at fault for longest, if all that serve one of the batch's models are.
+fn at_fault<'a>(of: &Situation<'a>) -> Option<(&'a WorkerView, &'a Complaint)> {
+    let serves = |worker: &&WorkerView| {
+        worker.state == WorkerState::Healthy && of.models.iter().any(|model| worker.serves(model))
+    };
+    let complaints: Option<Vec<_>> = of
+        .workers
+        .iter()
+        .filter(serves)
+        .map(|worker| worker.complaint.as_ref().map(|complaint| (worker, complaint)))
+        .collect();
+    complaints?.into_iter().min_by_key(|(_, complaint)| complaint.since)
 }
 
 fn known(workers: &[WorkerView]) -> String {
@@ -104,6 +131,7 @@ mod tests {
             prefix_hit_rate: None,
             request_time: None,
             last_error: (state == WorkerState::Down).then(|| "connection refused".into()),
+            complaint: None,
             created_at: Timestamp(0),
         }
     }
@@ -113,7 +141,9 @@ mod tests {
         moving: false,
         running: false,
         unserved: &[],
+        models: &[],
         workers: &[],
+        for_admins: true,
         queue_position: 0,
     };
 
@@ -135,6 +165,20 @@ mod tests {
     }
 
     #[test]
+    fn only_admins_see_where_workers_are_and_what_they_answer() {
+        let mut workers =
+            vec![worker("http://a", WorkerState::Down, &["m"]), worker("http://b", WorkerState::Down, &[])];
+        let models = ["m".to_owned()];
+        let of = Situation { workers: &workers, unserved: &["m"], models: &models, for_admins: false, ..STILL };
+        assert_eq!(waiting_reason(&of).unwrap(), "no healthy worker serves the model \"m\" (known workers: 2)");
+        workers[0].state = WorkerState::Healthy;
+        workers[0].complaint = Some(Complaint { what: "answers 401 to every request".into(), since: Timestamp(0) });
+        let of = Situation { workers: &workers, models: &models, for_admins: false, ..STILL };
+        let reason = waiting_reason(&of).unwrap();
+        assert!(reason.starts_with("the worker answers 401 to every request since 1970-01-01T00:00:00Z"), "{reason}");
+    }
+
+    #[test]
     fn what_moves_or_has_its_turn_has_no_reason() {
         let workers = [worker("http://a", WorkerState::Healthy, &["m"])];
         let of = Situation { workers: &workers, queue_position: 3, ..STILL };
@@ -143,6 +187,32 @@ mod tests {
         assert_eq!(waiting_reason(&Situation { queue_position: 0, ..of.clone() }), None);
         for status in BatchStatus::ALL.into_iter().filter(|status| status.is_terminal()) {
             assert_eq!(waiting_reason(&Situation { status, workers: &[], ..of.clone() }), None);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_fails_every_request_is_the_reason_if_no_other_serves_the_model() {
+        let complaint = |seconds: i64| {
+            Some(Complaint { what: "answers 502 to every request".into(), since: Timestamp(seconds * 1_000_000) })
+        };
+        let mut workers = vec![
+            worker("http://a", WorkerState::Healthy, &["m"]),
+            worker("http://b", WorkerState::Healthy, &["m"]),
+            worker("http://c", WorkerState::Healthy, &["other"]),
+        ];
+        workers[0].complaint = complaint(1_764_465_323);
+        let models = ["m".to_owned()];
+        let reason = |workers: &[WorkerView], running| {
+            waiting_reason(&Situation { workers, models: &models, running, queue_position: 2, ..STILL })
+        };
+        assert_eq!(reason(&workers, false).unwrap(), "behind 2 batches");
+        workers[1].complaint = complaint(1_764_465_300);
+        for running in [false, true] {
+            assert_eq!(
+                reason(&workers, running).unwrap(),
+                "worker http://b answers 502 to every request since 2025-11-30T01:15:00Z; it is asked again every few \
+                 seconds, and no request is given up for it"
+            );
         }
     }
 
@@ -167,7 +237,7 @@ mod tests {
             let all = [WorkerState::Starting, WorkerState::Healthy, WorkerState::Draining, WorkerState::Down];
             let workers: Vec<_> = states.iter().map(|state| worker("http://w", all[*state], &["m"])).collect();
             let unserved: Vec<&str> = unserved.iter().map(String::as_str).collect();
-            let of = Situation { status, moving, running, unserved: &unserved, workers: &workers, queue_position };
+            let of = Situation { status, moving, running, unserved: &unserved, models: &[], workers: &workers, for_admins: true, queue_position };
             let reason = waiting_reason(&of);
             let can_wait = matches!(status, BatchStatus::Validating | BatchStatus::InProgress) && !moving;
             let behind = !running && queue_position > 0;

@@ -1,18 +1,19 @@
 //! The lines of one segment that are still to be run: which are ready, which wait for another try. Pure.
 
-use std::{cmp::Reverse, collections::BinaryHeap, ops::Range, sync::Arc};
+use std::{cmp::Reverse, collections::BinaryHeap, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::{
+    deaths::{Deaths, Losses, Lost},
     order::{Ready, Sketch},
     tries::Tally,
 };
 use crate::{
     domain::{LineSet, request_line},
-    fleet::WorkerKey,
+    fleet::{Blame, WorkerKey},
 };
 
 /// A line, as found in the segment's bytes.
@@ -24,6 +25,9 @@ struct Line {
     custom_id: Range<u32>,
     body: Range<u32>,
     tally: Tally,
+    losses: Losses,
+    /// What may tell that the try counted last was the worker's fault.
+    doubt: Option<Blame>,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
     /// Its body has a `priority` of its own.
@@ -50,7 +54,7 @@ impl LineKey {
 pub struct Lane {
     /// The model's place in the file's list.
     pub model: usize,
-    /// They must have their worker for themselves.
+    /// They may be what kills workers, and are sent apart from others.
     pub alone: bool,
 }
 
@@ -80,6 +84,7 @@ pub struct WorkList {
     lines: Vec<Line>,
     ready: Vec<Ready>,
     later: BinaryHeap<Reverse<(Instant, LineKey)>>,
+    deaths: Deaths,
     open: usize,
 }
 
@@ -108,6 +113,8 @@ impl WorkList {
                 custom_id: within(&bytes, request.custom_id_json.as_bytes()),
                 body: within(&bytes, request.body.as_bytes()),
                 tally: Tally::default(),
+                losses: Losses::default(),
+                doubt: None,
                 failed_on: SmallVec::new(),
                 open: true,
                 has_priority: request.hints.has_priority,
@@ -121,7 +128,7 @@ impl WorkList {
         }
         drop(fresh);
         let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
-        Ok(Self { bytes, models, open: lines.len(), lines, ready, later: BinaryHeap::new() })
+        Ok(Self { bytes, models, open: lines.len(), lines, ready, later: BinaryHeap::new(), deaths: Deaths::default() })
     }
 
     /// The models, as in the file.
@@ -175,8 +182,9 @@ impl WorkList {
     pub fn wake(&mut self, now: Instant) {
         while self.next_due().is_some_and(|at| at <= now) {
             if let Some(Reverse((_, key))) = self.later.pop() {
-                let line = self.line(key);
-                let lane = Lane { model: usize::from(line.model), alone: line.tally.alone() };
+                let line = &mut self.lines[key.0 as usize];
+                line.losses.suspect(&mut self.deaths);
+                let lane = Lane { model: usize::from(line.model), alone: line.losses.company() > 0 };
                 self.ready[lane.place()].again(key);
             }
         }
@@ -199,6 +207,49 @@ impl WorkList {
         let lines = &self.lines;
         let fits = |key: LineKey| !lines[key.0 as usize].failed_on.contains(&worker.0);
         self.ready[lane.place()].take_for(worker.1, workers, fits)
+    }
+
+    /// Takes suspects that may be sent to one worker together: at most `most`, and as few as one of them must be. Also says
+    /// how long they should be apart from others.
+    pub fn take_suspects(&mut self, model: usize, most: u32) -> (Vec<LineKey>, Duration) {
+        let lines = &self.lines;
+        let company = |key: LineKey| lines[key.0 as usize].losses.company();
+        let ready = &mut self.ready[Lane { model, alone: true }.place()];
+        // The smallest group is the one that is nearest to the end of the search.
+        let Some(least) = ready.sent_before().map(company).min() else { return (Vec::new(), Duration::ZERO) };
+        let mut room = least.min(most).max(1);
+        let taken = ready.take_again(|key| {
+            let fits = room > 0 && company(key) == least;
+            room -= u32::from(fits);
+            fits
+        });
+        let longest = taken.iter().map(|key| lines[key.0 as usize].losses.apart_for()).max();
+        (taken, longest.unwrap_or_default())
+    }
+
+    /// A worker died that had the line. Returns whether it died of this line, as far as one can tell.
+    pub fn lost(&mut self, key: LineKey, lost: Lost) -> bool {
+        self.lines[key.0 as usize].losses.lose(&mut self.deaths, lost)
+    }
+
+    /// The line has come back from a worker that still lives.
+    pub fn acquit(&mut self, key: LineKey) {
+        self.lines[key.0 as usize].losses.acquit(&mut self.deaths);
+    }
+
+    /// Before the line's next failure is counted: gives back the try counted last if that was the worker's fault, and notes
+    /// what may tell the same of this one.
+    pub fn doubt(&mut self, key: LineKey, verdict: Option<Blame>) {
+        let line = self.line_mut(key);
+        if line.doubt.take().is_some_and(|before| before.is_workers()) {
+            line.tally.refund();
+        }
+        line.doubt = verdict;
+    }
+
+    /// What the line has been through.
+    pub fn tally(&mut self, key: LineKey) -> &mut Tally {
+        &mut self.line_mut(key).tally
     }
 
     /// Whether a line without a result has used up tries, or was there when a worker died.
@@ -301,7 +352,7 @@ fn within(whole: &[u8], part: &[u8]) -> Range<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, time::Duration};
+    use std::collections::BTreeSet;
 
     use proptest::prelude::*;
 
@@ -347,11 +398,22 @@ mod tests {
         assert!(list.has_later());
         list.wake(now + Duration::from_secs(1));
         assert_eq!(list.take(A), Some(x), "what has waited goes first");
-        assert!(fail(&mut list).is_some());
-        list.later(x, now);
-        list.wake(now);
-        assert_eq!((list.ready(0), list.peek(SUSPECT)), (2, Some(x)), "it was there at two deaths");
+        for death in 1..=3 {
+            assert!(fail(&mut list).is_some());
+            let now = now + Duration::from_secs(10 * death);
+            let lost = Lost { worker: WorkerKey(7), now, lived: Duration::from_secs(4), apart: 0, answers: 0 };
+            assert!(!list.lost(x, lost));
+            list.later(x, now);
+            list.wake(now);
+            let suspect = (death == 3).then_some(x);
+            assert_eq!((list.ready(0), list.peek(SUSPECT)), (2, suspect), "it was there at {death} deaths");
+            if suspect.is_none() {
+                assert_eq!(list.take(A), Some(x));
+            }
+        }
         assert_eq!(list.failed_on(x), [WorkerKey(7)]);
+        assert_eq!(list.take_suspects(0, 64), (vec![x], Duration::from_secs(6)));
+        list.acquit(x);
         assert_eq!(list.unfinished().len(), 2);
     }
 

@@ -1,16 +1,18 @@
 //! Which segments this node runs, and the run of each.
 //!
-//! [`plan`], [`order`], [`lines`] and [`tries`] decide, purely; [`segment`] and [`work`] run one segment with
+//! [`plan`], [`order`], [`lines`], [`tries`] and [`deaths`] decide, purely; [`segment`] and [`work`] run one segment with
 //! [`checkpoint`] for what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments,
 //! keeps their leases and tells the runs what has become of their batches.
 
 mod aside;
 mod checkpoint;
+mod deaths;
 #[doc(hidden)]
 pub mod lines;
 mod order;
 #[doc(hidden)]
 pub mod plan;
+mod seat;
 mod segment;
 mod stages;
 mod sweeps;
@@ -351,6 +353,9 @@ impl Scheduler {
         // A node that was held up would otherwise claim what it runs itself.
         if self.renewed_at.elapsed() > self.options.lease / 2 {
             self.renew().await?;
+        }
+        if self.fleet.lists_patterns() {
+            self.fleet.want(self.store.wanted_models().await?);
         }
         let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
         let (began, candidates) = (Instant::now(), self.store.candidates(&served, CANDIDATES).await);

@@ -98,9 +98,27 @@ impl Ready {
         self.again.len() + self.fresh
     }
 
-    /// A line that was sent before is ready again; it goes first.
+    /// A line that was sent before is ready again; it goes before those that were not, and after others that were.
     pub fn again(&mut self, key: LineKey) {
-        self.again.push_front(key);
+        self.again.push_back(key);
+    }
+
+    /// Takes those of the lines that were sent before that `picks` says yes to.
+    pub fn take_again(&mut self, mut picks: impl FnMut(LineKey) -> bool) -> Vec<LineKey> {
+        let mut taken = Vec::new();
+        self.again.retain(|key| {
+            let pick = picks(*key);
+            if pick {
+                taken.push(*key);
+            }
+            !pick
+        });
+        taken
+    }
+
+    /// The lines that were sent before.
+    pub fn sent_before(&self) -> impl Iterator<Item = LineKey> + '_ {
+        self.again.iter().copied()
     }
 
     /// The next line.

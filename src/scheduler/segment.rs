@@ -11,7 +11,7 @@ use super::{
     lines::WorkList,
     stages::Stages,
     troubles::Troubles,
-    work::Work,
+    work::{self, Work},
 };
 use crate::{
     blobs::{BlobError, Blobs},
@@ -141,6 +141,9 @@ impl Run {
             ),
             list,
             peers: Vec::new(),
+            salt: work::salt(&self.claimed.segment),
+            doubtful: Vec::new(),
+            apart: Vec::new(),
             run: self,
             checkpoint,
             number,

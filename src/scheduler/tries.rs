@@ -1,23 +1,33 @@
 //! Whether a request that failed is tried again, when, and in whose company: pure.
 //!
 //! A failure has one of three causes. What the request itself may have caused (a time-out, a 500, nonsense) counts as a
-//! try. What the worker says of itself (429, 503 with `Retry-After`, nobody there) counts as a pause: it uses up no try.
-//! And when a worker dies, every request that it had is a suspect, though at most one of them killed it: a request that
-//! was there twice is from then on sent alone, so that the next death, if there is one, is its own, and no other's.
+//! try. What the worker is at fault for (429, 503 with `Retry-After`, nobody there, an outage) counts as a pause: it uses
+//! up no try. And when a worker dies, every request that it had is lost, though at most one of them killed it:
+//! [`super::deaths`] finds out which, and only deaths that are a request's own end it.
 
 use std::time::Duration;
 
 use crate::fleet::FailureKind;
 
-/// Deaths of workers that a request may have been there for, in the company of others, before it is sent alone.
-const DEATHS_IN_COMPANY: u32 = 2;
+/// Each wait is so many times the one before: a first failure costs little time, and five tries bridge some seconds.
+const GROWS: u32 = 4;
+/// Deaths of workers, all in all, that a request is lost in before it is given up, however few tries there are.
+const FEWEST_DEATHS: u32 = 3;
+/// What must speak against it besides: two deaths that were its own, or four that may have been.
+const GUILT: u32 = 4;
+const OWN_DEATH: u32 = 2;
+const MAYBE_OWN_DEATH: u32 = 1;
+/// Tries of a request that is refused as if the key or the path was wrong.
+const REFUSALS: u32 = 2;
+/// The longest wait of a request whose worker has died, or is at fault: the worker is waited for anyway.
+const WORKER_CAP: Duration = Duration::from_millis(500);
 
 /// How often and how patiently requests are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TryPolicy {
     /// Tries in all, 1 or more.
     pub max_tries: u32,
-    /// The wait after the first failed try; it doubles with each further one.
+    /// The wait after the first failed try; each further one is four times as long.
     pub base: Duration,
     /// The longest wait.
     pub cap: Duration,
@@ -28,7 +38,7 @@ pub struct TryPolicy {
 
 impl Default for TryPolicy {
     fn default() -> Self {
-        Self { max_tries: 5, base: Duration::from_millis(250), cap: Duration::from_secs(30), max_pauses: 1_000 }
+        Self { max_tries: 5, base: Duration::from_millis(50), cap: Duration::from_secs(30), max_pauses: 1_000 }
     }
 }
 
@@ -37,6 +47,7 @@ impl Default for TryPolicy {
 pub struct Tally {
     tries: u32,
     deaths: u32,
+    guilt: u32,
     pauses: u32,
 }
 
@@ -45,6 +56,8 @@ pub struct Tally {
 enum Cause {
     /// The request's own.
     Request,
+    /// The request's own, or a wrong key or path.
+    Refusal,
     /// The worker died, of this request or of another one.
     Death,
     /// The worker takes no requests, or never had this one.
@@ -54,9 +67,27 @@ enum Cause {
 fn cause(kind: FailureKind) -> Cause {
     match kind {
         FailureKind::Timeout | FailureKind::Status | FailureKind::BadAnswer | FailureKind::NoModel => Cause::Request,
+        FailureKind::Refused => Cause::Refusal,
         FailureKind::Connection | FailureKind::Abandoned => Cause::Death,
-        FailureKind::Busy | FailureKind::Unreachable | FailureKind::Removed | FailureKind::CutOff => Cause::Worker,
+        FailureKind::Busy
+        | FailureKind::Unreachable
+        | FailureKind::Removed
+        | FailureKind::CutOff
+        | FailureKind::Outage
+        | FailureKind::Local => Cause::Worker,
     }
+}
+
+/// Whether the worker died, or seems to have died, while it had the request.
+#[must_use]
+pub fn is_death(kind: FailureKind) -> bool {
+    cause(kind) == Cause::Death
+}
+
+/// Whether what failed uses up a try.
+#[must_use]
+pub fn is_a_try(kind: FailureKind) -> bool {
+    matches!(cause(kind), Cause::Request | Cause::Refusal)
 }
 
 impl Tally {
@@ -66,16 +97,21 @@ impl Tally {
         self.tries + self.deaths + self.pauses
     }
 
-    /// Whether there is something to remember of it.
+    /// Whether it has failed in a way that may be its own.
     #[must_use]
     pub fn counts(self) -> bool {
         self.tries + self.deaths > 0
     }
 
-    /// Whether the request must have its worker for itself.
-    #[must_use]
-    pub fn alone(self) -> bool {
-        self.deaths >= DEATHS_IN_COMPANY
+    /// The last death was its own: see [`super::deaths`]. `sure`: others were answered in between.
+    pub fn blame(&mut self, sure: bool) {
+        self.guilt += if sure { OWN_DEATH } else { MAYBE_OWN_DEATH };
+    }
+
+    /// A try that was counted turned out to be the worker's fault.
+    pub fn refund(&mut self) {
+        self.tries = self.tries.saturating_sub(1);
+        self.pauses += 1;
     }
 }
 
@@ -89,19 +125,29 @@ impl TryPolicy {
         retry_after: Option<Duration>,
         random: f64,
     ) -> Option<Duration> {
-        // One death alone must follow those in company before the request is given up.
-        let (count, most) = match cause(kind) {
+        let cause = cause(kind);
+        let (count, most) = match cause {
             Cause::Request => (&mut tally.tries, self.max_tries),
-            Cause::Death => (&mut tally.deaths, self.max_tries.max(DEATHS_IN_COMPANY + 1)),
+            Cause::Refusal => (&mut tally.tries, self.max_tries.min(REFUSALS)),
+            Cause::Death => (&mut tally.deaths, self.max_pauses),
             Cause::Worker => (&mut tally.pauses, self.max_pauses),
         };
         *count += 1;
-        (*count < most).then(|| self.wait(*count, retry_after, random))
+        let count = *count;
+        if cause == Cause::Death && tally.guilt >= GUILT && tally.deaths >= self.max_tries.max(FEWEST_DEATHS) {
+            return None;
+        }
+        let cap = match cause {
+            Cause::Death => self.cap.min(WORKER_CAP),
+            Cause::Worker if kind == FailureKind::Outage => self.cap.min(WORKER_CAP),
+            Cause::Request | Cause::Refusal | Cause::Worker => self.cap,
+        };
+        (count < most).then(|| self.wait(count, cap, retry_after, random))
     }
 
-    fn wait(&self, times: u32, retry_after: Option<Duration>, random: f64) -> Duration {
-        let doubled = self.base.saturating_mul(2u32.saturating_pow(times.saturating_sub(1))).min(self.cap);
-        let spread = doubled.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
+    fn wait(&self, times: u32, cap: Duration, retry_after: Option<Duration>, random: f64) -> Duration {
+        let grown = self.base.saturating_mul(GROWS.saturating_pow(times.saturating_sub(1))).min(cap);
+        let spread = grown.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
         retry_after.map_or(spread, |asked| asked.max(spread))
     }
 }
@@ -111,9 +157,11 @@ impl TryPolicy {
 pub fn error_code(kind: FailureKind) -> &'static str {
     match kind {
         FailureKind::Timeout => "request_timeout",
-        FailureKind::Connection | FailureKind::Unreachable => "worker_unreachable",
+        FailureKind::Connection | FailureKind::Unreachable | FailureKind::Local => "worker_unreachable",
         FailureKind::Abandoned | FailureKind::Removed => "worker_lost",
-        FailureKind::Status | FailureKind::Busy | FailureKind::NoModel => "worker_error",
+        FailureKind::Status | FailureKind::Busy | FailureKind::NoModel | FailureKind::Refused | FailureKind::Outage => {
+            "worker_error"
+        }
         FailureKind::BadAnswer => "bad_worker_answer",
         FailureKind::CutOff => "answer_cut_off",
     }
@@ -131,35 +179,73 @@ mod tests {
     }
 
     #[test]
-    fn waits_double_up_to_the_cap_and_end() {
-        let policy = TryPolicy { max_tries: 10, ..TryPolicy::default() };
-        let expected = [250, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000];
+    fn waits_grow_up_to_the_cap_and_end() {
+        let policy = TryPolicy { max_tries: 8, ..TryPolicy::default() };
+        let expected = [50, 200, 800, 3_200, 12_800, 30_000, 30_000];
         assert_eq!(waits(&policy, &mut Tally::default(), FailureKind::Status), expected);
+        let deaths = waits(&policy, &mut Tally::default(), FailureKind::Connection);
+        assert_eq!(deaths[..5], [50, 200, 500, 500, 500], "the worker is waited for anyway");
     }
 
     #[test]
-    fn a_worker_that_takes_no_requests_uses_up_no_try() {
+    fn what_is_the_workers_fault_uses_up_no_try() {
         let (policy, mut tally) = (TryPolicy::default(), Tally::default());
-        for kind in [FailureKind::Busy, FailureKind::Unreachable, FailureKind::Removed, FailureKind::CutOff] {
-            for _ in 0..225 {
+        for kind in [
+            FailureKind::Busy,
+            FailureKind::Unreachable,
+            FailureKind::Removed,
+            FailureKind::CutOff,
+            FailureKind::Outage,
+            FailureKind::Local,
+        ] {
+            for _ in 0..150 {
                 assert!(policy.next(&mut tally, kind, None, 0.0).is_some());
             }
         }
-        assert!(!tally.alone());
         assert_eq!(waits(&policy, &mut tally, FailureKind::Timeout).len(), 4, "all five tries are left");
         assert_eq!(waits(&policy, &mut tally, FailureKind::Busy).len(), 99, "a thousand pauses, not for ever");
     }
 
     #[test]
-    fn who_was_there_at_two_deaths_goes_alone_and_is_given_up_only_then() {
+    fn a_try_that_was_the_workers_fault_is_given_back() {
+        let (policy, mut tally) = (TryPolicy { max_tries: 2, ..TryPolicy::default() }, Tally::default());
+        for _ in 0..10 {
+            assert!(policy.next(&mut tally, FailureKind::Status, None, 0.0).is_some());
+            tally.refund();
+        }
+        assert_eq!(waits(&policy, &mut tally, FailureKind::Status).len(), 1);
+    }
+
+    #[test]
+    fn a_refusal_is_the_answer_at_the_second_time() {
+        let policy = TryPolicy::default();
+        assert_eq!(waits(&policy, &mut Tally::default(), FailureKind::Refused).len(), 1);
+        let once = TryPolicy { max_tries: 1, ..policy };
+        assert_eq!(waits(&once, &mut Tally::default(), FailureKind::Refused).len(), 0);
+    }
+
+    #[test]
+    fn only_deaths_of_its_own_end_a_request() {
         for max_tries in [1, 2, 3, 5] {
             let (policy, mut tally) = (TryPolicy { max_tries, ..TryPolicy::default() }, Tally::default());
-            assert!(policy.next(&mut tally, FailureKind::Connection, None, 0.0).is_some());
-            assert!(!tally.alone(), "others were there too");
-            assert!(policy.next(&mut tally, FailureKind::Abandoned, None, 0.0).is_some());
-            assert!(tally.alone());
-            assert_eq!(waits(&policy, &mut tally, FailureKind::Connection).len() + 3, 3.max(max_tries) as usize);
+            for kind in [FailureKind::Connection, FailureKind::Abandoned].repeat(20) {
+                assert!(policy.next(&mut tally, kind, None, 0.0).is_some(), "others were there too");
+            }
+            tally.blame(true);
+            assert!(policy.next(&mut tally, FailureKind::Connection, None, 0.0).is_some(), "once may be chance");
+            tally.blame(true);
+            assert!(policy.next(&mut tally, FailureKind::Connection, None, 0.0).is_none());
         }
+        let (policy, mut tally) = (TryPolicy::default(), Tally::default());
+        tally.blame(true);
+        tally.blame(true);
+        assert_eq!(waits(&policy, &mut tally, FailureKind::Connection).len(), 4, "five in all");
+        let mut maybe = Tally::default();
+        (0..3).for_each(|_| maybe.blame(false));
+        assert!(waits(&policy, &mut maybe.clone(), FailureKind::Connection).len() > 100);
+        maybe.blame(false);
+        assert_eq!(waits(&policy, &mut maybe, FailureKind::Connection).len(), 4);
+        assert_eq!(waits(&policy, &mut Tally::default(), FailureKind::Connection).len(), 999, "not for ever");
     }
 
     proptest! {

@@ -1,6 +1,11 @@
 //! The lines of one segment to the workers, their answers into parts, and at the end all parts into one object.
 
-use std::{sync::atomic::Ordering, task::Poll, time::Duration};
+use std::{
+    hash::BuildHasher,
+    sync::{Arc, Weak, atomic::Ordering},
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -9,16 +14,21 @@ use tokio::time::Instant;
 use super::{
     Control,
     checkpoint::{Checkpoint, Stop},
+    deaths,
     lines::{Lane, LineKey, WorkList},
+    seat::{Apart, Seat},
     segment::{Ended, Run},
     stages::{self, Stage},
-    tries::error_code,
+    tries::{error_code, is_a_try, is_death},
 };
 use crate::{
     blobs::BlobError,
-    domain::{Endpoint, WorkerPriority, lifecycle::Ending},
+    domain::{Endpoint, SegmentRef, WorkerPriority, lifecycle::Ending},
     fault::{self, Fault},
-    fleet::{Acquire, Answer, Call, Failure, Held, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority},
+    fleet::{
+        Acquire, Answer, Blame, Call, Failure, FailureKind, Held, NoSlot, Rank, Slot, Want, Worker,
+        may_refuse_priority, outage,
+    },
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
 };
@@ -36,8 +46,26 @@ const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
 const BEHIND_OTHERS: i32 = 10;
 
+/// With fewer lines left than this nobody else need be answered for a line to be what its worker died of.
+const FEW: usize = outage::REQUESTS;
+/// How long the end of a line whose last try has failed waits for word whether the worker is at fault.
+const DOUBT: Duration = Duration::from_secs(1);
+
 /// What came of a request, and the slot that it had.
-type Sent = (Slot, LineKey, Result<Answer, Failure>);
+struct Sent {
+    seat: Seat,
+    key: LineKey,
+    at: Instant,
+    result: Result<Answer, Failure>,
+}
+
+/// A line whose last try has failed, while it is not clear yet whether the worker is at fault.
+pub(super) struct Doubtful {
+    until: Instant,
+    key: LineKey,
+    worker: Arc<Worker>,
+    failure: Failure,
+}
 
 /// A segment at work.
 pub(super) struct Work<'a> {
@@ -62,6 +90,16 @@ pub(super) struct Work<'a> {
     pub(super) stranded: Option<Instant>,
     /// What is durable.
     pub(super) parts: Vec<NewPart>,
+    /// A number of the segment, for the numbers of its requests.
+    pub(super) salt: u64,
+    pub(super) doubtful: Vec<Doubtful>,
+    /// Suspects at work, and how long they are to be apart from others.
+    pub(super) apart: Vec<(Instant, Weak<Apart>)>,
+}
+
+/// A number for a segment: the same on every node.
+pub(super) fn salt(segment: &SegmentRef) -> u64 {
+    foldhash::quality::FixedState::default().hash_one((segment.batch.as_str(), segment.index.0))
 }
 
 impl Work<'_> {
@@ -91,6 +129,8 @@ impl Work<'_> {
             }
             let now = Instant::now();
             self.list.wake(now);
+            self.settle_doubts(now);
+            self.let_others_join(now);
             let draining = matches!(wish, Control::Drain { .. });
             if !draining && self.has_room(flushing.is_some()) {
                 self.send_ready(&in_flight, &mut wishes);
@@ -165,13 +205,62 @@ impl Work<'_> {
                         slot
                     }
                 };
-                if let Some(key) = self.take_for(lane, &slot) {
-                    in_flight.push(self.send(slot, key));
+                if lane.alone {
+                    self.send_suspects(lane, slot, in_flight);
+                } else if let Some(key) = self.take_for(lane, &slot) {
+                    in_flight.push(self.send(Seat::Own(slot), key));
                 }
             }
             if self.list.peek(lane).is_none() {
                 // Slots are for lines: others have use for what is left of them.
                 *wish = None;
+            }
+        }
+    }
+
+    /// Sends suspects together over the one slot of a worker that has nothing else.
+    fn send_suspects(&mut self, lane: Lane, slot: Slot, in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>) {
+        let (keys, time) = self.list.take_suspects(lane.model, slot.worker.limit());
+        if keys.is_empty() {
+            return;
+        }
+        let count = u32::try_from(keys.len()).unwrap_or(u32::MAX);
+        tracing::debug!(
+            worker = %slot.worker.id, segment = %self.run.claimed.segment, count,
+            "requests that may be what kills workers are sent apart from others"
+        );
+        let apart = Arc::new(Apart::new(slot, count));
+        self.apart.push((Instant::now() + time, Arc::downgrade(&apart)));
+        for key in keys {
+            in_flight.push(self.send(Seat::Apart(apart.clone()), key));
+        }
+    }
+
+    /// Suspects that have been at their worker for longer than any of them lived before are not apart any longer.
+    fn let_others_join(&mut self, now: Instant) {
+        self.apart.retain(|(until, apart)| match apart.upgrade() {
+            Some(apart) if *until <= now => {
+                apart.let_others_join();
+                false
+            }
+            Some(_) => true,
+            None => false,
+        });
+    }
+
+    /// Ends the lines whose last try has failed, once it is clear that the worker is not at fault, or nothing is heard of
+    /// that; runs the others again.
+    fn settle_doubts(&mut self, now: Instant) {
+        let settled = |doubtful: &Doubtful| doubtful.until <= now || !doubtful.failure.is_in_doubt();
+        let (settled, rest) = std::mem::take(&mut self.doubtful).into_iter().partition(settled);
+        self.doubtful = rest;
+        let settled: Vec<Doubtful> = settled;
+        for Doubtful { key, worker, failure, .. } in settled {
+            if failure.blame.as_ref().is_some_and(Blame::is_workers) {
+                self.list.doubt(key, None);
+                self.list.later(key, now);
+            } else {
+                self.give_up(key, &worker, failure);
             }
         }
     }
@@ -186,7 +275,9 @@ impl Work<'_> {
         self.list.take_for(lane, worker, &self.peers[lane.model])
     }
 
-    fn send(&self, slot: Slot, key: LineKey) -> BoxFuture<'static, Sent> {
+    fn send(&self, seat: Seat, key: LineKey) -> BoxFuture<'static, Sent> {
+        let request = self.salt.wrapping_add(u64::from(self.list.index(key)));
+        let slot = seat.slot();
         let body = self.list.body(key);
         // A client's own is left as it is; vLLM would take the header before it.
         let priority = if self.list.has_priority(key) { WorkerPriority::Off } else { self.run.options.worker_priority };
@@ -204,6 +295,8 @@ impl Work<'_> {
             (slotted, self.run.stages.clone())
         });
         async move {
+            let slot = seat.slot();
+            let at = Instant::now();
             let sent = slotted.map(|(slotted, stages)| {
                 stages.took(Stage::Dispatch, slotted.elapsed());
                 (Instant::now(), stages)
@@ -211,12 +304,13 @@ impl Work<'_> {
             let call = Call { endpoint, model: &model, body, priority: header, timeout, expected };
             let result = match with_priority {
                 None => slot.send(call).await,
-                Some(with) => send_with(&slot, with, call).await,
+                Some(with) => send_with(slot, with, call).await,
             };
             if let Some((sent, stages)) = sent {
                 stages.took(Stage::Worker, sent.elapsed());
             }
-            (slot, key, result)
+            let result = slot.tell(request, at, result);
+            Sent { seat, key, at, result }
         }
         .boxed()
     }
@@ -224,41 +318,69 @@ impl Work<'_> {
     /// Takes what came of requests. Their slots go back together, so that another segment is woken once for all of them,
     /// and before the results are written down, so that nobody waits for that.
     fn take_all(&mut self, all: Vec<Sent>) {
-        let apart = all.into_iter().map(|(slot, key, result)| {
-            let worker = slot.worker.clone();
-            (slot, (key, worker, result))
-        });
-        let (slots, results): (Vec<Slot>, Vec<_>) = apart.unzip();
+        let (mut slots, mut results) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
+        for Sent { seat, key, at, result } in all {
+            let (worker, apart) = (seat.slot().worker.clone(), seat.apart());
+            if let Seat::Own(slot) = seat {
+                slots.push(slot);
+            }
+            results.push((key, worker, at, apart, result));
+        }
         Slot::give_back(slots);
-        for (key, worker, result) in results {
-            self.take(key, &worker, result);
+        for (key, worker, at, apart, result) in results {
+            self.take(key, &worker, at, apart, result);
         }
     }
 
-    /// Takes what came of a request.
-    fn take(&mut self, key: LineKey, worker: &Worker, result: Result<Answer, Failure>) {
-        match result {
-            Ok(answer) => self.answered(key, worker, answer, None),
-            Err(failure) => {
-                metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
-                let tally = self.list.failed(key, failure.worker);
-                let wait = self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random());
-                let times = tally.times();
-                match wait {
-                    Some(wait) => self.list.later(key, Instant::now() + wait),
-                    None => {
-                        let message = format!("{} (after {times} tries)", failure.message);
-                        let code = error_code(failure.kind);
-                        match failure.answer {
-                            // A success that is none needs words: by its status it would pass for an answer.
-                            Some(answer) if answer.is_success() && !failure.is_doubtful => {
-                                self.answered(key, worker, answer, Some((code, &message)));
-                            }
-                            Some(answer) => self.answered(key, worker, answer, None),
-                            None => self.error(key, code, &message),
-                        }
-                    }
-                }
+    /// Takes what came of a request that was sent at `at`. `apart`: with so many suspects apart from others; 0: among others.
+    fn take(&mut self, key: LineKey, worker: &Arc<Worker>, at: Instant, apart: u32, result: Result<Answer, Failure>) {
+        let failure = match result {
+            Ok(answer) => {
+                self.list.acquit(key);
+                self.answered(key, worker, answer, None);
+                return;
+            }
+            Err(failure) => failure,
+        };
+        metrics::counter!("tidemill_tries_failed_total", "kind" => failure.kind.as_str()).increment(1);
+        let now = Instant::now();
+        if is_death(failure.kind) {
+            let (answers, lived) = (self.run.fleet.answers(), now - at);
+            // A segment with few lines has nobody else who could be answered.
+            let few = self.list.open() < FEW;
+            let lost = deaths::Lost { worker: failure.worker, now, lived, apart, answers };
+            let own = self.list.lost(key, lost);
+            if own || (few && apart == 1) {
+                self.list.tally(key).blame(own);
+            }
+        } else if is_a_try(failure.kind) {
+            self.list.acquit(key);
+            self.list.doubt(key, failure.blame.clone());
+        }
+        let at_fault = matches!(failure.kind, FailureKind::Outage | FailureKind::Local);
+        let tally = if at_fault { self.list.tally(key) } else { self.list.failed(key, failure.worker) };
+        match self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random()) {
+            Some(wait) => self.list.later(key, now + wait),
+            None if failure.is_in_doubt() => {
+                self.doubtful.push(Doubtful { until: now + DOUBT, key, worker: worker.clone(), failure });
+            }
+            None => self.give_up(key, worker, failure),
+        }
+    }
+
+    /// Ends a line that has been tried often enough.
+    fn give_up(&mut self, key: LineKey, worker: &Worker, failure: Failure) {
+        let times = self.list.tally(key).times();
+        let message = format!("{} (after {times} tries)", failure.message);
+        let code = error_code(failure.kind);
+        match failure.answer {
+            // A success that is none needs words: by its status it would pass for an answer.
+            Some(answer) if answer.is_success() && !failure.is_doubtful => {
+                self.answered(key, worker, answer, Some((code, &message)));
+            }
+            Some(answer) => self.answered(key, worker, answer, None),
+            None => {
+                self.error(key, code, &message);
             }
         }
     }
@@ -305,6 +427,7 @@ impl Work<'_> {
 
     /// Every line without a result ends with the batch.
     fn end_unfinished(&mut self, ending: Ending) {
+        self.doubtful.clear();
         for key in self.list.unfinished() {
             self.error(key, ending.error_code(), ending.error_message());
         }
@@ -313,6 +436,7 @@ impl Work<'_> {
     /// No model of the lines that are left is served, and none of them only waits for its next try.
     fn is_stranded(&self) -> bool {
         !self.list.has_later()
+            && self.doubtful.is_empty()
             && (0..self.list.models().len())
                 .all(|model| self.list.ready(model) == 0 || self.run.fleet.capacity(&self.list.models()[model]) == 0)
     }
@@ -346,7 +470,9 @@ impl Work<'_> {
         };
         let far = now + Duration::from_secs(3_600);
         let stranded = self.stranded.map(|since| since + KEPT_STRANDED).filter(|until| *until > now);
-        [flush, drain, stranded, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
+        let doubt = self.doubtful.iter().map(|doubtful| doubtful.until).min();
+        let apart = self.apart.iter().map(|(until, _)| *until).min();
+        [flush, drain, stranded, doubt, apart, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
     }
 
     /// Begins to write what is finished as a part.

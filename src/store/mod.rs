@@ -23,6 +23,7 @@ mod parts;
 mod queue;
 mod reach;
 mod schema;
+mod wanted;
 mod webhooks;
 mod workers;
 

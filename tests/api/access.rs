@@ -80,6 +80,8 @@ async fn only_admins_change_workers_and_see_dead_letters() {
     assert_eq!(root.register_worker(register).await.unwrap().into_inner().id, worker.id);
     let listed = ana.list_workers(pb::ListWorkersRequest {}).await.unwrap().into_inner().workers;
     assert_eq!(listed.iter().map(|one| &one.id).collect::<Vec<_>>(), [&worker.id]);
+    assert!(listed[0].url.is_empty() && listed[0].last_error.is_empty(), "where it is, is for admins: {listed:?}");
+    assert_eq!(worker.url, "http://127.0.0.1:9");
     let drain = pb::DrainWorkerRequest { worker_id: worker.id.clone() };
     let remove = pb::RemoveWorkerRequest { worker_id: worker.id.clone() };
     expect(ana.drain_worker(drain.clone()).await, Code::PermissionDenied, "ADMIN_ONLY");

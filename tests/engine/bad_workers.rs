@@ -118,10 +118,14 @@ async fn a_model_that_a_worker_lists_and_does_not_have_is_found_elsewhere() {
     let (_, _, errors) = run(&[liar.url()], options(), &chats(2)).await;
     assert_eq!(errors[0]["response"]["status_code"], 404);
     assert_eq!(errors[0]["response"]["body"]["error"]["type"], "NotFoundError");
-    // Any other 404 is the request's answer at once.
-    let other = Raw::start(|_| Reply::Answer(404, "application/json", r#"{"detail":"Not Found"}"#.into())).await;
-    run(&[other.url()], options(), &chats(2)).await;
-    assert_eq!(other.received(), 2);
+    // What else the API does not find is the request's answer at once; what no API says is asked for twice.
+    let error = r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError","code":404}}"#;
+    for (body, times) in [(error, 1), (r#"{"detail":"Not Found"}"#, 2)] {
+        let other = Raw::start(move |_| Reply::Answer(404, "application/json", body.into())).await;
+        let (_, _, errors) = run(&[other.url()], options(), &chats(2)).await;
+        assert_eq!(errors[0]["response"]["status_code"], 404);
+        assert_eq!(other.received(), 2 * times, "{body}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,7 +207,9 @@ async fn a_poison_request_is_isolated_and_costs_no_other_line() {
     assert_eq!(output.len(), 199);
     let code = errors[0]["error"]["code"].as_str().unwrap();
     assert!(["worker_unreachable", "worker_lost"].contains(&code), "{code}");
-    assert_eq!(a.deaths() + b.deaths(), 5, "as often as a request is tried");
+    // Three in company, four while at most 32 are halved, two alone, and one or two by whoever was sent in between.
+    let deaths = a.deaths() + b.deaths();
+    assert!((5..=12).contains(&deaths), "{deaths} deaths");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,11 +10,13 @@ mod endings;
 mod faults;
 #[path = "../support/faulty.rs"]
 mod faulty;
+mod gateways;
 mod ghosts;
 mod harness;
 mod lifecycle;
 mod limits;
 mod order;
+mod outages;
 mod priority;
 mod raw;
 mod recovery;

@@ -12,6 +12,7 @@ use std::{
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +29,8 @@ pub enum Reply {
     Nothing,
     /// As [`Reply::good`], after a while.
     Later(Duration),
+    /// As [`Reply::good`], once there is a permit.
+    When(Arc<Semaphore>),
     /// The whole worker dies: every connection is reset, and nobody listens for a moment.
     Die,
 }
@@ -52,6 +55,7 @@ pub struct Raw {
 struct Inner {
     decide: Box<Decide>,
     received: AtomicUsize,
+    checks: AtomicUsize,
     deaths: AtomicU32,
     /// Cancelled at a death.
     life: Mutex<CancellationToken>,
@@ -66,6 +70,7 @@ impl Raw {
         let inner = Arc::new(Inner {
             decide: Box::new(decide),
             received: AtomicUsize::new(0),
+            checks: AtomicUsize::new(0),
             deaths: AtomicU32::new(0),
             life: Mutex::new(CancellationToken::new()),
             down: Duration::from_millis(300),
@@ -80,6 +85,11 @@ impl Raw {
 
     pub fn received(&self) -> usize {
         self.inner.received.load(Ordering::SeqCst)
+    }
+
+    /// Health checks so far.
+    pub fn checks(&self) -> usize {
+        self.inner.checks.load(Ordering::SeqCst)
     }
 
     pub fn deaths(&self) -> u32 {
@@ -166,6 +176,7 @@ async fn serve(inner: Arc<Inner>, stream: TcpStream) -> std::io::Result<()> {
         if head[0].starts_with("get /v1/models") {
             answer(&mut stream, 200, "application/json", r#"{"object":"list","data":[{"id":"sim"}]}"#).await?;
         } else if head[0].starts_with("get /health") {
+            inner.checks.fetch_add(1, Ordering::SeqCst);
             answer(&mut stream, 200, "text/plain", "").await?;
         } else if head[0].starts_with("get ") {
             answer(&mut stream, 404, "text/plain", "").await?;
@@ -202,6 +213,10 @@ async fn reply(inner: &Inner, stream: &mut BufReader<TcpStream>, reply: Reply) -
             Err(std::io::Error::other("the end"))
         }
         Reply::Nothing => std::future::pending().await,
+        Reply::When(permits) => {
+            permits.acquire().await.unwrap().forget();
+            answer(stream, 200, "application/json", GOOD).await
+        }
         Reply::Die => {
             inner.die();
             std::future::pending().await

@@ -50,6 +50,48 @@ fn the_best_rank_goes_first_then_who_asked_first() {
 }
 
 #[test]
+fn on_trial_a_worker_gets_as_few_as_it_is_given_from_all_in_turns() {
+    let mut board = board(&[(1, &["m"], 4)]);
+    let hung = want("m", rank(1, 1), &[]);
+    assert_eq!(board.take(&hung), Some(WorkerKey(1)));
+    board.trial(WorkerKey(1), Some(1));
+    assert_eq!(board.take(&hung), None, "who does not wait gets none");
+    let high = board.queue_for(want("m", rank(1, 1), &[]), 50);
+    let low = board.queue_for(want("m", rank(-1, 9), &[]), 50);
+    let mut order = Vec::new();
+    for _ in 0..4 {
+        order.extend(board.grant().into_iter().map(|(ticket, _)| ticket));
+        assert!(board.grant().is_empty(), "one at a time");
+        // It failed, and after a while another one is tried.
+        board.release(WorkerKey(1), &nobody("m"));
+        board.set(WorkerKey(1), [Arc::from("m")], true, false, 4);
+        assert!(board.grant().is_empty() && board.capacity("m") == 4);
+        board.set(WorkerKey(1), [Arc::from("m")], true, true, 4);
+        board.trial(WorkerKey(1), Some(1));
+    }
+    assert_eq!(order, [high, low, high, low], "what the first sends may be what it fails");
+    let now = board.queue(want("m", Rank::interactive(), &[]));
+    board.trial(WorkerKey(1), Some(2));
+    let both: Vec<_> = board.grant().into_iter().map(|(ticket, _)| ticket).collect();
+    assert_eq!(both, [now, high]);
+    board.trial(WorkerKey(1), None);
+    assert_eq!(board.grant().len(), 1, "the one that hangs and the two are three of four");
+}
+
+#[test]
+fn on_trial_who_must_be_alone_has_a_turn_too() {
+    let mut board = board(&[(1, &["m"], 4)]);
+    board.trial(WorkerKey(1), Some(1));
+    let suspect = board.queue(alone("m"));
+    assert_eq!(board.grant().to_vec(), [(suspect, WorkerKey(1))]);
+    let other = board.queue(want("m", rank(0, 1), &[]));
+    board.trial(WorkerKey(1), Some(2));
+    assert!(board.grant().is_empty());
+    assert!(board.join(WorkerKey(1)));
+    assert_eq!(board.grant().to_vec(), [(other, WorkerKey(1))]);
+}
+
+#[test]
 fn wishes_of_one_rank_take_turns_and_what_is_free_at_once_is_one_turn() {
     let mut board = board(&[(1, &["m"], 4)]);
     let one = want("m", rank(0, 5), &[]);

@@ -46,6 +46,8 @@ const BACK_OFF_MORE: f64 = 0.5;
 const CUT_GAP: Duration = Duration::from_millis(500);
 /// A push-back so soon after another is worse than one alone.
 const CUT_AGAIN: Duration = Duration::from_secs(2);
+/// Push-backs are a reason to send less if they are more than one in so many.
+const MANY_OF: u32 = 10;
 /// A worker whose metrics have been read counts as one with metrics for so long without them.
 const METRICS_LAST: Duration = Duration::from_secs(10);
 
@@ -83,8 +85,32 @@ pub struct Limiter {
     latency: Duration,
     last: Option<(Duration, Load)>,
     cut: Option<Cut>,
+    push_backs: PushBacks,
     climb: Climb,
     changed_at: Duration,
+}
+
+/// What came back lately: of the last half second, or of the second before.
+#[derive(Clone, Copy, Debug, Default)]
+struct PushBacks {
+    since: Duration,
+    pushed_back: u32,
+    answered: u32,
+}
+
+impl PushBacks {
+    /// Takes in what was seen. Returns whether so many were pushed back that fewer should be sent: a few of many are those
+    /// requests' own bad luck.
+    fn are_many(&mut self, now: Duration, seen: &Seen) -> bool {
+        if now.saturating_sub(self.since) >= CUT_GAP {
+            // The older half counts half.
+            *self = Self { since: now, pushed_back: self.pushed_back / 2, answered: self.answered / 2 };
+        }
+        self.pushed_back = self.pushed_back.saturating_add(seen.pushed_back);
+        self.answered = self.answered.saturating_add(seen.answered);
+        let all = u64::from(self.pushed_back) + u64::from(self.answered) + u64::from(seen.in_flight);
+        seen.pushed_back > 0 && u64::from(self.pushed_back) * u64::from(MANY_OF) > all
+    }
 }
 
 /// How many requests the engine can run at once: as many as it was seen to.
@@ -143,6 +169,7 @@ impl Limiter {
             latency: Duration::ZERO,
             last: None,
             cut: None,
+            push_backs: PushBacks::default(),
             climb: Climb::default(),
             changed_at: Duration::ZERO,
         }
@@ -177,7 +204,8 @@ impl Limiter {
         if seen.answered > 0 {
             self.latency = seen.latency;
         }
-        if seen.pushed_back > 0 {
+        let pushed_back = self.push_backs.are_many(now, seen);
+        if pushed_back {
             self.pushed_back_at(now, seen);
         }
         match (seen.load, self.last) {
@@ -185,7 +213,7 @@ impl Limiter {
                 // A lower count than before is a worker that was started anew.
                 if last.is_some_and(|(_, last)| load.preemptions > last.preemptions) {
                     self.preempted_at(now, seen, load);
-                } else if seen.pushed_back == 0 {
+                } else if !pushed_back {
                     self.by_queue(now, seen, load);
                 }
                 self.last = Some((now, load));

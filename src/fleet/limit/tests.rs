@@ -99,12 +99,24 @@ fn a_server_that_runs_one_at_a_time_gets_little_more() {
 fn it_never_stays_at_the_floor() {
     let mut world = World::adaptive(Model::of(256), &[1_024]);
     for _ in 0..200 {
-        world.nodes[0].pushed_back = 1;
+        world.nodes[0].pushed_back = 1_000;
         world.run(0.1);
     }
     assert!(world.limit() <= 2, "pushed back all the time: {}", world.limit());
     world.run(60.0);
     assert!(world.limit() >= 256, "{}", world.limit());
+}
+
+#[test]
+fn a_few_push_backs_among_many_answers_change_nothing() {
+    let mut world = World::adaptive(Model::of(256), &[1_024]);
+    world.run(20.0);
+    let before = world.limit();
+    for _ in 0..100 {
+        world.nodes[0].pushed_back = 2;
+        world.run(0.1);
+    }
+    assert!(world.limit() >= before * 9 / 10, "{} before, {} after", before, world.limit());
 }
 
 #[test]

@@ -1,0 +1,184 @@
+//! What came of a request, told to its worker: whether it is well, at fault, or has more than it can take. [`super::outage`]
+//! decides.
+
+use std::{io, sync::Arc};
+
+use tokio::time::Instant;
+
+use super::{
+    Failure, FailureKind, Inner, Slot, Worker,
+    outage::{Blame, Sign},
+};
+use crate::domain::Timestamp;
+
+/// Counter: failures of this server itself, by `error`.
+const OWN_FAULTS: &str = "tidemill_own_faults_total";
+/// Counter: outages of workers that began.
+const OUTAGES: &str = "tidemill_worker_outages_total";
+
+/// Says what this module's metrics are.
+pub(super) fn describe_metrics() {
+    metrics::describe_counter!(
+        OWN_FAULTS,
+        "requests and health checks that failed because this server lacks something, by what"
+    );
+    metrics::describe_counter!(OUTAGES, "times that a worker failed every request alike and was held");
+}
+
+impl Slot {
+    /// Tells the worker what came of the request that was sent at `sent`: call it once for each. `request` is the same each
+    /// time the request is sent. Where the worker is at fault, the failure becomes an [`FailureKind::Outage`]; where that
+    /// may turn out later, it says so ([`Failure::blame`]).
+    ///
+    /// # Errors
+    /// The failure.
+    pub fn tell<T>(&self, request: u64, sent: Instant, result: Result<T, Failure>) -> Result<T, Failure> {
+        match result {
+            Ok(answer) => {
+                if self.worker.state.lock().outage.succeeded() {
+                    self.fleet.refresh(&self.worker);
+                    self.worker.gate_moved.notify_one();
+                }
+                Ok(answer)
+            }
+            Err(failure) => Err(self.charge(request, sent, failure)),
+        }
+    }
+
+    fn charge(&self, request: u64, sent: Instant, failure: Failure) -> Failure {
+        let Some(sign) = sign(&failure) else { return failure };
+        let (at_fault, verdict, begins) = {
+            let mut state = self.worker.state.lock();
+            let before = state.outage.complaint().is_some();
+            let (at_fault, verdict) = state.outage.failed(sign, request, sent, Instant::now());
+            if at_fault && !before {
+                state.complained_at = Some(Timestamp::now());
+            }
+            (at_fault, verdict, at_fault && !before)
+        };
+        if !at_fault {
+            return Failure { blame: Some(verdict), ..failure };
+        }
+        if begins {
+            metrics::counter!(OUTAGES, "worker" => self.worker.url.clone()).increment(1);
+            tracing::warn!(
+                worker = %self.worker.id, url = %self.worker.url,
+                "the worker {sign}: it is held, and single requests find out whether it answers again"
+            );
+        }
+        self.fleet.refresh(&self.worker);
+        self.worker.gate_moved.notify_one();
+        Failure { kind: FailureKind::Outage, ..failure }
+    }
+}
+
+/// Whether the failure may be the worker's fault, and what it looks like.
+fn sign(failure: &Failure) -> Option<Sign> {
+    match failure.kind {
+        FailureKind::Status | FailureKind::Refused => failure.answer.as_ref().map(|answer| Sign::Status(answer.status)),
+        FailureKind::Connection => Some(Sign::Broken),
+        _ => None,
+    }
+}
+
+/// Opens and closes a worker as time passes, until it is forgotten.
+pub(super) async fn keep_gate(fleet: Arc<Inner>, worker: Arc<Worker>) {
+    loop {
+        let at = worker.state.lock().outage.changes_at(Instant::now());
+        let changes = async {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = worker.gone.cancelled() => return,
+            () = worker.gate_moved.notified() => {}
+            () = changes => fleet.refresh(&worker),
+        }
+    }
+}
+
+/// What this server lacks, if that and not the worker is why something failed: file descriptors, memory, ports, a network.
+pub(super) fn own_fault(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && let Some(lack) = lack(io)
+        {
+            return Some(lack);
+        }
+        at = error.source();
+    }
+    None
+}
+
+/// The same numbers on Linux, macOS and the BSDs; std has no kinds for them.
+const EMFILE: i32 = 24;
+const ENFILE: i32 = 23;
+
+fn lack(error: &io::Error) -> Option<&'static str> {
+    match (error.raw_os_error(), error.kind()) {
+        (Some(EMFILE), _) => Some("too many open files in this process"),
+        (Some(ENFILE), _) => Some("too many open files on this machine"),
+        (_, io::ErrorKind::OutOfMemory) => Some("out of memory"),
+        (_, io::ErrorKind::AddrNotAvailable) => Some("no free local port or address"),
+        (_, io::ErrorKind::NetworkDown) => Some("the network is down"),
+        (_, io::ErrorKind::NetworkUnreachable) => Some("no route to the network"),
+        _ => None,
+    }
+}
+
+impl Inner {
+    /// Notes that this server itself is at fault for something that failed. No worker is suspected for it.
+    pub(super) fn note_own_fault(&self, lack: &'static str, what: &str) {
+        metrics::counter!(OWN_FAULTS, "error" => lack).increment(1);
+        let mut said = self.own_faults.lock();
+        let now = Instant::now();
+        if said.is_none_or(|(at, _)| now >= at + SAY_AGAIN) {
+            let more = said.map_or(0, |(_, more)| more);
+            *said = Some((now, 0));
+            tracing::error!(
+                lack,
+                more,
+                "{what} failed because of this server itself; no worker is at fault, no try is used up"
+            );
+        } else if let Some((_, more)) = said.as_mut() {
+            *more += 1;
+        }
+    }
+}
+
+/// Between two log lines about this server's own faults.
+const SAY_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
+
+impl Failure {
+    /// Whether the worker may still turn out to be at fault.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.blame.as_ref().is_some_and(Blame::is_open)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_faults_are_told_from_a_workers_wherever_they_lie_in_the_chain() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer")]
+        struct Outer(#[source] io::Error);
+        let of = |number| own_fault(&Outer(io::Error::from_raw_os_error(number)));
+        assert_eq!(of(EMFILE), Some("too many open files in this process"));
+        assert_eq!(of(ENFILE), Some("too many open files on this machine"));
+        let kind = |kind: io::ErrorKind| own_fault(&io::Error::from(kind));
+        for lack in [io::ErrorKind::OutOfMemory, io::ErrorKind::AddrNotAvailable, io::ErrorKind::NetworkUnreachable] {
+            assert!(kind(lack).is_some(), "{lack}");
+        }
+        for worker in [io::ErrorKind::ConnectionRefused, io::ErrorKind::ConnectionReset, io::ErrorKind::HostUnreachable]
+        {
+            assert_eq!(kind(worker), None, "{worker}");
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Whether failures are the worker's or the requests': a pure function of what came back, and when.
+//!
+//! One request that fails while others succeed is at fault itself. When many requests of a worker fail alike and none
+//! succeeds, the worker is at fault, or what stands in front of it: a gateway without its upstream, a key that is not
+//! taken, a path that is not there. Then the worker is held: one request at a time finds out whether it answers again,
+//! at growing intervals. What fails meanwhile uses up no try. The first success ends it.
+//!
+//! A 429 or 503 without `Retry-After` holds the worker for a moment too. That moment doubles while nothing else comes
+//! back, and the first success ends it as well.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+/// Different requests that must fail alike, without a success in between, before the worker is at fault. A batch of fewer
+/// lines ends after its tries, whatever the reason.
+pub const REQUESTS: usize = 8;
+/// Of the failures since the last success, at least so many must be alike: three of four.
+const ALIKE: (usize, usize) = (3, 4);
+/// How long a worker at fault is left alone before the first request that finds out whether it still is. Doubles.
+pub const FIRST_GAP: Duration = Duration::from_millis(100);
+/// The longest such time: an outage that ends is noticed within it.
+pub const LONGEST_GAP: Duration = Duration::from_secs(5);
+/// In an outage requests fail at once as a rule. While those on trial have not failed for so long, twice as many are sent.
+const TRUST: Duration = Duration::from_secs(2);
+/// Doublings of the requests on trial.
+const MOST_TRUST: u32 = 16;
+/// After so long without a failure what failed before says nothing any more.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+/// Connections that break together are one death of the worker.
+const TOGETHER: Duration = Duration::from_millis(500);
+/// The hold after a first 429 or 503 without `Retry-After`, and the longest.
+pub const FIRST_PAUSE: Duration = Duration::from_millis(50);
+pub const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How a request failed, where that may be the worker's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sign {
+    /// With this status.
+    Status(u16),
+    /// The connection broke.
+    Broken,
+}
+
+impl std::fmt::Display for Sign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "answers {status} to every request"),
+            Self::Broken => f.write_str("breaks off every request"),
+        }
+    }
+}
+
+/// What becomes clear about a failure after it was counted: whether the worker was at fault. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Blame(Arc<AtomicU8>);
+
+impl Blame {
+    const OPEN: u8 = 0;
+    const WORKER: u8 = 1;
+    const REQUEST: u8 = 2;
+
+    /// Whether the worker was at fault.
+    #[must_use]
+    pub fn is_workers(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::WORKER
+    }
+
+    /// Whether that is not known yet: nothing has succeeded since, and not enough has failed.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::OPEN
+    }
+
+    fn decide(&self, whose: u8) {
+        self.0.store(whose, Ordering::Release);
+    }
+}
+
+impl PartialEq for Blame {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Blame {}
+
+/// What may be sent to a worker at a moment, as far as this decides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// As many requests as it has slots.
+    Open,
+    /// So many in all until one comes back: they find out whether it answers again.
+    Trial(u32),
+    /// None.
+    Closed,
+}
+
+/// Failures of one kind since the last success.
+#[derive(Clone, Debug)]
+struct Alike {
+    sign: Sign,
+    count: usize,
+    /// The first requests that failed so, each once.
+    requests: SmallVec<[u64; REQUESTS]>,
+}
+
+/// The worker is at fault.
+#[derive(Clone, Debug)]
+struct Fault {
+    sign: Sign,
+    since: Instant,
+    /// When the next request finds out whether it still is.
+    next: Instant,
+    gap: Duration,
+}
+
+/// What one worker's answers say of it.
+#[derive(Clone, Debug, Default)]
+pub struct Outage {
+    /// Failures since the last success.
+    failures: SmallVec<[Alike; 2]>,
+    first_failure: Option<Instant>,
+    last_failure: Option<Instant>,
+    /// Shared by these failures.
+    verdict: Blame,
+    /// When connections last broke together.
+    broke: Option<Instant>,
+    fault: Option<Fault>,
+    /// It takes nothing until then, for it asked for that.
+    asked: Option<Instant>,
+    /// It takes nothing until then or until it has answered something; and how long that was.
+    paused: Option<(Instant, Duration)>,
+}
+
+impl Outage {
+    /// A request came back with an answer that is its own. Returns whether requests may go there that might not before.
+    pub fn succeeded(&mut self) -> bool {
+        if !self.failures.is_empty() {
+            self.forget();
+        }
+        let paused = self.paused.take().is_some();
+        self.fault.take().is_some() || paused
+    }
+
+    /// What failed so far was the requests' fault.
+    fn forget(&mut self) {
+        self.failures.clear();
+        if self.verdict.is_open() {
+            self.verdict.decide(Blame::REQUEST);
+        }
+        self.verdict = Blame::default();
+        self.first_failure = None;
+    }
+
+    /// A request that was sent at `sent` failed. `request` is the same each time it is sent. Returns whether the worker is
+    /// at fault for it, and what will tell that later.
+    pub fn failed(&mut self, sign: Sign, request: u64, sent: Instant, now: Instant) -> (bool, Blame) {
+        if let Some(fault) = &mut self.fault {
+            if sent >= fault.next {
+                fault.gap = (2 * fault.gap).min(LONGEST_GAP);
+                fault.next = now + fault.gap;
+                fault.sign = sign;
+            }
+            return (true, self.verdict.clone());
+        }
+        let together = sign == Sign::Broken && self.broke.is_some_and(|at| now < at + TOGETHER);
+        if sign == Sign::Broken && !together {
+            self.broke = Some(now);
+        }
+        if together {
+            // A worker that dies breaks off all it has: that is one failure, of it and not of them.
+            return (false, self.verdict.clone());
+        }
+        if self.last_failure.replace(now).is_some_and(|last| now >= last + FORGOTTEN) {
+            self.forget();
+        }
+        let verdict = self.verdict.clone();
+        let since = *self.first_failure.get_or_insert(now);
+        let all: usize = 1 + self.failures.iter().map(|alike| alike.count).sum::<usize>();
+        let alike = match self.failures.iter_mut().position(|alike| alike.sign == sign) {
+            Some(at) => &mut self.failures[at],
+            None => {
+                self.failures.push(Alike { sign, count: 0, requests: SmallVec::new() });
+                let last = self.failures.len() - 1;
+                &mut self.failures[last]
+            }
+        };
+        alike.count += 1;
+        if alike.requests.len() < REQUESTS && !alike.requests.contains(&request) {
+            alike.requests.push(request);
+        }
+        if alike.requests.len() < REQUESTS || alike.count * ALIKE.1 < all * ALIKE.0 {
+            return (false, verdict);
+        }
+        self.fault = Some(Fault { sign, since, next: now + FIRST_GAP, gap: FIRST_GAP });
+        verdict.decide(Blame::WORKER);
+        (true, verdict)
+    }
+
+    /// It said 429 or 503. `asked`: its `Retry-After`. Without one, only a request sent after the last pause makes it longer.
+    pub fn pushed_back(&mut self, asked: Option<Duration>, sent: Instant, now: Instant) {
+        match asked {
+            Some(asked) => self.asked = self.asked.max(Some(now + asked)),
+            None => match &mut self.paused {
+                Some((until, _)) if sent < *until => {}
+                paused => {
+                    let pause = paused.map_or(FIRST_PAUSE, |(_, pause)| (2 * pause).min(LONGEST_PAUSE));
+                    *paused = Some((now + pause, pause));
+                }
+            },
+        }
+    }
+
+    /// It is another one now, or was away.
+    pub fn reset(&mut self) {
+        *self = Self { asked: self.asked, ..Self::default() };
+    }
+
+    /// What may be sent there.
+    #[must_use]
+    pub fn gate(&self, now: Instant) -> Gate {
+        if self.asked.is_some_and(|until| now < until) || self.paused.is_some_and(|(until, _)| now < until) {
+            return Gate::Closed;
+        }
+        match &self.fault {
+            None => Gate::Open,
+            Some(fault) if now < fault.next => Gate::Closed,
+            Some(fault) => {
+                let trusted = (now - fault.next).as_secs() / TRUST.as_secs();
+                Gate::Trial(1 << u32::try_from(trusted).unwrap_or(MOST_TRUST).min(MOST_TRUST))
+            }
+        }
+    }
+
+    /// When [`Outage::gate`] says something else by itself; none: not before something comes back.
+    #[must_use]
+    pub fn changes_at(&self, now: Instant) -> Option<Instant> {
+        let held = [self.asked, self.paused.map(|(until, _)| until)].into_iter().flatten().filter(|until| now < *until);
+        let held = held.max();
+        let fault = self.fault.as_ref().and_then(|fault| {
+            if now < fault.next {
+                return Some(fault.next);
+            }
+            let trusted = u32::try_from((now - fault.next).as_secs() / TRUST.as_secs()).unwrap_or(MOST_TRUST);
+            (trusted < MOST_TRUST).then(|| fault.next + TRUST * (trusted + 1))
+        });
+        // What is held is looked at again when that is over.
+        held.or(fault)
+    }
+
+    /// What is wrong with it, and since when.
+    #[must_use]
+    pub fn complaint(&self) -> Option<(Sign, Instant)> {
+        self.fault.as_ref().map(|fault| (fault.sign, fault.since))
+    }
+}
+
+#[cfg(test)]
+mod tests;

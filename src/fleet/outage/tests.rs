@@ -1,0 +1,234 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SIGN: Sign = Sign::Status(502);
+
+fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// One that has just been found to be at fault at `now`.
+fn at_fault(now: Instant) -> Outage {
+    let mut outage = Outage::default();
+    for request in 0..REQUESTS as u64 {
+        let (workers, verdict) = outage.failed(SIGN, request, now, now);
+        assert_eq!(workers, request + 1 == REQUESTS as u64);
+        assert_eq!(verdict.is_workers(), workers);
+    }
+    outage
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_requests_that_fail_alike_without_a_success_are_the_workers_fault() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    let (_, first) = outage.failed(SIGN, 0, now, now);
+    assert!(first.is_open() && outage.gate(now) == Gate::Open);
+    for request in 1..REQUESTS as u64 {
+        outage.failed(SIGN, request, now, now + ms(request));
+    }
+    let found = now + ms(REQUESTS as u64 - 1);
+    assert!(first.is_workers(), "what failed before is not the requests' fault either");
+    assert_eq!(outage.complaint(), Some((SIGN, now)), "since the first failure");
+    assert_eq!(outage.gate(found), Gate::Closed);
+    assert_eq!(outage.changes_at(found), Some(found + FIRST_GAP));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_request_alone_is_at_fault_itself_however_often_it_fails() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    for _ in 0..1_000 {
+        assert!(!outage.failed(SIGN, 7, now, now).0);
+    }
+    assert_eq!((outage.gate(now), outage.complaint()), (Gate::Open, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_fail_while_others_succeed_are_at_fault_themselves() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    for request in 0..1_000 {
+        let (workers, verdict) = outage.failed(SIGN, request, now, now);
+        assert!(!workers && verdict.is_open());
+        if request % 4 == 3 {
+            outage.succeeded();
+            assert!(!verdict.is_open() && !verdict.is_workers());
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn small_batches_that_fail_one_after_the_other_are_no_outage() {
+    let mut now = Instant::now();
+    let mut outage = Outage::default();
+    for request in 0..100 {
+        assert!(!outage.failed(SIGN, request, now, now).0);
+        if request % 5 == 4 {
+            now += FORGOTTEN;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_of_many_kinds_are_no_outage_and_a_few_strays_among_them_do_not_hide_one() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    for request in 0..40 {
+        let sign = Sign::Status(500 + u16::try_from(request % 4).unwrap());
+        assert!(!outage.failed(sign, request, now, now).0, "each line has its own");
+    }
+    let mut outage = Outage::default();
+    let workers = |request| {
+        let sign = if request % 8 == 0 { Sign::Status(504) } else { SIGN };
+        outage.failed(sign, request, now, now).0
+    };
+    assert_eq!((0..40).position(workers), Some(9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_break_together_are_one_failure() {
+    let mut now = Instant::now();
+    let mut outage = Outage::default();
+    let mut request = 0;
+    for _ in 0..REQUESTS - 1 {
+        for _ in 0..64 {
+            assert!(!outage.failed(Sign::Broken, request, now, now).0);
+            request += 1;
+        }
+        now += ms(2_000);
+    }
+    assert!(outage.failed(Sign::Broken, request, now, now).0, "it breaks off whatever comes, again and again");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_gaps_grow_until_one_succeeds() {
+    let mut now = Instant::now();
+    let mut outage = at_fault(now);
+    let mut gaps = Vec::new();
+    for request in 100..108 {
+        let next = outage.changes_at(now).unwrap();
+        assert_eq!(outage.gate(next - ms(1)), Gate::Closed);
+        assert_eq!(outage.gate(next), Gate::Trial(1));
+        gaps.push((next - now).as_millis());
+        // What was sent before comes back late: it says nothing new.
+        outage.failed(SIGN, 1, now, next);
+        assert_eq!(outage.gate(next), Gate::Trial(1));
+        now = next + ms(3);
+        assert!(outage.failed(Sign::Status(503), request, next, now).0);
+    }
+    assert_eq!(gaps, [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
+    assert_eq!(outage.complaint().unwrap().0, Sign::Status(503), "the newest word");
+    assert!(outage.succeeded());
+    assert_eq!((outage.gate(now), outage.changes_at(now), outage.complaint()), (Gate::Open, None, None));
+    assert!(!outage.succeeded());
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_on_trial_that_do_not_fail_bring_more() {
+    let now = Instant::now();
+    let outage = at_fault(now);
+    let next = now + FIRST_GAP;
+    let seen: Vec<Gate> = (0..4).map(|times| outage.gate(next + TRUST * times)).collect();
+    assert_eq!(seen, [Gate::Trial(1), Gate::Trial(2), Gate::Trial(4), Gate::Trial(8)]);
+    assert_eq!(outage.changes_at(next + ms(1)), Some(next + TRUST));
+    let far = next + TRUST * 1_000;
+    assert_eq!((outage.gate(far), outage.changes_at(far)), (Gate::Trial(1 << MOST_TRUST), None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_push_back_holds_for_a_moment_that_doubles_and_ends_with_the_first_success() {
+    let mut now = Instant::now();
+    let mut outage = Outage::default();
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        outage.pushed_back(None, now, now);
+        // Others that were under way at the same time say the same.
+        outage.pushed_back(None, now, now + ms(1));
+        let until = outage.changes_at(now).unwrap();
+        assert_eq!((outage.gate(until - ms(1)), outage.gate(until)), (Gate::Closed, Gate::Open));
+        pauses.push((until - now).as_millis());
+        now = until;
+    }
+    assert_eq!(pauses, [50, 100, 200, 400, 800, 1_600, 2_000, 2_000]);
+    outage.pushed_back(None, now, now);
+    assert!(outage.succeeded());
+    assert_eq!((outage.gate(now), outage.changes_at(now)), (Gate::Open, None));
+    outage.pushed_back(None, now, now);
+    assert_eq!(outage.changes_at(now), Some(now + FIRST_PAUSE), "forgotten");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_worker_asks_for_is_kept_even_if_another_request_succeeds() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    outage.pushed_back(Some(ms(3_000)), now, now);
+    outage.pushed_back(Some(ms(1_000)), now, now);
+    outage.succeeded();
+    assert_eq!(outage.changes_at(now), Some(now + ms(3_000)));
+    assert_eq!((outage.gate(now + ms(2_999)), outage.gate(now + ms(3_000))), (Gate::Closed, Gate::Open));
+    assert_eq!(outage.changes_at(now + ms(3_000)), None, "what is past is not looked at again");
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Pass(u64),
+    Fail(u16, u64),
+    Break(u64),
+    Push(Option<u64>),
+    Succeed,
+    Reset,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0u64..8_000).prop_map(Step::Pass),
+        (0u16..3, 0u64..20).prop_map(|(status, request)| Step::Fail(500 + status, request)),
+        (0u64..20).prop_map(Step::Break),
+        prop::option::of(0u64..60_000).prop_map(Step::Push),
+        Just(Step::Succeed),
+        Just(Step::Reset),
+    ]
+}
+
+proptest! {
+    /// Whatever comes back: it is never closed for longer than it asked for or the longest gap, what it says of the future
+    /// comes true, and a success leaves nothing but what it asked for.
+    #[test]
+    fn it_never_stays_closed(steps in prop::collection::vec(step(), 0..200)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let _entered = runtime.enter();
+        let (mut outage, mut now) = (Outage::default(), Instant::now());
+        let mut asked = now;
+        for step in steps {
+            match step {
+                Step::Pass(millis) => now += ms(millis),
+                Step::Fail(status, request) => {
+                    let (workers, verdict) = outage.failed(Sign::Status(status), request, now, now);
+                    prop_assert_eq!(workers, outage.complaint().is_some());
+                    prop_assert!(!workers || verdict.is_workers());
+                }
+                Step::Break(request) => drop(outage.failed(Sign::Broken, request, now, now)),
+                Step::Push(wish) => {
+                    asked = wish.map_or(asked, |wish| asked.max(now + ms(wish)));
+                    outage.pushed_back(wish.map(ms), now, now);
+                }
+                Step::Succeed => {
+                    outage.succeeded();
+                    prop_assert_eq!(outage.gate(now) == Gate::Open, now >= asked);
+                    prop_assert_eq!(outage.complaint(), None);
+                }
+                Step::Reset => outage.reset(),
+            }
+            let opens = now.max(asked) + LONGEST_GAP;
+            prop_assert!(outage.gate(opens) != Gate::Closed);
+            if outage.gate(now) == Gate::Closed {
+                let next = outage.changes_at(now);
+                prop_assert!(next.is_some_and(|next| next > now && next <= opens));
+            } else if let Some(next) = outage.changes_at(now) {
+                prop_assert!(next > now && outage.gate(next) != Gate::Closed);
+            }
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Where a request is sent: over a slot of its own, or with others over the one slot of a worker that has nothing else.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use crate::fleet::Slot;
+
+/// What a request holds while it is sent.
+pub(super) enum Seat {
+    /// A slot of its own.
+    Own(Slot),
+    /// A worker apart from all others, together with other suspects.
+    Apart(Arc<Apart>),
+}
+
+/// A worker that has only suspects. It is free for others when the last of them has come back.
+pub(super) struct Apart {
+    slot: Slot,
+    count: u32,
+    joined: AtomicBool,
+}
+
+impl Apart {
+    pub(super) fn new(slot: Slot, count: u32) -> Self {
+        Self { slot, count, joined: AtomicBool::new(false) }
+    }
+
+    /// Others may be sent to the worker too.
+    pub(super) fn let_others_join(&self) {
+        if !self.joined.swap(true, Ordering::AcqRel) {
+            self.slot.let_others_join();
+        }
+    }
+}
+
+impl Seat {
+    pub(super) fn slot(&self) -> &Slot {
+        match self {
+            Self::Own(slot) => slot,
+            Self::Apart(apart) => &apart.slot,
+        }
+    }
+
+    /// How many suspects are at the worker apart from others; 0: it is among others.
+    pub(super) fn apart(&self) -> u32 {
+        match self {
+            Self::Apart(apart) if !apart.joined.load(Ordering::Acquire) => apart.count,
+            Self::Own(_) | Self::Apart(_) => 0,
+        }
+    }
+}

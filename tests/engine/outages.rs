@@ -1,0 +1,206 @@
+//! Workers, and gateways in front of them, that fail every request while they seem to be well; and those that die again and
+//! again. Both cost time, and no line.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tidemill::{
+    domain::BatchStatus,
+    scheduler::{SchedulerOptions, TryPolicy},
+    sim::SimConfig,
+};
+use tokio::sync::Semaphore;
+
+use crate::{
+    harness::{Node, PATIENCE, Worker, assert_one_line_each, chats, ids, options},
+    raw::{Raw, Reply},
+};
+
+/// One try, so that whatever uses one up ends a line.
+fn once() -> SchedulerOptions {
+    SchedulerOptions { tries: TryPolicy { max_tries: 1, ..options().tries }, ..options() }
+}
+
+async fn until(what: &str, so: impl Fn() -> bool) {
+    let wait = async {
+        while !so() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_uses_up_no_try_and_is_told() {
+    let page = |status: u16| match status {
+        404 => Reply::Answer(404, "application/json", r#"{"detail":"Not Found"}"#.into()),
+        status => Reply::Answer(status, "text/html", "<html>no</html>".into()),
+    };
+    for status in [502, 500, 503, 401, 403, 404] {
+        let out = Arc::new(AtomicBool::new(true));
+        let raw = {
+            let out = out.clone();
+            Raw::start(move |_| if out.load(Ordering::SeqCst) { page(status) } else { Reply::good() }).await
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let node = Node::start_with(folder.path(), &[], once(), 32).await;
+        node.fleet.register(&raw.url()).await.unwrap();
+        let lines = chats(100);
+        let id = node.submit(&lines, 50).await;
+        let words = format!("{} answers {status} to every request since ", raw.url());
+        node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
+        assert!(raw.received() < 60, "{} requests to find that out", raw.received());
+        out.store(false, Ordering::SeqCst);
+        let batch = node.ended(&id).await;
+        let (output, errors) = node.results(&batch).await;
+        assert_one_line_each(&lines, &output, &errors);
+        assert!(errors.is_empty(), "{status}: {:?}", errors.first());
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_lines_that_are_refused_for_what_they_are_end_at_once() {
+    for status in [400, 404, 422] {
+        let refusal = r#"{"error":{"message":"no such response","type":"NotFoundError","code":404}}"#;
+        let raw = Raw::start(move |_| Reply::Answer(status, "application/json", refusal.into())).await;
+        let folder = tempfile::tempdir().unwrap();
+        let node = Node::start_with(folder.path(), &[], options(), 16).await;
+        node.fleet.register(&raw.url()).await.unwrap();
+        let lines = chats(60);
+        let batch = node.ended(&node.submit(&lines, 30).await).await;
+        assert_eq!((batch.status, batch.counts.failed), (BatchStatus::Completed, 60));
+        assert_eq!(raw.received(), 60, "each is asked once");
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_fails_alone_ends_although_its_worker_is_well() {
+    let raw =
+        Raw::start(
+            |body| {
+                if body.contains("r7\"") { Reply::Answer(502, "text/html", "no".into()) } else { Reply::good() }
+            },
+        )
+        .await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], options(), 16).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let lines = chats(60);
+    let batch = node.ended(&node.submit(&lines, 60).await).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert_eq!(ids(&errors), ["r7"]);
+    assert_eq!(raw.received(), 59 + 5, "five tries");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_worker_fails_the_others_do() {
+    let broken = Raw::start(|_| Reply::Answer(502, "text/html", "no".into())).await;
+    let good = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[&good], options(), 8).await;
+    node.fleet.register(&broken.url()).await.unwrap();
+    let lines = chats(400);
+    let batch = node.ended(&node.submit(&lines, 200).await).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty(), "{:?}", errors.first());
+    assert!(broken.received() < 60, "{} requests to a worker that answers none", broken.received());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_has_pushed_back_is_checked_no_more_often_than_others() {
+    let refused = AtomicBool::new(false);
+    let raw = Raw::start(move |_| {
+        if refused.swap(true, Ordering::SeqCst) {
+            Reply::good()
+        } else {
+            Reply::Answer(429, "application/json", "{}".into())
+        }
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], options(), 4).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    assert_eq!(node.ended(&node.submit(&chats(3), 3).await).await.counts.completed, 3);
+    let before = raw.checks();
+    // A slow machine makes fewer checks, never more.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let checks = raw.checks() - before;
+    assert!(checks <= 8, "{checks} checks in 3 s");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_deaths_of_a_worker_isolate_nobody() {
+    let received = Arc::new(AtomicUsize::new(0));
+    let answers = Arc::new(Semaphore::new(0));
+    let raw = {
+        let (received, answers) = (received.clone(), answers.clone());
+        Raw::start(move |_| {
+            let number = received.fetch_add(1, Ordering::SeqCst);
+            if number < 128 { Reply::Nothing } else { Reply::When(answers.clone()) }
+        })
+        .await
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], once(), 64).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let lines = chats(64);
+    let id = node.submit(&lines, 64).await;
+    for round in 1..=2 {
+        until("are all there", || received.load(Ordering::SeqCst) == 64 * round).await;
+        raw.kill();
+    }
+    // None is answered before all are there: had one to go alone, this would not come.
+    until("are all there at once after two deaths", || received.load(Ordering::SeqCst) == 192).await;
+    answers.add_permits(64);
+    let batch = node.ended(&id).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty(), "{:?}", errors.first());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_killed_again_and_again_costs_no_line() {
+    let received = Arc::new(AtomicUsize::new(0));
+    let raw = {
+        let received = received.clone();
+        Raw::start(move |_| {
+            received.fetch_add(1, Ordering::SeqCst);
+            Reply::Later(Duration::from_millis(60))
+        })
+        .await
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], once(), 16).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let lines = chats(150);
+    let id = node.submit(&lines, 150).await;
+    let kills = async {
+        // Each life is long enough for some to be answered, and each death meets as many as there can be.
+        for at in 1.. {
+            until("is enough sent", || received.load(Ordering::SeqCst) >= 40 * at).await;
+            raw.kill();
+        }
+    };
+    let batch = tokio::select! {
+        batch = node.ended(&id) => batch,
+        () = kills => unreachable!(),
+    };
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty(), "{:?}", errors.first());
+    assert!(raw.deaths() >= 3, "{}", raw.deaths());
+    node.stop().await;
+}
