@@ -48,8 +48,10 @@ const BEHIND_OTHERS: i32 = 10;
 
 /// With fewer lines left than this nobody else need be answered for a line to be what its worker died of.
 const FEW: usize = outage::REQUESTS;
-/// How long the end of a line whose last try has failed waits for word whether the worker is at fault.
+/// How long the end of a line whose last try has failed waits for word whether the worker is at fault: alone, and as long
+/// as other lines of its segment may tell.
 const DOUBT: Duration = Duration::from_secs(1);
+const DOUBT_AMONG_OTHERS: Duration = Duration::from_secs(10);
 
 /// What came of a request, and the slot that it had.
 struct Sent {
@@ -61,7 +63,7 @@ struct Sent {
 
 /// A line whose last try has failed, while it is not clear yet whether the worker is at fault.
 pub(super) struct Doubtful {
-    until: Instant,
+    since: Instant,
     key: LineKey,
     worker: Arc<Worker>,
     failure: Failure,
@@ -251,7 +253,8 @@ impl Work<'_> {
     /// Ends the lines whose last try has failed, once it is clear that the worker is not at fault, or nothing is heard of
     /// that; runs the others again.
     fn settle_doubts(&mut self, now: Instant) {
-        let settled = |doubtful: &Doubtful| doubtful.until <= now || !doubtful.failure.is_in_doubt();
+        let patience = self.doubt();
+        let settled = |doubtful: &Doubtful| doubtful.since + patience <= now || !doubtful.failure.is_in_doubt();
         let (settled, rest) = std::mem::take(&mut self.doubtful).into_iter().partition(settled);
         self.doubtful = rest;
         let settled: Vec<Doubtful> = settled;
@@ -263,6 +266,11 @@ impl Work<'_> {
                 self.give_up(key, &worker, failure);
             }
         }
+    }
+
+    /// How long a line is in doubt: others tell the more the longer they take.
+    fn doubt(&self) -> Duration {
+        if self.list.open() > self.doubtful.len() { DOUBT_AMONG_OTHERS } else { DOUBT }
     }
 
     fn look_at_peers(&mut self) {
@@ -362,7 +370,7 @@ impl Work<'_> {
         match self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random()) {
             Some(wait) => self.list.later(key, now + wait),
             None if failure.is_in_doubt() => {
-                self.doubtful.push(Doubtful { until: now + DOUBT, key, worker: worker.clone(), failure });
+                self.doubtful.push(Doubtful { since: now, key, worker: worker.clone(), failure });
             }
             None => self.give_up(key, worker, failure),
         }
@@ -470,7 +478,8 @@ impl Work<'_> {
         };
         let far = now + Duration::from_secs(3_600);
         let stranded = self.stranded.map(|since| since + KEPT_STRANDED).filter(|until| *until > now);
-        let doubt = self.doubtful.iter().map(|doubtful| doubtful.until).min();
+        let patience = self.doubt();
+        let doubt = self.doubtful.iter().map(|doubtful| doubtful.since + patience).min();
         let apart = self.apart.iter().map(|(until, _)| *until).min();
         [flush, drain, stranded, doubt, apart, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
     }
