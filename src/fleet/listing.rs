@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::domain::{MAX_MODEL_BYTES, is_plain};
+use crate::domain::{request_line::MAX_MODEL_BYTES, text::is_plain};
 
 /// The most models of one worker that are known: a claim asks the database for all of all workers.
 const MAX_MODELS: usize = 1_000;

@@ -12,9 +12,9 @@ mod dispatch;
 #[doc(hidden)]
 pub mod health;
 mod judge;
-mod listing;
 #[doc(hidden)]
 pub mod limit;
+mod listing;
 mod load;
 mod memory;
 mod names;
