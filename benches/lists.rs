@@ -339,7 +339,7 @@ async fn of_the_loops(store: &Store, batches: usize, calls: usize, figures: &mut
     let week = Duration::from_secs(7 * 24 * 3_600);
     time("scheduler: candidates", calls, figures, |_| store.candidates(&served, 64)).await;
     time("sweep: windows", calls, figures, |_| store.close_windows(500)).await;
-    time("sweep: garbage", calls, figures, |_| store.due_garbage(500)).await;
+    time("sweep: garbage", calls, figures, |_| store.take_garbage(500)).await;
     time("sweep: old deliveries", calls, figures, |_| store.purge_deliveries(week)).await;
     time("sweep: old dead letters", calls, figures, |_| store.purge_dead_letters(week, None)).await;
     time("webhooks: due", calls, figures, |_| store.due_targets(&[])).await;

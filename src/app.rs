@@ -137,7 +137,11 @@ impl App {
             TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
         let addr = listener.local_addr().map_err(|error| AppError::Listen(config.listen, error))?;
         let blobs = match config.blob_store() {
-            BlobStore::Directory(path) => Blobs::directory(&path)?,
+            // Whatever a predecessor left half written is looked for in the whole directory.
+            BlobStore::Directory(path) => {
+                let opened = tokio::task::spawn_blocking(move || Blobs::directory(&path)).await;
+                opened.map_err(|panic| AppError::DataDir(config.data_dir.clone(), panic.into()))??
+            }
             BlobStore::Url(url) => Blobs::url(&url)?,
         };
         let place = config.blob_store().to_string();

@@ -6,7 +6,14 @@
 mod identity;
 mod local;
 
-use std::{error::Error, io, ops::Range, path::Path as FsPath, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    io,
+    ops::Range,
+    path::Path as FsPath,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, TryStreamExt};
@@ -34,6 +41,8 @@ const WRITE_CHUNK: usize = 5 * 1024 * 1024;
 const WRITE_CONCURRENCY: usize = 2;
 /// In the names of files that are being written; no object's has it.
 const STAGED: char = '#';
+/// A half-written file that nobody has added to for so long is nobody's.
+const ABANDONED: Duration = Duration::from_secs(3_600);
 /// What the object store's client bridges by itself: seconds, so that an upload outlives a short "slow down". Whatever
 /// lasts longer is told to whoever waits, and tried again where it can be said why nothing moves. The library's own
 /// three minutes would be three minutes without a word.
@@ -172,7 +181,7 @@ impl Blobs {
     /// [`BlobError::Open`] if it can't be made or read.
     pub fn directory(path: &FsPath) -> Result<Self, BlobError> {
         let blobs = Self::shared_directory(path)?;
-        remove_staged(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
+        remove_staged(path, &|_| true).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
         Ok(blobs)
     }
 
@@ -185,7 +194,9 @@ impl Blobs {
         make_folder(path).map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?;
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
-            .with_fsync(true);
+            .with_fsync(true)
+            // A folder for each segment that ever ran would be walked at every start.
+            .with_automatic_cleanup(true);
         let store = Arc::new(store);
         Ok(Self { directory: Some(store.clone()), store, identity: Identity::default() })
     }
@@ -332,7 +343,7 @@ impl Blobs {
         &self,
         key: String,
         range: Range<u64>,
-    ) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static {
+    ) -> impl Stream<Item = Result<Bytes, BlobError>> + Send + 'static + use<> {
         const PIECE: u64 = 1024 * 1024;
         let blobs = self.clone();
         futures::stream::iter((range.start..range.end).step_by(1024 * 1024)).then(move |start| {
@@ -351,6 +362,26 @@ impl Blobs {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Removes files of a directory that have been half written and left: nobody has added to them for an hour. An upload is
+    /// broken off after minutes without a byte, and everything else is written in one go. An hour by the directory's own
+    /// clock: it may be another machine's. Returns how many; other stores keep none.
+    ///
+    /// # Errors
+    /// [`BlobError::Failed`].
+    pub async fn remove_half_written(&self) -> Result<u64, BlobError> {
+        self.remove_half_written_after(ABANDONED).await
+    }
+
+    async fn remove_half_written_after(&self, age: Duration) -> Result<u64, BlobError> {
+        let Some(directory) = &self.directory else { return Ok(0) };
+        let root = directory.path_to_filesystem(&Path::default()).map_err(BlobError::of_write)?;
+        let removed = tokio::task::spawn_blocking(move || {
+            let now = tempfile::NamedTempFile::with_prefix_in("clock#", &root)?.as_file().metadata()?.modified()?;
+            remove_staged(&root, &|written| now.duration_since(written).is_ok_and(|since| since >= age))
+        });
+        removed.await.map_err(std::io::Error::from).flatten().map_err(BlobError::of_file)
     }
 
     /// The keys below a prefix.
@@ -450,17 +481,34 @@ fn sync_folder(_: &FsPath) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The local store, too, writes `name#N` and renames it when it is whole.
-fn remove_staged(folder: &FsPath) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
+/// Removes half-written files, as old as is wanted, and returns how many. The local store, too, writes `name#N` and renames it
+/// when it is whole. What goes away meanwhile is fine: others may be at work.
+fn remove_staged(folder: &FsPath, wanted: &dyn Fn(SystemTime) -> bool) -> std::io::Result<u64> {
+    let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if gone(&error) => return Ok(0),
+        entries => entries?,
+    };
+    let mut removed = 0;
+    for entry in entries {
         let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_staged(&entry.path())?;
-        } else if entry.file_name().to_string_lossy().contains(STAGED) {
+        let of_entry = || -> std::io::Result<u64> {
+            if entry.file_type()?.is_dir() {
+                return remove_staged(&entry.path(), wanted);
+            }
+            let staged = entry.file_name().to_string_lossy().contains(STAGED);
+            if !staged || !wanted(entry.metadata()?.modified()?) {
+                return Ok(0);
+            }
             std::fs::remove_file(entry.path())?;
+            Ok(1)
+        };
+        match of_entry() {
+            Err(error) if gone(&error) => {}
+            count => removed += count?,
         }
     }
-    Ok(())
+    Ok(removed)
 }
 
 #[cfg(test)]
@@ -479,6 +527,42 @@ mod tests {
         let blobs = Blobs::directory(folder.path()).unwrap();
         assert!(blobs.list("a").await.unwrap().is_empty());
         assert!(!folder.path().join("a/c#1").exists());
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_process_left_is_removed_once_nobody_adds_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::shared_directory(folder.path()).unwrap();
+        std::fs::create_dir_all(folder.path().join("a")).unwrap();
+        let file = std::fs::File::create(folder.path().join("a/old#1")).unwrap();
+        file.set_modified(SystemTime::now() - 2 * ABANDONED).unwrap();
+        blobs.put("a/object", Bytes::from_static(b"x")).await.unwrap();
+        let object = std::fs::File::options().write(true).open(folder.path().join("a/object")).unwrap();
+        object.set_modified(SystemTime::now() - 2 * ABANDONED).unwrap();
+        let mut writer = blobs.writer("a/new").await.unwrap();
+        writer.write(Bytes::from_static(b"y")).await.unwrap();
+        assert_eq!(blobs.remove_half_written().await.unwrap(), 1);
+        assert!(!folder.path().join("a/old#1").exists());
+        writer.finish().await.unwrap();
+        assert_eq!(blobs.get("a/new").await.unwrap(), "y", "what is being written is left alone");
+        assert_eq!(blobs.get("a/object").await.unwrap(), "x", "objects stay, however old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "and nothing else is left");
+    }
+
+    #[tokio::test]
+    async fn the_last_object_takes_its_folders_along() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::directory(folder.path()).unwrap();
+        for key in ["results/b/000000/1-1", "results/b/000001/1-1"] {
+            blobs.put(key, Bytes::from_static(b"x")).await.unwrap();
+        }
+        blobs.delete("results/b/000000/1-1").await.unwrap();
+        assert!(!folder.path().join("results/b/000000").exists());
+        assert_eq!(blobs.get("results/b/000001/1-1").await.unwrap(), "x");
+        blobs.delete("results/b/000001/1-1").await.unwrap();
+        assert!(!folder.path().join("results").exists() && folder.path().exists());
+        blobs.put("results/b/000000/2-1", Bytes::from_static(b"y")).await.unwrap();
+        assert_eq!(blobs.get("results/b/000000/2-1").await.unwrap(), "y", "a folder comes back when it is needed");
     }
 
     #[tokio::test]

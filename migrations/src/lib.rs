@@ -12,6 +12,8 @@ mod m20261125_000004_webhook_indexes;
 mod m20261125_000005_pages;
 mod m20261130_000006_webhook_shares;
 mod m20261130_000007_blob_store_id;
+mod m20261201_000006_fair_claims;
+mod m20261201_000007_checksums;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -27,6 +29,8 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000005_pages::Migration),
             Box::new(m20261130_000006_webhook_shares::Migration),
             Box::new(m20261130_000007_blob_store_id::Migration),
+            Box::new(m20261201_000006_fair_claims::Migration),
+            Box::new(m20261201_000007_checksums::Migration),
         ]
     }
 }

@@ -182,11 +182,18 @@ pub fn read(error: ReadError) -> Status {
         ReadError::Store(error) => store(error),
         ReadError::Blob(error) => blob(error),
         ReadError::Deleted(_) => self::error(Code::FailedPrecondition, "RESULTS_DELETED", error.to_string()),
+        ReadError::Damaged(what) => damaged(what),
         ReadError::Corrupt(_) => {
             tracing::error!(%error, "results can't be read");
             self::error(Code::DataLoss, "RESULTS_CORRUPT", "the stored results are damaged; the server's log says more")
         }
     }
+}
+
+/// Bytes in the blob store are not those that were written. `what` names the segment.
+fn damaged(what: String) -> Status {
+    tracing::error!(what, "stored data is damaged");
+    self::error(Code::DataLoss, "DATA_DAMAGED", format!("damaged in the blob store: {what}"))
 }
 
 /// A cursor that is none.
@@ -265,7 +272,7 @@ pub fn retry_failed(error: RetryError) -> Status {
         RetryError::NothingFailed => refused("NO_FAILED_REQUESTS"),
         RetryError::InputGone => refused("INPUT_FILE_GONE"),
         RetryError::ResultsDeleted => refused("RESULTS_DELETED"),
-        RetryError::Corrupt(_) => internal(&error),
+        RetryError::Corrupt(what) => damaged(what),
         RetryError::Ingest(error) => ingest(error, line_name),
         RetryError::Store(error) => store(error),
         RetryError::Blob(error) => blob(error),

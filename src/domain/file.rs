@@ -49,4 +49,6 @@ pub struct File {
     pub expires_at: Option<Timestamp>,
     /// The object that holds it; results are spread over their batch's segments instead.
     pub object_key: Option<String>,
+    /// The CRC-32C of an input's bytes; none for results, and if an earlier version took the upload.
+    pub crc32c: Option<u32>,
 }

@@ -22,4 +22,6 @@ pub struct SegmentSpan {
     pub length: i64,
     /// Bit `i`: some request names the file's model `i`.
     pub models: i64,
+    /// The CRC-32C of its bytes; none if an earlier version took the upload.
+    pub crc32c: Option<u32>,
 }

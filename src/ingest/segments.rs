@@ -11,7 +11,7 @@ pub const SEGMENT_LINES: u64 = 65_536;
 
 /// A line that holds a request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RequestAt {
+pub(super) struct RequestAt<'a> {
     /// Its number in the file, from 1.
     pub(super) line: u64,
     /// Where it starts in the file.
@@ -20,6 +20,8 @@ pub(super) struct RequestAt {
     pub(super) end: u64,
     /// Which of the file's models.
     pub(super) model: usize,
+    /// Its text, without its line feed.
+    pub(super) text: &'a [u8],
 }
 
 /// Puts requests into segments, as they come.
@@ -31,27 +33,54 @@ pub(super) struct Segments {
 
 #[derive(Debug)]
 struct Open {
-    first: RequestAt,
-    last: RequestAt,
+    first_line: u64,
+    start: u64,
+    last_line: u64,
+    end: u64,
     requests: i32,
     models: i64,
+    /// The checksum of its bytes.
+    crc: u32,
+    /// The same with the blank lines that have come since: they belong to it if another request does.
+    ahead: u32,
 }
 
 impl Segments {
-    pub(super) fn push(&mut self, request: RequestAt) {
+    pub(super) fn push(&mut self, request: RequestAt<'_>) {
+        let RequestAt { line, start, end, model, text } = request;
         if let Some(open) = &mut self.open {
             let fits = open.requests < SEGMENT_REQUESTS
-                && request.end - open.first.start <= SEGMENT_BYTES
-                && request.line - open.first.line < SEGMENT_LINES;
+                && end - open.start <= SEGMENT_BYTES
+                && line - open.first_line < SEGMENT_LINES;
             if fits {
-                open.last = request;
+                open.last_line = line;
+                open.end = end;
                 open.requests += 1;
-                open.models |= 1 << request.model;
+                open.models |= 1 << model;
+                open.ahead = checksum_on(open.ahead, text, end - start);
+                open.crc = open.ahead;
                 return;
             }
         }
         self.close();
-        self.open = Some(Open { first: request, last: request, requests: 1, models: 1 << request.model });
+        let crc = checksum_on(0, text, end - start);
+        self.open = Some(Open {
+            first_line: line,
+            start,
+            last_line: line,
+            end,
+            requests: 1,
+            models: 1 << model,
+            crc,
+            ahead: crc,
+        });
+    }
+
+    /// A blank line of so many bytes, its line feed included.
+    pub(super) fn blank(&mut self, text: &[u8], length: u64) {
+        if let Some(open) = &mut self.open {
+            open.ahead = checksum_on(open.ahead, text, length);
+        }
     }
 
     pub(super) fn finish(mut self) -> Vec<SegmentSpan> {
@@ -60,19 +89,26 @@ impl Segments {
     }
 
     fn close(&mut self) {
-        let Some(Open { first, last, requests, models }) = self.open.take() else { return };
+        let Some(open) = self.open.take() else { return };
         // In range: limits keep files far below 2^63 bytes, and SEGMENT_LINES keeps spans below 2^31.
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         self.done.push(SegmentSpan {
             index: SegmentIndex(i32::try_from(self.done.len()).unwrap_or(i32::MAX)),
-            first_line: number(first.line),
-            line_span: i32::try_from(last.line - first.line + 1).unwrap_or(i32::MAX),
-            requests,
-            offset: number(first.start),
-            length: number(last.end - first.start),
-            models,
+            first_line: number(open.first_line),
+            line_span: i32::try_from(open.last_line - open.first_line + 1).unwrap_or(i32::MAX),
+            requests: open.requests,
+            offset: number(open.start),
+            length: number(open.end - open.start),
+            models: open.models,
+            crc32c: Some(open.crc),
         });
     }
+}
+
+/// The checksum with one more line: `length` counts its line feed, if it has one.
+fn checksum_on(crc: u32, text: &[u8], length: u64) -> u32 {
+    let crc = crc32c::crc32c_append(crc, text);
+    if length > text.len() as u64 { crc32c::crc32c_append(crc, b"\n") } else { crc }
 }
 
 #[cfg(test)]
@@ -82,7 +118,7 @@ mod tests {
     fn cut(requests: impl IntoIterator<Item = (u64, u64, u64, usize)>) -> Vec<(i64, i32, i32, i64, i64, i64)> {
         let mut segments = Segments::default();
         for (line, start, end, model) in requests {
-            segments.push(RequestAt { line, start, end, model });
+            segments.push(RequestAt { line, start, end, model, text: b"" });
         }
         let spans = segments.finish();
         assert!(spans.iter().zip(0..).all(|(span, at)| span.index.0 == at));

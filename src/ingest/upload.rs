@@ -217,6 +217,7 @@ impl Upload {
             created_at: Timestamp::now(),
             expires_at: None,
             object_key: Some(self.object_key.clone()),
+            crc32c: Some(validated.crc32c),
         };
         (file, validated.segments)
     }

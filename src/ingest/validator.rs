@@ -30,6 +30,8 @@ pub struct Validated {
     pub models: Vec<String>,
     /// Where they are: every line that holds a request is in exactly one segment.
     pub segments: Vec<SegmentSpan>,
+    /// The CRC-32C of the whole file.
+    pub crc32c: u32,
 }
 
 /// Checks a file as it comes.
@@ -38,6 +40,7 @@ pub struct Validator {
     splitter: Splitter,
     check: Check,
     max_bytes: u64,
+    crc: u32,
 }
 
 impl Validator {
@@ -58,6 +61,7 @@ impl Validator {
                 reports: Reports::default(),
             },
             max_bytes: limits.max_bytes,
+            crc: 0,
         }
     }
 
@@ -69,6 +73,7 @@ impl Validator {
         if self.splitter.position() + chunk.len() as u64 > self.max_bytes {
             return Err(IngestError::TooManyBytes { max: self.max_bytes });
         }
+        self.crc = crc32c::crc32c_append(self.crc, chunk);
         self.splitter.push(chunk, |line| self.check.line(line))
     }
 
@@ -79,7 +84,7 @@ impl Validator {
     pub fn finish(mut self) -> Result<Validated, IngestError> {
         let bytes = self.splitter.position();
         self.splitter.finish(|line| self.check.line(line))?;
-        self.check.finish(bytes)
+        self.check.finish(bytes, self.crc)
     }
 
     /// How many bytes have come.
@@ -127,7 +132,8 @@ impl Check {
             text = Some(rest);
             start += BOM.len() as u64;
         }
-        if text.is_some_and(request_line::is_blank) {
+        if let Some(blank) = text.filter(|text| request_line::is_blank(text)) {
+            self.segments.blank(blank, end - start);
             return Ok(());
         }
         if self.requests == self.max_lines {
@@ -141,7 +147,7 @@ impl Check {
             return Ok(());
         };
         match request_line::parse(text) {
-            Ok(request) => self.request(&request, start, end),
+            Ok(request) => self.request(&request, text, start, end),
             Err(error) => {
                 self.reports.add(self.lines, error.custom_id, || error.problem.to_string());
                 Ok(())
@@ -149,7 +155,13 @@ impl Check {
         }
     }
 
-    fn request(&mut self, request: &request_line::RequestLine<'_>, start: u64, end: u64) -> Result<(), IngestError> {
+    fn request(
+        &mut self,
+        request: &request_line::RequestLine<'_>,
+        text: &[u8],
+        start: u64,
+        end: u64,
+    ) -> Result<(), IngestError> {
         let line = self.lines;
         let (endpoint, first) = *self.endpoint.get_or_insert((request.endpoint, line));
         let known = || Some(request.custom_id.clone().into_owned());
@@ -166,7 +178,7 @@ impl Check {
             });
             return Ok(());
         };
-        self.segments.push(RequestAt { line, start, end, model });
+        self.segments.push(RequestAt { line, start, end, model, text });
         self.ids.insert(&request.custom_id, line).map_err(IngestError::Scratch)
     }
 
@@ -182,7 +194,7 @@ impl Check {
         Some(self.models.len() - 1)
     }
 
-    fn finish(mut self, bytes: u64) -> Result<Validated, IngestError> {
+    fn finish(mut self, bytes: u64, crc32c: u32) -> Result<Validated, IngestError> {
         self.ids
             .finish(|duplicate| {
                 self.reports.add(duplicate.line, Some(duplicate.custom_id), || {
@@ -204,6 +216,7 @@ impl Check {
             endpoint,
             models: self.models,
             segments: self.segments.finish(),
+            crc32c,
         })
     }
 }

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     domain::{Batch, BatchId, BatchStatus, Sequence, Timestamp},
     fault,
-    fleet::Fleet,
+    fleet::{Fleet, WorkerView},
     scheduler::Troubles,
     store::{Store, StoreError},
     supervise::Part,
@@ -28,8 +28,14 @@ use crate::{
 
 /// How often the database is asked what has changed.
 pub(super) const POLL: Duration = Duration::from_secs(1);
-/// Batches that nobody watches are read for their speed at most this many a [`POLL`]; the others wait for the next.
-const UNWATCHED_READS: usize = 64;
+/// Watched batches that are brought up to date every [`POLL`]; for each further so many it takes a [`POLL`] more, so that ten
+/// thousand of them that wait cost no more a second than one thousand. Those that run are always looked at.
+const REFRESHED: usize = 1_000;
+/// Batches that are read for the first time in one go.
+const FIRST_READS: usize = 500;
+/// Batches that nobody watches are read for their speed at most this many a [`POLL`]. More that change meanwhile are passed
+/// over: if they go on they change again.
+const UNWATCHED_READS: usize = 256;
 /// How long a feed waits after a failed read.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -55,6 +61,22 @@ struct Inner {
     unwatched: Mutex<HashSet<BatchId>>,
     /// Counts up whenever some batch may have entered a state.
     states: watch::Sender<u64>,
+}
+
+/// What the hub remembers from one look into the database to the next.
+struct Asked {
+    /// The newest state change.
+    sequence: Sequence,
+    /// The batches that ran.
+    running: HashSet<BatchId>,
+    /// When all watched batches are to be brought up to date.
+    refresh_at: Instant,
+}
+
+/// What all batches that don't move have in common.
+struct Around {
+    running: HashSet<BatchId>,
+    workers: Vec<WorkerView>,
 }
 
 impl Hub {
@@ -93,7 +115,7 @@ impl Hub {
         Ok(self.progresses(std::slice::from_ref(batch)).await?.pop().unwrap_or_default())
     }
 
-    /// How far each of these batches is.
+    /// How far each of these batches is: with the same few statements, however many they are.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -107,15 +129,20 @@ impl Hub {
             [] => HashMap::new(),
             some => self.inner.store.queue_positions(some).await?,
         };
-        let mut all = Vec::with_capacity(batches.len());
-        for batch in batches {
-            let position = positions.get(&batch.id).copied().unwrap_or(0);
-            all.push(self.measure(batch, position).await?);
-        }
-        Ok(all)
+        let running = match positions.values().any(|position| *position > 0) {
+            true => self.inner.store.running().await?,
+            false => HashSet::new(),
+        };
+        let around = self.around(running);
+        let measure = |batch: &Batch| self.measure(batch, positions.get(&batch.id).copied().unwrap_or(0), &around);
+        Ok(batches.iter().map(measure).collect())
     }
 
-    async fn measure(&self, batch: &Batch, queue_position: i64) -> Result<Progress, StoreError> {
+    fn around(&self, running: HashSet<BatchId>) -> Around {
+        Around { running, workers: self.inner.fleet.workers() }
+    }
+
+    fn measure(&self, batch: &Batch, queue_position: i64, around: &Around) -> Progress {
         let rates = self.sample(batch);
         let counts = batch.counts;
         let mut progress = Progress {
@@ -128,15 +155,14 @@ impl Hub {
             public_reason: None,
         };
         if !rates.moving() && !batch.status.is_terminal() {
-            let workers = self.inner.fleet.workers();
             let unserved = self.inner.fleet.unserved(&batch.models);
             let situation = Situation {
                 status: batch.status,
                 moving: false,
-                running: queue_position > 0 && self.inner.store.is_running(&batch.id).await?,
+                running: around.running.contains(&batch.id),
                 unserved: &unserved,
                 models: &batch.models,
-                workers: &workers,
+                workers: &around.workers,
                 for_admins: true,
                 queue_position,
             };
@@ -149,7 +175,7 @@ impl Hub {
         {
             (progress.waiting_reason, progress.public_reason) = (Some(trouble.clone()), Some(trouble));
         }
-        Ok(progress)
+        progress
     }
 
     /// Adds what the batch says to its window.
@@ -193,6 +219,64 @@ impl Hub {
         Ok(subscription)
     }
 
+    /// Begins to watch many batches: those that nobody watches yet are read together. Batches that are not there are left out.
+    pub(super) async fn subscribe_all(&self, ids: &[BatchId]) -> Result<Vec<(BatchId, Subscription)>, StoreError> {
+        let mut all = Vec::with_capacity(ids.len());
+        for some in ids.chunks(FIRST_READS) {
+            let some: Vec<Subscription> = {
+                let mut feeds = lock(&self.inner.feeds);
+                let feed = |id: &BatchId| {
+                    feeds.entry(id.clone()).or_insert_with(|| Arc::new(Feed::new(id.clone()))).subscribe()
+                };
+                some.iter().map(feed).collect()
+            };
+            let unread = some.iter().filter(|one| one.peek().is_none() || one.feed.is_dirty());
+            self.read_all(unread.map(|one| &*one.feed).collect()).await?;
+            all.extend(some.into_iter().filter(|one| one.peek().is_some()).map(|one| (one.feed.id.clone(), one)));
+        }
+        Ok(all)
+    }
+
+    /// Reads batches and shows them, but for those that have been read since somebody heard of a change.
+    async fn read_all(&self, mut feeds: Vec<&Feed>) -> Result<(), StoreError> {
+        // Whoever has several turns has got them in this order, so that nobody waits in a circle.
+        feeds.sort_unstable_by(|one, other| one.id.cmp(&other.id));
+        feeds.dedup_by(|one, other| one.id == other.id);
+        let mut turns = Vec::with_capacity(feeds.len());
+        for feed in feeds {
+            let mut began = feed.turn.lock().await;
+            if feed.take_dirty() || feed.current().is_none() {
+                *began = Some(Instant::now());
+                turns.push((feed, began));
+            }
+        }
+        if turns.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<BatchId> = turns.iter().map(|(feed, _)| feed.id.clone()).collect();
+        let read = async {
+            let (batches, events): (Vec<_>, Vec<_>) = self.inner.store.histories(&ids).await?.into_iter().unzip();
+            let progresses = self.progresses(&batches).await?;
+            let snapshots = batches.into_iter().zip(events).zip(progresses).map(|((batch, events), progress)| {
+                let events = events.into();
+                (batch.id.clone(), Snapshot { batch, events, progress, read_at: Timestamp::now() })
+            });
+            Ok::<HashMap<_, _>, StoreError>(snapshots.collect())
+        };
+        let mut read = read.await.inspect_err(|_| turns.iter().for_each(|(feed, _)| feed.set_dirty()))?;
+        let mut entered = false;
+        for (feed, _) in &turns {
+            match read.remove(&feed.id) {
+                Some(snapshot) => entered |= feed.publish(snapshot),
+                None => feed.close(),
+            }
+        }
+        if entered {
+            self.state_entered();
+        }
+        Ok(())
+    }
+
     /// Reads a batch and shows it. Without `again`, nothing is done if nobody has heard of a change since the last read.
     pub(super) async fn read(&self, feed: &Feed, again: bool) -> Result<(), StoreError> {
         let mut began = feed.turn.lock().await;
@@ -205,7 +289,13 @@ impl Hub {
             let Some((batch, events)) = Snapshot::read(&self.inner.store, &feed.id, before.as_deref()).await? else {
                 return Ok(None);
             };
-            let progress = self.progress(&batch).await?;
+            let progress = match &before {
+                // Its place in the queue changes with others', and is brought up to date with theirs.
+                Some(before) if self.sample(&batch).moving() => {
+                    self.measure(&batch, before.progress.queue_position, &self.around(HashSet::new()))
+                }
+                _ => self.progress(&batch).await?,
+            };
             Ok::<_, StoreError>(Some(Snapshot { batch, events, progress, read_at: Timestamp::now() }))
         };
         match read.await {
@@ -277,7 +367,11 @@ impl Hub {
         if let Some(feed) = feed {
             self.schedule(&feed);
         } else {
-            lock(&self.inner.unwatched).insert(id);
+            let mut unwatched = lock(&self.inner.unwatched);
+            if unwatched.len() < UNWATCHED_READS {
+                unwatched.insert(id);
+            }
+            drop(unwatched);
             // It may be new.
             self.state_entered();
         }
@@ -286,32 +380,32 @@ impl Hub {
     async fn ask(&self) {
         let mut ticks = tokio::time::interval(POLL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sequence = Sequence(0);
+        let mut asked = Asked { sequence: Sequence(0), running: HashSet::new(), refresh_at: Instant::now() };
         loop {
             fault::panic_in(Part::Hub);
             ticks.tick().await;
-            if let Err(error) = self.ask_once(&mut sequence).await {
+            if let Err(error) = self.ask_once(&mut asked).await {
                 tracing::warn!(%error, "can't ask what has changed");
             }
         }
     }
 
-    async fn ask_once(&self, sequence: &mut Sequence) -> Result<(), StoreError> {
+    async fn ask_once(&self, asked: &mut Asked) -> Result<(), StoreError> {
         let feeds: HashMap<BatchId, Arc<Feed>> = {
             let mut feeds = lock(&self.inner.feeds);
             feeds.retain(|_, feed| feed.is_watched());
             feeds.clone()
         };
         if !feeds.is_empty() {
-            self.refresh(&feeds).await?;
+            self.refresh(&feeds, asked).await?;
         }
         let now = self.inner.started.elapsed();
         lock(&self.inner.windows).retain(|_, window| !window.is_stale(now));
         self.sample_unwatched().await?;
         if self.inner.states.receiver_count() > 0 {
             let newest = self.inner.store.last_sequence().await?;
-            if newest != *sequence {
-                *sequence = newest;
+            if newest != asked.sequence {
+                asked.sequence = newest;
                 self.state_entered();
             }
         }
@@ -319,54 +413,87 @@ impl Hub {
     }
 
     /// Has the feeds of changed batches read, and brings up to date what changes without a change of the batch: its speed,
-    /// its place in the queue, and what it waits for.
-    async fn refresh(&self, feeds: &HashMap<BatchId, Arc<Feed>>) -> Result<(), StoreError> {
-        let ids: Vec<_> = feeds.keys().cloned().collect();
-        let mut revisions: HashMap<_, _> = self.inner.store.revisions(&ids).await?.into_iter().collect();
+    /// its place in the queue, and what it waits for. Batches that run, or did at the last look, every time; the others as
+    /// often as [`REFRESHED`] says.
+    async fn refresh(&self, feeds: &HashMap<BatchId, Arc<Feed>>, asked: &mut Asked) -> Result<(), StoreError> {
+        let began = Instant::now();
+        let running = self.inner.store.running().await?;
+        let all = began >= asked.refresh_at;
+        let ids: Vec<BatchId> = if all {
+            feeds.keys().cloned().collect()
+        } else {
+            running.union(&asked.running).filter(|id| feeds.contains_key(*id)).cloned().collect()
+        };
+        let mut revisions: HashMap<_, _> = match ids.as_slice() {
+            [] => HashMap::new(),
+            some => self.inner.store.revisions(some).await?.into_iter().collect(),
+        };
         let mut unchanged = Vec::new();
-        for feed in feeds.values() {
+        for feed in ids.iter().filter_map(|id| feeds.get(id)) {
             let Some(snapshot) = feed.current() else { continue };
             let revision = revisions.remove(&feed.id);
             if revision == Some(snapshot.batch.revision.0) {
                 if !snapshot.batch.status.is_terminal() {
-                    unchanged.push(snapshot.batch.clone());
+                    unchanged.push((feed, snapshot));
                 }
             } else {
                 self.schedule(feed);
             }
         }
-        for (batch, progress) in unchanged.iter().zip(self.progresses(&unchanged).await?) {
-            let Some(feed) = feeds.get(&batch.id) else { continue };
+        let waiting = unchanged.iter().filter(|(_, snapshot)| snapshot.batch.status == BatchStatus::InProgress);
+        let waiting: Vec<BatchId> = waiting.map(|(feed, _)| feed.id.clone()).collect();
+        let positions = match waiting.as_slice() {
+            some @ [_, ..] if all => self.inner.store.queue_positions(some).await?,
+            _ => HashMap::new(),
+        };
+        let around = self.around(running);
+        for (feed, snapshot) in unchanged {
+            let known = if all { 0 } else { snapshot.progress.queue_position };
+            let position = positions.get(&feed.id).copied().unwrap_or(known);
+            let progress = self.measure(&snapshot.batch, position, &around);
+            if snapshot.progress == progress {
+                continue;
+            }
             let _turn = feed.turn.lock().await;
             // Unless it has been read in between.
-            if let Some(snapshot) = feed.current()
-                && snapshot.batch.revision == batch.revision
-                && snapshot.progress != progress
+            if let Some(now) = feed.current()
+                && now.batch.revision == snapshot.batch.revision
             {
-                feed.publish(Snapshot { progress, read_at: Timestamp::now(), ..(*snapshot).clone() });
+                feed.publish(Snapshot { progress, read_at: Timestamp::now(), ..(*now).clone() });
             }
+        }
+        asked.running = around.running;
+        if all {
+            asked.refresh_at = began + POLL * u32::try_from(feeds.len() / REFRESHED).unwrap_or(u32::MAX);
         }
         Ok(())
     }
 
     async fn sample_unwatched(&self) -> Result<(), StoreError> {
-        let some: Vec<_> = {
-            let mut unwatched = lock(&self.inner.unwatched);
-            let some: Vec<_> = unwatched.iter().take(UNWATCHED_READS).cloned().collect();
-            some.iter().for_each(|id| {
-                unwatched.remove(id);
-            });
-            some
-        };
-        for id in some {
-            match self.inner.store.batch(&id).await {
-                Ok(Some(batch)) => drop(self.sample(&batch)),
-                Ok(None) => {}
-                Err(error) if error.is_final() => tracing::error!(batch = %id, %error, "a batch can't be read"),
-                Err(error) => return Err(error),
+        let some: Vec<_> = std::mem::take(&mut *lock(&self.inner.unwatched)).into_iter().collect();
+        if !some.is_empty() {
+            for batch in self.inner.store.batches_of(&some).await? {
+                self.sample(&batch);
             }
         }
         Ok(())
+    }
+
+    /// One look into the database.
+    #[cfg(test)]
+    pub(super) async fn ask_now(&self) {
+        let mut asked = Asked { sequence: Sequence(0), running: HashSet::new(), refresh_at: Instant::now() };
+        self.ask_once(&mut asked).await.unwrap();
+    }
+
+    #[cfg(test)]
+    pub(super) fn hears_of(&self, id: BatchId) {
+        self.heard_of(id);
+    }
+
+    #[cfg(test)]
+    pub(super) fn unwatched_count(&self) -> usize {
+        lock(&self.inner.unwatched).len()
     }
 
     #[cfg(test)]

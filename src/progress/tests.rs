@@ -67,6 +67,7 @@ impl World {
             created_at: Timestamp::now(),
             expires_at: None,
             object_key: Some(format!("in/{id}")),
+            crc32c: None,
         };
         let span = SegmentSpan {
             index: SegmentIndex(0),
@@ -76,6 +77,7 @@ impl World {
             offset: 0,
             length: 100,
             models: 1,
+            crc32c: None,
         };
         self.store.insert_file(&file, None, &[span]).await.unwrap();
         let new = NewBatch {
@@ -408,7 +410,53 @@ async fn a_batch_says_why_it_waits() {
     assert_eq!(world.hub.progress(&second).await.unwrap().queue_position, 1);
     let both = world.hub.progresses(&[second.clone(), batch]).await.unwrap();
     assert_eq!(both.iter().map(|one| one.queue_position).collect::<Vec<_>>(), [1, 0]);
-    assert!(!world.store.is_running(&second.id).await.unwrap());
+    assert!(!world.store.running().await.unwrap().contains(&second.id));
     world.claim(&second.id).await;
-    assert!(world.store.is_running(&second.id).await.unwrap());
+    assert!(world.store.running().await.unwrap().contains(&second.id));
+}
+
+#[tokio::test]
+async fn what_a_look_costs_does_not_grow_with_the_batches_that_wait() {
+    /// The statements of a list of so many waiting batches, of the start of a stream of all, and of one look afterwards.
+    async fn statements(count: usize) -> [u64; 3] {
+        let world = World::new().await;
+        for _ in 0..count {
+            world.batch("").await;
+        }
+        let spent = |since: &mut u64| {
+            let before = std::mem::replace(since, world.store.statements());
+            *since - before
+        };
+        let mut since = world.store.statements();
+        let batches = world.store.batches(&crate::store::BatchFilter::default(), None, 1_000).await.unwrap();
+        let progresses = world.hub.progresses(&batches).await.unwrap();
+        assert_eq!((batches.len(), progresses.len()), (count, count));
+        let places: Vec<_> = progresses.iter().rev().map(|progress| progress.queue_position).collect();
+        assert_eq!(places, (0..i64::try_from(count).unwrap()).collect::<Vec<_>>(), "each has its place");
+        let listed = spent(&mut since);
+        let mut all = Box::pin(world.hub.watch_all(None, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+        for _ in 0..count {
+            all.next().await.unwrap().unwrap();
+        }
+        let begun = spent(&mut since);
+        world.hub.ask_now().await;
+        [listed, begun, spent(&mut since)]
+    }
+    let few = statements(3).await;
+    assert_eq!(statements(60).await, few);
+    assert!(few.iter().all(|count| (1..=12).contains(count)), "{few:?}");
+}
+
+#[tokio::test]
+async fn what_nobody_watches_is_remembered_only_up_to_a_bound() {
+    let world = World::new().await;
+    for _ in 0..10_000 {
+        world.hub.hears_of(BatchId::generate());
+    }
+    assert!(world.hub.unwatched_count() <= 256);
+    world.hub.ask_now().await;
+    assert_eq!(world.hub.unwatched_count(), 0);
+    // And after that it hears of others again.
+    world.hub.hears_of(BatchId::generate());
+    assert_eq!(world.hub.unwatched_count(), 1);
 }

@@ -1,8 +1,11 @@
 //! The events of all batches, for dashboards.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
@@ -17,8 +20,6 @@ use crate::{
 
 /// State changes read at a time.
 const PAGE: u64 = 500;
-/// Batches whose first snapshot is read at the same time: fewer than the database has connections.
-const FIRST_READS: usize = 3;
 
 /// What one dashboard is told of one unfinished batch.
 struct Shown {
@@ -90,9 +91,12 @@ impl Hub {
                     all.states.mark_unchanged();
                     let before = all.after;
                     let (events, reached) = all.read_states().await?;
+                    if begun {
+                        all.show_new(&events).await?;
+                    }
                     for event in events {
                         heartbeat = Instant::now() + HEARTBEAT;
-                        if let Some(event) = all.state(event, begun).await? {
+                        if let Some(event) = all.state(event) {
                             yield event;
                         }
                     }
@@ -147,27 +151,33 @@ impl All {
     async fn show_unfinished(&mut self) -> Result<Vec<BatchId>, WatchError> {
         let ids = self.hub.store().unfinished(self.owner.as_deref(), WATCH_ALL_LIMIT).await?;
         let new: Vec<_> = ids.iter().filter(|id| !self.shown.contains_key(*id)).cloned().collect();
-        let hub = self.hub.clone();
-        let mut reads = futures::stream::iter(new)
-            .map(|id| {
-                let hub = hub.clone();
-                async move { (hub.subscribe(&id).await, id) }
-            })
-            .buffered(FIRST_READS);
-        while let Some((read, id)) = reads.next().await {
-            match read {
-                Ok(subscription) => {
-                    self.shown.insert(id, Shown { subscription, state: Revision(0), told: None });
-                }
-                // Deleted in between, or it can't be read: the others are shown.
-                Err(WatchError::NotFound(_)) => {}
-                Err(WatchError::Store(error)) if error.is_final() => {
-                    tracing::error!(batch = %id, %error, "a batch can't be shown");
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        self.show(&new).await?;
         Ok(ids)
+    }
+
+    /// Begins to show these batches, but for those that have been deleted in between.
+    async fn show(&mut self, new: &[BatchId]) -> Result<(), WatchError> {
+        for (id, subscription) in self.hub.subscribe_all(new).await? {
+            self.shown.insert(id, Shown { subscription, state: Revision(0), told: None });
+        }
+        Ok(())
+    }
+
+    /// Begins to show the batches that are new in these events, as far as there is room.
+    async fn show_new(&mut self, events: &[StateEvent]) -> Result<(), WatchError> {
+        let ended: HashSet<&BatchId> =
+            events.iter().filter(|event| event.batch.status.is_terminal()).map(|event| &event.batch.id).collect();
+        let mut new: Vec<BatchId> = events
+            .iter()
+            .map(|event| &event.batch.id)
+            .filter(|id| !ended.contains(id) && !self.shown.contains_key(*id))
+            .cloned()
+            .collect();
+        new.sort_unstable();
+        new.dedup();
+        let room = usize::try_from(WATCH_ALL_LIMIT).unwrap_or(usize::MAX).saturating_sub(self.shown.len());
+        new.truncate(room);
+        self.show(&new).await
     }
 
     /// The event that begins with a batch's present state.
@@ -184,37 +194,23 @@ impl All {
         self.hub.store().events_after(self.owner.as_deref(), self.after, PAGE).await
     }
 
-    /// Tells a state change, unless the batch's first snapshot has already told it. With `follow` the batch's progress is
-    /// shown from here on.
-    async fn state(&mut self, of: StateEvent, follow: bool) -> Result<Option<Event>, WatchError> {
+    /// Tells a state change, unless the batch's first snapshot has already told it.
+    fn state(&mut self, of: StateEvent) -> Option<Event> {
         self.after = of.sequence;
         let id = &of.batch.id;
         if of.batch.status.is_terminal() {
             let told = self.shown.remove(id).map(|shown| shown.state);
-            return Ok((told < Some(of.batch.revision)).then(|| alone(of)));
+            return (told < Some(of.batch.revision)).then(|| alone(of));
         }
-        if follow && !self.shown.contains_key(id) && (self.shown.len() as u64) < WATCH_ALL_LIMIT {
-            match self.hub.subscribe(id).await {
-                Ok(subscription) => {
-                    self.shown.insert(id.clone(), Shown { subscription, state: Revision(0), told: None });
-                }
-                // Deleted in between, or it can't be read: the others are shown.
-                Err(WatchError::NotFound(_)) => {}
-                Err(WatchError::Store(error)) if error.is_final() => {
-                    tracing::error!(batch = %id, %error, "a batch can't be shown");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let Some(shown) = self.shown.get_mut(id) else { return Ok(Some(alone(of))) };
+        let Some(shown) = self.shown.get_mut(id) else { return Some(alone(of)) };
         if of.batch.revision <= shown.state {
-            return Ok(None);
+            return None;
         }
         shown.state = of.batch.revision;
-        Ok(Some(match shown.subscription.peek() {
+        Some(match shown.subscription.peek() {
             Some(snapshot) => entered(&of, &snapshot),
             None => alone(of),
-        }))
+        })
     }
 
     /// The newest progress of every batch that has some.

@@ -1,5 +1,6 @@
 //! Results: the lines in OpenAI's format, parts, their merge in input order, and reading back.
 
+mod checked;
 mod line;
 mod merge;
 mod part;

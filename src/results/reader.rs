@@ -1,14 +1,22 @@
 //! Reading results back: whole files in input order, or lines as they become durable.
 
-use std::{collections::HashMap, fmt, str::FromStr, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt,
+    ops::Range,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, TryStreamExt, stream::BoxStream};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use tokio::sync::broadcast::error::RecvError;
 
+use super::checked::{self, Block, name_of};
 use crate::{
     blobs::{BlobError, Blobs},
-    domain::{BatchId, File, FileKind, SegmentIndex, SegmentRef},
+    domain::{BatchId, File, FileId, FileKind, LineSet, SegmentIndex, SegmentRef, SegmentSpan},
     store::{Part, SegmentRecord, Store, StoreError},
 };
 
@@ -16,6 +24,9 @@ use crate::{
 const SEGMENT_PAGE: u64 = 256;
 /// Parts asked for at a time when results are followed.
 const PART_PAGE: u64 = 32;
+/// Final objects that a stream of results keeps for the parts that are still to come of their segments: those read last, up to
+/// so many bytes, and one in any case.
+const KEPT_BYTES: usize = 16 * 1024 * 1024;
 /// How long a follower waits for word of a change before it looks for itself.
 const POLL: Duration = Duration::from_secs(1);
 
@@ -31,6 +42,9 @@ pub enum ReadError {
     /// An object is not what its row says.
     #[error("{0}")]
     Corrupt(String),
+    /// A segment's bytes are not those that were written. Says which segment.
+    #[error("{0}")]
+    Damaged(String),
     /// The results have been deleted.
     #[error("the results of {0} have been deleted")]
     Deleted(BatchId),
@@ -122,7 +136,8 @@ impl Reader {
         Self { store, blobs }
     }
 
-    /// A file's bytes from `offset` on, in pieces of at most 1 MiB.
+    /// A file's bytes from `offset` on, in pieces of at most 1 MiB. Every segment is checked against its checksum: a stream
+    /// that ends without an error has given what was written.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -135,7 +150,11 @@ impl Reader {
         let size = u64::try_from(file.bytes).unwrap_or(0);
         let stream: BoxStream<'static, _> = match (&file.kind, &file.object_key) {
             (FileKind::Input, Some(key)) => {
-                self.blobs.stream(key.clone(), offset.min(size)..size).map_err(ReadError::from).boxed()
+                let offset = offset.min(size);
+                let pieces = self.input(file.id.clone(), key.clone(), size, offset);
+                // Lines between segments are blank, and still the file's.
+                let whole = file.crc32c.filter(|_| offset == 0);
+                checked::sealed(pieces, size - offset, whole, 0..size - offset, format!("the file {}", file.id)).boxed()
             }
             (FileKind::Input, None) => return Err(ReadError::Corrupt("an input file without an object".into())),
             (FileKind::Output(batch), _) => {
@@ -150,13 +169,72 @@ impl Reader {
         Ok(stream)
     }
 
-    /// One section of each of a batch's final objects, in order: `bytes` in all, from `skip` on.
+    /// An input from `offset` on, segment by segment.
+    fn input(
+        &self,
+        id: FileId,
+        key: String,
+        size: u64,
+        offset: u64,
+    ) -> impl Stream<Item = Result<Bytes, ReadError>> + Send + 'static + use<> {
+        let (store, blobs) = (self.store.clone(), self.blobs.clone());
+        async_stream::try_stream! {
+            let (mut at, mut from) = (offset, Some(SegmentIndex(0)));
+            while at < size {
+                let page = match from {
+                    Some(from) => store.file_segments_from(&id, from, SEGMENT_PAGE).await?,
+                    None => Vec::new(),
+                };
+                // After the last segment come blank lines, if anything.
+                from = page.last().map(|last| SegmentIndex(last.index.0 + 1));
+                let mut blocks = Vec::with_capacity(2 * page.len() + 1);
+                let plain = |range: Range<u64>| Block {
+                    object_key: key.clone(),
+                    wanted: range.clone(),
+                    range,
+                    crc32c: None,
+                    name: format!("the file {id}"),
+                };
+                for span in &page {
+                    let range = bytes_of(span);
+                    if range.end <= at {
+                        continue;
+                    }
+                    if range.start > at {
+                        blocks.push(plain(at..range.start));
+                    }
+                    let wanted = range.start.max(at)..range.end;
+                    at = range.end;
+                    blocks.push(Block {
+                        object_key: key.clone(),
+                        range,
+                        wanted,
+                        crc32c: span.crc32c,
+                        name: name_of(&id, span),
+                    });
+                }
+                if from.is_none() {
+                    blocks.push(plain(at..size));
+                    at = size;
+                }
+                for block in blocks {
+                    let mut pieces = checked::read(&blobs, block).boxed();
+                    while let Some(piece) = pieces.next().await {
+                        yield piece?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One section of each of a batch's final objects, in order: `bytes` in all, from `skip` on. A checksum is over both
+    /// sections, so of a segment that has both, both are read.
     fn sections(
         &self,
         batch: BatchId,
         bytes: u64,
         mut skip: u64,
-        section: fn(&SegmentRecord) -> std::ops::Range<u64>,
+        section: fn(&SegmentRecord) -> Range<u64>,
     ) -> impl Stream<Item = Result<Bytes, ReadError>> + Send + 'static + use<> {
         let (store, blobs) = (self.store.clone(), self.blobs.clone());
         async_stream::try_stream! {
@@ -174,9 +252,13 @@ impl Reader {
                         skip -= length;
                         continue;
                     }
-                    let key =
-                        segment.object_key.ok_or_else(|| ReadError::Corrupt("a segment without its object".into()))?;
-                    let mut pieces = blobs.stream(key, range.start + skip..range.end).boxed();
+                    let name = name_of(&batch, &segment.span);
+                    let object_key =
+                        segment.object_key.ok_or_else(|| ReadError::Corrupt(format!("{name} has no object")))?;
+                    let wanted = range.start + skip..range.end;
+                    let whole = 0..segment.output_bytes + segment.error_bytes;
+                    let block = Block { object_key, range: whole, wanted, crc32c: segment.crc32c, name };
+                    let mut pieces = checked::read(&blobs, block).boxed();
                     skip = 0;
                     while let Some(piece) = pieces.next().await {
                         let piece = piece?;
@@ -203,7 +285,7 @@ impl Reader {
         let mut place = cursor.unwrap_or_else(|| Cursor::start(&batch));
         let mut changes = self.store.changes();
         Ok(async_stream::try_stream! {
-            let mut segments = HashMap::new();
+            let (mut segments, mut finals) = (HashMap::new(), Finals::default());
             loop {
                 // Read before the parts: a batch that has ended gets no more of them.
                 let ended = reader.store.batch(&batch).await?.is_none_or(|batch| batch.status.is_terminal());
@@ -212,16 +294,16 @@ impl Reader {
                     let full = parts.len() as u64 == PART_PAGE;
                     for part in parts {
                         let skip = if part.seq == place.seq { place.lines } else { 0 };
-                        let first_line = reader.first_line(&batch, part.segment, &mut segments).await?;
+                        let span = reader.span(&batch, part.segment, &mut segments).await?;
                         let count = u32::try_from(part.content.completed.len() + part.content.failed.len()).unwrap_or(u32::MAX);
                         if skip < count {
-                            let object = reader.part_lines(&batch, &part).await?;
+                            let object = reader.part_lines(&batch, &part, &span, &mut finals).await?;
                             for (at, (line, succeeded, text)) in (1..).zip(object).skip(skip as usize) {
                                 place = Cursor { seq: part.seq, lines: at, ..place };
                                 yield ResultLine {
                                     custom_id: custom_id(&text)?,
                                     cursor: place,
-                                    line_number: first_line + i64::from(line),
+                                    line_number: span.first_line + i64::from(line),
                                     succeeded,
                                     line: text,
                                 };
@@ -249,63 +331,120 @@ impl Reader {
 
     /// A part's lines: its output lines, then its error lines. Once its segment is merged they are picked out of the final
     /// object.
-    async fn part_lines(&self, batch: &BatchId, part: &Part) -> Result<Vec<(u32, bool, Bytes)>, ReadError> {
+    async fn part_lines(
+        &self,
+        batch: &BatchId,
+        part: &Part,
+        span: &SegmentSpan,
+        finals: &mut Finals,
+    ) -> Result<Vec<NumberedLine>, ReadError> {
         let content = &part.content;
-        match self.blobs.get(&content.object_key).await {
-            Ok(object) => {
-                let lines = content
-                    .completed
-                    .iter()
-                    .map(|line| (line, true))
-                    .chain(content.failed.iter().map(|line| (line, false)));
-                let texts = split(&object);
-                return Ok(lines.zip(texts).map(|((line, succeeded), text)| (line, succeeded, text)).collect());
+        if finals.get(part.segment).is_none() {
+            match self.blobs.get(&content.object_key).await {
+                Ok(object) => {
+                    let length = content.output_bytes + content.error_bytes;
+                    checked::check(&object, length, Some(content.crc32c), || name_of(batch, span))?;
+                    return Ok(numbered(&content.completed, &content.failed, &object));
+                }
+                Err(BlobError::Missing(_)) => {}
+                Err(error) => return Err(error.into()),
             }
-            Err(BlobError::Missing(_)) => {}
-            Err(error) => return Err(error.into()),
+            let lines = self.final_lines(batch, part, span).await?;
+            finals.keep(part.segment, lines);
         }
-        let of = SegmentRef { batch: batch.clone(), index: part.segment };
-        let segment = self.store.segment(&of).await?;
-        let key = segment.and_then(|segment| segment.object_key);
-        let key = key.ok_or_else(|| ReadError::Corrupt(format!("{} is missing", content.object_key)))?;
-        let object = self.blobs.get(&key).await?;
-        // All parts of the segment together say which line of the object is which.
-        let (mut completed, mut failed) = (content.completed.clone(), content.failed.clone());
-        for other in self.store.parts_of(&of).await? {
-            completed.union(&other.content.completed);
-            failed.union(&other.content.failed);
-        }
-        let lines = completed.iter().map(|line| (line, true)).chain(failed.iter().map(|line| (line, false)));
-        Ok(lines
-            .zip(split(&object))
-            .filter(
-                |((line, succeeded), _)| {
-                    if *succeeded { content.completed.contains(*line) } else { content.failed.contains(*line) }
-                },
-            )
-            .map(|((line, succeeded), text)| (line, succeeded, text))
-            .collect())
+        let lines = finals.get(part.segment).unwrap_or_default();
+        let is_of_part = |line: &&NumberedLine| {
+            let (line, succeeded, _) = line;
+            if *succeeded { content.completed.contains(*line) } else { content.failed.contains(*line) }
+        };
+        Ok(lines.iter().filter(is_of_part).cloned().collect())
     }
 
-    async fn first_line(
+    /// All lines of a segment that has ended.
+    async fn final_lines(
+        &self,
+        batch: &BatchId,
+        part: &Part,
+        span: &SegmentSpan,
+    ) -> Result<Vec<NumberedLine>, ReadError> {
+        let of = SegmentRef { batch: batch.clone(), index: part.segment };
+        let missing = || ReadError::Damaged(format!("{}: its object is missing", name_of(batch, span)));
+        let segment = self.store.segment(&of).await?.ok_or_else(missing)?;
+        let key = segment.object_key.ok_or_else(missing)?;
+        let object = self.blobs.get(&key).await?;
+        let length = segment.output_bytes + segment.error_bytes;
+        checked::check(&object, length, segment.crc32c, || name_of(batch, span))?;
+        // All parts of the segment together say which line of the object is which.
+        let (mut completed, mut failed) = (LineSet::default(), LineSet::default());
+        for part in self.store.parts_of(&of).await? {
+            completed.union(&part.content.completed);
+            failed.union(&part.content.failed);
+        }
+        Ok(numbered(&completed, &failed, &object))
+    }
+
+    async fn span(
         &self,
         batch: &BatchId,
         index: SegmentIndex,
-        known: &mut HashMap<SegmentIndex, i64>,
-    ) -> Result<i64, ReadError> {
-        if let Some(line) = known.get(&index) {
-            return Ok(*line);
+        known: &mut HashMap<SegmentIndex, SegmentSpan>,
+    ) -> Result<SegmentSpan, ReadError> {
+        if let Some(span) = known.get(&index) {
+            return Ok(*span);
         }
         let of = SegmentRef { batch: batch.clone(), index };
         let segment = self.store.segment(&of).await?;
-        let line = segment.ok_or_else(|| ReadError::Corrupt(format!("segment {of} is missing")))?.span.first_line;
+        let span = segment.ok_or_else(|| ReadError::Corrupt(format!("segment {of} is missing")))?.span;
         // A batch has thousands of segments, a stream looks at a few at a time.
         if known.len() >= 1_000 {
             known.clear();
         }
-        known.insert(index, line);
-        Ok(line)
+        known.insert(index, span);
+        Ok(span)
     }
+}
+
+/// A line, its place in its segment, and whether it is one of the output.
+type NumberedLine = (u32, bool, Bytes);
+
+/// The lines of an object: output lines, then error lines.
+fn numbered(completed: &LineSet, failed: &LineSet, object: &Bytes) -> Vec<NumberedLine> {
+    let lines = completed.iter().map(|line| (line, true)).chain(failed.iter().map(|line| (line, false)));
+    lines.zip(split(object)).map(|((line, succeeded), text)| (line, succeeded, text)).collect()
+}
+
+/// The lines of final objects that were read last. A slow segment has hundreds of parts, and each would read it again.
+#[derive(Default)]
+struct Finals {
+    /// The newest last.
+    kept: VecDeque<(SegmentIndex, Arc<[NumberedLine]>)>,
+    bytes: usize,
+}
+
+impl Finals {
+    fn get(&self, segment: SegmentIndex) -> Option<Arc<[NumberedLine]>> {
+        self.kept.iter().find(|(index, _)| *index == segment).map(|(_, lines)| lines.clone())
+    }
+
+    fn keep(&mut self, segment: SegmentIndex, lines: Vec<NumberedLine>) {
+        self.bytes += size_of_lines(&lines);
+        self.kept.push_back((segment, lines.into()));
+        while self.bytes > KEPT_BYTES && self.kept.len() > 1 {
+            if let Some((_, oldest)) = self.kept.pop_front() {
+                self.bytes -= size_of_lines(&oldest);
+            }
+        }
+    }
+}
+
+fn size_of_lines(lines: &[NumberedLine]) -> usize {
+    lines.iter().map(|(_, _, text)| text.len() + size_of::<NumberedLine>()).sum()
+}
+
+/// Where a segment's lines are in its input.
+pub(super) fn bytes_of(span: &SegmentSpan) -> Range<u64> {
+    let number = |value: i64| u64::try_from(value).unwrap_or(0);
+    number(span.offset)..number(span.offset.saturating_add(span.length))
 }
 
 /// The lines of an object, without their line feeds, sharing its memory.
@@ -347,6 +486,22 @@ async fn wait_for(batch: &BatchId, changes: &mut tokio::sync::broadcast::Receive
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn final_objects_are_kept_up_to_a_bound_and_one_in_any_case() {
+        let lines = |bytes: usize| vec![(0, true, Bytes::from(vec![b'x'; bytes]))];
+        let kept = |finals: &Finals| finals.kept.iter().map(|(index, _)| index.0).collect::<Vec<_>>();
+        let mut finals = Finals::default();
+        for index in 0..5 {
+            finals.keep(SegmentIndex(index), lines(KEPT_BYTES / 4));
+        }
+        assert_eq!(kept(&finals), [2, 3, 4], "the newest, within the bound");
+        assert!(finals.get(SegmentIndex(3)).is_some() && finals.get(SegmentIndex(1)).is_none());
+        finals.keep(SegmentIndex(5), lines(3 * KEPT_BYTES));
+        assert_eq!(kept(&finals), [5], "one that is larger is kept alone: its parts come next");
+        finals.keep(SegmentIndex(6), lines(1));
+        assert_eq!(kept(&finals), [6]);
+    }
 
     #[test]
     fn cursors_are_read_back_and_nonsense_is_not() {

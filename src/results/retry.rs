@@ -2,6 +2,7 @@
 
 use bytes::{BufMut, BytesMut};
 
+use super::checked::name_of;
 use crate::{
     blobs::{BlobError, Blobs},
     domain::{Batch, File, LineSet, SegmentIndex, SegmentRef, request_line},
@@ -103,7 +104,8 @@ async fn pick(
     segment: &SegmentRecord,
     wanted: &LineSet,
 ) -> Result<BytesMut, RetryError> {
-    let corrupt = || RetryError::Corrupt(format!("the input of {of} is not what its rows say"));
+    let corrupt =
+        || RetryError::Corrupt(format!("{}: its input is not what was uploaded", name_of(&of.batch, &segment.span)));
     let start = u64::try_from(segment.span.offset).map_err(|_| corrupt())?;
     let end = start + u64::try_from(segment.span.length).map_err(|_| corrupt())?;
     let bytes = match blobs.get_range(object_key, start..end).await {
@@ -111,6 +113,9 @@ async fn pick(
         Err(BlobError::Missing(_)) => return Err(RetryError::InputGone),
         Err(error) => return Err(error.into()),
     };
+    if bytes.len() as u64 != end - start || segment.span.crc32c.is_some_and(|crc| crc != crc32c::crc32c(&bytes)) {
+        return Err(corrupt());
+    }
     let mut lines = BytesMut::new();
     let mut picked = 0;
     for (_, line) in request_line::lines(&bytes).filter(|(at, _)| wanted.contains(*at)) {

@@ -1,11 +1,13 @@
 //! Which segments this node runs, and the run of each.
 //!
 //! [`plan`], [`order`], [`lines`], [`tries`] and [`deaths`] decide, purely; [`segment`] and [`work`] run one segment with
-//! [`checkpoint`] for what must be durable; [`sweeps`] closes windows and deletes garbage. This file claims segments,
-//! keeps their leases and tells the runs what has become of their batches.
+//! [`checkpoint`] for what must be durable; [`claiming`] claims segments, beside this file's loop; [`sweeps`] closes
+//! windows and deletes garbage. This file starts the runs, keeps their leases and tells them what has become of their
+//! batches.
 
 mod aside;
 mod checkpoint;
+mod claiming;
 mod deaths;
 #[doc(hidden)]
 pub mod lines;
@@ -21,7 +23,7 @@ mod troubles;
 mod work;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -32,7 +34,10 @@ use tokio::{
     sync::{broadcast::error::RecvError, mpsc, watch},
     time::{Instant, MissedTickBehavior},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 
 pub use segment::Ended;
 pub use stages::{Stage, Stages};
@@ -45,22 +50,18 @@ use crate::{
     domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending},
     fault,
     fleet::{Fleet, Rank, Tenant},
-    store::{Candidate, ClaimedSegment, Store, StoreError},
+    store::{ClaimedSegment, Store, StoreError},
     supervise::{Part, message},
 };
 use aside::Asides;
+use claiming::{Outcome, Round, lines_by_model, was_away};
 use plan::Demand;
 use segment::{Remaining, Run};
 
-/// Batches looked at in one round of claims.
-const CANDIDATES: u64 = 1_000;
 /// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
 const POLL: Duration = Duration::from_millis(500);
 /// Between two looks for segments to claim that only word of changes is the reason for.
 const LOOK_GAP: Duration = Duration::from_millis(100);
-/// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever
-/// still runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
-const COURTESY: Duration = Duration::from_secs(2);
 /// How long a question to the database that is under way at the shutdown may still take: a claim that is dropped half
 /// way would be leased by nobody.
 const HALF_WAY: Duration = Duration::from_secs(1);
@@ -135,6 +136,19 @@ struct Running {
     bytes: u64,
 }
 
+impl Running {
+    /// Sends nothing more from now on, unless it ends its lines anyhow.
+    fn drain(&self, deadline: Instant) {
+        self.control.send_if_modified(|control| {
+            let runs = *control == Control::Run;
+            if runs {
+                *control = Control::Drain { deadline };
+            }
+            runs
+        });
+    }
+}
+
 impl Scheduler {
     /// A scheduler that has claimed nothing yet.
     #[must_use]
@@ -201,6 +215,10 @@ impl Scheduler {
         let sweeps = self.fleet.supervisor().spawn(Part::Sweeps, &self.shutdown, sweeps);
         let shutdown = self.shutdown.clone();
         let (ended, mut endings) = mpsc::unbounded_channel();
+        let (claims, mut claimed) = mpsc::unbounded_channel();
+        let mut round: Option<AbortOnDropHandle<Outcome>> = None;
+        // There is reason for another round as soon as this one is over.
+        let mut look_again = false;
         let mut changes = self.store.changes();
         let mut topology = self.fleet.topology();
         let mut poll = tokio::time::interval(POLL);
@@ -212,6 +230,16 @@ impl Scheduler {
             fault::panic_in(Part::Scheduler);
             tokio::select! {
                 () = shutdown.cancelled() => break,
+                Some(claimed) = claimed.recv() => {
+                    self.start(claimed, ended.clone());
+                    continue;
+                }
+                outcome = over(&mut round) => {
+                    self.note(outcome);
+                    if !std::mem::take(&mut look_again) {
+                        continue;
+                    }
+                }
                 Some((segment, epoch)) = endings.recv() => {
                     self.forget(&segment, epoch);
                     while let Ok((segment, epoch)) = endings.try_recv() {
@@ -233,7 +261,7 @@ impl Scheduler {
                 _ = poll.tick() => {
                     let began = Instant::now();
                     let Some(noticed) = half_way(&shutdown, self.notice_endings()).await else { break };
-                    self.heard(began, &noticed);
+                    self.heard(began.elapsed(), &noticed);
                     if let Err(error) = noticed {
                         tracing::warn!(%error, "the state of running batches could not be read");
                     }
@@ -250,36 +278,55 @@ impl Scheduler {
                 }
             }
             looked_at = Instant::now();
-            let Some(claimed) = half_way(&shutdown, self.claim(&ended)).await else { break };
-            if let Err(error) = claimed {
-                tracing::warn!(%error, "segments could not be claimed");
+            if round.is_some() {
+                look_again = true;
+            } else {
+                let Some(begun) = half_way(&shutdown, self.round(&claims)).await else { break };
+                round = begun;
             }
             #[allow(clippy::cast_precision_loss)]
             metrics::gauge!("tidemill_segments_running").set(self.running.len() as f64);
         }
-        self.drain(&mut endings).await;
+        // A round claims nothing more now; what it has claimed is given back like all the rest.
+        drop(claims);
+        self.drain(&mut endings, &mut claimed, &ended).await;
+        drop(round);
         // It ends with the same token.
         let _ = sweeps.await;
     }
 
     /// Lets every run end or give its segment back, and keeps their leases meanwhile. What can't be written in time,
     /// because the database or the blob store is away, is left to the lease.
-    async fn drain(&mut self, endings: &mut mpsc::UnboundedReceiver<(SegmentRef, Epoch)>) {
+    async fn drain(
+        &mut self,
+        endings: &mut mpsc::UnboundedReceiver<(SegmentRef, Epoch)>,
+        claimed: &mut mpsc::UnboundedReceiver<ClaimedSegment>,
+        ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>,
+    ) {
         let deadline = Instant::now() + self.options.drain;
         let give_up = deadline + LAST_WRITES;
         for running in self.running.values() {
-            running.control.send_if_modified(|control| {
-                let runs = *control == Control::Run;
-                if runs {
-                    *control = Control::Drain { deadline };
-                }
-                runs
-            });
+            running.drain(deadline);
         }
         self.runs.close();
         let mut renew = tokio::time::interval(self.options.lease / 3);
-        while !self.running.is_empty() {
+        // Until the last round of claims is over: what it has just claimed is given back at once. A claim that has no answer
+        // by then is left to its lease.
+        let claims_until = deadline.min(Instant::now() + HALF_WAY);
+        let mut claiming = true;
+        while claiming || !self.running.is_empty() {
             tokio::select! {
+                late = claimed.recv(), if claiming => match late {
+                    Some(late) => {
+                        let segment = late.segment.clone();
+                        self.start(late, ended.clone());
+                        if let Some(running) = self.running.get(&segment) {
+                            running.drain(deadline);
+                        }
+                    }
+                    None => claiming = false,
+                },
+                () = tokio::time::sleep_until(claims_until), if claiming => claiming = false,
                 Some((segment, epoch)) = endings.recv() => self.forget(&segment, epoch),
                 () = tokio::time::sleep_until(give_up) => break,
                 _ = renew.tick() => {
@@ -309,11 +356,8 @@ impl Scheduler {
         }
     }
 
-    /// `tenants`: who has segments to claim, besides those of whom some run here.
-    fn demand(&self, tenants: &BTreeSet<Tenant>) -> Demand {
+    fn demand(&self) -> Demand {
         let mut demand = Demand::new();
-        let running = self.running.values().map(|running| running.rank.tenant());
-        demand.share(&tenants.iter().copied().chain(running).collect());
         for model in self.fleet.served() {
             let capacity = self.fleet.capacity(&model);
             demand.serve(model, capacity);
@@ -327,12 +371,11 @@ impl Scheduler {
         demand
     }
 
-    /// Takes note of whether the database is there. One that lets a question wait for as long as a renewal may be late
-    /// was away too.
-    fn heard<T>(&mut self, began: Instant, answer: &Result<T, StoreError>) {
+    /// Takes note of whether the database is there, from an answer that took so long.
+    fn heard<T>(&mut self, took: Duration, answer: &Result<T, StoreError>) {
         match answer {
             Err(StoreError::Unavailable(_)) => self.away = true,
-            Ok(_) if self.away || began.elapsed() > self.options.lease / 3 => {
+            Ok(_) if self.away || was_away(took, self.options.lease) => {
                 self.away = false;
                 self.back_at = Some(Instant::now());
             }
@@ -341,99 +384,62 @@ impl Scheduler {
         }
     }
 
-    /// Claims segments as long as more lines are wanted.
-    async fn claim(&mut self, ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>) -> Result<(), StoreError> {
-        if self.shutdown.is_cancelled() || !self.demand(&BTreeSet::new()).has_room() {
-            return Ok(());
-        }
+    /// Begins a round of claims if there is room for more segments.
+    async fn round(&mut self, claims: &mpsc::UnboundedSender<ClaimedSegment>) -> Option<AbortOnDropHandle<Outcome>> {
         // Other nodes may have the objects.
-        if self.blobs.foreign().is_some() {
-            return Ok(());
-        }
-        // A node that was held up would otherwise claim what it runs itself.
-        if self.renewed_at.elapsed() > self.options.lease / 2 {
-            self.renew().await?;
+        if self.shutdown.is_cancelled() || self.blobs.foreign().is_some() {
+            return None;
         }
         if self.fleet.lists_patterns() {
-            self.fleet.want(self.store.wanted_models().await?);
+            let (began, wanted) = (Instant::now(), self.store.wanted_models().await);
+            self.heard(began.elapsed(), &wanted);
+            match wanted {
+                Ok(models) => self.fleet.want(models),
+                Err(error) => {
+                    tracing::warn!(%error, "the models that are wanted could not be read");
+                    return None;
+                }
+            }
         }
-        let served: Vec<String> = self.fleet.served().iter().map(ToString::to_string).collect();
-        let (began, candidates) = (Instant::now(), self.store.candidates(&served, CANDIDATES).await);
-        self.heard(began, &candidates);
-        let candidates = candidates?;
-        if self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
-            return Ok(());
+        let demand = self.demand();
+        if !demand.has_room() {
+            return None;
         }
-        let ranked = candidates.into_iter().map(|candidate| {
-            let rank = rank(&self.options.weights, &candidate.owner, candidate.priority, candidate.expires_at);
-            (candidate, rank)
-        });
-        let mut candidates: Vec<(Candidate, Rank)> = ranked.collect();
-        let tenants: BTreeSet<Tenant> = candidates.iter().map(|(_, rank)| rank.tenant()).collect();
-        // First each within its own part of the room; what is left then is for all, in their order.
-        for lent in [false, true] {
-            candidates = self.claim_of(candidates, &tenants, lent, ended).await?;
+        // A node that was held up would otherwise claim what it runs itself.
+        if self.renewed_at.elapsed() > self.options.lease / 2
+            && let Err(error) = self.renew().await
+        {
+            tracing::warn!(%error, "leases could not be renewed");
+            return None;
         }
-        Ok(())
+        let round = Round {
+            store: self.store.clone(),
+            node: self.node.clone(),
+            options: self.options.clone(),
+            shutdown: self.shutdown.clone(),
+            served: self.fleet.served().iter().map(ToString::to_string).collect(),
+            demand,
+            running: self.running.values().map(|running| running.rank.tenant()).collect(),
+            asides: self.asides.clone(),
+            away: self.away,
+            back_at: self.back_at,
+            claimed: claims.clone(),
+        };
+        Some(round.begin())
     }
 
-    /// Claims segments of these. `lent`: beyond their tenants' own parts of this node's room, too. Returns those that
-    /// there was no room for.
-    async fn claim_of(
-        &mut self,
-        candidates: Vec<(Candidate, Rank)>,
-        tenants: &BTreeSet<Tenant>,
-        lent: bool,
-        ended: &mpsc::UnboundedSender<(SegmentRef, Epoch)>,
-    ) -> Result<Vec<(Candidate, Rank)>, StoreError> {
-        let mut left = Vec::new();
-        for (candidate, rank) in candidates {
-            if self.asides.has(&candidate.id, Instant::now()) {
-                continue;
-            }
-            loop {
-                if self.shutdown.is_cancelled() {
-                    return Ok(Vec::new());
-                }
-                let demand = self.demand(tenants);
-                if !demand.has_room() {
-                    return Ok(Vec::new());
-                }
-                if !lent && !demand.has_room_of_its_own(rank.tenant()) {
-                    left.push((candidate, rank));
-                    break;
-                }
-                // Lines that are not to be run any more need no worker.
-                let mask = if candidate.ending.is_some() { i64::MAX } else { demand.wanted(&candidate.models, rank) };
-                if mask == 0 {
-                    break;
-                }
-                let claimed = self.store.claim_segment(&self.node, &candidate.id, mask, self.options.lease).await;
-                let claimed = match claimed {
-                    Ok(Some(claimed)) => claimed,
-                    Ok(None) => break,
-                    // One batch that can't be claimed keeps no other from it.
-                    Err(error) if error.is_final() => {
-                        tracing::error!(batch = %candidate.id, %error, "a segment can't be claimed");
-                        break;
-                    }
-                    Err(error) => return Err(error),
-                };
-                self.start(claimed, ended.clone());
-            }
+    /// Takes note of how a round went.
+    fn note(&mut self, outcome: Outcome) {
+        self.heard(outcome.took, &outcome.looked);
+        if let Err(error) = outcome.looked.and(outcome.claimed) {
+            tracing::warn!(%error, "segments could not be claimed");
         }
-        Ok(left)
     }
 
     fn start(&mut self, claimed: ClaimedSegment, ended: mpsc::UnboundedSender<(SegmentRef, Epoch)>) {
         let control = claimed.ending.map_or(Control::Run, Control::Finish);
         let (control, told) = watch::channel(control);
-        // Until the run has counted for itself, every line may be of every model that the segment names.
-        let lines = usize::try_from(claimed.span.requests).unwrap_or(0);
-        let remaining: Remaining = (0..claimed.models.len())
-            .map(|model| if claimed.span.models & (1 << model) == 0 { 0 } else { lines })
-            .map(Into::into)
-            .collect();
+        let remaining: Remaining = lines_by_model(&claimed).map(Into::into).collect();
         let running = Running {
             epoch: claimed.epoch,
             control,
@@ -506,7 +512,7 @@ impl Scheduler {
             self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
         let running: Vec<SegmentRef> = before.iter().map(|(segment, _)| segment.clone()).collect();
         let renewed = self.store.renew_leases(&self.node, &running, self.options.lease).await;
-        self.heard(began, &renewed);
+        self.heard(began.elapsed(), &renewed);
         let renewed = renewed?;
         self.renewed_at = began;
         let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
@@ -550,6 +556,15 @@ impl Scheduler {
         }
         Ok(())
     }
+}
+
+/// The end of the round that is under way; without one it never comes.
+async fn over(round: &mut Option<AbortOnDropHandle<Outcome>>) -> Outcome {
+    let Some(handle) = round else { return std::future::pending().await };
+    let outcome = handle.await;
+    *round = None;
+    // It is aborted only together with the scheduler.
+    outcome.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 /// A batch's.

@@ -11,9 +11,15 @@ use crate::fleet::{Rank, Tenant};
 /// one is sent, even with workers that answer at once.
 const AT_HAND: u32 = 2_000;
 /// Segments that one node runs at a time.
-pub const MAX_SEGMENTS: usize = 256;
+pub const MAX_SEGMENTS: usize = 512;
 /// Bytes of input that one node holds at a time; one segment is always allowed.
-pub const MAX_BYTES: u64 = 64 * 1024 * 1024;
+pub const MAX_BYTES: u64 = 96 * 1024 * 1024;
+/// One part in so many of both is kept for tenants that run nothing: their first segment starts at once, whatever others
+/// have taken.
+const KEPT: u64 = 8;
+/// A tenant may hold this many times what is still free, so that something stays free for whoever comes next: one tenant
+/// alone takes three quarters, and each further one three quarters of what the ones before have left.
+const OF_FREE: u64 = 3;
 
 /// How many more lines of each served model this node wants at hand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,19 +83,41 @@ impl Demand {
         self.at_hand.push((model, rank, lines as u64));
     }
 
-    /// Whether this node may run one more segment.
+    /// Whether this node may run one more segment of somebody.
     #[must_use]
     pub fn has_room(&self) -> bool {
         self.running.segments == 0 || (self.running.segments < MAX_SEGMENTS && self.running.bytes < MAX_BYTES)
     }
 
-    /// Whether one more segment of a tenant is within the part of this node's room that is the tenant's own. One that runs
-    /// none may run one.
+    /// Whether this node may run one more segment of this tenant.
+    ///
+    /// A tenant that runs nothing may always run one while there is room at all. Any other leaves [`KEPT`] to those, and may
+    /// hold no more than [`OF_FREE`] times what is free then. So nobody can fill a node: segments can't be taken back from
+    /// their workers, and whoever comes later would wait for the first of them to end.
+    #[must_use]
+    pub fn has_room_for(&self, tenant: Tenant) -> bool {
+        let Some(own) = self.running_of.get(&tenant) else { return self.has_room() };
+        let fits = |all: u64, most: u64, own: u64| own < self.threshold(tenant, shared(most).saturating_sub(all));
+        self.running.segments == 0
+            || (fits(self.running.segments as u64, MAX_SEGMENTS as u64, own.segments as u64)
+                && fits(self.running.bytes, MAX_BYTES, own.bytes))
+    }
+
+    /// How much a tenant may hold while so much is free: more if it weighs more than the others do on average.
+    fn threshold(&self, tenant: Tenant, free: u64) -> u64 {
+        let (count, weight) = self.tenants;
+        let even = free.saturating_mul(OF_FREE);
+        let by_weight = even.saturating_mul(count).saturating_mul(tenant.weight().get().into()) / weight.max(1);
+        by_weight.max(even)
+    }
+
+    /// Whether one more segment of a tenant is within the part of this node's room that is the tenant's own, of what tenants
+    /// may take together. One that runs none may run one.
     #[must_use]
     pub fn has_room_of_its_own(&self, tenant: Tenant) -> bool {
         let Some(running) = self.running_of.get(&tenant) else { return true };
-        (running.segments as u64) < self.part(tenant, MAX_SEGMENTS as u64)
-            && running.bytes < self.part(tenant, MAX_BYTES)
+        let own = |most: u64| self.part(tenant, shared(most) * OF_FREE / (OF_FREE + 1));
+        (running.segments as u64) < own(MAX_SEGMENTS as u64) && running.bytes < own(MAX_BYTES)
     }
 
     /// Those of the models of which more lines of that rank are wanted, as a mask. What counts are the lines of its tenant
@@ -106,6 +134,11 @@ impl Demand {
         };
         (0u32..).zip(models).filter(|(_, model)| wants(model)).fold(0, |mask, (bit, _)| mask | 1i64 << bit)
     }
+}
+
+/// What is for tenants that run something already.
+fn shared(most: u64) -> u64 {
+    most - most / KEPT
 }
 
 #[cfg(test)]
@@ -173,13 +206,47 @@ mod tests {
         demand.at_hand("m".into(), rank(0).of(light), 1);
         assert!(!wants(&demand, heavy) && !wants(&demand, light));
 
-        demand.running(light, MAX_BYTES / 2);
+        let all = shared(MAX_BYTES) * OF_FREE / (OF_FREE + 1);
+        demand.running(light, all / 2);
         assert!(!demand.has_room_of_its_own(light), "it has its half");
-        assert!(demand.has_room() && demand.has_room_of_its_own(heavy), "there is room for who wants it");
-        demand.running(heavy, MAX_BYTES / 2);
-        assert!(demand.has_room_of_its_own(heavy) && !demand.has_room(), "its own part is lent to the other for now");
+        assert!(demand.has_room_for(light), "and may borrow");
+        assert!(demand.has_room_for(heavy) && demand.has_room_of_its_own(heavy), "there is room for the other");
+        demand.running(heavy, all / 2 + 1);
+        assert!(demand.has_room_of_its_own(heavy) && demand.has_room_for(heavy), "nine tenths are its own");
+        demand.running(heavy, shared(MAX_BYTES) - all);
+        assert!(!demand.has_room_for(light) && !demand.has_room_for(heavy), "nothing is left to borrow");
         let third = Tenant::named("third");
-        assert!(demand.has_room_of_its_own(third), "who runs nothing may run one");
+        assert!(
+            demand.has_room_of_its_own(third) && demand.has_room_for(third),
+            "a tenant that runs nothing may run one"
+        );
+    }
+
+    /// Claims for one tenant after the other, each as many one-line segments as it may. Returns how many each runs.
+    fn greedy(tenants: &[Tenant]) -> Vec<usize> {
+        let mut demand = Demand::new();
+        let mut have = Vec::new();
+        for tenant in tenants {
+            demand.share(&tenants[..=have.len()].iter().copied().collect());
+            let mut running = 0;
+            while demand.has_room_for(*tenant) {
+                demand.running(*tenant, 200);
+                running += 1;
+            }
+            have.push(running);
+        }
+        have
+    }
+
+    #[test]
+    fn one_tenant_alone_does_not_fill_a_node_and_leaves_room_for_many_more() {
+        let tenants: Vec<Tenant> = (0..80).map(|name| Tenant::named(&name.to_string())).collect();
+        let have = greedy(&tenants);
+        assert!(have[0] > 300, "one tenant alone has most of the room: {have:?}");
+        assert!(have[1] > 80, "the next one has room for many batches: {have:?}");
+        let served = have.iter().take_while(|running| **running > 0).count();
+        assert!(served >= 64, "{served} tenants run something although each took all it could get: {have:?}");
+        assert!(have.iter().sum::<usize>() <= MAX_SEGMENTS);
     }
 
     #[test]
@@ -199,6 +266,43 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever tenants have claimed, in any order and of any size, and whatever has ended since: a tenant that runs
+        /// nothing gets a place until as many tenants run something as places are kept; nobody holds more than its
+        /// threshold plus one segment; and the node holds no more than its room and one segment.
+        #[test]
+        fn nobody_keeps_a_tenant_that_runs_nothing_waiting(
+            claims in prop::collection::vec((0usize..12, 1u64..512 * 1024, prop::bool::weighted(0.3)), 0..1_000),
+            weights in prop::collection::vec(1u16..=1_000, 12),
+        ) {
+            let tenants: Vec<Tenant> = (0..12)
+                .map(|at| Tenant::named(&at.to_string()).weighing(Weight::new(weights[at]).unwrap()))
+                .collect();
+            let newcomer = Tenant::named("newcomer");
+            let all: BTreeSet<Tenant> = tenants.iter().copied().chain([newcomer]).collect();
+            let mut running: Vec<(usize, u64)> = Vec::new();
+            for (tenant, bytes, ends) in claims {
+                if ends && !running.is_empty() {
+                    running.remove(tenant % running.len());
+                }
+                let mut demand = Demand::new();
+                demand.share(&all);
+                running.iter().for_each(|(of, bytes)| demand.running(tenants[*of], *bytes));
+                let first = running.iter().all(|(of, _)| *of != tenant);
+                if demand.has_room_for(tenants[tenant]) {
+                    prop_assert!(first || demand.has_room());
+                    running.push((tenant, bytes));
+                } else if first {
+                    prop_assert!(false, "12 segments of 512 KiB at most don't use up what is kept");
+                }
+                prop_assert!(running.len() <= MAX_SEGMENTS);
+                prop_assert!(running.iter().map(|(_, bytes)| bytes).sum::<u64>() < MAX_BYTES + 512 * 1024);
+                let mut after = Demand::new();
+                after.share(&all);
+                running.iter().for_each(|(of, bytes)| after.running(tenants[*of], *bytes));
+                prop_assert!(after.has_room_for(newcomer), "{} segments", running.len());
+            }
+        }
+
         /// Only what is served is wanted; a better rank wants all that a worse one wants; more lines at hand never make a
         /// model wanted, and enough of them of the rank itself always satisfy it.
         #[test]

@@ -1,16 +1,19 @@
 //! Runs one segment from its claim to its end: what is done of it already is read and checked, the rest is [`Work`].
 
-use std::sync::{Arc, atomic::AtomicUsize};
+use std::{
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::spawn_blocking, time::Instant};
 
 use super::{
     Control, SchedulerOptions,
     checkpoint::{Checkpoint, Stop},
     lines::WorkList,
     stages::Stages,
-    troubles::Troubles,
+    troubles::{On, Troubles},
     work::{self, Work},
 };
 use crate::{
@@ -24,7 +27,11 @@ use crate::{
 /// How often a node that does not find a batch's input gives the segment back, before it fails the batch: the objects may
 /// come back, or another node may see them. With [`super::aside`]'s waits these are some 7 s.
 const MISSES: u32 = 3;
-
+/// How often a segment's parts may read back as something else than what was written before its batch is failed. Each time its
+/// lines are run again, and a blob store that garbles everything would keep GPUs at work until the window closes.
+const TORN_LIMIT: u32 = 5;
+/// How long a run waits before it runs such lines again; it doubles each time.
+const TORN_WAIT: Duration = Duration::from_millis(500);
 /// How a run of a segment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -79,13 +86,16 @@ impl Run {
             self.troubles.clone(),
         );
         // Object names are never used twice within an epoch, whatever is written again.
-        let mut number = 0;
+        let (mut number, mut torn) = (0, 0);
         let mut incomplete = false;
         loop {
             let why = match self.attempt(&checkpoint, &mut number).await {
                 Ok(ended) => return ended,
                 Err(Stop::Lost) => return Ended::Lost,
-                Err(Stop::Torn) => continue,
+                Err(Stop::Torn) => match self.pause_after_torn(&checkpoint, &mut torn).await {
+                    Some(ended) => return ended,
+                    None => continue,
+                },
                 Err(Stop::Incomplete) if !incomplete => {
                     incomplete = true;
                     match self.drop_all_parts(&checkpoint).await {
@@ -103,6 +113,28 @@ impl Run {
         }
     }
 
+    /// Waits before lines are run again whose results were garbled in the blob store, and the batch says so meanwhile. At the
+    /// limit it fails the batch. Returns how the run has ended, if it has.
+    async fn pause_after_torn(&mut self, checkpoint: &Checkpoint, torn: &mut u32) -> Option<Ended> {
+        *torn += 1;
+        let what = format!("results read back as something else than what was written, {torn} times");
+        if *torn >= TORN_LIMIT {
+            let error = BatchError {
+                code: "results_damaged".into(),
+                message: format!("{}: {what}; check the blob store", self.claimed.segment),
+                line: 0,
+                param: String::new(),
+            };
+            return Some(self.fail(checkpoint, error).await);
+        }
+        let wait = TORN_WAIT * 2u32.saturating_pow(*torn - 1);
+        let _stuck = self.troubles.stuck(&self.claimed.segment, On::BlobStore, "keep results", what);
+        let before = *self.control.borrow();
+        // Whatever else is wanted of the run, it is not to wait.
+        let _ = tokio::time::timeout(wait, self.control.wait_for(|now| *now != before)).await;
+        (*self.control.borrow() == Control::Abandon).then_some(Ended::Lost)
+    }
+
     async fn attempt(&mut self, checkpoint: &Checkpoint, number: &mut u32) -> Result<Ended, Stop> {
         let parts = self.whole_parts(checkpoint).await?;
         let mut done = LineSet::default();
@@ -111,9 +143,14 @@ impl Run {
             done.union(&part.failed);
         }
         let list = match self.input(checkpoint).await? {
-            Ok(bytes) => WorkList::read(bytes, &self.claimed.models, &done)
-                .map_err(|error| Unreadable { message: error.to_string(), is_missing: false }),
-            Err(message) => Err(Unreadable { message: message.into(), is_missing: true }),
+            Ok(bytes) => {
+                let models = self.claimed.models.clone();
+                // Megabytes of JSON are parsed and sorted.
+                let read = spawn_blocking(move || WorkList::read(bytes, &models, &done)).await;
+                read.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+                    .map_err(|error| Unreadable { message: error.to_string(), is_missing: false })
+            }
+            Err(message) => Err(Unreadable { message, is_missing: true }),
         };
         let list = match list {
             Ok(list) => list,
@@ -229,7 +266,7 @@ impl Run {
     }
 
     /// The segment's bytes, or why they can't be had at all.
-    async fn input(&self, checkpoint: &Checkpoint) -> Result<Result<Bytes, &'static str>, Stop> {
+    async fn input(&self, checkpoint: &Checkpoint) -> Result<Result<Bytes, String>, Stop> {
         let span = &self.claimed.span;
         let size = |value: i64| u64::try_from(value).unwrap_or(0);
         let range = size(span.offset)..size(span.offset + span.length);
@@ -241,8 +278,15 @@ impl Run {
         };
         let bytes = checkpoint.patiently("read the input", read).await?;
         Ok(match bytes {
-            None => Err("the input file's object is missing"),
-            Some(bytes) if bytes.len() as u64 != size(span.length) => Err("the input file's object is truncated"),
+            None => Err("the input file's object is missing".into()),
+            Some(bytes) if bytes.len() as u64 != size(span.length) => {
+                Err("the input file's object is truncated".into())
+            }
+            Some(bytes) if span.crc32c.is_some_and(|expected| expected != crc32c::crc32c(&bytes)) => Err(format!(
+                "the input file's object has changed since it was uploaded: in lines {} to {}",
+                span.first_line,
+                span.first_line + i64::from(span.line_span) - 1
+            )),
             Some(bytes) => Ok(bytes),
         })
     }

@@ -546,7 +546,7 @@ impl Work<'_> {
             async move {
                 match results::merge(blobs, all, key).await {
                     // Not for another try: the parts themselves are not what they were.
-                    Err(ReadError::Corrupt(message)) => Ok(Err(message)),
+                    Err(ReadError::Corrupt(message) | ReadError::Damaged(message)) => Ok(Err(message)),
                     Err(ReadError::Blob(BlobError::Missing(key))) => Ok(Err(format!("{key} is missing"))),
                     Err(ReadError::Blob(error)) => Err(error),
                     Err(error @ ReadError::Deleted(_)) => Ok(Err(error.to_string())),

@@ -9,12 +9,12 @@ use sea_orm::{
 use super::{
     Store, StoreError,
     again::again,
-    convert::to_json,
+    convert::{self, to_json},
     entity::{batch, batch_metadata, batch_model, file},
     events::{Telling, append, fail, lock_batch, transition},
     now,
     parts::{Commit, hold},
-    queue::queued_lines_of,
+    queue::{ids_parameter, queued_lines_of, texts_of},
 };
 use crate::domain::{
     Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Priority, SegmentRef, Timestamp,
@@ -108,8 +108,8 @@ impl Store {
             .execute_raw(Statement::from_sql_and_values(
                 tx.get_database_backend(),
                 "INSERT INTO segments (batch_id, idx, first_line, line_span, requests, byte_offset, byte_length, models, \
-                 state, epoch) SELECT $1, idx, first_line, line_span, requests, byte_offset, byte_length, models, \
-                 'queued', 0 FROM file_segments WHERE file_id = $2",
+                 input_crc32c, state, epoch) SELECT $1, idx, first_line, line_span, requests, byte_offset, \
+                 byte_length, models, crc32c, 'queued', 0 FROM file_segments WHERE file_id = $2",
                 [id.as_str().into(), new.input_file_id.as_str().into()],
             ))
             .await?
@@ -265,18 +265,24 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn revisions(&self, ids: &[BatchId]) -> Result<Vec<(BatchId, i64)>, StoreError> {
-        let mut found = Vec::with_capacity(ids.len());
-        for some in ids.chunks(1_000) {
-            let rows: Vec<(String, i64)> = batch::Entity::find()
-                .select_only()
-                .columns([batch::Column::Id, batch::Column::Revision])
-                .filter(batch::Column::Id.is_in(some.iter().map(BatchId::as_str)))
-                .into_tuple()
-                .all(self.read())
-                .await?;
-            found.extend(rows.into_iter().map(|(id, revision)| (BatchId::from_text(id), revision)));
-        }
-        Ok(found)
+        let backend = self.read().get_database_backend();
+        let sql = format!("SELECT id, revision FROM batches WHERE id IN {}", texts_of(backend, 1));
+        let rows = Statement::from_sql_and_values(backend, sql, [ids_parameter(ids)?]);
+        let rows = self.read().query_all_raw(rows).await?;
+        rows.iter()
+            .map(|row| Ok((BatchId::from_text(row.try_get::<String>("", "id")?), row.try_get("", "revision")?)))
+            .collect()
+    }
+
+    /// Those of these batches that there are, in any order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batches_of(&self, ids: &[BatchId]) -> Result<Vec<Batch>, StoreError> {
+        let rows = batch::Entity::find().filter(batch::Column::Id.is_in(ids.iter().map(BatchId::as_str)));
+        let rows = rows.all(self.read()).await?.into_iter();
+        let read = |row: batch::Model| convert::readable("batch", &row.id.clone(), Batch::try_from(row));
+        Ok(rows.filter_map(read).collect())
     }
 
     /// Unfinished batches, oldest first, at most `limit`; of one owner's, if one is given.

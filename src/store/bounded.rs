@@ -112,16 +112,22 @@ pub(super) struct Pool {
     inner: DatabaseConnection,
     /// None on SQLite: a file does not hang.
     silence: Option<Silence>,
+    /// How many statements have been sent, in transactions or not.
+    statements: Arc<AtomicU64>,
 }
 
 impl Pool {
     pub(super) fn new(inner: DatabaseConnection, silence: Option<Silence>) -> Self {
-        Self { inner, silence }
+        Self { inner, silence, statements: Arc::default() }
+    }
+
+    pub(super) fn statements(&self) -> u64 {
+        self.statements.load(Ordering::Relaxed)
     }
 
     pub(super) async fn begin(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
         let inner = within(self.silence.as_ref(), self.inner.begin_with_options(options)).await?;
-        Ok(DatabaseTransaction { inner, silence: self.silence.clone() })
+        Ok(DatabaseTransaction { inner, silence: self.silence.clone(), statements: self.statements.clone() })
     }
 
     pub(super) async fn ping(&self) -> Result<(), DbErr> {
@@ -140,6 +146,7 @@ impl Pool {
 pub(super) struct DatabaseTransaction {
     inner: sea_orm::DatabaseTransaction,
     silence: Option<Silence>,
+    statements: Arc<AtomicU64>,
 }
 
 impl DatabaseTransaction {
@@ -162,18 +169,22 @@ macro_rules! bounded {
             }
 
             async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+                self.statements.fetch_add(1, Ordering::Relaxed);
                 within(self.silence.as_ref(), self.inner.execute_raw(statement)).await
             }
 
             async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
+                self.statements.fetch_add(1, Ordering::Relaxed);
                 within(self.silence.as_ref(), self.inner.execute_unprepared(sql)).await
             }
 
             async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+                self.statements.fetch_add(1, Ordering::Relaxed);
                 within(self.silence.as_ref(), self.inner.query_one_raw(statement)).await
             }
 
             async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+                self.statements.fetch_add(1, Ordering::Relaxed);
                 within(self.silence.as_ref(), self.inner.query_all_raw(statement)).await
             }
         }

@@ -1,19 +1,21 @@
 //! Leases on segments. A claim adds one to the segment's epoch; whatever its owner writes names that epoch, so an owner
 //! that lost its lease can write nothing any more.
 
-use std::time::Duration;
+use std::{cmp::Reverse, time::Duration};
 
 use sea_orm::{
-    ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
-    sea_query::{Expr, ExprTrait, LockBehavior, LockType, Query},
+    ColumnTrait, Condition, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QueryOrder, QueryResult,
+    QuerySelect, Statement,
+    sea_query::{Expr, ExprTrait, LockBehavior, LockType},
 };
 
 use super::{
     Store, StoreError,
     again::again,
     convert,
-    entity::{batch, batch_model, segment},
+    entity::{batch, segment},
     now,
+    queue::texts_of,
 };
 use crate::domain::{
     BatchId, BatchStatus, Endpoint, Epoch, NodeId, Priority, SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
@@ -24,6 +26,24 @@ use crate::domain::{
 pub(super) const QUEUED: &str = "queued";
 pub(super) const LEASED: &str = "leased";
 pub(super) const DONE: &str = "done";
+
+/// The states of batches that have not ended, in the words of the index `batches_unfinished`: it is used only by these.
+const UNFINISHED: &str = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')";
+
+/// The owners of unfinished batches, one step in that index each, however many batches they have. SQLite would take another
+/// index and sort.
+fn owners(backend: DatabaseBackend) -> String {
+    let indexed = match backend {
+        DatabaseBackend::Sqlite => "INDEXED BY batches_unfinished",
+        _ => "",
+    };
+    format!(
+        "owners(owner) AS (SELECT (SELECT f.owner FROM batches AS f {indexed} WHERE f.{UNFINISHED} \
+         ORDER BY f.owner LIMIT 1) UNION ALL SELECT (SELECT n.owner FROM batches AS n {indexed} \
+         WHERE n.{UNFINISHED} AND n.owner > owners.owner ORDER BY n.owner LIMIT 1) \
+         FROM owners WHERE owners.owner IS NOT NULL)"
+    )
+}
 
 /// A batch with segments to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,48 +118,73 @@ pub struct SegmentRecord {
     pub output_bytes: u64,
     /// Bytes of error lines.
     pub error_bytes: u64,
+    /// The CRC-32C of the whole object.
+    pub crc32c: Option<u32>,
 }
 
 impl Store {
-    /// Unfinished batches with segments to claim, in the order in which to serve them, at most `limit`. Those of which no
-    /// line could run because no model of theirs is in `served` are left out.
+    /// Unfinished batches with segments to claim, in the order in which to serve them, some `limit` of them: of each owner the
+    /// first ones, so that one owner's thousands hide nobody else's. Those of which no line could run because no model of
+    /// theirs is in `served` are left out.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn candidates(&self, served: &[String], limit: u64) -> Result<Vec<Candidate>, StoreError> {
+        let backend = self.read().get_database_backend();
         let at = now(self.read()).await?;
-        let claimable = Query::select()
-            .expr(Expr::val(1))
-            .from(segment::Entity)
-            .and_where(
-                Expr::col((segment::Entity, segment::Column::BatchId)).equals((batch::Entity, batch::Column::Id)),
-            )
-            .cond_where(claimable(at))
-            .to_owned();
-        let served = Query::select()
-            .expr(Expr::val(1))
-            .from(batch_model::Entity)
-            .and_where(
-                Expr::col((batch_model::Entity, batch_model::Column::BatchId))
-                    .equals((batch::Entity, batch::Column::Id)),
-            )
-            .and_where(batch_model::Column::Model.is_in(served))
-            .to_owned();
-        let rows = batch::Entity::find()
-            .filter(batch::Column::Status.is_in([
-                BatchStatus::InProgress.as_str(),
-                BatchStatus::Finalizing.as_str(),
-                BatchStatus::Cancelling.as_str(),
-            ]))
-            .filter(Condition::any().add(batch::Column::Ending.is_not_null()).add(Expr::exists(served)))
-            .filter(Expr::exists(claimable))
-            .order_by_desc(batch::Column::Priority)
-            .order_by_asc(batch::Column::ExpiresAt)
-            .order_by_asc(batch::Column::Id)
-            .limit(limit)
-            .all(self.read())
-            .await?;
-        Ok(rows.into_iter().filter_map(|row| convert::readable("batch", &row.id.clone(), candidate(row))).collect())
+        let count = self.owners_of_unfinished().await?;
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        // Few owners have many batches and many have few: each may name more than an even part of the limit, and what that is
+        // too much is cut off below, the last ones of each first.
+        let each = (limit.saturating_mul(2) / count).clamp(1, limit);
+        let wanted = format!(
+            "c.owner = o.owner AND c.{UNFINISHED} AND (c.ending IS NOT NULL OR EXISTS \
+             (SELECT 1 FROM batch_models AS m WHERE m.batch_id = c.id AND m.model IN {})) AND EXISTS \
+             (SELECT 1 FROM segments AS s WHERE s.batch_id = c.id AND \
+             (s.state = '{QUEUED}' OR (s.state = '{LEASED}' AND s.lease_expires_at < $1))) \
+             ORDER BY c.priority DESC, c.expires_at, c.id LIMIT $2",
+            texts_of(backend, 4)
+        );
+        let of_each = match backend {
+            // It has no LATERAL, but its IN is worked out for each owner.
+            DatabaseBackend::Sqlite => {
+                format!("batches AS b WHERE b.id IN (SELECT c.id FROM batches AS c WHERE {wanted})")
+            }
+            _ => format!("LATERAL (SELECT c.* FROM batches AS c WHERE {wanted}) AS b"),
+        };
+        let sql = format!(
+            "WITH RECURSIVE {} SELECT id, owner, priority, expires_at, models, ending FROM (\
+             SELECT b.*, ROW_NUMBER() OVER (PARTITION BY b.owner ORDER BY b.priority DESC, b.expires_at, b.id) AS place \
+             FROM owners AS o CROSS JOIN {of_each}) AS found \
+             ORDER BY place, priority DESC, expires_at, id LIMIT $3",
+            owners(backend)
+        );
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let values = [at.0.into(), number(each).into(), number(limit).into(), convert::to_json(&served)?.into()];
+        let rows = self.read().query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
+        let mut found = Vec::with_capacity(rows.len());
+        for row in rows {
+            let id: String = row.try_get("", "id")?;
+            // One batch that can't be read keeps no other from being claimed.
+            found.extend(convert::readable("batch", &id, candidate(&row)));
+        }
+        found.sort_by(|one, other| {
+            let key = |of: &Candidate| (Reverse(of.priority), of.expires_at);
+            key(one).cmp(&key(other)).then_with(|| one.id.cmp(&other.id))
+        });
+        Ok(found)
+    }
+
+    /// How many owners have unfinished batches.
+    async fn owners_of_unfinished(&self) -> Result<u64, StoreError> {
+        let backend = self.read().get_database_backend();
+        let sql =
+            format!("WITH RECURSIVE {} SELECT COUNT(*) AS owners FROM owners WHERE owner IS NOT NULL", owners(backend));
+        let row = self.read().query_one_raw(Statement::from_string(backend, sql)).await?;
+        let row = row.ok_or_else(|| StoreError::Corrupt("no count".into()))?;
+        Ok(u64::try_from(row.try_get::<i64>("", "owners")?).unwrap_or(0))
     }
 
     /// Leases the first claimable segment of a batch that has a line for a model of `mask`.
@@ -363,14 +408,14 @@ impl Store {
     }
 }
 
-fn candidate(row: batch::Model) -> Result<Candidate, StoreError> {
+fn candidate(row: &QueryResult) -> Result<Candidate, StoreError> {
     Ok(Candidate {
-        id: BatchId::from_text(row.id),
-        owner: row.owner,
-        priority: Priority::new(row.priority).unwrap_or_default(),
-        expires_at: Timestamp(row.expires_at),
-        models: convert::json("model list", &row.models)?,
-        ending: convert::ending(row.ending.as_deref())?,
+        id: BatchId::from_text(row.try_get::<String>("", "id")?),
+        owner: row.try_get("", "owner")?,
+        priority: Priority::new(row.try_get("", "priority")?).unwrap_or_default(),
+        expires_at: Timestamp(row.try_get("", "expires_at")?),
+        models: convert::json("model list", &row.try_get::<String>("", "models")?)?,
+        ending: convert::ending(row.try_get::<Option<String>>("", "ending")?.as_deref())?,
     })
 }
 
@@ -399,6 +444,7 @@ fn span(row: &segment::Model) -> SegmentSpan {
         offset: row.byte_offset,
         length: row.byte_length,
         models: row.models,
+        crc32c: convert::checksum(row.input_crc32c),
     }
 }
 
@@ -408,5 +454,6 @@ fn record(row: &segment::Model) -> SegmentRecord {
         object_key: row.object_key.clone(),
         output_bytes: u64::try_from(row.output_bytes).unwrap_or(0),
         error_bytes: u64::try_from(row.error_bytes).unwrap_or(0),
+        crc32c: convert::checksum(row.crc32c),
     }
 }

@@ -50,6 +50,11 @@ pub(super) fn ending(text: Option<&str>) -> Result<Option<Ending>, StoreError> {
     text.map(|text| Ending::from_error_code(text).ok_or_else(|| corrupt("ending", text))).transpose()
 }
 
+/// A checksum, as stored; none if there is none.
+pub(super) fn checksum(value: Option<i64>) -> Option<u32> {
+    value.and_then(|value| u32::try_from(value).ok())
+}
+
 impl TryFrom<entity::file::Model> for File {
     type Error = StoreError;
 
@@ -73,6 +78,7 @@ impl TryFrom<entity::file::Model> for File {
             created_at: Timestamp(row.created_at),
             expires_at: row.expires_at.map(Timestamp),
             object_key: row.object_key,
+            crc32c: checksum(row.crc32c),
         })
     }
 }

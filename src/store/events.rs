@@ -1,5 +1,7 @@
 //! State changes: the one place where a batch enters a state, together with the event that tells of it.
 
+use std::collections::HashMap;
+
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     Set,
@@ -231,6 +233,31 @@ impl Store {
         let batch = Batch::try_from(row)?;
         let events = events.into_iter().map(|event| state_event(&batch, event)).collect::<Result<Vec<_>, _>>()?;
         Ok(Some((batch, events)))
+    }
+
+    /// Those of these batches that there are, each with all its state changes, oldest first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn histories(&self, ids: &[BatchId]) -> Result<Vec<(Batch, Vec<StateEvent>)>, StoreError> {
+        // In this order, as in `history`.
+        let batches = self.batches_of(ids).await?;
+        let mut events: HashMap<String, Vec<batch_event::Model>> = HashMap::with_capacity(ids.len());
+        let rows = batch_event::Entity::find()
+            .filter(batch_event::Column::BatchId.is_in(ids.iter().map(BatchId::as_str)))
+            .order_by_asc(batch_event::Column::Revision)
+            .all(self.read())
+            .await?;
+        for row in rows {
+            events.entry(row.batch_id.clone()).or_default().push(row);
+        }
+        let with_events = batches.into_iter().filter_map(|batch| {
+            let events = events.remove(batch.id.as_str()).unwrap_or_default();
+            let events = events.into_iter().map(|event| state_event(&batch, event)).collect::<Result<_, _>>();
+            let events = convert::readable("event of batch", batch.id.as_str(), events)?;
+            Some((batch, events))
+        });
+        Ok(with_events.collect())
     }
 
     /// State changes of all batches after `after`, oldest first, at most `limit`; of one owner's, if one is given.

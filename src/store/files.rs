@@ -1,18 +1,18 @@
 //! Files and their segment index.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait, Set,
     sea_query::OnConflict,
 };
 
 use super::{
     DatabaseTransaction, Store, StoreError,
     again::again,
-    convert::to_json,
+    convert::{checksum, to_json},
     entity::{batch, file, file_segment, garbage, part, segment},
     now,
 };
-use crate::domain::{BatchId, BatchStatus, File, FileId, SegmentSpan, Timestamp};
+use crate::domain::{BatchId, BatchStatus, File, FileId, SegmentIndex, SegmentSpan, Timestamp};
 
 /// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
@@ -85,7 +85,7 @@ impl Store {
             models: Set(to_json(&new.models)?),
             endpoint: Set(new.endpoint.map(|endpoint| endpoint.path().to_owned())),
             object_key: Set(new.object_key.clone()),
-            crc32c: Set(None),
+            crc32c: Set(new.crc32c.map(i64::from)),
             request_id: Set(request_id.map(str::to_owned)),
             created_at: Set(new.created_at.0),
             expires_at: Set(new.expires_at.map(|at| at.0)),
@@ -112,6 +112,7 @@ impl Store {
                 byte_offset: Set(segment.offset),
                 byte_length: Set(segment.length),
                 models: Set(segment.models),
+                crc32c: Set(segment.crc32c.map(i64::from)),
             });
             file_segment::Entity::insert_many(rows).exec_without_returning(&tx).await?;
         }
@@ -123,7 +124,7 @@ impl Store {
     }
 
     /// Deletes a file that no unfinished batch reads. Its object becomes garbage; a batch's results do with the last of its
-    /// two result files.
+    /// two result files. A failed batch has none: what was finished of it becomes garbage with its input.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -152,6 +153,9 @@ impl Store {
         if let Some(of) = &row.batch_id {
             free_results(&tx, of, id, at).await?;
         }
+        if row.kind == "input" {
+            free_failed(&tx, id, at).await?;
+        }
         file_segment::Entity::delete_many().filter(file_segment::Column::FileId.eq(id.as_str())).exec(&tx).await?;
         file::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
         tx.commit().await?;
@@ -168,18 +172,27 @@ impl Store {
             .order_by_asc(file_segment::Column::Idx)
             .all(self.read())
             .await?;
-        Ok(rows
-            .into_iter()
-            .map(|row| SegmentSpan {
-                index: crate::domain::SegmentIndex(row.idx),
-                first_line: row.first_line,
-                line_span: row.line_span,
-                requests: row.requests,
-                offset: row.byte_offset,
-                length: row.byte_length,
-                models: row.models,
-            })
-            .collect())
+        Ok(rows.iter().map(span).collect())
+    }
+
+    /// The same from `from` on, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn file_segments_from(
+        &self,
+        id: &FileId,
+        from: SegmentIndex,
+        limit: u64,
+    ) -> Result<Vec<SegmentSpan>, StoreError> {
+        let rows = file_segment::Entity::find()
+            .filter(file_segment::Column::FileId.eq(id.as_str()))
+            .filter(file_segment::Column::Idx.gte(from.0))
+            .order_by_asc(file_segment::Column::Idx)
+            .limit(limit)
+            .all(self.read())
+            .await?;
+        Ok(rows.iter().map(span).collect())
     }
 
     /// How many files there are.
@@ -188,6 +201,19 @@ impl Store {
     /// [`StoreError`].
     pub async fn count_files(&self) -> Result<u64, StoreError> {
         Ok(file::Entity::find().count(self.read()).await?)
+    }
+}
+
+fn span(row: &file_segment::Model) -> SegmentSpan {
+    SegmentSpan {
+        index: SegmentIndex(row.idx),
+        first_line: row.first_line,
+        line_span: row.line_span,
+        requests: row.requests,
+        offset: row.byte_offset,
+        length: row.byte_length,
+        models: row.models,
+        crc32c: checksum(row.crc32c),
     }
 }
 
@@ -201,14 +227,46 @@ async fn free_results(tx: &DatabaseTransaction, of: &str, deleted: &FileId, at: 
     if other.is_some() {
         return Ok(());
     }
-    let keys: Vec<Option<String>> = segment::Entity::find()
+    free(tx, of, at).await
+}
+
+/// What was finished of the failed batches of this input: nobody can name it by a file.
+async fn free_failed(tx: &DatabaseTransaction, input: &FileId, at: Timestamp) -> Result<(), StoreError> {
+    let failed: Vec<String> = batch::Entity::find()
         .select_only()
-        .column(segment::Column::ObjectKey)
-        .filter(segment::Column::BatchId.eq(of))
+        .column(batch::Column::Id)
+        .filter(batch::Column::InputFileId.eq(input.as_str()))
+        .filter(batch::Column::Status.eq(BatchStatus::Failed.as_str()))
         .into_tuple()
         .all(tx)
         .await?;
-    super::garbage::add(tx, keys.into_iter().flatten(), at).await?;
+    for of in failed {
+        free(tx, &of, at).await?;
+    }
+    Ok(())
+}
+
+/// Lets go of a batch's results: of the objects of its segments, and of the parts that were not merged into those.
+async fn free(tx: &DatabaseTransaction, of: &str, at: Timestamp) -> Result<(), StoreError> {
+    let of_segments = segment::Entity::find()
+        .select_only()
+        .column(segment::Column::ObjectKey)
+        .filter(segment::Column::BatchId.eq(of))
+        .filter(segment::Column::ObjectKey.is_not_null());
+    // Of a segment that has ended they are garbage already, or its object.
+    let unmerged = segment::Entity::find()
+        .select_only()
+        .column(segment::Column::Idx)
+        .filter(segment::Column::BatchId.eq(of))
+        .filter(segment::Column::ObjectKey.is_null());
+    let of_parts = part::Entity::find()
+        .select_only()
+        .column(part::Column::ObjectKey)
+        .filter(part::Column::BatchId.eq(of))
+        .filter(part::Column::SegmentIdx.in_subquery(unmerged.into_query()));
+    let mut keys: Vec<String> = of_segments.into_tuple().all(tx).await?;
+    keys.extend(of_parts.into_tuple::<String>().all(tx).await?);
+    super::garbage::add(tx, keys, at).await?;
     part::Entity::delete_many().filter(part::Column::BatchId.eq(of)).exec(tx).await?;
     segment::Entity::delete_many().filter(segment::Column::BatchId.eq(of)).exec(tx).await?;
     Ok(())

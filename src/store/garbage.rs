@@ -3,13 +3,18 @@
 
 use std::time::Duration;
 
-use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QuerySelect, Set, sea_query::OnConflict};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set, Statement,
+    sea_query::OnConflict,
+};
 
 use super::{Store, StoreError, again::again, entity::garbage, now};
 use crate::domain::Timestamp;
 
 /// How long readers that have begun may go on reading an object that is no longer named.
 const GRACE: Duration = Duration::from_secs(600);
+/// How long an object that was taken to be deleted does not come up again.
+const TAKEN: Duration = Duration::from_secs(300);
 /// How long an upload may take from its first byte to its last.
 const UPLOAD: Duration = Duration::from_secs(24 * 3_600);
 
@@ -32,12 +37,19 @@ impl Store {
     }
 
     async fn abandon_upload_once(&self, key: &str) -> Result<(), StoreError> {
-        garbage::Entity::delete_by_id(key).exec(&self.inner.write).await?;
         let at = now(self.read()).await?;
-        note(&self.inner.write, [key.to_owned()], at).await
+        let noted = garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0) };
+        // One statement: a crash between two would leave an object that nothing names.
+        garbage::Entity::insert(noted)
+            .on_conflict(
+                OnConflict::column(garbage::Column::ObjectKey).update_column(garbage::Column::DeleteAfter).to_owned(),
+            )
+            .exec_without_returning(&self.inner.write)
+            .await?;
+        Ok(())
     }
 
-    /// Objects to delete now, at most `limit`.
+    /// Objects that are due to be deleted, those first that are due the longest, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -47,10 +59,40 @@ impl Store {
             .select_only()
             .column(garbage::Column::ObjectKey)
             .filter(garbage::Column::DeleteAfter.lte(at.0))
+            .order_by_asc(garbage::Column::DeleteAfter)
             .limit(limit)
             .into_tuple()
             .all(self.read())
             .await?)
+    }
+
+    /// Takes objects to delete, at most `limit`, those first that are due the longest. They come up again after a while unless
+    /// they are forgotten: so nodes don't take the same ones, and what can't be deleted keeps nothing else from being.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn take_garbage(&self, limit: u64) -> Result<Vec<String>, StoreError> {
+        again(|| self.take_garbage_once(limit)).await
+    }
+
+    async fn take_garbage_once(&self, limit: u64) -> Result<Vec<String>, StoreError> {
+        let at = now(self.read()).await?;
+        // As a rule there is none, and SQLite's only writer is not to be asked for that.
+        if self.due_garbage(1).await?.is_empty() {
+            return Ok(Vec::new());
+        }
+        let backend = self.inner.write.get_database_backend();
+        let due = "SELECT object_key FROM garbage WHERE delete_after <= $2 ORDER BY delete_after LIMIT $3";
+        let of_these = match backend {
+            DatabaseBackend::Sqlite => format!("IN ({due})"),
+            // As an array it is worked out once, whatever the plan.
+            _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
+        };
+        let sql = format!("UPDATE garbage SET delete_after = $1 WHERE object_key {of_these} RETURNING object_key");
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let values = [at.plus(TAKEN).0.into(), at.0.into(), limit.into()];
+        let rows = self.inner.write.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
+        rows.iter().map(|row| Ok(row.try_get("", "object_key")?)).collect()
     }
 
     /// Forgets objects that have been deleted.

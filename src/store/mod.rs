@@ -252,6 +252,15 @@ impl Store {
         self.inner.read.close().await;
     }
 
+    /// How many statements this store has sent: tests see by it that what is asked for many costs no more than for one.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn statements(&self) -> u64 {
+        let Inner { read, write, .. } = &*self.inner;
+        // PostgreSQL has one pool for both.
+        if self.is_sqlite() { read.statements() + write.statements() } else { read.statements() }
+    }
+
     fn read(&self) -> &Pool {
         &self.inner.read
     }

@@ -1,19 +1,33 @@
 //! The queue as clients see it: who goes before whom, and whose turn it is.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QuerySelect, Statement,
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QuerySelect, Statement,
     sea_query::{Expr, ExprTrait},
 };
 
 use super::{
     Store, StoreError,
     claims::LEASED,
+    convert::to_json,
     entity::{batch, segment},
     now,
 };
 use crate::domain::{BatchId, BatchStatus};
+
+/// These ids as one parameter: a statement is the same for any number of them, and one is enough.
+pub(super) fn ids_parameter(ids: &[BatchId]) -> Result<sea_orm::Value, StoreError> {
+    Ok(to_json(&ids.iter().map(BatchId::as_str).collect::<Vec<_>>())?.into())
+}
+
+/// The texts of such a parameter, in a statement.
+pub(super) fn texts_of(backend: DatabaseBackend, place: usize) -> String {
+    match backend {
+        DatabaseBackend::Sqlite => format!("(SELECT value FROM json_each(${place}))"),
+        _ => format!("(SELECT value FROM json_array_elements_text(${place}::json) AS one(value))"),
+    }
+}
 
 impl Store {
     /// Of these batches, those that wait or run, each with how many such batches go before it.
@@ -22,21 +36,18 @@ impl Store {
     /// [`StoreError`].
     pub async fn queue_positions(&self, ids: &[BatchId]) -> Result<HashMap<BatchId, i64>, StoreError> {
         let backend = self.read().get_database_backend();
+        // One pass over the unfinished batches, however many are asked for. RANK leaves those of the same priority and
+        // deadline beside each other, as queue_position does.
+        let sql = format!(
+            "SELECT id, place FROM (SELECT id, RANK() OVER (ORDER BY priority DESC, expires_at ASC) - 1 AS place \
+             FROM batches WHERE status = $1) AS queue WHERE id IN {}",
+            texts_of(backend, 2)
+        );
+        let values = [BatchStatus::InProgress.as_str().into(), ids_parameter(ids)?];
         let mut found = HashMap::with_capacity(ids.len());
-        for some in ids.chunks(1_000) {
-            let places = (2..2 + some.len()).map(|at| format!("${at}")).collect::<Vec<_>>().join(", ");
-            // One pass over the unfinished batches, however many are asked for. RANK leaves those of the same priority
-            // and deadline beside each other, as queue_position does.
-            let sql = format!(
-                "SELECT id, place FROM (SELECT id, RANK() OVER (ORDER BY priority DESC, expires_at ASC) - 1 AS place \
-                 FROM batches WHERE status = $1) AS queue WHERE id IN ({places})"
-            );
-            let values = std::iter::once(BatchStatus::InProgress.as_str().into())
-                .chain(some.iter().map(|id| id.as_str().to_owned().into()));
-            for row in self.read().query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await? {
-                let id: String = row.try_get("", "id")?;
-                found.insert(BatchId::from_text(id), row.try_get("", "place")?);
-            }
+        for row in self.read().query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await? {
+            let id: String = row.try_get("", "id")?;
+            found.insert(BatchId::from_text(id), row.try_get("", "place")?);
         }
         Ok(found)
     }
@@ -49,19 +60,23 @@ impl Store {
         queued_lines_of(self.read(), owner).await
     }
 
-    /// Whether some node runs a segment of this batch.
+    /// The batches of which some node runs a segment: some hundreds at most for each node, so they are read at once,
+    /// whichever are asked for.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn is_running(&self, id: &BatchId) -> Result<bool, StoreError> {
+    pub async fn running(&self) -> Result<HashSet<BatchId>, StoreError> {
         let at = now(self.read()).await?;
-        let running = segment::Entity::find()
-            .filter(segment::Column::BatchId.eq(id.as_str()))
+        let running: Vec<String> = segment::Entity::find()
+            .select_only()
+            .column(segment::Column::BatchId)
+            .distinct()
             .filter(segment::Column::State.eq(LEASED))
             .filter(Expr::col(segment::Column::LeaseExpiresAt).gte(at.0))
-            .count(self.read())
+            .into_tuple()
+            .all(self.read())
             .await?;
-        Ok(running > 0)
+        Ok(running.into_iter().map(BatchId::from_text).collect())
     }
 }
 

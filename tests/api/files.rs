@@ -5,7 +5,7 @@ use tidemill::pb;
 use tonic::{Code, codec::CompressionEncoding};
 use tonic_types::StatusExt;
 
-use crate::support::{Server, chunk, expect, fields, inline, lines, spec, upload};
+use crate::support::{Server, chunk, expect, fields, flip, inline, lines, spec, upload};
 
 #[tokio::test]
 async fn an_upload_begins_with_its_spec_and_goes_on_in_chunks() {
@@ -195,4 +195,96 @@ async fn messages_may_be_compressed_and_must_not_be_too_large() {
     let mut client = server.client().await.send_compressed(CompressionEncoding::Gzip);
     let messages = tokio_stream::iter([spec(pb::FileSpec::default()), chunk(vec![b'x'; 64 << 20])]);
     expect(client.upload_file(messages).await, Code::ResourceExhausted, "MESSAGE_TOO_LARGE");
+}
+
+/// A byte that has changed in the blob store never comes with an OK, whichever way it is read.
+#[tokio::test]
+async fn a_changed_byte_is_data_loss_and_names_the_segment() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let input = upload(&mut client, lines(2_500)).await;
+    let create = pb::CreateBatchRequest {
+        input: Some(pb::create_batch_request::Input::InputFileId(input.id.clone())),
+        endpoint: crate::support::CHAT.into(),
+        ..Default::default()
+    };
+    let batch = client.create_batch(create).await.unwrap().into_inner();
+    for (lines, good) in [(1_000, 1_000), (1_000, 990), (500, 500)] {
+        let lease = server.claim(&batch.id).await;
+        let key = server.part(&lease, 0..lines, good).await;
+        server.finish(&lease, &key).await;
+    }
+    let get = pb::GetBatchRequest { batch_id: batch.id.clone() };
+    let ended = client.get_batch(get).await.unwrap().into_inner();
+    let segment = tidemill::domain::SegmentIndex(1);
+    let id = tidemill::domain::BatchId::from_text(&batch.id);
+    let record = server.store.segments(&id, segment, 1).await.unwrap().remove(0);
+    let (output, errors) = (ended.output_file_id.clone(), ended.error_file_id.clone());
+    let ways = async |client: &mut pb::batch_service_client::BatchServiceClient<_>| {
+        let mut all = Vec::new();
+        for (file, offset) in [(&input.id, 0), (&input.id, 150_000), (&output, 0), (&output, 40_000), (&errors, 0)] {
+            let download = pb::DownloadFileRequest { file_id: file.clone(), offset };
+            let chunks: Result<Vec<_>, _> =
+                client.download_file(download).await.unwrap().into_inner().try_collect().await;
+            all.push(chunks.map(|chunks| chunks.iter().map(|chunk| chunk.data.len()).sum::<usize>()));
+        }
+        let stream = pb::StreamResultsRequest { batch_id: batch.id.clone(), ..Default::default() };
+        let results: Result<Vec<_>, _> = client.stream_results(stream).await.unwrap().into_inner().try_collect().await;
+        all.push(results.map(|results| results.len()));
+        for url in [
+            format!("/v1/files/{}/content", input.id),
+            format!("/v1/batches/{}/results", batch.id),
+            format!("/v1/batches/{}/errors", batch.id),
+        ] {
+            let read = async { reqwest::get(server.url(&url)).await?.error_for_status()?.bytes().await };
+            all.push(read.await.map(|bytes| bytes.len()).map_err(|_| tonic::Status::data_loss("segment 1 of")));
+        }
+        all
+    };
+    assert!(ways(&mut client).await.iter().all(Result::is_ok), "as long as nothing has changed");
+    let span = record.span;
+    let key = record.object_key.unwrap();
+    flip(&server, &key, 40);
+    flip(&server, &key, usize::try_from(record.output_bytes).unwrap() + 40);
+    let input_key =
+        server.store.file(&tidemill::domain::FileId::from_text(&input.id)).await.unwrap().unwrap().object_key;
+    flip(&server, &input_key.unwrap(), usize::try_from(span.offset).unwrap() + 700);
+    for (way, read) in ways(&mut client).await.into_iter().enumerate() {
+        let refused = read.expect_err(&format!("way {way}"));
+        assert_eq!(refused.code(), Code::DataLoss, "way {way}: {refused}");
+        assert!(refused.message().contains("segment 1 of"), "way {way}: {refused}");
+    }
+    // The lines to be tried again would come from it.
+    let retry = pb::RetryFailedRequestsRequest { batch_id: batch.id.clone(), ..Default::default() };
+    let refused = client.retry_failed_requests(retry).await.unwrap_err();
+    assert_eq!(refused.code(), Code::DataLoss, "{refused}");
+    // What an earlier version stored without checksums is still read.
+    let raw =
+        sea_orm::Database::connect(format!("sqlite://{}", server.folder.path().join("db").display())).await.unwrap();
+    for sql in [
+        "UPDATE segments SET crc32c = NULL, input_crc32c = NULL",
+        "UPDATE file_segments SET crc32c = NULL",
+        "UPDATE files SET crc32c = NULL",
+    ] {
+        sea_orm::ConnectionTrait::execute_unprepared(&raw, sql).await.unwrap();
+    }
+    let all = ways(&mut client).await;
+    assert!(all.iter().enumerate().all(|(way, read)| way == 5 || read.is_ok()), "{all:?}");
+}
+
+/// An object that is shorter than it was does not end its file early with an OK.
+#[tokio::test]
+async fn a_torn_input_does_not_just_end() {
+    let server = Server::start().await;
+    let mut client = server.client().await;
+    let input = upload(&mut client, lines(100)).await;
+    let file = server.store.file(&tidemill::domain::FileId::from_text(&input.id)).await.unwrap().unwrap();
+    let path = server.folder.path().join("blobs").join(file.object_key.unwrap());
+    let bytes = std::fs::read(&path).unwrap();
+    for left in [0, 1, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..left]).unwrap();
+        let download = pb::DownloadFileRequest { file_id: input.id.clone(), offset: 0 };
+        let chunks: Result<Vec<_>, _> = client.download_file(download).await.unwrap().into_inner().try_collect().await;
+        assert_eq!(chunks.unwrap_err().code(), Code::DataLoss, "{left} bytes are left");
+    }
 }

@@ -41,7 +41,7 @@ pub struct Server {
     pub address: SocketAddr,
     pub store: Store,
     pub blobs: Blobs,
-    _folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<Result<(), ServeError>>,
 }
@@ -112,12 +112,12 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let running = tokio::spawn(serve(listener, services, options, shutdown.clone()));
-        Self { address, store, blobs, _folder: folder, shutdown, running }
+        Self { address, store, blobs, folder, shutdown, running }
     }
 
     /// Inputs that have begun to come, and those that are there.
     pub fn blobs_begun(&self) -> usize {
-        std::fs::read_dir(self._folder.path().join("blobs/inputs")).map(Iterator::count).unwrap_or(0)
+        std::fs::read_dir(self.folder.path().join("blobs/inputs")).map(Iterator::count).unwrap_or(0)
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -171,7 +171,7 @@ impl Server {
             object_key: key.clone(),
             output_bytes: objects[0].len() as u64,
             error_bytes: objects[1].len() as u64,
-            crc32c: 0,
+            crc32c: crc32c::crc32c(&objects.concat()),
             completed: LineSet::from_iter(completed),
             failed: LineSet::from_iter(failed),
             usage: TokenUsage { output: 3, total: 3, ..TokenUsage::default() },
@@ -189,7 +189,7 @@ impl Server {
             error_bytes: part.error_bytes,
             output_lines: part.completed.len() as u64,
             error_lines: part.failed.len() as u64,
-            crc32c: 0,
+            crc32c: part.crc32c,
         };
         assert_eq!(self.store.finish_segment(&lease.0, lease.1, None, &object, &[]).await.unwrap(), Commit::Done);
     }
@@ -210,6 +210,14 @@ pub fn lines_of(count: usize, model: &str) -> Vec<u8> {
         })
         .collect::<String>()
         .into_bytes()
+}
+
+/// Changes a byte of an object where it lies, in this place.
+pub fn flip(server: &Server, key: &str, at: usize) {
+    let path = server.folder.path().join("blobs").join(key);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
 }
 
 pub fn spec(spec: pb::FileSpec) -> pb::UploadFileRequest {

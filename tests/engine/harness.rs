@@ -203,6 +203,7 @@ impl Node {
                 offset: offset as i64,
                 length: (text.len() - offset) as i64,
                 models: mask,
+                crc32c: Some(crc32c::crc32c(&text.as_bytes()[offset..])),
             });
         }
         let file = File {
@@ -217,6 +218,7 @@ impl Node {
             created_at: Timestamp::now(),
             expires_at: None,
             object_key: Some(key.clone()),
+            crc32c: Some(crc32c::crc32c(text.as_bytes())),
         };
         self.blobs.put(&key, text.into()).await.unwrap();
         assert!(matches!(self.store.insert_file(&file, None, &segments).await.unwrap(), InsertedFile::New));

@@ -17,6 +17,7 @@ mod lifecycle;
 mod limits;
 mod order;
 mod outages;
+mod places;
 mod priority;
 mod raw;
 mod recovery;

@@ -3,11 +3,15 @@
 use std::{path::Path, time::Duration};
 
 use tidemill::{
+    blobs::Blobs,
     domain::{BatchId, BatchStatus},
     sim::SimConfig,
 };
 
-use crate::harness::{Node, Worker, assert_one_line_each, chats, options};
+use crate::{
+    faulty::{Faults, FaultyStore},
+    harness::{Node, Worker, assert_one_line_each, chats, options},
+};
 
 /// Changes a byte of a part of the batch's first segment, and returns its key.
 fn one_part_rots(data: &Path, id: &BatchId) -> String {
@@ -67,5 +71,46 @@ async fn a_part_whose_byte_changes_while_its_segment_runs_is_not_merged_but_run_
     node.when(&id, |batch| batch.counts.completed > 10).await;
     one_part_rots(folder.path(), &id);
     ends_whole(&node, &id, &lines).await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_with_a_changed_byte_is_not_run_but_fails_its_batch_and_says_where() {
+    let folder = tempfile::tempdir().unwrap();
+    // Nothing is claimed, and so nothing read, before there is a worker.
+    let node = Node::start(folder.path(), &[]).await;
+    let lines = chats(60);
+    let id = node.submit(&lines, 20).await;
+    let batch = node.store.batch(&id).await.unwrap().unwrap();
+    let key = node.store.file(&batch.input_file_id).await.unwrap().unwrap().object_key.unwrap();
+    let path = folder.path().join("blobs").join(key);
+    // Still JSON, and as long as before: another prompt.
+    let text = std::fs::read_to_string(&path).unwrap();
+    let changed = text.replace("\"content\":\"r25\"", "\"content\":\"r95\"");
+    assert!(changed != text && changed.len() == text.len());
+    std::fs::write(&path, changed).unwrap();
+    let worker = Worker::start(SimConfig::default()).await;
+    node.fleet.register(&worker.url()).await.unwrap();
+    let batch = node.ended(&id).await;
+    assert_eq!(batch.status, BatchStatus::Failed);
+    let message = &batch.errors[0].message;
+    assert!(message.contains("lines 21 to 40"), "{message}");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_store_that_garbles_all_results_ends_the_batch_and_says_why() {
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let faults = Faults::default();
+    let blobs = Blobs::over(FaultyStore::new(&folder.path().join("blobs"), faults.clone()));
+    let node = Node::start_on(folder.path(), blobs, &[&worker], options(), 8).await;
+    faults.garble("results/");
+    let id = node.submit(&chats(40), 40).await;
+    let reason = node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains("read back"))).await.unwrap();
+    assert!(reason.contains("blob store"), "{reason}");
+    let batch = node.ended(&id).await;
+    assert_eq!((batch.status, batch.errors[0].code.as_str()), (BatchStatus::Failed, "results_damaged"));
+    assert!(worker.sim.faults().received() <= 5 * 40, "a garbling store is no reason to run lines for ever");
     node.stop().await;
 }

@@ -154,6 +154,7 @@ impl World {
                 offset: offset as i64,
                 length: (input.len() - offset) as i64,
                 models,
+                crc32c: None,
             });
             segments.push(Segment { lines, state: State::Queued, epoch: 0, expires: 0, models, object: None });
         }
@@ -170,6 +171,7 @@ impl World {
             expires_at: None,
             object_key: Some(format!("inputs/{id}")),
             id,
+            crc32c: None,
         };
         self.blobs.put(file.object_key.as_ref().unwrap(), input.into()).await.unwrap();
         self.store.insert_file(&file, None, &spans).await.unwrap();

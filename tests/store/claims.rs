@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchError, BatchId, Epoch, NodeId, SegmentIndex, SegmentRef, lifecycle::Ending},
+    domain::{BatchError, BatchId, Epoch, NewBatch, NodeId, SegmentIndex, SegmentRef, lifecycle::Ending},
     store::{ClaimedSegment, Commit},
 };
 
@@ -172,6 +172,34 @@ async fn only_what_a_worker_serves_is_offered(db: Db) {
     assert_eq!(offered(&[]).await, 1, "lines that are not to be run need no worker");
 }
 
+async fn one_owners_thousand_batches_hide_nobody_elses(db: Db) {
+    let (many, few) = (db.file_of("many", 1, &["m"]).await, db.file_of("few", 1, &["m"]).await);
+    let of = |file: &tidemill::domain::File| NewBatch { owner: file.owner.clone(), ..new_batch(&file.id) };
+    for _ in 0..30 {
+        db.create(of(&many)).await;
+    }
+    let mut late = Vec::new();
+    for _ in 0..3 {
+        late.push(db.create(of(&few)).await.id);
+    }
+    let served = ["m".to_owned()];
+    let offered = |limit| {
+        let (store, served) = (db.store.clone(), served.clone());
+        async move { store.candidates(&served, limit).await.unwrap() }
+    };
+    let some = offered(10).await;
+    assert_eq!(some.len(), 10);
+    for id in &late {
+        assert!(some.iter().any(|one| one.id == *id), "the batches of the owner with few are hidden");
+    }
+    assert!(some.is_sorted_by_key(|one| (std::cmp::Reverse(one.priority), one.expires_at)), "in the order of serving");
+    assert_eq!(some[0].owner, "many", "which is that of deadlines");
+    // Each owner is there even if there are as many as places.
+    let two = offered(2).await;
+    assert_eq!(two.iter().map(|one| one.owner.as_str()).collect::<Vec<_>>(), ["many", "few"]);
+    assert_eq!(offered(1_000).await.len(), 33);
+}
+
 async fn a_batch_that_has_ended_has_nothing_to_claim(db: Db) {
     let batch = db.batch(2).await;
     let claimed = db.claim(&batch.id).await;
@@ -207,6 +235,7 @@ on_both_databases!(
     a_renewal_tells_of_endings,
     a_segment_is_claimed_for_the_models_it_still_needs,
     only_what_a_worker_serves_is_offered,
+    one_owners_thousand_batches_hide_nobody_elses,
     a_batch_that_has_ended_has_nothing_to_claim,
     a_dead_predecessors_leases_can_be_ended_at_once,
 );

@@ -2,11 +2,11 @@
 
 use futures::future::join_all;
 use tidemill::{
-    domain::FileId,
-    store::{CreatedBatch, DeletedFile, FileFilter, InsertedFile},
+    domain::{BatchError, FileId, SegmentIndex},
+    store::{Commit, CreatedBatch, DeletedFile, FileFilter, InsertedFile},
 };
 
-use crate::fixture::{Db, new_batch, new_file, spans};
+use crate::fixture::{Db, new_batch, new_file, part, spans};
 
 async fn a_file_is_read_back_whole(db: Db) {
     // More segments than go into one statement.
@@ -109,6 +109,75 @@ async fn uploads_that_break_off_leave_garbage_and_others_none(db: Db) {
     assert_eq!(db.store.file(&file.id).await.unwrap(), Some(file));
 }
 
+async fn a_failed_batch_is_freed_with_its_input(db: Db) {
+    let file = db.file(3).await;
+    let (failed, other) = (db.create(new_batch(&file.id)).await, db.create(new_batch(&file.id)).await);
+    let claimed = db.claim(&failed.id).await;
+    db.finish(&claimed).await;
+    let claimed = db.claim(&failed.id).await;
+    let left = part(0..4, 4..6);
+    db.store.commit_part(&claimed.segment, claimed.epoch, &left).await.unwrap();
+    let error = BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
+    assert_eq!(db.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap(), Commit::Done);
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()));
+    assert_eq!(
+        db.store.segments(&failed.id, SegmentIndex(0), 9).await.unwrap().len(),
+        3,
+        "its results can be followed"
+    );
+    for _ in 0..3 {
+        let claimed = db.claim(&other.id).await;
+        db.finish(&claimed).await;
+    }
+    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
+    assert!(db.store.segments(&failed.id, SegmentIndex(0), 9).await.unwrap().is_empty());
+    assert!(db.store.parts_from(&failed.id, 0, 9).await.unwrap().is_empty());
+    assert_eq!(
+        db.store.segments(&other.id, SegmentIndex(0), 9).await.unwrap().len(),
+        3,
+        "those have files of their own"
+    );
+    db.execute("UPDATE garbage SET delete_after = 1").await;
+    let due = db.store.due_garbage(10).await.unwrap();
+    assert_eq!(due.len(), 3, "the input, the object of the ended segment, the part of the other: {due:?}");
+    assert!(due.contains(&left.object_key) && due.contains(file.object_key.as_ref().unwrap()));
+}
+
+async fn garbage_is_taken_by_one_node_at_a_time_and_what_stays_blocks_nothing(db: Db) {
+    for number in 0..30 {
+        db.store.abandon_upload(&format!("inputs/{number:02}")).await.unwrap();
+        db.execute(&format!("UPDATE garbage SET delete_after = {number} + 1 WHERE object_key = 'inputs/{number:02}'"))
+            .await;
+    }
+    let others = [db.store.clone(), db.another().await, db.another().await];
+    let taken = join_all(others.iter().map(|store| store.take_garbage(10))).await;
+    let mut taken: Vec<String> = taken.into_iter().flat_map(Result::unwrap).collect();
+    taken.sort();
+    let distinct = taken.iter().collect::<std::collections::BTreeSet<_>>().len();
+    assert_eq!((taken.len(), distinct), (30, 30), "each by one of them");
+    assert!(db.store.take_garbage(10).await.unwrap().is_empty(), "what could not be deleted rests");
+    db.store.forget_garbage(&taken[..29]).await.unwrap();
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1, "but is not forgotten");
+    // An upload that breaks off while its note is there is due at once, in one statement.
+    db.store.begin_upload("inputs/late").await.unwrap();
+    db.store.abandon_upload("inputs/late").await.unwrap();
+    assert_eq!(db.store.take_garbage(10).await.unwrap(), ["inputs/late"]);
+}
+
+async fn checksums_of_an_input_go_with_its_segments(db: Db) {
+    let mut file = new_file("", 2, &["m"]);
+    file.crc32c = Some(u32::MAX);
+    let mut some = spans(2);
+    some[1].crc32c = Some(u32::MAX - 1);
+    db.store.insert_file(&file, None, &some).await.unwrap();
+    assert_eq!(db.store.file(&file.id).await.unwrap().unwrap(), file);
+    assert_eq!(db.store.file_segments(&file.id).await.unwrap(), some);
+    assert_eq!(db.store.file_segments_from(&file.id, SegmentIndex(1), 5).await.unwrap(), some[1..]);
+    let batch = db.create(new_batch(&file.id)).await;
+    let claimed = [db.claim(&batch.id).await, db.claim(&batch.id).await];
+    assert_eq!(claimed.map(|one| one.span.crc32c), [None, Some(u32::MAX - 1)]);
+}
+
 async fn lists_are_filtered_and_paged_newest_first(db: Db) {
     let mut made = Vec::new();
     for turn in 0..5 {
@@ -138,5 +207,8 @@ on_both_databases!(
     a_file_in_use_is_not_deleted,
     a_file_is_deleted_or_used_but_not_both,
     uploads_that_break_off_leave_garbage_and_others_none,
+    a_failed_batch_is_freed_with_its_input,
+    garbage_is_taken_by_one_node_at_a_time_and_what_stays_blocks_nothing,
+    checksums_of_an_input_go_with_its_segments,
     lists_are_filtered_and_paged_newest_first,
 );

@@ -190,6 +190,7 @@ pub fn new_file(owner: &str, segments: i32, models: &[&str]) -> File {
         expires_at: None,
         object_key: Some(format!("inputs/{id}")),
         id,
+        crc32c: None,
     }
 }
 
@@ -203,6 +204,7 @@ pub fn spans(segments: i32) -> Vec<SegmentSpan> {
             offset: i64::from(index) * 1_000,
             length: 1_000,
             models: 0b1,
+            crc32c: None,
         })
         .collect()
 }

@@ -17,6 +17,7 @@ use object_store::{
 pub struct Faults {
     writes: Arc<Mutex<Option<ErrorKind>>>,
     reads: Arc<Mutex<Option<ErrorKind>>>,
+    garbled: Arc<Mutex<Option<String>>>,
 }
 
 impl Faults {
@@ -26,6 +27,26 @@ impl Faults {
 
     pub fn reads(&self, fault: Option<ErrorKind>) {
         *self.reads.lock().unwrap() = fault;
+    }
+}
+
+impl Faults {
+    /// From now on every object written below this prefix has one byte changed.
+    #[allow(dead_code)] // not all targets garble
+    pub fn garble(&self, prefix: &str) {
+        *self.garbled.lock().unwrap() = Some(prefix.to_owned());
+    }
+
+    fn garbled(&self, location: &Path, payload: PutPayload) -> PutPayload {
+        let garbled = self.garbled.lock().unwrap();
+        if !garbled.as_ref().is_some_and(|prefix| location.as_ref().starts_with(prefix)) {
+            return payload;
+        }
+        let mut bytes: Vec<u8> = payload.iter().flat_map(|piece| piece.to_vec()).collect();
+        if let Some(byte) = bytes.first_mut() {
+            *byte ^= 1;
+        }
+        bytes.into()
     }
 }
 
@@ -63,6 +84,7 @@ impl fmt::Display for FaultyStore {
 impl ObjectStore for FaultyStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         check(&self.faults.writes)?;
+        let payload = self.faults.garbled(location, payload);
         self.inner.put_opts(location, payload, options).await
     }
 

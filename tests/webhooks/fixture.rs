@@ -121,6 +121,7 @@ impl Db {
             endpoint: Some(Endpoint::ChatCompletions),
             created_at: Timestamp::now(),
             expires_at: None,
+            crc32c: None,
         };
         let span = SegmentSpan {
             index: SegmentIndex(0),
@@ -130,6 +131,7 @@ impl Db {
             offset: 0,
             length: 1_000,
             models: 1,
+            crc32c: None,
         };
         self.store.insert_file(&file, None, &[span]).await.unwrap();
         let new = NewBatch {

@@ -15,6 +15,7 @@ pub struct Model {
     pub byte_offset: i64,
     pub byte_length: i64,
     pub models: i64,
+    pub crc32c: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -25,6 +25,7 @@ pub struct Model {
     pub output_lines: i64,
     pub error_lines: i64,
     pub crc32c: Option<i64>,
+    pub input_crc32c: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -1,0 +1,152 @@
+//! A round of claims. It runs beside the scheduler's own loop, so that no renewal of a lease ever waits behind a claim.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use super::{SchedulerOptions, aside::Asides, plan::Demand, rank};
+use crate::{
+    domain::NodeId,
+    fleet::{Rank, Tenant},
+    store::{Candidate, ClaimedSegment, Store, StoreError},
+};
+
+/// Batches looked at in one round of claims.
+const CANDIDATES: u64 = 1_000;
+/// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
+/// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
+pub(super) const COURTESY: Duration = Duration::from_secs(2);
+
+/// What a round needs to know.
+pub(super) struct Round {
+    pub(super) store: Store,
+    pub(super) node: NodeId,
+    pub(super) options: Arc<SchedulerOptions>,
+    pub(super) shutdown: CancellationToken,
+    /// The models that have a worker.
+    pub(super) served: Vec<String>,
+    /// What runs here and what is wanted. The round adds what it claims.
+    pub(super) demand: Demand,
+    /// Those of whom something runs here.
+    pub(super) running: BTreeSet<Tenant>,
+    /// Batches that are left to other nodes.
+    pub(super) asides: Asides,
+    /// The last thing asked of the database failed.
+    pub(super) away: bool,
+    /// When the database answered again after it was away.
+    pub(super) back_at: Option<Instant>,
+    /// Takes what is claimed, as it is claimed.
+    pub(super) claimed: mpsc::UnboundedSender<ClaimedSegment>,
+}
+
+/// How a round went.
+pub(super) struct Outcome {
+    /// How long the answer to the question for candidates took.
+    pub(super) took: Duration,
+    /// Whether the database answered that.
+    pub(super) looked: Result<(), StoreError>,
+    /// Whether it answered all claims after it.
+    pub(super) claimed: Result<(), StoreError>,
+}
+
+/// Whether an answer that took so long came from a database that was away in between: it lets a question wait for as long as
+/// a renewal may be late.
+pub(super) fn was_away(took: Duration, lease: Duration) -> bool {
+    took > lease / 3
+}
+
+impl Round {
+    pub(super) fn begin(self) -> AbortOnDropHandle<Outcome> {
+        AbortOnDropHandle::new(tokio::spawn(self.run()))
+    }
+
+    async fn run(mut self) -> Outcome {
+        let began = Instant::now();
+        let candidates = self.store.candidates(&self.served, CANDIDATES).await;
+        let took = began.elapsed();
+        let candidates = match candidates {
+            Ok(candidates) => candidates,
+            Err(error) => return Outcome { took, looked: Err(error), claimed: Ok(()) },
+        };
+        let is_back = self.away || was_away(took, self.options.lease);
+        let claimed = if is_back || self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
+            Ok(())
+        } else {
+            self.claim(candidates).await
+        };
+        Outcome { took, looked: Ok(()), claimed }
+    }
+
+    async fn claim(&mut self, candidates: Vec<Candidate>) -> Result<(), StoreError> {
+        let ranked = candidates.into_iter().map(|candidate| {
+            let rank = rank(&self.options.weights, &candidate.owner, candidate.priority, candidate.expires_at);
+            (candidate, rank)
+        });
+        let mut candidates: Vec<(Candidate, Rank)> = ranked.collect();
+        self.demand.share(&candidates.iter().map(|(_, rank)| rank.tenant()).chain(self.running.clone()).collect());
+        // First each within its own part of the room; what is left then is for all, in their order.
+        for lent in [false, true] {
+            candidates = self.claim_of(candidates, lent).await?;
+        }
+        Ok(())
+    }
+
+    /// Claims segments of these. `lent`: beyond their tenants' own parts of this node's room, too. Returns those that there
+    /// was no room for.
+    async fn claim_of(
+        &mut self,
+        candidates: Vec<(Candidate, Rank)>,
+        lent: bool,
+    ) -> Result<Vec<(Candidate, Rank)>, StoreError> {
+        let mut left = Vec::new();
+        for (candidate, rank) in candidates {
+            if self.asides.has(&candidate.id, Instant::now()) {
+                continue;
+            }
+            loop {
+                if self.shutdown.is_cancelled() || !self.demand.has_room() {
+                    return Ok(Vec::new());
+                }
+                if !self.demand.has_room_for(rank.tenant()) {
+                    break;
+                }
+                if !lent && !self.demand.has_room_of_its_own(rank.tenant()) {
+                    left.push((candidate, rank));
+                    break;
+                }
+                // Lines that are not to be run any more need no worker.
+                let mask =
+                    if candidate.ending.is_some() { i64::MAX } else { self.demand.wanted(&candidate.models, rank) };
+                if mask == 0 {
+                    break;
+                }
+                let claimed = self.store.claim_segment(&self.node, &candidate.id, mask, self.options.lease).await;
+                let claimed = match claimed {
+                    Ok(Some(claimed)) => claimed,
+                    Ok(None) => break,
+                    // One batch that the database can't give out keeps no other from being claimed.
+                    Err(error) if error.is_final() => {
+                        tracing::error!(batch = %candidate.id, %error, "a segment can't be claimed");
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                };
+                self.demand.running(rank.tenant(), u64::try_from(claimed.span.length).unwrap_or(0));
+                for (model, lines) in claimed.models.iter().zip(lines_by_model(&claimed)) {
+                    self.demand.at_hand(model.as_str().into(), rank, lines);
+                }
+                // The scheduler is gone: the lease runs out.
+                let _ = self.claimed.send(claimed);
+            }
+        }
+        Ok(left)
+    }
+}
+
+/// The lines of a segment that has just been claimed: until its run has counted them, every one may be of every model that the
+/// segment names.
+pub(super) fn lines_by_model(claimed: &ClaimedSegment) -> impl Iterator<Item = usize> {
+    let (models, lines) = (claimed.span.models, usize::try_from(claimed.span.requests).unwrap_or(0));
+    (0..claimed.models.len()).map(move |model| if models & (1 << model) == 0 { 0 } else { lines })
+}
