@@ -162,7 +162,7 @@ impl App {
                 Some(limit) => InFlight::Fixed(limit),
                 None => InFlight::Adaptive { cap: config.worker_max_in_flight_cap },
             },
-            api_key: config.worker_api_key.as_ref().map(|key| key.expose().to_owned()),
+            api_key: config.worker_api_key.clone(),
             answer_memory: config.worker_answer_memory,
             health: HealthCheck {
                 path: config.worker_health_path.path().map(str::to_owned),

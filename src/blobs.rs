@@ -32,6 +32,7 @@ use url::Url;
 
 pub use identity::ID_KEY;
 
+use crate::words::{self, Peer};
 use identity::Identity;
 use local::LocalWriter;
 
@@ -62,7 +63,7 @@ pub enum BlobError {
     #[error("object {0} is missing")]
     Missing(String),
     /// The store failed; trying again may help.
-    #[error("blob store failed: {0}")]
+    #[error("blob store failed: {}", failure(.0))]
     Failed(#[source] object_store::Error),
     /// The store refuses, and will until somebody mends it: a wrong key, a bucket that is not there, a directory that may
     /// not be written.
@@ -105,6 +106,9 @@ impl BlobError {
             E::PermissionDenied { .. } => return Some("permission denied".into()),
             E::Unauthenticated { .. } => return Some("the credentials are refused".into()),
             E::NotFound { .. } => return Some("there is no such bucket".into()),
+            _ if words::is_tls(error) => {
+                return Some("its certificate is not trusted, or it does not speak TLS; the server's log says more".into());
+            }
             _ => {}
         }
         let mut at = error.source();
@@ -114,7 +118,9 @@ impl BlobError {
                 return Some(format!("it answers {status}"));
             }
             if let Some(io) = error.downcast_ref::<std::io::Error>() {
-                return Some(io.kind().to_string());
+                // What others make of an error may name anything.
+                let other = io.kind() == std::io::ErrorKind::Other;
+                return Some(if other { io.kind().to_string() } else { words::file(io) });
             }
             kind = kind.or_else(|| error.downcast_ref::<HttpError>().map(HttpError::kind));
             at = error.source();
@@ -148,6 +154,17 @@ fn is_refusal(error: &object_store::Error) -> bool {
         at = error.source();
     }
     false
+}
+
+/// What the store's library says, which has the store's own answer in it; of a certificate and of a full disk, our words.
+fn failure(error: &object_store::Error) -> String {
+    if words::is_tls(error) {
+        return words::cause(Peer::ObjectStore, error);
+    }
+    match words::full_disk(error) {
+        Some(words) => format!("{words} ({error})"),
+        None => error.to_string(),
+    }
 }
 
 fn is_without_bucket(error: &(dyn Error + 'static)) -> bool {
@@ -207,7 +224,9 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.
     pub fn url(text: &str) -> Result<Self, BlobError> {
-        Self::url_with(text, std::env::vars())
+        // A variable that is not UTF-8 is somebody else's, and `std::env::vars` panics at it.
+        let known = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Self::url_with(text, known)
     }
 
     /// The same, with an environment of one's own.
@@ -215,7 +234,7 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.
     pub fn url_with(text: &str, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, BlobError> {
-        let url = Url::parse(text).map_err(|error| BlobError::Open(format!("{text}: {error}")))?;
+        let url = Url::parse(text).map_err(|error| BlobError::Open(format!("URL: {}", words::url(error))))?;
         if url.scheme() == "file" {
             let path = url.to_file_path().map_err(|()| BlobError::Open(format!("{text}: not a local path")))?;
             return Self::shared_directory(&path);

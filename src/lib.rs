@@ -3,6 +3,7 @@
 //!
 //! The modules, in the order in which data flows; each knows only those above it in [`domain`]'s direction:
 //!
+//! - [`words`]: what libraries report, in words for people.
 //! - [`domain`]: ids, the batch lifecycle, request lines, counts. No IO, no async.
 //! - [`config`]: the one typed configuration: file, environment, flags.
 //! - [`telemetry`]: logs and metrics.
@@ -41,6 +42,7 @@ pub mod sim;
 pub mod store;
 pub mod supervise;
 pub mod telemetry;
+pub mod words;
 
 /// The wire contract, generated from `proto/tidemill/v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]

@@ -1,6 +1,8 @@
 //! Logs on stderr, Prometheus metrics, and the process's one TLS provider. Everything here may be called any number of
 //! times: the first call counts.
 
+mod series;
+
 use std::{
     io::{IsTerminal, stderr},
     sync::OnceLock,
@@ -10,6 +12,8 @@ use std::{
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, prelude::*, registry};
+
+pub use series::{Gauge, Series};
 
 use crate::config::LogFormat;
 
@@ -26,6 +30,9 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// The Prometheus text format's content type.
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// The gauges of workers, which come and go.
+pub static WORKERS: Series = Series::new("worker");
+
 static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
 /// Starts logging to stderr, installs the metrics recorder and the TLS provider.
@@ -36,9 +43,14 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let filter = EnvFilter::try_new(filter)?;
     // Files and journals get no escape codes; nor do people who ask for none (https://no-color.org).
     let colours = stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    // Whoever read the log may be gone: what can't be logged is dropped, as the layers' own complaint of it would panic.
     let (text, json) = match format {
-        LogFormat::Text => (Some(fmt::layer().with_ansi(colours).with_writer(stderr)), None),
-        LogFormat::Json => (None, Some(fmt::layer().json().flatten_event(true).with_writer(stderr))),
+        LogFormat::Text => {
+            (Some(fmt::layer().with_ansi(colours).with_writer(stderr).log_internal_errors(false)), None)
+        }
+        LogFormat::Json => {
+            (None, Some(fmt::layer().json().flatten_event(true).with_writer(stderr).log_internal_errors(false)))
+        }
     };
     // A subscriber that is already there, such as a test's, stays.
     let _ = registry().with(filter).with(text).with(json).try_init();
@@ -57,7 +69,10 @@ pub fn install_tls_provider() {
 /// All metrics in Prometheus' text format. Empty if another recorder was installed first.
 #[must_use]
 pub fn render() -> String {
-    metrics().map(PrometheusHandle::render).unwrap_or_default()
+    let Some(metrics) = metrics() else { return String::new() };
+    let mut page = metrics.render();
+    WORKERS.render(&mut page);
+    page
 }
 
 fn metrics() -> Option<&'static PrometheusHandle> {
@@ -105,6 +120,39 @@ mod tests {
         assert!(rustls::crypto::CryptoProvider::get_default().is_some());
         assert!(render().contains("tidemill_build_info{version="), "{}", render());
         assert!(init(LogFormat::Text, "tidemill=loud").is_err());
+    }
+
+    /// A metric without help is one that promtool refuses and nobody understands: whoever makes one describes it, beside it.
+    #[test]
+    fn every_metric_in_the_code_is_described_there() {
+        fn sources(folder: &std::path::Path, all: &mut String) {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    sources(&path, all);
+                } else if path.extension().is_some_and(|ending| ending == "rs") && !path.ends_with("telemetry.rs") {
+                    let text = std::fs::read_to_string(&path).unwrap();
+                    // Tests may make up metrics.
+                    all.push_str(text.split("#[cfg(test)]\nmod tests {").next().unwrap());
+                }
+            }
+        }
+        let mut code = String::new();
+        sources(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut code);
+        let squeezed: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut names = std::collections::BTreeSet::new();
+        for made in ["counter!(", "gauge!(", "histogram!("] {
+            for (at, _) in squeezed.match_indices(made) {
+                let described = squeezed[..at].ends_with("describe_");
+                let name = squeezed[at + made.len()..].trim_start().split([',', ')']).next().unwrap().trim();
+                let name = name.rsplit("::").next().unwrap();
+                names.insert((name.to_owned(), described));
+            }
+        }
+        let missing: Vec<_> =
+            names.iter().filter(|(name, described)| !described && !names.contains(&(name.clone(), true))).collect();
+        assert!(names.len() > 30, "{names:?}");
+        assert!(missing.is_empty(), "without describe_…!: {missing:?}");
     }
 
     #[test]

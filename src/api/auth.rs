@@ -143,7 +143,8 @@ impl Tokens {
             let weight = match weight.map(|word| word.strip_prefix("weight=").ok_or(word)) {
                 None => Weight::default(),
                 Some(Ok(weight)) => weight.parse().map_err(|error| bad(&format!("weight={weight}: {error}")))?,
-                Some(Err(word)) => return Err(bad(&format!("{word:?} is no weight"))),
+                // Not repeated: it may be the token itself, written down beside its hash.
+                Some(Err(_)) => return Err(bad("the fourth word is not a weight")),
             };
             let before = *names.entry(name).or_insert((role, weight));
             if before.0 != role {
@@ -273,7 +274,7 @@ mod tests {
             (format!("ana admin {hash}\nana submit {}", hash_token("u")), 2, "another role"),
             (format!("ana admin {hash} weight=2\nana admin {}", hash_token("u")), 2, "another weight"),
             (format!("ana admin {hash} weight=0"), 1, "from 1 to 1000"),
-            (format!("ana admin {hash} 3"), 1, "no weight"),
+            (format!("ana admin {hash} 3"), 1, "not a weight"),
             (format!("ana admin {hash} weight=3 more"), 1, "three or four words"),
         ];
         for (text, line, problem) in cases {

@@ -15,6 +15,8 @@ use super::{
     status::retry,
 };
 
+const REFUSED: &str = "tidemill_refused_total";
+
 /// The span of the byte limit.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Seconds' worth of requests that may come at once.
@@ -166,6 +168,7 @@ pub(super) struct Admitted {
 impl Limiter {
     #[allow(clippy::cast_precision_loss)] // limits, not accounts
     pub(super) fn new(limits: CallerLimits) -> Self {
+        metrics::describe_counter!(REFUSED, "calls that were refused because of a limit, by reason");
         let (per_second, per_day) = (f64::from(limits.requests_per_second), limits.bytes_per_day as f64);
         Self {
             limits,
@@ -295,7 +298,7 @@ pub(super) fn too_many_lines(queued: i64, added: i64, most: i64) -> Status {
 }
 
 pub(super) fn refused(reason: &'static str, message: String, wait: Duration) -> Status {
-    metrics::counter!("tidemill_refused_total", "reason" => reason).increment(1);
+    metrics::counter!(REFUSED, "reason" => reason).increment(1);
     retry(Code::ResourceExhausted, reason, message, wait.max(Duration::from_millis(1)))
 }
 

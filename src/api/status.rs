@@ -16,6 +16,7 @@ use crate::{
     progress::WatchError,
     results::{BadCursor, ReadError, retry::RetryError},
     store::StoreError,
+    words,
 };
 
 /// The `domain` of every `ErrorInfo`.
@@ -240,6 +241,7 @@ pub fn infer(error: InferError) -> Status {
 pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
     match error {
         IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
+        IngestError::NotJsonl(_) => invalid("INVALID_FILE", error.to_string(), Vec::new()),
         IngestError::TooManyLines { .. } => {
             self::error(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", error.to_string())
         }
@@ -253,13 +255,12 @@ pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
         IngestError::Store(error) => store(error),
         IngestError::Blob(error) => blob(error),
         IngestError::Scratch(error) => {
-            tracing::error!(%error, "the scratch directory failed");
-            retry(
-                Code::Unavailable,
-                "SCRATCH_UNAVAILABLE",
-                "the server can't write temporary files now; try again",
-                LATER,
-            )
+            tracing::error!(error = words::file(&error), "the scratch directory failed");
+            let message = match words::full_disk(&error) {
+                Some(_) => "the server's disk for temporary files is full: its operator must make room; then try again",
+                None => "the server can't write temporary files now; try again",
+            };
+            retry(Code::Unavailable, "SCRATCH_UNAVAILABLE", message, LATER)
         }
     }
 }

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{
     client::{Client, retry},
+    interrupt::or_interrupted,
     json,
     meter::note,
     out,
@@ -165,11 +166,14 @@ async fn created(batch: &pb::Batch, watch: bool, client: &Client) -> anyhow::Res
 }
 
 async fn follow(id: &str, exists: bool, client: &Client) -> anyhow::Result<u8> {
-    let batch = watch::follow(client, id, exists).await?;
-    if !client.json {
-        out::line(watch::summary(&batch))?;
-    }
-    Ok(watch::exit_code(&batch).unwrap_or(1))
+    let following = async {
+        let batch = watch::follow(client, id, exists).await?;
+        if !client.json {
+            out::line(watch::summary(&batch))?;
+        }
+        Ok(watch::exit_code(&batch).unwrap_or(1))
+    };
+    or_interrupted(id, following).await
 }
 
 async fn get(id: &str, client: &Client) -> anyhow::Result<pb::Batch> {
@@ -230,17 +234,12 @@ fn row(batch: &pb::Batch) -> [String; 6] {
 }
 
 async fn write_results(args: ResultsArgs, client: &Client) -> anyhow::Result<u8> {
+    // Before anything is asked or written.
+    if let (Some(output), Some(errors)) = (&args.output, &args.errors) {
+        results::ensure_different(output, errors)?;
+    }
     if args.follow {
-        let errors = args.errors.as_deref().map(|path| Output::open(Some(path))).transpose()?;
-        let output = Output::open(args.output.as_deref())?;
-        let mut sinks = Sinks { output, errors, json: client.json, failed: 0 };
-        results::stream(client, &args.id, &mut sinks).await?;
-        sinks.output.finish()?;
-        sinks.errors.map_or(Ok(()), Output::finish)?;
-        if sinks.failed > 0 && args.errors.is_none() && !client.json {
-            note(&format!("{} requests failed; --errors FILE writes their lines", sinks.failed));
-        }
-        return Ok(watch::exit_code(&get(&args.id, client).await?).unwrap_or(1));
+        return or_interrupted(&args.id, follow_results(&args, client)).await;
     }
     let batch = get(&args.id, client).await?;
     if watch::exit_code(&batch).is_none() {
@@ -260,6 +259,20 @@ async fn write_results(args: ResultsArgs, client: &Client) -> anyhow::Result<u8>
         None => {}
     }
     Ok(0)
+}
+
+/// Writes lines as they finish. Returns the exit code of `tidemill batch watch`.
+async fn follow_results(args: &ResultsArgs, client: &Client) -> anyhow::Result<u8> {
+    let errors = args.errors.as_deref().map(|path| Output::open(Some(path))).transpose()?;
+    let output = Output::open(args.output.as_deref())?;
+    let mut sinks = Sinks { output, errors, json: client.json, failed: 0 };
+    results::stream(client, &args.id, &mut sinks).await?;
+    sinks.output.finish()?;
+    sinks.errors.map_or(Ok(()), Output::finish)?;
+    if sinks.failed > 0 && args.errors.is_none() && !client.json {
+        note(&format!("{} requests failed; --errors FILE writes their lines", sinks.failed));
+    }
+    Ok(watch::exit_code(&get(&args.id, client).await?).unwrap_or(1))
 }
 
 /// A batch without lines of a kind has no file of it: that is an empty file.

@@ -7,23 +7,36 @@ use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
-    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+    transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::error;
-use crate::pb::{
-    batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
-    worker_admin_client::WorkerAdminClient,
+use super::{
+    error,
+    greeting::{FIRST_ANSWER, Greeted},
+    meter,
+};
+use crate::{
+    config::{Secret, SecretParser, parse_key},
+    fleet::MAX_ANSWER,
+    pb::{
+        batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
+        worker_admin_client::WorkerAdminClient,
+    },
+    words::{self, Peer},
 };
 
-/// More than the largest page of batches with full metadata.
-const MAX_MESSAGE: usize = 64 * 1024 * 1024;
+/// More than the largest result line, which holds a worker's largest answer, and than the largest page of batches with full
+/// metadata.
+const MAX_MESSAGE: usize = MAX_ANSWER + 16 * 1024 * 1024;
 /// Room for a status with 100 bad lines in its trailers; the transport's own default is 16 KiB.
 const MAX_HEADERS: u32 = 1024 * 1024;
 /// Room for a fast download; the transport's own default is 64 KiB.
 const WINDOW: u32 = 2 * 1024 * 1024;
 /// How often a call is made in all before a server that can't be reached is an error.
 const TRIES: u32 = 4;
+/// After how long a call that has no answer yet is said to be waited for, and how often from then on.
+const SAY_AFTER: Duration = Duration::from_secs(5);
+const SAY_EVERY: Duration = Duration::from_secs(30);
 
 /// Which server, and who calls.
 #[derive(Clone, Debug, clap::Args)]
@@ -33,8 +46,9 @@ pub struct ClientArgs {
     #[arg(long, global = true, env = "TIDEMILL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:4080")]
     pub server: String,
     /// Access token. Better in the environment or in a file: others can see command lines.
-    #[arg(long, global = true, env = "TIDEMILL_TOKEN", value_name = "TOKEN", hide_env_values = true)]
-    pub token: Option<String>,
+    #[arg(long, global = true, env = "TIDEMILL_TOKEN", value_name = "TOKEN", hide_env_values = true,
+        allow_hyphen_values = true, value_parser = SecretParser(parse_key))]
+    pub token: Option<Secret>,
     /// File that holds the access token. Wins over --token.
     #[arg(long, global = true, env = "TIDEMILL_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
@@ -52,10 +66,13 @@ pub struct ClientArgs {
     pub json: bool,
 }
 
+/// What calls go through.
+pub type Connection = InterceptedService<Greeted, Bearer>;
+
 /// A connection that is made when first used and made again when lost.
 #[derive(Clone)]
 pub struct Client {
-    channel: InterceptedService<Channel, Bearer>,
+    channel: Connection,
     /// Whether to print JSON.
     pub json: bool,
 }
@@ -93,10 +110,14 @@ impl ClientArgs {
     /// # Errors
     /// The URL, the token or a file is unusable.
     pub fn client(&self) -> anyhow::Result<Client> {
-        let mut endpoint = Endpoint::from_shared(self.server.clone())
-            .with_context(|| format!("--server {}: expected http://HOST:PORT or https://HOST:PORT", self.server))?
+        let wrong = || format!("--server {}: expected http://HOST:PORT or https://HOST:PORT", self.shown());
+        let endpoint = Endpoint::from_shared(self.server.clone());
+        // The library's own reason, such as "invalid format", says less.
+        let mut endpoint = endpoint
+            .map_err(|_| anyhow::anyhow!(wrong()))?
             .user_agent(concat!("tidemill-cli/", env!("CARGO_PKG_VERSION")))?
-            .connect_timeout(Duration::from_secs(10))
+            // The greeting ends first, and says more.
+            .connect_timeout(FIRST_ANSWER + Duration::from_secs(1))
             .http2_max_header_list_size(MAX_HEADERS)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(4 * WINDOW)
@@ -105,12 +126,25 @@ impl ClientArgs {
             .keep_alive_timeout(Duration::from_secs(20));
         let scheme = endpoint.uri().scheme_str().map(str::to_owned);
         match scheme.as_deref() {
-            Some("https") => endpoint = endpoint.tls_config(self.tls()?)?,
+            Some("https") => {
+                endpoint = endpoint.tls_config(self.tls()?).map_err(|error| {
+                    anyhow::anyhow!("--tls-ca, --tls-client-cert or --tls-client-key: {}", words::cause(Peer::Server, &error))
+                })?;
+            }
             Some("http") => self.warn_of_open_token(&endpoint),
-            _ => bail!("--server {}: expected http://HOST:PORT or https://HOST:PORT", self.server),
+            _ => bail!(wrong()),
         }
-        let channel = InterceptedService::new(endpoint.connect_lazy(), Bearer(self.bearer()?));
+        let greeted = Greeted::new(endpoint.connect_lazy(), &self.shown());
+        let channel = InterceptedService::new(greeted, Bearer(self.bearer()?));
         Ok(Client { channel, json: self.json })
+    }
+
+    /// The server's URL as messages show it: without a user and password that somebody wrote into it.
+    fn shown(&self) -> String {
+        match self.server.rsplit_once('@') {
+            Some((_, host)) => format!("…@{host}"),
+            None => self.server.clone(),
+        }
     }
 
     fn tls(&self) -> anyhow::Result<ClientTlsConfig> {
@@ -130,12 +164,13 @@ impl ClientArgs {
     fn bearer(&self) -> anyhow::Result<Option<MetadataValue<Ascii>>> {
         let token = match (&self.token_file, &self.token) {
             (Some(file), _) => fs::read_to_string(file).with_context(|| format!("--token-file {}", file.display()))?,
-            (None, Some(token)) => token.clone(),
+            (None, Some(token)) => token.expose().to_owned(),
             (None, None) => return Ok(None),
         };
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
             .parse()
-            .context("the access token holds characters that no token has")?;
+            // The library's reason says nothing more.
+            .map_err(|_| anyhow::anyhow!("the access token holds characters that no token has"))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
@@ -152,40 +187,68 @@ impl ClientArgs {
 impl Client {
     /// Files and batches.
     #[must_use]
-    pub fn batches(&self) -> BatchServiceClient<InterceptedService<Channel, Bearer>> {
+    pub fn batches(&self) -> BatchServiceClient<Connection> {
         BatchServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Webhooks.
     #[must_use]
-    pub fn webhooks(&self) -> WebhookAdminClient<InterceptedService<Channel, Bearer>> {
+    pub fn webhooks(&self) -> WebhookAdminClient<Connection> {
         WebhookAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// Workers.
     #[must_use]
-    pub fn workers(&self) -> WorkerAdminClient<InterceptedService<Channel, Bearer>> {
+    pub fn workers(&self) -> WorkerAdminClient<Connection> {
         WorkerAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 }
 
-/// Makes a call again, a few times, while the server can't be reached. Only for calls that may be made twice.
+/// Makes a call again, a few times, while the server can't be reached, and says so when the answer takes long. Only for
+/// calls that may be made twice.
 ///
 /// # Errors
 /// The last attempt's status.
-pub async fn retry<T, F>(mut call: impl FnMut() -> F) -> Result<T, Status>
+pub async fn retry<T, F>(call: impl FnMut() -> F) -> Result<T, Status>
+where
+    F: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    retry_and_say(call, |waited| meter::note(&format!("still waiting for the server's answer, {} s", waited.as_secs()))).await
+}
+
+/// The same, where what is said of a long wait is another thing.
+///
+/// # Errors
+/// The last attempt's status.
+pub async fn retry_and_say<T, F>(mut call: impl FnMut() -> F, mut say: impl FnMut(Duration)) -> Result<T, Status>
 where
     F: Future<Output = Result<tonic::Response<T>, Status>>,
 {
     let mut attempt = 1;
     loop {
-        match call().await {
+        match patiently(call(), &mut say).await {
             Ok(response) => return Ok(response.into_inner()),
             Err(status) if attempt < TRIES && error::is_transient(&status) => {
                 tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
                 attempt += 1;
             }
             Err(status) => return Err(status),
+        }
+    }
+}
+
+/// Waits for a call, and has it said if that takes long.
+pub async fn patiently<T>(call: impl Future<Output = T>, mut say: impl FnMut(Duration)) -> T {
+    let (began, mut next) = (tokio::time::Instant::now(), SAY_AFTER);
+    let mut call = std::pin::pin!(call);
+    loop {
+        tokio::select! {
+            biased;
+            answer = &mut call => return answer,
+            () = tokio::time::sleep_until(began + next) => {
+                say(began.elapsed());
+                next += SAY_EVERY;
+            }
         }
     }
 }
@@ -215,15 +278,31 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_long_wait_is_said() {
+        let mut said = Vec::new();
+        let answer = async {
+            tokio::time::sleep(Duration::from_secs(70)).await;
+            7
+        };
+        assert_eq!(patiently(answer, |waited| said.push(waited.as_secs())).await, 7);
+        assert_eq!(said, [5, 35, 65]);
+        patiently(tokio::time::sleep(Duration::from_secs(4)), |_| panic!("that was quick")).await;
+    }
+
     #[tokio::test]
     async fn bad_options_are_refused_before_anything_is_sent() {
         let client = |server: &str, token: Option<&str>| {
-            let args = ClientArgs { token: token.map(str::to_owned), ..ClientArgs::of(server.to_owned()) };
+            let args = ClientArgs { token: token.map(Secret::new), ..ClientArgs::of(server.to_owned()) };
             args.client().map(|_| ()).map_err(|error| format!("{error:#}"))
         };
         assert_eq!(client("http://127.0.0.1:1", Some("abc\n")), Ok(()));
         assert!(client("127.0.0.1:1", None).unwrap_err().contains("expected http://HOST:PORT"));
         assert!(client("ftp://h", None).unwrap_err().contains("expected http://HOST:PORT"));
         assert!(client("http://h:1", Some("a\nb")).unwrap_err().contains("access token"));
+        for odd in ["", "http://", "ht tp://h", "http://u:s3cret@h h", "s3cret@h"] {
+            let text = client(odd, None).unwrap_err();
+            assert!(text.ends_with(": expected http://HOST:PORT or https://HOST:PORT") && !text.contains("s3cret"), "{text}");
+        }
     }
 }

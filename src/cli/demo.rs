@@ -26,7 +26,7 @@ use receiver::Receiver;
 
 use crate::{
     app::App,
-    config::ServeConfig,
+    config::{ServeConfig, parse_worker},
     domain::webhook::Secret,
     pb::{self, create_batch_request::Input},
     sim::{Sim, SimConfig},
@@ -43,7 +43,7 @@ const SHOWN: usize = 3;
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// Use this vLLM server, or any other with OpenAI's HTTP API, instead of the simulated one.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = parse_worker)]
     worker: Option<Url>,
     /// How many requests to send.
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=100_000))]

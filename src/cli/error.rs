@@ -5,6 +5,8 @@ use std::{error::Error, fmt::Write as _, io, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
+use crate::words::{self, Peer};
+
 /// What `error:` is followed by. None: the reader of our output went away, as `| head` does, which is no error.
 #[must_use]
 pub fn report(error: &anyhow::Error) -> Option<String> {
@@ -34,10 +36,7 @@ pub fn report(error: &anyhow::Error) -> Option<String> {
 /// A status with its reason, its violations and what to do next.
 fn describe(status: &Status) -> String {
     let details = status.get_error_details();
-    let mut text = match status.message() {
-        "" => status.code().to_string(),
-        message => message.to_owned(),
-    };
+    let mut text = brief(status);
     let code = code_name(status.code());
     match details.error_info() {
         Some(info) if !info.reason.is_empty() => {
@@ -66,18 +65,52 @@ fn describe(status: &Status) -> String {
     text
 }
 
+/// What happened, in a line: the server's own words, or for what never came from a server, ours.
+#[must_use]
+pub fn brief(status: &Status) -> String {
+    if let Some(source) = status.source().filter(|_| is_lost_connection(status)) {
+        return format!("no connection to the server: {}", words::cause(Peer::Server, source));
+    }
+    if let Some(words) = proxy_status(status.message()).and_then(words::proxy) {
+        return words;
+    }
+    if is_cut_off(status) {
+        return "the answer was cut off: the server, or a proxy before it, ended the call half way".to_owned();
+    }
+    match status.message() {
+        "" => status.code().to_string(),
+        message => message.to_owned(),
+    }
+}
+
+/// The HTTP status of an answer that no gRPC server gave: the library makes it a part of its message.
+fn proxy_status(message: &str) -> Option<u16> {
+    let after = ["with status: ", "mapped from HTTP status code "]
+        .iter()
+        .find_map(|before| message.split_once(before).map(|(_, after)| after))?;
+    after.get(..3)?.parse().ok()
+}
+
+/// A stream that ended without its status, as a proxy ends one that it has no more patience for.
+fn is_cut_off(status: &Status) -> bool {
+    status.code() == Code::Unknown && status.message().contains("missing grpc-status trailer")
+}
+
 fn hint(status: &Status) -> Option<&'static str> {
+    let lost = status.source().filter(|_| is_lost_connection(status));
     match status.code() {
-        _ if is_lost_connection(status) && status.message().contains("certificate") => {
-            Some("name who vouches for the server: --tls-ca FILE; and who vouches for you: --tls-client-cert FILE")
-        }
-        Code::Internal | Code::Cancelled if is_lost_connection(status) => Some(
-            "does the server have TLS? then name it https://…, else http://…; does it want a client certificate? then \
-             --tls-client-cert FILE",
+        _ if lost.is_some_and(words::is_no_grpc) => Some(
+            "is that the URL of a tidemill server, and not of a worker? With TLS a server is named https://…",
         ),
-        _ if is_lost_connection(status) => {
-            Some("is the server running? start it with `tidemill serve`, or name another: --server URL")
+        _ if lost.is_some_and(words::is_tls) => {
+            Some("without TLS a server is named http://…; one that wants a client certificate is given --tls-client-cert FILE")
         }
+        Code::Internal | Code::Cancelled if lost.is_some() => Some(
+            "is that the URL of a tidemill server? With TLS it is named https://…, without http://…; one that wants a client \
+             certificate is given --tls-client-cert FILE",
+        ),
+        _ if lost.is_some() => Some("is the server running? Start it with `tidemill serve`, or name another: --server URL"),
+        _ if proxy_status(status.message()).is_some() => None,
         Code::Unauthenticated => Some("give an access token: --token-file FILE or TIDEMILL_TOKEN"),
         Code::PermissionDenied => Some("the access token's role does not allow this: use one with the role admin"),
         Code::Unimplemented => Some("the server does not know this call: is it older than this command?"),
@@ -88,11 +121,12 @@ fn hint(status: &Status) -> Option<&'static str> {
 /// Whether the same call may well succeed a little later.
 #[must_use]
 pub fn is_transient(status: &Status) -> bool {
-    status.code() == Code::Unavailable || is_lost_connection(status)
+    status.code() == Code::Unavailable || is_lost_connection(status) || is_cut_off(status)
 }
 
 /// A status that no server sent: the transport made it up. Those have a cause; those from the wire have none.
-fn is_lost_connection(status: &Status) -> bool {
+#[must_use]
+pub fn is_lost_connection(status: &Status) -> bool {
     let made_up = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled);
     made_up && status.source().is_some()
 }
@@ -198,10 +232,51 @@ mod tests {
         });
         let answer = super::super::fake::client(&url).batches().get_batch(pb::GetBatchRequest::default()).await;
         let text = report(&answer.unwrap_err().into()).unwrap();
-        assert!(text.contains("https://"), "{text}");
-        let refused = io::Error::new(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer");
-        let status = Status::from_error(Box::new(refused));
-        assert!(report(&status.into()).unwrap().contains("--tls-ca"));
+        // Which of the two is seen first is the system's choice.
+        let told = ["does not speak HTTP/2", "the connection was closed"].iter().any(|words| text.contains(words));
+        assert!(text.contains("https://") && text.contains("a tidemill server") && told, "{text}");
+        let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let status = Status::from_error(Box::new(io::Error::new(io::ErrorKind::InvalidData, unknown)));
+        let text = report(&status.into()).unwrap();
+        assert!(text.contains("self-signed") && text.contains("--tls-ca FILE"), "{text}");
+    }
+
+    #[test]
+    fn what_a_proxy_answers_is_told_in_words() {
+        for (code, message, words) in [
+            (
+                Code::Internal,
+                "protocol error: received message with invalid compression flag: 60 (valid flags are 0 and 1) while receiving \
+                 response with status: 413 Payload Too Large",
+                "refuses bodies of this size: raise its limit (in nginx client_max_body_size) (HTTP 413) (INTERNAL)",
+            ),
+            (
+                Code::Unavailable,
+                "grpc-status header missing, mapped from HTTP status code 502",
+                "can't reach it: is the server running? (HTTP 502) (UNAVAILABLE)",
+            ),
+            (
+                Code::Unavailable,
+                "grpc-status header missing, mapped from HTTP status code 504",
+                "gave up waiting for it: raise its time-out",
+            ),
+            (
+                Code::Unauthenticated,
+                "grpc-status header missing, mapped from HTTP status code 401",
+                "asks for a login of its own",
+            ),
+            (Code::Unimplemented, "grpc-status header missing, mapped from HTTP status code 404", "no gRPC server answers"),
+            (
+                Code::Unknown,
+                "protocol error: missing grpc-status trailer, stream was terminated without a final status (possible \
+                 truncation by a proxy or load balancer)",
+                "the answer was cut off",
+            ),
+        ] {
+            let text = report(&Status::new(code, message).into()).unwrap();
+            assert!(text.contains(words), "{message}\n{text}");
+            assert!(!text.contains("protocol error") && !text.contains("grpc-status"), "{text}");
+        }
     }
 
     #[test]

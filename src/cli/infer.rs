@@ -1,12 +1,17 @@
 //! `tidemill infer …`: one request, now.
 
-use std::{fs, io::Read as _};
+use std::{fs, io::Read as _, time::Duration};
 
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{client::Client, json as render, meter::note, out};
+use super::{
+    client::{Client, patiently},
+    json as render,
+    meter::note,
+    out,
+};
 use crate::pb;
 
 /// A request.
@@ -40,8 +45,10 @@ pub async fn run(args: InferArgs, client: &Client) -> anyhow::Result<u8> {
         None => chat(&args).into_bytes(),
     };
     // Not repeated: a request may be dear, and the server has tried several workers already.
-    let answer = client.batches().infer(pb::InferRequest { endpoint: args.endpoint, body: body.into() }).await?;
-    let answer = answer.into_inner();
+    let mut batches = client.batches();
+    let asked = batches.infer(pb::InferRequest { endpoint: args.endpoint, body: body.into() });
+    let say = |waited: Duration| note(&format!("still waiting for the model's answer, {} s", waited.as_secs()));
+    let answer = patiently(asked, say).await?.into_inner();
     let succeeded = (200..300).contains(&answer.status_code);
     if client.json {
         out::line(render::answer(&answer))?;

@@ -7,11 +7,17 @@ use serde_json::{Map, Value, json};
 
 use crate::pb;
 
-/// A timestamp, RFC 3339 in UTC. None: unset, or before 1970, which no server sends.
+/// The first second of the year 10000, which RFC 3339 has no form for.
+const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
+
+/// A timestamp, RFC 3339 in UTC. None: unset, or outside of the years 1970 to 9999, which no server sends.
 #[must_use]
 pub fn time(time: Option<&prost_types::Timestamp>) -> Option<String> {
     let time = SystemTime::try_from(*time?).ok()?;
-    time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    if since >= YEAR_10000 {
+        return None;
+    }
     Some(humantime::format_rfc3339_micros(time).to_string())
 }
 

@@ -4,11 +4,14 @@ mod batch;
 mod client;
 mod demo;
 mod descriptors;
+mod environment;
 mod error;
 #[cfg(test)]
 mod fake;
 mod files;
+mod greeting;
 mod infer;
+mod interrupt;
 mod json;
 mod meter;
 mod out;
@@ -141,11 +144,13 @@ pub enum UsageError {
 const SERVERS: [&str; 6] = ["serve", "demo", "token", "migrate", "sim", "completions"];
 
 /// The command line's grammar. The client options are taken everywhere but shown only where they mean something.
-fn command() -> clap::Command {
+#[must_use]
+pub fn command() -> clap::Command {
     let command = Cli::command();
     let hidden: Vec<_> =
         command.get_arguments().filter(|arg| arg.is_global_set()).map(|arg| arg.clone().hide(true)).collect();
-    SERVERS.iter().fold(command, |command, name| command.mut_subcommand(name, |sub| sub.args(hidden.clone())))
+    let command = SERVERS.iter().fold(command, |command, name| command.mut_subcommand(name, |sub| sub.args(hidden.clone())));
+    environment::without_empty(command)
 }
 
 /// Reads a command line and, for the commands that take one, the configuration file that it or the environment names.
@@ -220,6 +225,9 @@ pub fn json_line(message: &str) -> String {
 /// What went wrong, for [`report`].
 pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     cli.start_telemetry()?;
+    for warning in environment::warnings(&command(), std::env::vars_os().map(|(name, _)| name)) {
+        tracing::warn!("{warning}");
+    }
     let code = match cli.command {
         Command::Serve(config) => done(serve::serve(*config).await),
         Command::Demo(args) => demo::run(args).await,
@@ -244,6 +252,9 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 fn done(result: anyhow::Result<()>) -> anyhow::Result<u8> {
     result.map(|()| 0)
 }
+
+#[cfg(test)]
+mod secrets;
 
 #[cfg(test)]
 mod tests {

@@ -10,6 +10,9 @@ use crate::pb;
 
 use super::json;
 
+/// The widest column: one long cell does not push all others out of sight.
+const WIDEST: usize = 120;
+
 /// Prints a line. Unlike `println!` it does not panic when the reader has gone away.
 ///
 /// # Errors
@@ -30,14 +33,30 @@ pub fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io::Resul
 
 fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let head = head.map(str::to_owned);
-    let all = || std::iter::once(&head).chain(rows);
-    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let rows: Vec<[String; N]> = std::iter::once(head).chain(rows.iter().map(|row| row.clone().map(one_line))).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).min(WIDEST);
     let widths: [usize; N] = std::array::from_fn(width);
     let render = |row: &[String; N]| {
-        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| padded(cell, width)).collect();
         cells.join("  ").trim_end().to_owned()
     };
-    all().map(render).collect::<Vec<_>>().join("\n")
+    rows.iter().map(render).collect::<Vec<_>>().join("\n")
+}
+
+/// A cell as wide as its column, or wider: nothing is cut off. Not by a format's width, which panics over 65,535.
+fn padded(cell: &str, width: usize) -> String {
+    let missing = width.saturating_sub(cell.chars().count());
+    format!("{cell}{}", " ".repeat(missing))
+}
+
+/// A text without line ends and without what terminals take for commands: much of it was written by somebody else.
+#[must_use]
+pub fn one_line(text: String) -> String {
+    if text.chars().any(char::is_control) {
+        text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+    } else {
+        text
+    }
 }
 
 /// A number in at most four characters or so: 950, 1.2k, 34k, 5.6M.
@@ -62,7 +81,7 @@ pub fn short(number: f64) -> String {
 /// A span in its two largest units: 45s, 3m 20s, 2h 5m, 3d 4h.
 #[must_use]
 pub fn span(span: Duration) -> String {
-    let seconds = span.as_secs() + u64::from(span.subsec_nanos() >= 500_000_000);
+    let seconds = span.as_secs().saturating_add(u64::from(span.subsec_nanos() >= 500_000_000));
     let (minutes, hours, days) = (seconds / 60, seconds / 3_600, seconds / 86_400);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
@@ -170,7 +189,8 @@ pub fn file(file: &pb::File) -> String {
 fn fields(rows: &[(&str, String)]) -> String {
     let set: Vec<_> = rows.iter().filter(|(_, value)| !value.is_empty()).collect();
     let width = set.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    set.iter().map(|(name, value)| format!("{name:width$}  {value}")).collect::<Vec<_>>().join("\n")
+    let line = |(name, value): &&(&str, String)| format!("{}  {}", padded(name, width), one_line(value.clone()));
+    set.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]
@@ -222,6 +242,19 @@ mod tests {
         ] {
             assert_eq!(brief(Duration::from_secs_f64(seconds)), text);
         }
+    }
+
+    /// A listed name or message may have any length and hold anything.
+    #[test]
+    fn a_cell_of_any_length_is_printed() {
+        let long = "x".repeat(70_000);
+        let rows = [[long.clone(), "1".to_owned()], ["b".to_owned(), "\u{1b}[2J\n".to_owned()]];
+        let text = columns(["ID", "N"], &rows);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 3, "control characters do not reach the terminal");
+        assert_eq!(lines[1], format!("{long}  1"));
+        assert_eq!(lines[0], format!("ID{}  N", " ".repeat(WIDEST - 2)));
+        assert!(lines[2].ends_with("  [2J"), "{}", lines[2]);
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::{
     fs,
     io::{self, BufWriter, Write},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use futures::FutureExt;
 use tonic::Status;
 
@@ -36,10 +37,9 @@ impl Output {
         };
         // A pipe or a device is written to, not replaced.
         let special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
-        let mut part = path.as_os_str().to_owned();
-        part.push(".part");
+        let part = part_of(path);
         let (open, rename) =
-            if special { (path, None) } else { (Path::new(&part), Some((PathBuf::from(&part), path.to_owned()))) };
+            if special { (path, None) } else { (part.as_path(), Some((part.clone(), path.to_owned()))) };
         let file = match special {
             true => fs::OpenOptions::new().write(true).open(open),
             false => fs::File::create(open),
@@ -76,6 +76,58 @@ impl Drop for Output {
             let _ = fs::remove_file(part);
         }
     }
+}
+
+/// Refuses to write two outputs to one file: the second would replace the first.
+///
+/// # Errors
+/// They name the same file, however it is spelled.
+pub fn ensure_different(output: &Path, errors: &Path) -> anyhow::Result<()> {
+    ensure!(
+        !is_same_file(output, errors),
+        "--output and --errors name the same file, {}: the failed lines would replace the others; name two files",
+        errors.display()
+    );
+    Ok(())
+}
+
+/// Whether two paths lead to one file, by whatever links and spellings; also whether one is the name under which the other
+/// is written until it is whole.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    // A device or a pipe takes both.
+    let file = |path: &Path| fs::metadata(path).ok();
+    if let (Some(one), Some(other)) = (file(one), file(other)) {
+        let regular = one.is_file() && other.is_file();
+        return regular && (one.dev(), one.ino()) == (other.dev(), other.ino());
+    }
+    let (one, other) = (resolved(one), resolved(other));
+    one == other || part_of(&one) == other || one == part_of(&other)
+}
+
+/// A path without links and detours, also of a file that is not there yet.
+fn resolved(path: &Path) -> PathBuf {
+    /// More links than any system follows.
+    const LINKS: usize = 40;
+    let mut path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for _ in 0..LINKS {
+        if let Ok(whole) = fs::canonicalize(&path) {
+            return whole;
+        }
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return path };
+        let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+        match fs::read_link(&path) {
+            Ok(target) => path = folder.join(target),
+            Err(_) => return folder.join(name),
+        }
+    }
+    path
+}
+
+/// The name that a file has until it is whole.
+fn part_of(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    part.into()
 }
 
 /// Downloads a file whole, resuming where a connection was lost.
@@ -265,6 +317,44 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "new");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
         assert!(Output::open(Some(&folder.path().join("no/such"))).is_err());
+    }
+
+    #[test]
+    fn one_file_for_two_outputs_is_refused_however_it_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("there"), "").unwrap();
+        fs::create_dir(at("sub")).unwrap();
+        std::os::unix::fs::symlink("there", at("link")).unwrap();
+        std::os::unix::fs::symlink("new", at("dangling")).unwrap();
+        std::os::unix::fs::symlink("dangling", at("sub/../chain")).unwrap();
+        std::os::unix::fs::symlink(".", at("here")).unwrap();
+        fs::hard_link(at("there"), at("hard")).unwrap();
+        for (one, other) in [
+            ("there", "there"),
+            ("there", "sub/../there"),
+            ("there", "./there"),
+            ("there", "link"),
+            ("there", "hard"),
+            ("here/there", "there"),
+            ("new", "new"),
+            ("new", "sub/../new"),
+            ("new", "here/new"),
+            ("new", "dangling"),
+            ("new", "chain"),
+            ("new", "new.part"),
+            ("there", "there.part"),
+        ] {
+            for (one, other) in [(one, other), (other, one)] {
+                let error = ensure_different(&at(one), &at(other)).unwrap_err().to_string();
+                assert!(error.starts_with("--output and --errors name the same file"), "{one} {other}: {error}");
+            }
+        }
+        for (one, other) in [("there", "new"), ("new", "sub/new"), ("no/such", "new"), ("link", "dangling")] {
+            assert!(ensure_different(&at(one), &at(other)).is_ok(), "{one} {other}");
+        }
+        assert!(ensure_different(Path::new("/dev/null"), Path::new("/dev/null")).is_ok(), "a device takes both");
+        assert!(ensure_different(Path::new("x"), &std::env::current_dir().unwrap().join("x")).is_err());
     }
 
     #[test]

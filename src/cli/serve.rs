@@ -10,7 +10,7 @@ use super::{descriptors, meter::note, out, signals};
 use crate::{
     app::{App, FAREWELL},
     blobs,
-    config::{BlobStore, Database, LogFormat, Secret, ServeConfig, parse_database_url},
+    config::{BlobStore, Database, LogFormat, Secret, SecretParser, ServeConfig, parse_database_url},
     sim::{Sim, SimConfig},
     store::Store,
 };
@@ -25,8 +25,8 @@ pub struct MigrateArgs {
     #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = "./data")]
     data_dir: PathBuf,
     /// PostgreSQL: postgres://user:password@host/database. Default: SQLite in --data-dir.
-    #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true,
-        value_parser = parse_database_url)]
+    #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
+        allow_hyphen_values = true, value_parser = SecretParser(parse_database_url))]
     database_url: Option<Secret>,
     /// Change nothing; only show which migrations are applied.
     #[arg(long)]

@@ -10,7 +10,11 @@ use super::{
     client::{Client, retry},
     upload::Upload,
 };
-use crate::pb::{self, create_batch_request::Input};
+use crate::{
+    config::{SecretParser, parse_webhook_secret},
+    domain::webhook::Secret,
+    pb::{self, create_batch_request::Input},
+};
 
 /// What follows the command's help.
 pub const HELP: &str = "\
@@ -60,8 +64,9 @@ pub struct WebhookArgs {
     #[arg(long, value_name = "URL", conflicts_with = "webhook_endpoint")]
     webhook_url: Option<String>,
     /// Sign the webhooks with this secret.
-    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true)]
-    webhook_secret: Option<String>,
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true,
+        allow_hyphen_values = true, value_parser = SecretParser(parse_webhook_secret))]
+    webhook_secret: Option<Secret>,
     /// Which events: completed, failed, progress, cancelled, expired. Default: all but progress.
     #[arg(long, value_name = "EVENT,…", value_delimiter = ',', requires = "webhook_url")]
     webhook_events: Vec<String>,
@@ -82,7 +87,7 @@ pub async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<pb::Bat
     };
     let webhook = args.webhook.webhook_url.map(|url| pb::WebhookConfig {
         url,
-        secret: args.webhook.webhook_secret.unwrap_or_default(),
+        secret: args.webhook.webhook_secret.map(|secret| secret.expose().to_owned()).unwrap_or_default(),
         events: args.webhook.webhook_events,
         ..pb::WebhookConfig::default()
     });

@@ -178,7 +178,7 @@ impl View {
                 Ok(())
             }
             Err(status) if error::is_transient(&status) => {
-                self.away = Some(status.message().to_owned());
+                self.away = Some(error::brief(&status));
                 Ok(())
             }
             Err(status) => Err(status),
@@ -210,7 +210,8 @@ pub async fn run(args: TopArgs, client: &Client, server: &str) -> anyhow::Result
     view.take(Ok(first))?;
     let mut terminal = ratatui::try_init()?;
     let ended = live(&mut terminal, &mut view, ticks, (client, server)).await;
-    ratatui::restore();
+    // Not `restore`, which panics where stderr is gone as well.
+    let _ = ratatui::try_restore();
     ended
 }
 
@@ -238,13 +239,15 @@ async fn live(
 /// What is typed. The thread ends with the process: a read of the terminal can't be called off.
 fn keys() -> mpsc::UnboundedReceiver<Event> {
     let (sender, keys) = mpsc::unbounded_channel();
-    std::thread::spawn(move || {
+    let read = move || {
         while let Ok(event) = event::read() {
             if sender.send(event).is_err() {
                 return;
             }
         }
-    });
+    };
+    // Without the thread the screen ends at once, as when the terminal is gone.
+    let _ = std::thread::Builder::new().name("keys".to_owned()).spawn(read);
     keys
 }
 

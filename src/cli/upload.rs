@@ -17,7 +17,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
-    client::{Client, retry},
+    client::{Client, retry_and_say},
     meter,
 };
 use crate::pb::{self, upload_file_request::Payload};
@@ -84,10 +84,16 @@ impl Upload {
         };
         let bar = meter::bytes("uploading", self.bytes, client.json);
         let read_error = Arc::new(Mutex::new(None));
-        let sent = retry(|| async {
+        let upload = || async {
             bar.set_position(0);
             let chunks = chunks(self.path.clone(), spec.clone(), bar.clone(), read_error.clone());
             client.batches().upload_file(chunks).await
+        };
+        let sent = retry_and_say(upload, |_| {
+            // Where there is a bar, it says all of it.
+            if bar.is_hidden() {
+                meter::note(&format!("uploading {}: {} of {} bytes sent", self.filename, bar.position(), self.bytes));
+            }
         })
         .await;
         bar.finish_and_clear();

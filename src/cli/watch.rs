@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tokio::time::timeout;
 use tonic::Status;
 
 use super::{client::Client, error, json, meter::Meter, meter::View, out};
@@ -9,6 +10,8 @@ use crate::pb::{self, BatchStatus, batch_event::Event};
 
 /// How often a batch that this command has not seen yet is asked for before the server counts as not there.
 const FIRST_TRIES: u32 = 4;
+/// A stream that says nothing for so long is dead: a live one has a heartbeat every 15 s.
+const SILENCE: Duration = Duration::from_secs(50);
 
 /// The exit code that tells a batch's end: 0 completed, 3 completed with failed lines, 4 failed, expired or cancelled.
 /// None: it has not ended.
@@ -62,7 +65,7 @@ impl Follower<'_> {
                 return Err(lost.into());
             }
             if attempt == 2 {
-                self.meter.say(&format!("the server is away ({}), trying again", lost.message()));
+                self.meter.say(&format!("the server is away ({}), trying again", error::brief(&lost)));
             }
             tokio::time::sleep(error::delay(&lost, attempt, rand::random())).await;
         }
@@ -75,15 +78,18 @@ impl Follower<'_> {
             after_revision: self.revision,
             min_interval: prost_types::Duration::try_from(Duration::from_millis(250)).ok(),
         };
-        let mut events = match self.client.batches().watch_batch(request).await {
-            Ok(response) => response.into_inner(),
-            Err(status) => return Ok(Err(status)),
+        let mut batches = self.client.batches();
+        let mut events = match timeout(SILENCE, batches.watch_batch(request)).await {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => return Ok(Err(status)),
+            Err(_) => return Ok(Err(silent())),
         };
         loop {
-            let event = match events.message().await {
-                Ok(Some(event)) => event,
-                Ok(None) => return Ok(Err(Status::unavailable("the stream ended before the batch did"))),
-                Err(status) => return Ok(Err(status)),
+            let event = match timeout(SILENCE, events.message()).await {
+                Ok(Ok(Some(event))) => event,
+                Ok(Ok(None)) => return Ok(Err(Status::unavailable("the stream ended before the batch did"))),
+                Ok(Err(status)) => return Ok(Err(status)),
+                Err(_) => return Ok(Err(silent())),
             };
             if let Some(batch) = self.take(&event)? {
                 return Ok(Ok(batch));
@@ -105,6 +111,10 @@ impl Follower<'_> {
             Event::StateChanged(_) | Event::Progress(_) | Event::Heartbeat(_) => Ok(None),
         }
     }
+}
+
+fn silent() -> Status {
+    Status::unavailable(format!("it has said nothing for {} s", SILENCE.as_secs()))
 }
 
 /// What is said of a batch that has ended.

@@ -15,6 +15,7 @@ use super::{
     out,
 };
 use crate::{
+    config::{SecretParser, parse_webhook_secret},
     delivery::signature::{Verified, verify},
     domain::{Timestamp, webhook::Secret},
     pb,
@@ -168,7 +169,8 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     body: Option<PathBuf>,
     /// The secret.
-    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, value_parser = secret)]
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, allow_hyphen_values = true,
+        value_parser = SecretParser(parse_webhook_secret))]
     secret: Secret,
     /// The receiver's clock in Unix seconds. Default: now.
     #[arg(long, value_name = "SECONDS")]
@@ -182,12 +184,9 @@ pub struct ListenArgs {
     #[arg(long, default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
     /// The secret. Without one nothing is verified.
-    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, value_parser = secret)]
+    #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, allow_hyphen_values = true,
+        value_parser = SecretParser(parse_webhook_secret))]
     secret: Option<Secret>,
-}
-
-fn secret(text: &str) -> Result<Secret, crate::domain::webhook::BadSecret> {
-    Secret::try_new(text)
 }
 
 /// Runs a command.

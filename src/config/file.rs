@@ -1,7 +1,7 @@
 //! The TOML file: its values become the flags' defaults, so a value means the same wherever it is given, and the
 //! environment and flags win over it by clap's own rules.
 
-use std::{collections::BTreeMap, error::Error as _, fs, path::Path};
+use std::{collections::BTreeMap, error::Error as _, fmt, fs, path::Path};
 
 use clap::{ArgAction, Command};
 
@@ -11,9 +11,16 @@ use super::{ConfigError, ServeConfig};
 const ALIKE: f64 = 0.75;
 
 /// A configuration file that has been read: every key is a setting and every value one that it takes.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ConfigFile {
     values: BTreeMap<String, Vec<String>>,
+}
+
+impl fmt::Debug for ConfigFile {
+    /// Its keys: some of the values are secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.values.keys()).finish()
+    }
 }
 
 impl ConfigFile {
@@ -34,8 +41,10 @@ impl ConfigFile {
     /// # Errors
     /// [`ConfigError`], naming file and key.
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
+        // Some editors put a byte order mark before the first line.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let table: toml::Table = toml::from_str(text)
-            .map_err(|error| ConfigError::NotToml { file: file.to_owned(), message: error.to_string() })?;
+            .map_err(|error| ConfigError::NotToml { file: file.to_owned(), message: not_toml(&error, text) })?;
         let command = ServeConfig::command().mut_args(|arg| arg.env(None::<&'static str>));
         let mut values = BTreeMap::new();
         for (key, value) in table {
@@ -59,10 +68,25 @@ impl ConfigFile {
     #[must_use]
     pub fn as_defaults(&self, command: Command) -> Command {
         command.mut_args(|arg| match self.values.get(arg.get_id().as_str()) {
-            Some(values) => arg.default_values(values.clone()),
+            Some(values) => {
+                let secret = arg.is_hide_env_values_set();
+                arg.default_values(values.clone()).hide_default_value(secret)
+            }
             None => arg,
         })
     }
+}
+
+/// What is wrong and where. The reader's own text also shows the line, which may hold a secret.
+fn not_toml(error: &toml::de::Error, text: &str) -> String {
+    let message = error.message().lines().next().unwrap_or_default();
+    // Some of its messages repeat a value between backticks; none of the words around them is worth that.
+    let message = if message.contains('`') { "what stands there is not TOML" } else { message };
+    let Some(at) = error.span().map(|span| span.start) else { return message.to_owned() };
+    let before = &text[..text.floor_char_boundary(at)];
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("line {line}, column {column}: {message}")
 }
 
 fn scalar(value: toml::Value) -> Result<String, String> {
@@ -90,7 +114,13 @@ fn check(command: &Command, key: &str, is_switch: bool, values: &[String]) -> Re
         Ok(_) => Ok(()),
         Err(error) => Err(match error.source() {
             Some(source) => source.to_string(),
-            None => first_line(&error.to_string()),
+            None => {
+                let message = first_line(&error.to_string());
+                // A secret's refusal names its flag, which is not what the file has.
+                let flag = format!("--{} ", key.replace('_', "-"));
+                let why = message.starts_with(&flag).then(|| message.split_once(": ")).flatten();
+                why.map_or_else(|| message.clone(), |(_, why)| why.to_owned())
+            }
         }),
     }
 }
@@ -195,7 +225,7 @@ mod tests {
         assert_eq!(config.webhook_allow_cidr[0].to_string(), "10.0.0.0/8");
         assert_eq!((config.webhook_max_in_flight, config.webhook_retry_schedule.len()), (99, 2));
         assert_eq!(config.webhook_retry_schedule[1].as_secs(), 120);
-        let shown = format!("{config:?}");
+        let shown = format!("{config:?} {file:?}");
         assert!(!shown.contains("u:p") && !shown.contains("canary"), "no password in logs");
     }
 
@@ -214,7 +244,10 @@ mod tests {
         assert!(refusal("insecure_allow_anonymous = 1").contains("expected true or false"));
         assert!(refusal("max_file_bytes = \"many\"").contains("10GB"));
         assert!(refusal("database_url = \"mysql://h/d\"").contains("expected postgres://"));
-        assert!(refusal("worker = [1, 2").contains("is not valid TOML"));
+        assert!(refusal("worker = [1, 2").contains("is not valid TOML: line 1, column "));
+        assert_eq!(refusal("worker_api_key = \"a b\""), "config file t.toml: worker_api_key: expected printable ASCII without spaces or line ends");
+        assert!(refusal("worker = \"gpu:8000\"").contains("worker: it does not begin with http:// or https://; expected"));
+        assert!(ConfigFile::parse("t.toml", "\u{feff}max_tries = 2\r\n").is_ok(), "as Windows' editors write it");
         let priority = "worker_priority: expected auto, off or a whole number such as 10";
         assert!(refusal("worker_priority = \"low\"").contains(priority));
     }

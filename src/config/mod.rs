@@ -3,8 +3,9 @@
 
 mod check;
 mod file;
+mod secret;
 
-use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{
     Args, Command, FromArgMatches, ValueEnum,
@@ -14,10 +15,11 @@ use ipnet::IpNet;
 use url::Url;
 
 pub use file::ConfigFile;
+pub use secret::{Secret, SecretParser, parse_database_url, parse_key, parse_webhook_secret};
 
-use crate::domain::{
-    WorkerPriority,
-    webhook::{BadSecret, Secret as WebhookSecret},
+use crate::{
+    domain::{WorkerPriority, webhook::Secret as WebhookSecret},
+    words,
 };
 
 /// Why a configuration can't be used.
@@ -67,24 +69,6 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         message: String,
     },
-}
-
-/// A setting that is, or may hold, a password, so it is never printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The text itself.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(hidden)")
-    }
 }
 
 /// How log lines look.
@@ -208,7 +192,8 @@ pub struct ServeConfig {
 
     /// Base URL of a worker: a vLLM server or any server with OpenAI's HTTP API. Repeatable; comma-separated in the
     /// environment. More can be added while the server runs: tidemill workers register.
-    #[arg(long, env = "TIDEMILL_WORKER", value_name = "URL", value_delimiter = ',', help_heading = "Workers")]
+    #[arg(long, env = "TIDEMILL_WORKER", value_name = "URL", value_delimiter = ',', help_heading = "Workers",
+        value_parser = parse_worker)]
     pub worker: Vec<Url>,
 
     /// Most requests that this node has in flight at one worker, fixed, 1 to 65536. Default: found for each worker by
@@ -239,7 +224,7 @@ pub struct ServeConfig {
     /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
     /// file: a flag is seen by everybody on the machine.
     #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",
-        value_parser = parse_secret)]
+        value_parser = SecretParser(parse_key), allow_hyphen_values = true)]
     pub worker_api_key: Option<Secret>,
 
     /// What each worker is asked for to see whether it is well: a path below its base URL, or "none": then its list of
@@ -283,7 +268,7 @@ pub struct ServeConfig {
     /// PostgreSQL: postgres://user:password@host/database. Any number of servers may share it if they share --blobs
     /// too. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
-        value_parser = parse_database_url)]
+        value_parser = SecretParser(parse_database_url), allow_hyphen_values = true)]
     pub database_url: Option<Secret>,
 
     /// Connections to PostgreSQL, 2 to 1000.
@@ -401,7 +386,7 @@ pub struct ServeConfig {
     /// Signs the webhooks of batches that have no secret of their own. Better in the environment: others can see command
     /// lines. Default: those go unsigned.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", help_heading = "Security", hide_env_values = true,
-        value_parser = secret)]
+        value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true)]
     pub webhook_secret: Option<WebhookSecret>,
 
     /// Webhooks in flight at this server at a time, 8 to 10000. One access token gets at most half of those that are free,
@@ -419,7 +404,7 @@ pub struct ServeConfig {
     /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
     /// environment or a file. Default: they are stored as they are.
     #[arg(long, env = "TIDEMILL_MASTER_KEY", value_name = "BASE64", help_heading = "Security", hide_env_values = true,
-        value_parser = secret, conflicts_with = "master_key_file")]
+        value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true, conflicts_with = "master_key_file")]
     pub master_key: Option<WebhookSecret>,
 
     /// File that holds the master key.
@@ -428,7 +413,7 @@ pub struct ServeConfig {
 
     /// The master key before this one: opens what it sealed, while the key is being replaced.
     #[arg(long, env = "TIDEMILL_PREVIOUS_MASTER_KEY", value_name = "BASE64", help_heading = "Security",
-        hide_env_values = true, value_parser = secret)]
+        hide_env_values = true, value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true)]
     pub previous_master_key: Option<WebhookSecret>,
 
     /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance.
@@ -526,29 +511,9 @@ impl Default for ServeConfig {
     }
 }
 
-/// Reads `--database-url`.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn parse_database_url(text: &str) -> Result<Secret, String> {
-    // The URL itself stays out of the message: it may hold a password.
-    let url = Url::parse(text).map_err(|error| format!("not a URL: {error}"))?;
-    if !matches!(url.scheme(), "postgres" | "postgresql") {
-        return Err(format!(
-            "{}: is not supported, expected postgres://…, or leave it out for SQLite in --data-dir",
-            url.scheme()
-        ));
-    }
-    Ok(Secret(text.to_owned()))
-}
-
-fn parse_secret(text: &str) -> Result<Secret, String> {
-    let printable = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
-    printable.then(|| Secret(text.to_owned())).ok_or_else(|| "expected printable ASCII without spaces".to_owned())
-}
-
 fn parse_blobs(text: &str) -> Result<String, String> {
-    Url::parse(text).map_err(|error| format!("{error}; expected s3://…, gs://…, az://… or file:///path"))?;
+    Url::parse(text)
+        .map_err(|error| format!("{}; expected s3://…, gs://…, az://… or file:///path", words::url(error)))?;
     Ok(text.to_owned())
 }
 
@@ -566,6 +531,16 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     Ok(size.as_u64())
 }
 
-fn secret(text: &str) -> Result<WebhookSecret, BadSecret> {
-    WebhookSecret::try_new(text)
+/// Reads a worker's URL.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_worker(text: &str) -> Result<Url, String> {
+    const EXPECTED: &str = "expected a worker's base URL, such as http://10.0.0.5:8000";
+    let url = Url::parse(text.trim()).map_err(|error| format!("{}; {EXPECTED}", words::url(error)))?;
+    if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+        // Most often host:port, which reads as a scheme.
+        return Err(format!("it does not begin with http:// or https://; {EXPECTED}"));
+    }
+    Ok(url)
 }

@@ -2,36 +2,61 @@
 
 use std::time::Duration;
 
-use metrics::{counter, gauge, histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 use crate::domain::webhook::AttemptResult;
+
+const ATTEMPTS: &str = "tidemill_webhook_attempts_total";
+const ATTEMPT_SECONDS: &str = "tidemill_webhook_attempt_seconds";
+const DELIVERED_AFTER: &str = "tidemill_webhook_delivered_after_seconds";
+const DEAD_LETTERS: &str = "tidemill_webhook_dead_letters_total";
+const REAPED: &str = "tidemill_webhook_reaped_total";
+const LEASES_LOST: &str = "tidemill_webhook_leases_lost_total";
+const IN_FLIGHT: &str = "tidemill_webhook_in_flight";
+const IN_LINE: &str = "tidemill_webhook_in_line";
+const TARGETS_HELD: &str = "tidemill_webhook_targets_held";
+const OLDEST_DUE: &str = "tidemill_webhook_oldest_due_seconds";
+
+/// Says what they are.
+pub(super) fn describe() {
+    describe_counter!(ATTEMPTS, "attempts to deliver a webhook, by outcome and kind of error");
+    describe_histogram!(ATTEMPT_SECONDS, Unit::Seconds, "how long attempts to deliver a webhook took");
+    describe_histogram!(DELIVERED_AFTER, Unit::Seconds, "how long after its event a webhook was delivered");
+    describe_counter!(DEAD_LETTERS, "webhooks that were given up, by reason");
+    describe_counter!(REAPED, "attempts whose server died, so that their outcome is unknown");
+    describe_counter!(LEASES_LOST, "outcomes of attempts that came after the server had lost the lease of the delivery");
+    describe_gauge!(IN_FLIGHT, "webhooks that this server is sending");
+    describe_gauge!(IN_LINE, "webhooks that this server has claimed and not begun to send");
+    describe_gauge!(TARGETS_HELD, "receivers that this server leaves alone for a while because they fail");
+    describe_gauge!(OLDEST_DUE, Unit::Seconds, "for how long the delivery that has been due longest has been so");
+}
 
 /// An attempt has ended.
 pub(super) fn attempt(result: &AttemptResult, took: Duration) {
     let outcome = if result.succeeded() { "succeeded" } else { "failed" };
     let kind = result.error.as_ref().map_or("none", |error| error.kind.as_str());
-    counter!("tidemill_webhook_attempts_total", "outcome" => outcome, "error_kind" => kind).increment(1);
-    histogram!("tidemill_webhook_attempt_seconds").record(took.as_secs_f64());
+    counter!(ATTEMPTS, "outcome" => outcome, "error_kind" => kind).increment(1);
+    histogram!(ATTEMPT_SECONDS).record(took.as_secs_f64());
 }
 
 /// A delivery has arrived, so long after its event.
 pub(super) fn delivered(after: Duration) {
-    histogram!("tidemill_webhook_delivered_after_seconds").record(after.as_secs_f64());
+    histogram!(DELIVERED_AFTER).record(after.as_secs_f64());
 }
 
 /// A delivery was given up.
 pub(super) fn dead(reason: &'static str) {
-    counter!("tidemill_webhook_dead_letters_total", "reason" => reason).increment(1);
+    counter!(DEAD_LETTERS, "reason" => reason).increment(1);
 }
 
 /// Attempts of which nobody will say what came of them.
 pub(super) fn reaped(count: u64) {
-    counter!("tidemill_webhook_reaped_total").increment(count);
+    counter!(REAPED).increment(count);
 }
 
 /// A result came after its lease was lost.
 pub(super) fn lease_lost() {
-    counter!("tidemill_webhook_leases_lost_total").increment(1);
+    counter!(LEASES_LOST).increment(1);
 }
 
 /// How things are.
@@ -39,12 +64,12 @@ pub(super) fn state(in_flight: usize, in_line: usize, held: usize) {
     // All are at most some thousands.
     #[allow(clippy::cast_precision_loss)]
     let [in_flight, in_line, held] = [in_flight, in_line, held].map(|count| count as f64);
-    gauge!("tidemill_webhook_in_flight").set(in_flight);
-    gauge!("tidemill_webhook_in_line").set(in_line);
-    gauge!("tidemill_webhook_targets_held").set(held);
+    gauge!(IN_FLIGHT).set(in_flight);
+    gauge!(IN_LINE).set(in_line);
+    gauge!(TARGETS_HELD).set(held);
 }
 
 /// For how long the delivery that has been due longest has been so; zero if none is.
 pub(super) fn oldest_due(age: Duration) {
-    gauge!("tidemill_webhook_oldest_due_seconds").set(age.as_secs_f64());
+    gauge!(OLDEST_DUE).set(age.as_secs_f64());
 }

@@ -24,6 +24,7 @@ use crate::{
     },
     https,
     store::{ClaimedDelivery, Signing},
+    words::{self, Peer},
 };
 
 const ID: HeaderName = HeaderName::from_static("x-webhook-id");
@@ -260,18 +261,8 @@ fn failed(error: &reqwest::Error) -> Sent {
     } else {
         ErrorKind::Transport
     };
-    Sent::failed(kind, innermost(error))
-}
-
-/// The first cause: what the layers above it add is where it happened, and the URL, which may hold what is nobody's business.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    let mut text = None;
-    while let Some(inner) = cause.source() {
-        text = Some(inner.to_string());
-        cause = inner;
-    }
-    text.unwrap_or_else(|| "the request failed".to_owned())
+    // Without the URL, which may hold what is nobody's business.
+    Sent::failed(kind, words::cause(Peer::Receiver, error))
 }
 
 #[cfg(test)]

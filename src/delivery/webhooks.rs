@@ -147,6 +147,7 @@ impl Webhooks {
     /// # Errors
     /// If the system's TLS roots can't be loaded.
     pub fn new(store: Store, mut options: Options) -> Result<Self, reqwest::Error> {
+        super::metrics::describe();
         let vault = Arc::new(std::mem::take(&mut options.vault));
         let sender = Sender::new(options.guard.clone(), vault.clone(), options.secrets.clone())?;
         let (taken_over, jobs, wake) = (OnceCell::new(), Notify::new(), Notify::new());

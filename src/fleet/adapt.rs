@@ -9,35 +9,42 @@ use super::{
     InFlight, Inner, Load,
     limit::{Limiter, Seen, TICK},
     load::{self, HitRate},
-    memory, probe,
+    probe,
     worker::{Deeds, Worker, below},
 };
-use crate::{fault, supervise::Part};
+use crate::{
+    fault,
+    supervise::Part,
+    telemetry::{Gauge, WORKERS},
+};
 
 /// Between two reads of the metrics of a worker whose limit is fixed, or that has nothing to do; and of this module's own.
 const PACE: Duration = Duration::from_secs(1);
 
-const LIMIT: &str = "tidemill_worker_limit";
-const IN_FLIGHT: &str = "tidemill_worker_in_flight";
-const RUNNING: &str = "tidemill_worker_running";
-const WAITING: &str = "tidemill_worker_waiting";
-const CACHE: &str = "tidemill_worker_kv_cache_usage";
-const HIT_RATE: &str = "tidemill_worker_prefix_hit_rate";
-const REQUESTS: &str = "tidemill_worker_requests_per_second";
-const TOKENS: &str = "tidemill_worker_output_tokens_per_second";
-
-/// Says what this module's metrics are.
-pub(super) fn describe_metrics() {
-    memory::describe_metrics();
-    metrics::describe_gauge!(LIMIT, "requests that this server may have in flight at the worker");
-    metrics::describe_gauge!(IN_FLIGHT, "requests that this server has in flight at the worker");
-    metrics::describe_gauge!(RUNNING, "requests that run there, of all clients, by the worker's own account");
-    metrics::describe_gauge!(WAITING, "requests that wait there, of all clients, by the worker's own account");
-    metrics::describe_gauge!(CACHE, "the share of the worker's KV cache that is in use, 0 to 1");
-    metrics::describe_gauge!(HIT_RATE, "the share of prompt tokens that its prefix cache held, 0 to 1, lately");
-    metrics::describe_gauge!(REQUESTS, "requests answered per second, as seen from here");
-    metrics::describe_gauge!(TOKENS, "generated tokens per second, as seen from here");
-}
+const LIMIT: Gauge =
+    Gauge { name: "tidemill_worker_limit", help: "requests that this server may have in flight at the worker" };
+const IN_FLIGHT: Gauge =
+    Gauge { name: "tidemill_worker_in_flight", help: "requests that this server has in flight at the worker" };
+const RUNNING: Gauge = Gauge {
+    name: "tidemill_worker_running",
+    help: "requests that run there, of all clients, by the worker's own account",
+};
+const WAITING: Gauge = Gauge {
+    name: "tidemill_worker_waiting",
+    help: "requests that wait there, of all clients, by the worker's own account",
+};
+const CACHE: Gauge = Gauge {
+    name: "tidemill_worker_kv_cache_usage",
+    help: "the share of the worker's KV cache that is in use, 0 to 1",
+};
+const HIT_RATE: Gauge = Gauge {
+    name: "tidemill_worker_prefix_hit_rate",
+    help: "the share of prompt tokens that its prefix cache held, 0 to 1, lately",
+};
+const REQUESTS: Gauge =
+    Gauge { name: "tidemill_worker_requests_per_second", help: "requests answered per second, as seen from here" };
+const TOKENS: Gauge =
+    Gauge { name: "tidemill_worker_output_tokens_per_second", help: "generated tokens per second, as seen from here" };
 
 /// Watches a worker until it is forgotten.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
@@ -87,6 +94,10 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
             worker.sample(now);
             let (in_flight, _) = fleet.desks.lock().board.load(worker.key);
             publish(&worker, in_flight, &mut prefix);
+            // It may have been forgotten in between.
+            if worker.gone.is_cancelled() {
+                unpublish(&worker);
+            }
         }
     }
 }
@@ -123,7 +134,7 @@ fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
         }
         (state.requests_per_second, state.tokens_per_second, state.load, state.prefix_hit_rate)
     };
-    let show = |name: &'static str, value: f64| metrics::gauge!(name, "worker" => worker.url.clone()).set(value);
+    let show = |gauge, value: f64| WORKERS.set(gauge, &worker.url, value);
     show(LIMIT, worker.limit().into());
     show(IN_FLIGHT, in_flight.into());
     show(REQUESTS, requests);
@@ -137,9 +148,7 @@ fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
     }
 }
 
-/// A worker that is forgotten does nothing.
+/// A worker that is forgotten leaves no series.
 pub(super) fn unpublish(worker: &Worker) {
-    for name in [LIMIT, IN_FLIGHT, RUNNING, WAITING, CACHE, HIT_RATE, REQUESTS, TOKENS] {
-        metrics::gauge!(name, "worker" => worker.url.clone()).set(0.0);
-    }
+    WORKERS.remove(&worker.url);
 }

@@ -1,6 +1,6 @@
 //! One HTTP request to one worker. Bodies pass untouched both ways.
 
-use std::{borrow::Cow, error::Error, fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 use bytes::Bytes;
 use reqwest::{
@@ -18,9 +18,12 @@ use super::{
     outage::Blame,
     reasons::Worth,
 };
-use crate::domain::{
-    Endpoint, TokenUsage,
-    answer::{self, Verdict, excerpt},
+use crate::{
+    domain::{
+        Endpoint, TokenUsage,
+        answer::{self, Verdict, excerpt},
+    },
+    words::{self, Peer},
 };
 
 /// The largest answer that is taken: a thousand embeddings of 4,096 numbers are about 90 MB.
@@ -206,16 +209,9 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(wish.min(MAX_PAUSE))
 }
 
-/// The innermost cause: "connection refused" says more than "error sending request".
+/// Why a request to a worker failed, in words.
 pub(super) fn cause(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return "timed out".into();
-    }
-    let mut inner: &dyn Error = error;
-    while let Some(source) = inner.source() {
-        inner = source;
-    }
-    inner.to_string()
+    words::cause(Peer::Worker, error)
 }
 
 /// What an answer's head says.

@@ -53,6 +53,7 @@ pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
 use crate::{
+    config::Secret,
     domain::{Endpoint, Timestamp, WorkerId},
     fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
@@ -232,28 +233,16 @@ impl Default for HealthCheck {
 }
 
 /// How this node treats its workers.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct FleetOptions {
     /// Requests in flight per worker.
     pub limit: InFlight,
     /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
-    pub api_key: Option<String>,
+    pub api_key: Option<Secret>,
     /// Bytes that answers may hold from their first byte until their result line is durable; one answer more at most.
     pub answer_memory: u64,
     /// How they are asked for their health.
     pub health: HealthCheck,
-}
-
-impl std::fmt::Debug for FleetOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let api_key = self.api_key.as_ref().map(|_| "…");
-        f.debug_struct("FleetOptions")
-            .field("limit", &self.limit)
-            .field("api_key", &api_key)
-            .field("answer_memory", &self.answer_memory)
-            .field("health", &self.health)
-            .finish()
-    }
 }
 
 impl Default for FleetOptions {
@@ -305,8 +294,8 @@ impl Fleet {
         shutdown: CancellationToken,
     ) -> Result<Self, FleetError> {
         telemetry::install_tls_provider();
-        adapt::describe_metrics();
         judge::describe_metrics();
+        memory::describe_metrics();
         let client = https::client(|builder| {
             builder
                 .no_proxy()

@@ -23,6 +23,7 @@ use super::{
     board::{Board, Holder, Tenant, Ticket, Want},
     outage::Gate,
 };
+use crate::config::Secret;
 
 /// The board and those who wait.
 #[derive(Default)]
@@ -73,7 +74,7 @@ impl Desks {
 
 impl Inner {
     pub(super) fn bearer(&self) -> Option<&str> {
-        self.options.api_key.as_deref()
+        self.options.api_key.as_ref().map(Secret::expose)
     }
 
     pub(super) fn authorized(&self, request: RequestBuilder) -> RequestBuilder {

@@ -14,6 +14,9 @@ pub enum IngestError {
         /// How many bad lines there are in all.
         total: u64,
     },
+    /// Not text in UTF-8 at all: what it is, and what to do.
+    #[error("the file is not JSONL: {0}")]
+    NotJsonl(&'static str),
     /// Too many lines.
     #[error("more than {max} requests; split the file")]
     TooManyLines {
@@ -44,7 +47,7 @@ pub enum IngestError {
     #[error(transparent)]
     Blob(#[from] BlobError),
     /// The scratch folder can't be written: it is full, most likely.
-    #[error("scratch space: {}", .0.kind())]
+    #[error("scratch space: {}", crate::words::file(.0))]
     Scratch(#[source] std::io::Error),
     /// The server is stopping.
     #[error("interrupted; upload the file again")]

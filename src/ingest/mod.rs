@@ -5,6 +5,7 @@
 //! the object's write, away from the async threads, and makes the file's row at the end.
 
 mod error;
+mod format;
 mod inline;
 mod report;
 mod segments;

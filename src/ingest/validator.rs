@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{
-    IngestError, Limits,
+    IngestError, Limits, format,
     report::Reports,
     segments::{RequestAt, Segments},
     splitter::{Line, Splitter},
@@ -41,6 +41,8 @@ pub struct Validator {
     check: Check,
     max_bytes: u64,
     crc: u32,
+    /// The first bytes, at most [`format::HEAD`].
+    head: Vec<u8>,
 }
 
 impl Validator {
@@ -62,14 +64,23 @@ impl Validator {
             },
             max_bytes: limits.max_bytes,
             crc: 0,
+            head: Vec::new(),
         }
     }
 
     /// Takes the next bytes. Bad lines are told at the end, all of them.
     ///
     /// # Errors
-    /// [`IngestError::TooManyBytes`], [`IngestError::TooManyLines`] and [`IngestError::Scratch`] end the upload at once.
+    /// [`IngestError::NotJsonl`], [`IngestError::TooManyBytes`], [`IngestError::TooManyLines`] and [`IngestError::Scratch`]
+    /// end the upload at once.
     pub fn push(&mut self, chunk: &[u8]) -> Result<(), IngestError> {
+        let missing = format::HEAD - self.head.len();
+        if missing > 0 {
+            self.head.extend_from_slice(&chunk[..missing.min(chunk.len())]);
+            if self.head.len() == format::HEAD {
+                self.check_head()?;
+            }
+        }
         if self.splitter.position() + chunk.len() as u64 > self.max_bytes {
             return Err(IngestError::TooManyBytes { max: self.max_bytes });
         }
@@ -82,9 +93,15 @@ impl Validator {
     /// # Errors
     /// [`IngestError::Invalid`] with the bad lines, [`IngestError::Empty`], or as [`Validator::push`].
     pub fn finish(mut self) -> Result<Validated, IngestError> {
+        self.check_head()?;
         let bytes = self.splitter.position();
         self.splitter.finish(|line| self.check.line(line))?;
         self.check.finish(bytes, self.crc)
+    }
+
+    /// A file of another kind would have hundreds of bad lines, none of which says what it is.
+    fn check_head(&self) -> Result<(), IngestError> {
+        format::other_than_jsonl(&self.head).map_or(Ok(()), |what| Err(IngestError::NotJsonl(what)))
     }
 
     /// How many bytes have come.

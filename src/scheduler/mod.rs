@@ -199,7 +199,7 @@ impl Scheduler {
         stages::describe_metrics();
         metrics::describe_gauge!("tidemill_segments_running", "segments that this server runs");
         metrics::describe_counter!("tidemill_segments_crashed_total", "runs of segments that ended with a panic: bugs");
-        metrics::describe_gauge!("tidemill_segments_stuck", "segments that can't reach the blob store or the database");
+        metrics::describe_gauge!(troubles::STUCK, "segments that can't reach the blob store or the database");
     }
 
     /// Runs until the shutdown, and then until every segment is finished or given back.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Gauge: segments of this node that are stuck, by `on`: `blob_store` or `database`.
-const STUCK: &str = "tidemill_segments_stuck";
+pub(super) const STUCK: &str = "tidemill_segments_stuck";
 
 /// What a run can be stuck on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

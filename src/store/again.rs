@@ -13,13 +13,20 @@ const TRIES: u32 = 10;
 const WAIT: Duration = Duration::from_millis(10);
 const WAIT_CAP: Duration = Duration::from_millis(500);
 
+const REPEATED: &str = "tidemill_transactions_repeated_total";
+
+/// Says what this module's metric is.
+pub(super) fn describe_metrics() {
+    metrics::describe_counter!(REPEATED, "transactions that were begun again because the database had given them up");
+}
+
 /// Does a whole transaction, again if it was given up in favour of another one. `act` is to begin it anew each time.
 pub(super) async fn again<T, F: Future<Output = Result<T, StoreError>>>(act: impl Fn() -> F) -> Result<T, StoreError> {
     let mut wait = WAIT;
     for _ in 1..TRIES {
         match act().await {
             Err(StoreError::Unavailable(error)) if was_given_up(&error) => {
-                metrics::counter!("tidemill_transactions_repeated_total").increment(1);
+                metrics::counter!(REPEATED).increment(1);
                 tokio::time::sleep(wait.mul_f64(rand::random())).await;
                 wait = (wait * 2).min(WAIT_CAP);
             }

@@ -18,6 +18,7 @@ mod garbage;
 mod identity;
 mod nodes;
 mod notify;
+mod opening;
 mod pages;
 mod parts;
 mod queue;
@@ -216,6 +217,7 @@ impl Store {
 
     fn of(read: Pool, write: Pool) -> Self {
         error::describe_metrics();
+        again::describe_metrics();
         let inner = Inner {
             read,
             write,

@@ -9,7 +9,7 @@ use sqlx::{
 };
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::StoreError;
+use super::{StoreError, opening::in_words};
 
 /// Between two tries at a start.
 const AGAIN: Duration = Duration::from_millis(250);
@@ -42,7 +42,7 @@ pub(super) fn settle(pool: PgPoolOptions) -> PgPoolOptions {
 /// Waits until PostgreSQL takes a connection: it may be starting at the same time. What it, or the way to it, has said
 /// last is in the error: a pool would only say that it has waited.
 pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreError> {
-    let options = options(url).map_err(|error| failed(limit, &error.to_string()))?;
+    let options = options(url).map_err(|error| failed(limit, &in_words(&error)))?;
     let by = Instant::now() + limit;
     let mut last = "it does not answer".to_owned();
     loop {
@@ -52,7 +52,7 @@ pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreErro
                 let _ = timeout_at(by, connection.close()).await;
                 return Ok(());
             }
-            Ok(Err(error)) => last = error.to_string(),
+            Ok(Err(error)) => last = in_words(&error),
             Err(_) => return Err(failed(limit, &last)),
         }
         if Instant::now() + AGAIN >= by {

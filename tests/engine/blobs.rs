@@ -38,7 +38,7 @@ async fn pauses_and_goes_on(break_it: fn(&Faults, Option<ErrorKind>), kind: Erro
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_pauses_the_batch_with_its_reason() {
-    pauses_and_goes_on(Faults::writes, ErrorKind::StorageFull, "no storage space", 300).await;
+    pauses_and_goes_on(Faults::writes, ErrorKind::StorageFull, "no space is left on the disk", 300).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,7 +85,7 @@ async fn a_really_full_disk_pauses_the_batch_until_there_is_room() {
     // To the last block: what is written is as much as fits, then an error.
     let _ = std::fs::write(&ballast, vec![7; 4 << 20]);
     let reason = node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains("blob store"))).await.unwrap();
-    assert!(reason.contains("no storage space"), "{reason}");
+    assert!(reason.contains("no space is left on the disk"), "{reason}");
     std::fs::remove_file(&ballast).unwrap();
     let batch = node.ended(&id).await;
     let (output, errors) = node.results(&batch).await;

@@ -122,9 +122,17 @@ pub enum Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotUtf8 { at } => write!(f, "not UTF-8 at byte {}; expected UTF-8 text", at + 1),
+            Self::NotUtf8 { at } => write!(
+                f,
+                "not UTF-8 at byte {}; expected UTF-8 text: is the file in Latin-1 or Windows-1252? Convert it first, such as by \
+                 iconv -f WINDOWS-1252 -t UTF-8",
+                at + 1
+            ),
             Self::NotJson { message, at } => {
                 write!(f, "not valid JSON: {message} at byte {}; expected one JSON object on one line", at + 1)
+            }
+            Self::NotAnObject { found: "an array" } => {
+                f.write_str("found an array; expected one JSON object on one line: the file is JSONL, not one JSON list")
             }
             Self::NotAnObject { found } => write!(f, "found {found}; expected a JSON object"),
             Self::Missing(field) => write!(f, "{} is missing; expected {}", field.path(), field.expected()),
@@ -133,7 +141,11 @@ impl fmt::Display for Problem {
                 write!(f, "{} is {found}; expected {}", field.path(), field.expected())
             }
             Self::WrongText { field, found } => {
-                write!(f, "{} is {found:?}; expected {}", field.path(), field.expected())
+                write!(f, "{} is {found:?}; ", field.path())?;
+                match meant(found).filter(|_| *field == Field::Url) {
+                    Some(meant) => write!(f, "did you mean {meant}? Expected {}", field.expected()),
+                    None => write!(f, "expected {}", field.expected()),
+                }
             }
             Self::Empty(field) => write!(f, "{} is empty; expected {}", field.path(), field.expected()),
             Self::TooLong { field, bytes } => {
@@ -150,6 +162,65 @@ impl fmt::Display for Problem {
 }
 
 impl std::error::Error for Problem {}
+
+/// The endpoint that a url without `/v1`, with a host or with a slash at its end was meant to be.
+fn meant(url: &str) -> Option<Endpoint> {
+    let url = url.trim_end_matches('/');
+    let bare = |endpoint: &Endpoint| endpoint.path().trim_start_matches("/v1").to_owned();
+    let ends = Endpoint::ALL.into_iter().filter(|endpoint| format!("/{url}").ends_with(&bare(endpoint)));
+    ends.max_by_key(|endpoint| endpoint.path().len())
+}
+
+/// What is wrong with a text that is not JSON, in words: `reason` is what `serde_json` says, `rest` is what stands there.
+pub(super) fn not_json(reason: &str, rest: &str) -> String {
+    let between_values = reason.starts_with("expected") || reason == "key must be a string";
+    if let Some(odd) = odd(rest).filter(|_| between_values) {
+        return odd;
+    }
+    let words = match reason {
+        "EOF while parsing a string" => "the text ends inside a string",
+        "EOF while parsing an object" => "the text ends inside an object",
+        "EOF while parsing a list" => "the text ends inside an array",
+        "EOF while parsing a value" => "the text ends where a value was expected",
+        "expected value" => "expected a value",
+        "expected ident" => "expected true, false or null",
+        "key must be a string" => "expected a key in quotes",
+        "trailing comma" => "a comma before a closing bracket",
+        "invalid number" => "a number that JSON does not have, such as 01, .5, +1 or 1.",
+        "number out of range" => "a number that is too large",
+        "invalid escape" => r"a \ that begins no escape (a backslash itself is written \\)",
+        "lone leading surrogate in hex escape" | "unexpected end of hex escape" | "invalid unicode code point" => {
+            r"half of a surrogate pair (an escape from \ud800 to \udfff without its other half): a text was cut inside an emoji"
+        }
+        _ if reason.starts_with("control character") => {
+            r"a control character inside a string (write it as an escape, such as \n or \u0000)"
+        }
+        other => other,
+    };
+    words.to_owned()
+}
+
+/// What stands where JSON has no place for it, if it is a thing that people meet.
+pub(super) fn odd(rest: &str) -> Option<String> {
+    let begins = |words: &[&str]| words.iter().any(|word| rest.starts_with(word));
+    let words = if rest.starts_with('\u{feff}') {
+        "a byte order mark (U+FEFF), which some editors write and nobody sees, stands in the middle of the file: remove it"
+    } else if rest.starts_with('\'') {
+        "' is no quote in JSON: use \", as json.dumps writes it and str() does not"
+    } else if begins(&["NaN", "Infinity", "-Infinity"]) {
+        "NaN and Infinity are not JSON: use null, or leave the field out"
+    } else if begins(&["None", "True", "False"]) {
+        "None, True and False are Python's: JSON has null, true and false"
+    } else if begins(&["undefined"]) {
+        "undefined is JavaScript's: JSON has null"
+    } else if begins(&["//", "/*", "#"]) {
+        "JSON has no comments"
+    } else {
+        let odd = rest.chars().next().filter(|char| !char.is_ascii())?;
+        return Some(format!("the character U+{:04X} stands outside of a string", u32::from(odd)));
+    };
+    Some(words.to_owned())
+}
 
 /// A client's text as messages repeat it.
 pub(super) fn shown(text: &str) -> String {

@@ -10,7 +10,9 @@ use serde::{
 };
 
 use super::{
-    Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine, problem::shown, skip,
+    Field, Hints, LineError, MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES, Problem, RequestLine,
+    problem::{self, shown},
+    skip,
 };
 use crate::domain::{Endpoint, text::is_plain};
 
@@ -220,14 +222,23 @@ impl<'a> Cursor<'a> {
     fn end(&mut self) -> Result<(), Problem> {
         match self.peek() {
             None => Ok(()),
-            Some(_) => Err(Problem::NotJson { message: "more text after the object".to_owned(), at: self.at }),
+            Some(next) => {
+                let message = match (next, self.text.as_bytes()[..self.at].ends_with(b"\r")) {
+                    // Only a line feed ends a line: old Macs' files have none.
+                    (_, true) => "more text after the object: lines end with a line feed, not with CR alone,",
+                    (b'{', _) => "more text after the object: a second object on the same line",
+                    (_, _) => "more text after the object",
+                };
+                Err(Problem::NotJson { message: message.to_owned(), at: self.at })
+            }
         }
     }
 
     #[cold]
     fn expected(&self, what: &str) -> Problem {
         let ends = if self.at < self.text.len() { "" } else { "the text ends, " };
-        Problem::NotJson { message: format!("{ends}expected {what}"), at: self.at }
+        let message = problem::odd(&self.text[self.at..]).unwrap_or_else(|| format!("{ends}expected {what}"));
+        Problem::NotJson { message, at: self.at }
     }
 
     /// Reads an object, at whose brace the cursor stands; `value` reads the value of each key.
@@ -309,12 +320,14 @@ impl<'a> Cursor<'a> {
 #[cold]
 fn not_json(error: &serde_json::Error, value: &str, start: usize) -> Problem {
     let text = error.to_string();
-    let message = text.rfind(" at line ").map_or(text.as_str(), |end| &text[..end]).to_owned();
+    let reason = text.rfind(" at line ").map_or(text.as_str(), |end| &text[..end]);
     let line_start = match error.line() {
         0 | 1 => 0,
         line => memchr::memchr_iter(b'\n', value.as_bytes()).nth(line - 2).map_or(0, |at| at + 1),
     };
-    Problem::NotJson { message, at: start + line_start + error.column().saturating_sub(1) }
+    let at = line_start + error.column().saturating_sub(1);
+    let rest = &value[value.floor_char_boundary(at)..];
+    Problem::NotJson { message: problem::not_json(reason, rest), at: start + at }
 }
 
 /// A string, borrowed where it has no escapes.

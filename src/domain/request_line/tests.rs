@@ -114,26 +114,54 @@ fn every_rule_has_its_message() {
             r#""a\u001b[1m""#,
             "body.model has the character U+001B; expected a string of 1 to 1024 bytes, without",
         ),
-        (r#""a""#, r#""\ud800""#, "not valid JSON: unexpected end of hex escape at byte 2"),
-        (r#""a""#, "", "not valid JSON: expected value at byte 14"),
+        (r#""a""#, r#""\ud800""#, "not valid JSON: half of a surrogate pair (an escape from \\ud800 to \\udfff without its"),
+        (r#""a""#, "", "not valid JSON: expected a value at byte 14"),
+        (r#""a""#, "'a'", "not valid JSON: ' is no quote in JSON: use \", as json.dumps writes it and str() does not at byte 14"),
+        (r#""a""#, "NaN", "not valid JSON: NaN and Infinity are not JSON: use null"),
+        (r#""a""#, "-Infinity", "not valid JSON: a number that JSON does not have"),
+        (r#""a""#, "None", "not valid JSON: None, True and False are Python's"),
+        (r#""a""#, "undefined", "not valid JSON: undefined is JavaScript's"),
+        (r#""a""#, "01", "not valid JSON: a number that JSON does not have, such as 01"),
+        (r#""a""#, r#""\q""#, "not valid JSON: a \\ that begins no escape (a backslash itself is written \\\\) at byte"),
+        (r#""a""#, "\u{a0}1", "not valid JSON: the character U+00A0 stands outside of a string at byte 14"),
+        (r#"{"custom_id""#, "{'custom_id'", "not valid JSON: ' is no quote in JSON: use \""),
+        (r#""m"}}"#, r#""m"}}{"a":1}"#, "not valid JSON: more text after the object: a second object on the same line at byte 84"),
+        (r#""m"}}"#, "\"m\"}}\r{", "not valid JSON: more text after the object: lines end with a line feed, not with CR alone, at"),
+        (r#""m"}}"#, r#""m"#, "not valid JSON: the text ends inside a string at byte"),
+        (r#"{"cus"#, "\u{feff}{\"cus", "not valid JSON: a byte order mark (U+FEFF), which some editors write"),
         (
             r#""a""#,
             "\"a\tb\"",
-            "not valid JSON: control character (\\u0000-\\u001F) found while parsing a string at byte 1",
+            "not valid JSON: a control character inside a string (write it as an escape, such as \\n or \\u0000) at byte 1",
         ),
     ];
     for (from, to, expected) in cases {
         let found = problem(&GOOD.replacen(from, to, 1));
         assert!(found.starts_with(expected), "{from} -> {to}\n   found: {found}\nexpected: {expected}");
     }
-    assert_eq!(problem("[1,2]"), "found an array; expected a JSON object");
+    assert_eq!(
+        problem("[1,2]"),
+        "found an array; expected one JSON object on one line: the file is JSONL, not one JSON list"
+    );
+    for (wrong, right) in [
+        ("/score", "/v1/score"),
+        ("/v2/rerank", "/v1/rerank"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("https://api.openai.com/v1/embeddings", "/v1/embeddings"),
+    ] {
+        let found = problem(&GOOD.replace("/v1/chat/completions", wrong));
+        assert!(found.contains(&format!("; did you mean {right}? Expected one of ")), "{found}");
+    }
     assert_eq!(problem("17"), "found a number; expected a JSON object");
     assert!(problem("{").starts_with("not valid JSON: the text ends, expected a key in quotes at byte 2"));
     assert!(problem("nonsense").starts_with("not valid JSON: "), "{}", problem("nonsense"));
     assert!(problem("{}").starts_with("custom_id is missing"));
     assert!(problem("").starts_with("not valid JSON: the text ends, expected a value at byte 1;"));
     let bad = [&GOOD.as_bytes()[..14], b"\xff", &GOOD.as_bytes()[14..]].concat();
-    assert_eq!(parse(&bad).unwrap_err().to_string(), "not UTF-8 at byte 15; expected UTF-8 text");
+    let text = parse(&bad).unwrap_err().to_string();
+    assert!(text.starts_with("not UTF-8 at byte 15; expected UTF-8 text: is the file in Latin-1"), "{text}");
 }
 
 #[test]

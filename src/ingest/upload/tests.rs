@@ -220,7 +220,7 @@ async fn inline_requests_become_a_file() {
     let error = place.ingest.inline(spec(None), Endpoint::Score, &bad).await.unwrap_err();
     let IngestError::Invalid { errors, total: 4 } = error else { panic!("{error:?}") };
     let found: Vec<_> = errors.iter().map(|LineReport { line, message, .. }| (*line, message.as_str())).collect();
-    assert!(found[0].0 == 1 && found[0].1.starts_with("not valid JSON: control character"), "{found:?}");
+    assert!(found[0].0 == 1 && found[0].1.starts_with("not valid JSON: a control character"), "{found:?}");
     assert!(found[1].0 == 2 && found[1].1.starts_with("custom_id is empty"), "{found:?}");
     assert!(found[2].0 == 4 && found[2].1.starts_with("not valid JSON: more text after the object"), "{found:?}");
     assert!(found[3].0 == 5 && found[3].1.starts_with("custom_id is already in line 3"), "{found:?}");
