@@ -263,11 +263,6 @@ impl Server {
         Duration::from_millis(hundredths * 10)
     }
 
-    /// What it has written to its log.
-    pub fn log(&self) -> String {
-        std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap()
-    }
-
     /// One line of its metrics, by its beginning.
     pub async fn metric(&self, begin: &str) -> Option<String> {
         let text = reqwest::get(format!("http://{}/metrics", self.shared.address)).await.unwrap().text().await.unwrap();
