@@ -27,7 +27,7 @@ use super::{
     send::Sent,
 };
 use crate::{
-    domain::{BatchId, Timestamp, webhook::AttemptResult},
+    domain::{BatchId, DeliveryId, Timestamp, webhook::AttemptResult},
     fault::{self, Fault},
     store::{self, ClaimShare, ClaimedDelivery, DueTargets, Settled, SettledAs, Settlement, Store, StoreError, Turn},
     supervise::Part,
@@ -37,6 +37,8 @@ use crate::{
 const GATHER: usize = AHEAD / 2;
 /// And the first of them waits at most so long.
 const GATHER_FOR: Duration = Duration::from_millis(10);
+/// How long a result is kept that the database refuses: it may be under repair. Shorter than the lease outlives the attempt.
+const KEPT: Duration = Duration::from_secs(20);
 /// How long a receiver is left alone whose webhooks the database refuses to hand out.
 const REFUSED: Duration = Duration::from_secs(60);
 /// Where an owner has more targets than one look takes in, the next look comes after so long.
@@ -103,6 +105,8 @@ pub(super) struct Outbox {
     /// The database has refused a turn of several things for good: for so many turns each is of one thing, so that what it
     /// refuses is found, and keeps nothing else from being written.
     one_by_one: usize,
+    /// Results that were refused alone, and since when.
+    unwritten: HashMap<DeliveryId, Instant>,
     /// Targets of which a claim alone was refused, and until when they are left alone.
     refused: HashMap<(String, String), Instant>,
     /// Of these targets less than was asked for was there: nothing (false), or nothing that may stand in line (true). They are
@@ -128,6 +132,7 @@ impl Outbox {
             apart: false,
             claims_next: false,
             one_by_one: 0,
+            unwritten: HashMap::new(),
             refused: HashMap::new(),
             spent: HashMap::new(),
             shutdown,
@@ -251,21 +256,37 @@ impl Outbox {
                 self.one_by_one = self.one_by_one.saturating_sub(settlements.len() + shares.len());
                 // Apart, claims are made alone.
                 self.apart &= shares.is_empty();
+                if !self.unwritten.is_empty() {
+                    for one in &settlements {
+                        self.unwritten.remove(&one.id);
+                    }
+                }
                 settle_metrics(&settlements, &created, &settled);
                 self.line_up(&shares, claimed);
             }
             Err(error) if error.is_final() && settlements.len() + shares.len() <= 1 => {
                 self.one_by_one = self.one_by_one.saturating_sub(1);
                 self.look = true;
-                for settlement in &settlements {
-                    // Its lease runs out, and the attempt is counted.
-                    error!(%error, delivery = %settlement.id, "what came of a webhook can't be written, ever; it is sent again");
+                for (settlement, created_at) in settlements.into_iter().zip(created) {
+                    let since = *self.unwritten.entry(settlement.id.clone()).or_insert_with(Instant::now);
+                    if since.elapsed() >= KEPT || self.shutdown.is_cancelled() {
+                        // Its lease runs out, and the attempt is counted.
+                        error!(%error, delivery = %settlement.id, "what came of a webhook can't be written; it is sent again");
+                        self.unwritten.remove(&settlement.id);
+                        continue;
+                    }
+                    warn!(%error, delivery = %settlement.id, "what came of a webhook is refused; another try follows");
+                    if self.unsettled.is_empty() {
+                        self.away_until = Some(Instant::now() + poll);
+                    }
+                    // Behind the others.
+                    self.unsettled.push(Unsettled { settlement, created_at });
+                    self.gathering_since.get_or_insert_with(Instant::now);
                 }
                 for share in &shares {
                     error!(%error, target = share.target, "a receiver's webhooks can't be claimed; they wait");
                     self.fairness.give_back(&share.owner, &share.target, share.count);
                     self.refused.insert((share.owner.clone(), share.target.clone()), Instant::now() + REFUSED);
-                    // Without it the next turn has its look, too: a turn that fails has none.
                     self.due.retain(|due| due.owner != share.owner || due.target != share.target);
                 }
             }
@@ -431,6 +452,8 @@ async fn act(store: Store, work: Work) -> Done {
         Ok(turn) if work.look || is_to_look(asked, turn.claimed.len(), &turn.settled) => {
             Some(store.due_targets(&work.after).await)
         }
+        // What is refused keeps nobody from seeing what else is due.
+        Err(error) if work.look && error.is_final() => Some(store.due_targets(&work.after).await),
         Ok(_) | Err(_) => None,
     };
     Done { work, turn, look }
@@ -494,7 +517,6 @@ fn now() -> StdInstant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::DeliveryId;
 
     #[test]
     fn after_a_claim_is_looked_unless_all_got_what_they_asked_for_and_nothing_waits_again() {
