@@ -92,7 +92,6 @@ async fn large_answers_cost_bounded_memory() {
     }
     let batch = create(&mut client, &file, "").await;
     watch(server.clone(), batch.clone()).await;
-    assert_eq!(sim.faults().max_in_flight(), 40);
     let done = client.get_batch(pb::GetBatchRequest { batch_id: batch }).await.unwrap().into_inner();
     assert_eq!(done.request_counts.unwrap().completed, 40);
     let grown = server.memory("VmHWM").saturating_sub(before);
