@@ -62,9 +62,14 @@ pub struct Db {
 
 impl Db {
     pub async fn sqlite() -> Self {
+        Self::sqlite_busy_after(Duration::from_secs(30)).await
+    }
+
+    /// With another time after which somebody else's lock is no longer waited for.
+    pub async fn sqlite_busy_after(busy: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("tidemill.db");
-        let store = Store::sqlite(&file).await.unwrap();
+        let store = Store::sqlite_busy_after(&file, busy).await.unwrap();
         let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
         Self { store, raw, folder: Some(folder) }
     }
@@ -275,7 +280,7 @@ pub fn target(url: String) -> WebhookTarget {
 
 /// The same, signed with [`CANARY`].
 pub async fn signed(webhooks: &Webhooks, url: String) -> WebhookTarget {
-    let config = WebhookConfig::new(url).secret(Some(CANARY.into()));
+    let config = WebhookConfig::new(url).secret(Some(CANARY.into())).max_retries(Some(3));
     webhooks.accept(config).await.unwrap()
 }
 
