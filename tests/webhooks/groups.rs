@@ -285,11 +285,14 @@ async fn a_row_that_cannot_be_claimed_keeps_none_from_being_settled(db: Db) {
     let held = gate.reply(204);
     let receiver = Receiver::start(move |_, _| held.clone()).await;
     let good = enqueue(&db, "good", &receiver.url("/good"), 4, 3).await;
+    // What no version has written, due once the others are in flight.
+    enqueue(&db, "bad", &receiver.url("/bad"), 1, 3).await;
+    let later = "UPDATE webhook_deliveries SET event = 'nonsense', next_attempt_at = 9000000000000000 \
+                 WHERE id = 'msg_bad0000'";
+    db.execute(later).await;
     let running = db.start();
     receiver.wait(4).await;
-    // What no version has written.
-    enqueue(&db, "bad", &receiver.url("/bad"), 1, 3).await;
-    db.execute("UPDATE webhook_deliveries SET event = 'nonsense' WHERE id = 'msg_bad0000'").await;
+    db.execute("UPDATE webhook_deliveries SET next_attempt_at = 1 WHERE id = 'msg_bad0000'").await;
     gate.open();
     delivered(&db, good.len()).await;
     assert_eq!(receiver.requests().len(), 4);
