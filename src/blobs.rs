@@ -107,7 +107,9 @@ impl BlobError {
             E::Unauthenticated { .. } => return Some("the credentials are refused".into()),
             E::NotFound { .. } => return Some("there is no such bucket".into()),
             _ if words::is_tls(error) => {
-                return Some("its certificate is not trusted, or it does not speak TLS; the server's log says more".into());
+                return Some(
+                    "its certificate is not trusted, or it does not speak TLS; the server's log says more".into(),
+                );
             }
             _ => {}
         }
@@ -225,7 +227,8 @@ impl Blobs {
     /// [`BlobError::Open`] if the URL is not understood.
     pub fn url(text: &str) -> Result<Self, BlobError> {
         // A variable that is not UTF-8 is somebody else's, and `std::env::vars` panics at it.
-        let known = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        let known =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         Self::url_with(text, known)
     }
 

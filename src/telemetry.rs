@@ -45,9 +45,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let colours = stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     // Whoever read the log may be gone: what can't be logged is dropped, as the layers' own complaint of it would panic.
     let (text, json) = match format {
-        LogFormat::Text => {
-            (Some(fmt::layer().with_ansi(colours).with_writer(stderr).log_internal_errors(false)), None)
-        }
+        LogFormat::Text => (Some(fmt::layer().with_ansi(colours).with_writer(stderr).log_internal_errors(false)), None),
         LogFormat::Json => {
             (None, Some(fmt::layer().json().flatten_event(true).with_writer(stderr).log_internal_errors(false)))
         }

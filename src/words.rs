@@ -143,7 +143,9 @@ pub fn proxy(status: u16) -> Option<String> {
     let what = match status {
         400 => "something between here and the server takes the request for a bad one; does it pass gRPC (HTTP/2) on?",
         401 | 403 | 407 => "something between here and the server refuses the call, or asks for a login of its own",
-        404 | 405 => "no gRPC server answers there: is the URL that of a tidemill server, and does a proxy pass gRPC on?",
+        404 | 405 => {
+            "no gRPC server answers there: is the URL that of a tidemill server, and does a proxy pass gRPC on?"
+        }
         408 | 504 => {
             "a proxy between here and the server gave up waiting for it: raise its time-out for gRPC (docs/operations.md names \
              the settings)"
@@ -167,8 +169,12 @@ fn tls(peer: Peer, error: &TlsError) -> String {
     match error {
         TlsError::InvalidCertificate(bad) => certificate(peer, bad),
         TlsError::AlertReceived(alert) => alert_received(*alert),
-        TlsError::InvalidMessage(_) => "it does not speak TLS on that port: is it http:// instead of https://?".to_owned(),
-        TlsError::PeerIncompatible(_) => "it speaks no version or cipher of TLS that is still safe (1.2 or later)".to_owned(),
+        TlsError::InvalidMessage(_) => {
+            "it does not speak TLS on that port: is it http:// instead of https://?".to_owned()
+        }
+        TlsError::PeerIncompatible(_) => {
+            "it speaks no version or cipher of TLS that is still safe (1.2 or later)".to_owned()
+        }
         TlsError::PeerMisbehaved(_) => "it breaks the rules of TLS".to_owned(),
         TlsError::NoApplicationProtocol => "it does not speak HTTP/2 over TLS".to_owned(),
         other => format!("TLS failed: {}", plain(&other.to_string())),
@@ -195,7 +201,8 @@ fn certificate(peer: Peer, bad: &CertificateError) -> String {
             )
         }
         CertificateError::NotValidForName => {
-            "its certificate is for another name: use a name that it has, or give it a certificate for this one".to_owned()
+            "its certificate is for another name: use a name that it has, or give it a certificate for this one"
+                .to_owned()
         }
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             "its certificate has expired: renew it, and check this machine's clock".to_owned()
@@ -230,9 +237,12 @@ fn alert_received(alert: AlertDescription) -> String {
         | AlertDescription::CertificateUnknown
         | AlertDescription::CertificateExpired
         | AlertDescription::AccessDenied => {
-            "it wants a client certificate that it knows the authority of, and refused ours or the lack of one".to_owned()
+            "it wants a client certificate that it knows the authority of, and refused ours or the lack of one"
+                .to_owned()
         }
-        AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion | AlertDescription::InsufficientSecurity => {
+        AlertDescription::HandshakeFailure
+        | AlertDescription::ProtocolVersion
+        | AlertDescription::InsufficientSecurity => {
             "it and tidemill have no version or cipher of TLS in common".to_owned()
         }
         AlertDescription::NoApplicationProtocol => "it does not speak HTTP/2 over TLS".to_owned(),

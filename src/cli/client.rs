@@ -128,7 +128,10 @@ impl ClientArgs {
         match scheme.as_deref() {
             Some("https") => {
                 endpoint = endpoint.tls_config(self.tls()?).map_err(|error| {
-                    anyhow::anyhow!("--tls-ca, --tls-client-cert or --tls-client-key: {}", words::cause(Peer::Server, &error))
+                    anyhow::anyhow!(
+                        "--tls-ca, --tls-client-cert or --tls-client-key: {}",
+                        words::cause(Peer::Server, &error)
+                    )
                 })?;
             }
             Some("http") => self.warn_of_open_token(&endpoint),
@@ -213,7 +216,8 @@ pub async fn retry<T, F>(call: impl FnMut() -> F) -> Result<T, Status>
 where
     F: Future<Output = Result<tonic::Response<T>, Status>>,
 {
-    retry_and_say(call, |waited| meter::note(&format!("still waiting for the server's answer, {} s", waited.as_secs()))).await
+    retry_and_say(call, |waited| meter::note(&format!("still waiting for the server's answer, {} s", waited.as_secs())))
+        .await
 }
 
 /// The same, where what is said of a long wait is another thing.
@@ -302,7 +306,10 @@ mod tests {
         assert!(client("http://h:1", Some("a\nb")).unwrap_err().contains("access token"));
         for odd in ["", "http://", "ht tp://h", "http://u:s3cret@h h", "s3cret@h"] {
             let text = client(odd, None).unwrap_err();
-            assert!(text.ends_with(": expected http://HOST:PORT or https://HOST:PORT") && !text.contains("s3cret"), "{text}");
+            assert!(
+                text.ends_with(": expected http://HOST:PORT or https://HOST:PORT") && !text.contains("s3cret"),
+                "{text}"
+            );
         }
     }
 }

@@ -39,7 +39,9 @@ fn warning(name: &str, known: &BTreeSet<String>) -> String {
         Some((alike, nearest)) if alike >= ALIKE => {
             format!("the environment variable {name} is not a setting and has no effect: did you mean {nearest}?")
         }
-        _ => format!("the environment variable {name} is not a setting and has no effect: `tidemill serve --help` lists them"),
+        _ => format!(
+            "the environment variable {name} is not a setting and has no effect: `tidemill serve --help` lists them"
+        ),
     }
 }
 
@@ -101,7 +103,9 @@ mod tests {
             ("TIDEMILL_TOKEN_FILES", "TIDEMILL_TOKEN_FILE"),
         ] {
             assert_eq!(told(wrong).len(), 1, "{wrong}");
-            assert!(told(wrong)[0].contains(&format!("{wrong} is not a setting and has no effect: did you mean {right}?")));
+            assert!(
+                told(wrong)[0].contains(&format!("{wrong} is not a setting and has no effect: did you mean {right}?"))
+            );
         }
         assert!(told("TIDEMILL_QQQQ")[0].contains("tidemill serve --help"), "{:?}", told("TIDEMILL_QQQQ"));
     }

@@ -99,17 +99,19 @@ fn is_cut_off(status: &Status) -> bool {
 fn hint(status: &Status) -> Option<&'static str> {
     let lost = status.source().filter(|_| is_lost_connection(status));
     match status.code() {
-        _ if lost.is_some_and(words::is_no_grpc) => Some(
-            "is that the URL of a tidemill server, and not of a worker? With TLS a server is named https://…",
-        ),
-        _ if lost.is_some_and(words::is_tls) => {
-            Some("without TLS a server is named http://…; one that wants a client certificate is given --tls-client-cert FILE")
+        _ if lost.is_some_and(words::is_no_grpc) => {
+            Some("is that the URL of a tidemill server, and not of a worker? With TLS a server is named https://…")
         }
+        _ if lost.is_some_and(words::is_tls) => Some(
+            "without TLS a server is named http://…; one that wants a client certificate is given --tls-client-cert FILE",
+        ),
         Code::Internal | Code::Cancelled if lost.is_some() => Some(
             "is that the URL of a tidemill server? With TLS it is named https://…, without http://…; one that wants a client \
              certificate is given --tls-client-cert FILE",
         ),
-        _ if lost.is_some() => Some("is the server running? Start it with `tidemill serve`, or name another: --server URL"),
+        _ if lost.is_some() => {
+            Some("is the server running? Start it with `tidemill serve`, or name another: --server URL")
+        }
         _ if proxy_status(status.message()).is_some() => None,
         Code::Unauthenticated => Some("give an access token: --token-file FILE or TIDEMILL_TOKEN"),
         Code::PermissionDenied => Some("the access token's role does not allow this: use one with the role admin"),
@@ -265,7 +267,11 @@ mod tests {
                 "grpc-status header missing, mapped from HTTP status code 401",
                 "asks for a login of its own",
             ),
-            (Code::Unimplemented, "grpc-status header missing, mapped from HTTP status code 404", "no gRPC server answers"),
+            (
+                Code::Unimplemented,
+                "grpc-status header missing, mapped from HTTP status code 404",
+                "no gRPC server answers",
+            ),
             (
                 Code::Unknown,
                 "protocol error: missing grpc-status trailer, stream was terminated without a final status (possible \

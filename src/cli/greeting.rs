@@ -99,7 +99,8 @@ mod tests {
         let client = super::super::fake::client(&url);
         let began = Instant::now();
         let request = pb::ListBatchesRequest::default();
-        let listed = super::super::client::retry(|| async { client.batches().list_batches(request.clone()).await }).await;
+        let listed =
+            super::super::client::retry(|| async { client.batches().list_batches(request.clone()).await }).await;
         let text = report(&listed.unwrap_err().into()).unwrap();
         assert!(began.elapsed() < FIRST_ANSWER + Duration::from_secs(1), "{:?}", began.elapsed());
         assert!(text.starts_with(&format!("no answer from {url} within 10 s: ")), "{text}");

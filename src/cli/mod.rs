@@ -149,7 +149,8 @@ pub fn command() -> clap::Command {
     let command = Cli::command();
     let hidden: Vec<_> =
         command.get_arguments().filter(|arg| arg.is_global_set()).map(|arg| arg.clone().hide(true)).collect();
-    let command = SERVERS.iter().fold(command, |command, name| command.mut_subcommand(name, |sub| sub.args(hidden.clone())));
+    let command =
+        SERVERS.iter().fold(command, |command, name| command.mut_subcommand(name, |sub| sub.args(hidden.clone())));
     environment::without_empty(command)
 }
 

@@ -33,7 +33,8 @@ pub fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> io::Resul
 
 fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let head = head.map(str::to_owned);
-    let rows: Vec<[String; N]> = std::iter::once(head).chain(rows.iter().map(|row| row.clone().map(one_line))).collect();
+    let rows: Vec<[String; N]> =
+        std::iter::once(head).chain(rows.iter().map(|row| row.clone().map(one_line))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).min(WIDEST);
     let widths: [usize; N] = std::array::from_fn(width);
     let render = |row: &[String; N]| {

@@ -18,7 +18,13 @@ fn secrets() -> Vec<(Vec<String>, Arg)> {
         let mut args: Vec<Arg> = command.get_arguments().cloned().collect();
         // What is taken everywhere is read in one way everywhere: one command is enough.
         let globals = if path.last().is_some_and(|name| name == "list") { all_globals } else { &[] };
-        args.extend(globals.iter().filter(|global| !args.iter().any(|arg| arg.get_id() == global.get_id())).cloned().collect::<Vec<_>>());
+        args.extend(
+            globals
+                .iter()
+                .filter(|global| !args.iter().any(|arg| arg.get_id() == global.get_id()))
+                .cloned()
+                .collect::<Vec<_>>(),
+        );
         if !command.has_subcommands() {
             for secret in args.iter().filter(|arg| arg.is_hide_env_values_set()) {
                 let mut line = path.to_vec();
@@ -114,12 +120,16 @@ fn nonsense() -> Vec<OsString> {
 #[test]
 fn no_secret_of_a_command_line_is_printed() {
     let secrets = secrets();
-    for known in ["token", "worker_api_key", "database_url", "webhook_secret", "master_key", "previous_master_key", "secret"] {
+    for known in
+        ["token", "worker_api_key", "database_url", "webhook_secret", "master_key", "previous_master_key", "secret"]
+    {
         assert!(secrets.iter().any(|(_, secret)| secret.get_id() == known), "{known} is no longer hidden");
     }
     for (line, secret) in &secrets {
         let odd = nonsense().into_iter().flat_map(|value| ways(secret, &value));
-        for way in odd.chain(wrong_ways(secret, &CANARY.into())).chain(wrong_ways(secret, &format!("{CANARY} x").into())) {
+        for way in
+            odd.chain(wrong_ways(secret, &CANARY.into())).chain(wrong_ways(secret, &format!("{CANARY} x").into()))
+        {
             let shown = shown(line, &way);
             assert!(!shown.contains(CANARY), "{line:?} {way:?}:\n{shown}");
         }

@@ -245,8 +245,13 @@ mod tests {
         assert!(refusal("max_file_bytes = \"many\"").contains("10GB"));
         assert!(refusal("database_url = \"mysql://h/d\"").contains("expected postgres://"));
         assert!(refusal("worker = [1, 2").contains("is not valid TOML: line 1, column "));
-        assert_eq!(refusal("worker_api_key = \"a b\""), "config file t.toml: worker_api_key: expected printable ASCII without spaces or line ends");
-        assert!(refusal("worker = \"gpu:8000\"").contains("worker: it does not begin with http:// or https://; expected"));
+        assert_eq!(
+            refusal("worker_api_key = \"a b\""),
+            "config file t.toml: worker_api_key: expected printable ASCII without spaces or line ends"
+        );
+        assert!(
+            refusal("worker = \"gpu:8000\"").contains("worker: it does not begin with http:// or https://; expected")
+        );
         assert!(ConfigFile::parse("t.toml", "\u{feff}max_tries = 2\r\n").is_ok(), "as Windows' editors write it");
         let priority = "worker_priority: expected auto, off or a whole number such as 10";
         assert!(refusal("worker_priority = \"low\"").contains(priority));

@@ -10,7 +10,18 @@ use crate::{domain::webhook::Secret as WebhookSecret, words};
 
 /// Schemes that a refusal may name: whatever else stands before the colon may be a part of a password.
 const KNOWN_SCHEMES: [&str; 12] = [
-    "cockroachdb", "file", "http", "https", "jdbc", "mariadb", "mongodb", "mssql", "mysql", "redis", "sqlite", "sqlserver",
+    "cockroachdb",
+    "file",
+    "http",
+    "https",
+    "jdbc",
+    "mariadb",
+    "mongodb",
+    "mssql",
+    "mysql",
+    "redis",
+    "sqlite",
+    "sqlserver",
 ];
 
 /// A setting that is, or may hold, a password. Wiped from memory when dropped, and never printed.
@@ -80,7 +91,9 @@ pub fn parse_key(text: &str) -> Result<Secret, String> {
         return Err("it is empty: give it a value, or leave it out".to_owned());
     }
     let printable = text.bytes().all(|byte| byte.is_ascii_graphic());
-    printable.then(|| Secret::new(text)).ok_or_else(|| "expected printable ASCII without spaces or line ends".to_owned())
+    printable
+        .then(|| Secret::new(text))
+        .ok_or_else(|| "expected printable ASCII without spaces or line ends".to_owned())
 }
 
 /// Reads a signing secret or a master key.
@@ -105,7 +118,10 @@ pub fn parse_database_url(text: &str) -> Result<Secret, String> {
     };
     if !matches!(scheme, "postgres" | "postgresql") {
         let known = KNOWN_SCHEMES.iter().find(|known| scheme.eq_ignore_ascii_case(known));
-        let what = known.map_or_else(|| "it does not begin with postgres://".to_owned(), |known| format!("{known}: is not supported"));
+        let what = known.map_or_else(
+            || "it does not begin with postgres://".to_owned(),
+            |known| format!("{known}: is not supported"),
+        );
         return Err(format!("{what}; {EXPECTED}"));
     }
     let Some(rest) = rest.strip_prefix("//") else {
@@ -142,7 +158,8 @@ fn holds_a_raw_password(rest: &str) -> bool {
 fn refused(text: &str, encoded: bool) -> String {
     let about = text.to_lowercase();
     if about.contains("ssl_mode") || about.contains("sslmode") {
-        return "its sslmode is not known; expected disable, allow, prefer, require, verify-ca or verify-full".to_owned();
+        return "its sslmode is not known; expected disable, allow, prefer, require, verify-ca or verify-full"
+            .to_owned();
     }
     if encoded && about.contains("utf") {
         return "what is percent-encoded in it is not UTF-8".to_owned();
@@ -156,7 +173,9 @@ mod tests {
 
     #[test]
     fn one_line_end_is_forgiven() {
-        for (text, read) in [("k\n", "k"), ("k\r\n", "k"), ("k\r", "k"), ("k", "k"), ("k\n\n", "k\n"), ("\nk", "\nk"), ("", "")] {
+        for (text, read) in
+            [("k\n", "k"), ("k\r\n", "k"), ("k\r", "k"), ("k", "k"), ("k\n\n", "k\n"), ("\nk", "\nk"), ("", "")]
+        {
             assert_eq!(without_line_end(text), read, "{text:?}");
         }
     }

@@ -24,7 +24,10 @@ pub(super) fn describe() {
     describe_histogram!(DELIVERED_AFTER, Unit::Seconds, "how long after its event a webhook was delivered");
     describe_counter!(DEAD_LETTERS, "webhooks that were given up, by reason");
     describe_counter!(REAPED, "attempts whose server died, so that their outcome is unknown");
-    describe_counter!(LEASES_LOST, "outcomes of attempts that came after the server had lost the lease of the delivery");
+    describe_counter!(
+        LEASES_LOST,
+        "outcomes of attempts that came after the server had lost the lease of the delivery"
+    );
     describe_gauge!(IN_FLIGHT, "webhooks that this server is sending");
     describe_gauge!(IN_LINE, "webhooks that this server has claimed and not begun to send");
     describe_gauge!(TARGETS_HELD, "receivers that this server leaves alone for a while because they fail");

@@ -33,10 +33,8 @@ const WAITING: Gauge = Gauge {
     name: "tidemill_worker_waiting",
     help: "requests that wait there, of all clients, by the worker's own account",
 };
-const CACHE: Gauge = Gauge {
-    name: "tidemill_worker_kv_cache_usage",
-    help: "the share of the worker's KV cache that is in use, 0 to 1",
-};
+const CACHE: Gauge =
+    Gauge { name: "tidemill_worker_kv_cache_usage", help: "the share of the worker's KV cache that is in use, 0 to 1" };
 const HIT_RATE: Gauge = Gauge {
     name: "tidemill_worker_prefix_hit_rate",
     help: "the share of prompt tokens that its prefix cache held, 0 to 1, lately",

@@ -66,7 +66,8 @@ mod tests {
         ] {
             assert!(other_than_jsonl(head).is_some_and(|told| told.contains(word)), "{word}");
         }
-        for head in [&b"{\"cust"[..], b"", b"\n", b"\xef\xbb\xbf{\"c", b"[{", b"custom", b"\0\0\0\0\0\0", b" \t\r\n{\""] {
+        for head in [&b"{\"cust"[..], b"", b"\n", b"\xef\xbb\xbf{\"c", b"[{", b"custom", b"\0\0\0\0\0\0", b" \t\r\n{\""]
+        {
             assert_eq!(other_than_jsonl(head), None, "{head:?}");
         }
     }

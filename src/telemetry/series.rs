@@ -79,7 +79,10 @@ mod tests {
         series.set(ONE, "http://b", 1.5);
         series.set(ONE, "a\"\\", 2.0);
         series.set(ONE, "http://b", 3.0);
-        assert_eq!(page(), "# HELP one how many\n# TYPE one gauge\none{worker=\"a\\\"\\\\\"} 2\none{worker=\"http://b\"} 3\n\n");
+        assert_eq!(
+            page(),
+            "# HELP one how many\n# TYPE one gauge\none{worker=\"a\\\"\\\\\"} 2\none{worker=\"http://b\"} 3\n\n"
+        );
         series.remove("a\"\\");
         assert!(!page().contains("a\\"), "{}", page());
         series.remove("http://b");

@@ -66,7 +66,10 @@ async fn a_self_signed_certificate_is_told_with_what_to_do() {
         (Peer::ObjectStore, "SSL_CERT_FILE"),
     ] {
         let text = told(client(), &url, peer).await;
-        assert!(text.starts_with("its certificate is self-signed or signed by an authority that is not trusted"), "{text}");
+        assert!(
+            text.starts_with("its certificate is self-signed or signed by an authority that is not trusted"),
+            "{text}"
+        );
         assert!(text.contains(todo), "{text}");
     }
 }
@@ -96,7 +99,10 @@ async fn a_private_authority_and_a_wrong_name_are_told_apart() {
     assert!(told(client(), &url, Peer::Worker).await.contains("an authority that is not trusted here"));
     let root = reqwest::Certificate::from_der(authority.der()).unwrap();
     let text = told(client().tls_certs_only([root]), &url, Peer::Worker).await;
-    assert!(text.starts_with("its certificate is for gpu-1.example, gpu-2.example, not for localhost: use a name"), "{text}");
+    assert!(
+        text.starts_with("its certificate is for gpu-1.example, gpu-2.example, not for localhost: use a name"),
+        "{text}"
+    );
 }
 
 #[tokio::test]
@@ -119,12 +125,16 @@ async fn other_connections_fail_in_words() {
     assert_eq!(text, "the connection was closed before the whole answer came");
     let text = told(client(), &format!("https://127.0.0.1:{port}"), Peer::Worker).await;
     assert_eq!(text, "it does not speak TLS on that port: is it http:// instead of https://?");
-    let text = told(client(), &format!("http://127.0.0.1:{}", plain_server(b"SSH-2.0-OpenSSH_9.2\r\n")), Peer::Worker).await;
+    let text =
+        told(client(), &format!("http://127.0.0.1:{}", plain_server(b"SSH-2.0-OpenSSH_9.2\r\n")), Peer::Worker).await;
     assert_eq!(text, "what it answers is not HTTP");
     let text = told(client(), &format!("http://127.0.0.1:{}", plain_server(b"")), Peer::Worker).await;
     assert!(text.starts_with("the connection was "), "{text}");
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    assert_eq!(told(client(), &format!("http://{closed}"), Peer::Worker).await, "connection refused: nothing listens there");
+    assert_eq!(
+        told(client(), &format!("http://{closed}"), Peer::Worker).await,
+        "connection refused: nothing listens there"
+    );
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let impatient = client().timeout(std::time::Duration::from_millis(20));
     let text = told(impatient, &format!("http://{}", silent.local_addr().unwrap()), Peer::Worker).await;

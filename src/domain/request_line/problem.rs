@@ -131,9 +131,9 @@ impl fmt::Display for Problem {
             Self::NotJson { message, at } => {
                 write!(f, "not valid JSON: {message} at byte {}; expected one JSON object on one line", at + 1)
             }
-            Self::NotAnObject { found: "an array" } => {
-                f.write_str("found an array; expected one JSON object on one line: the file is JSONL, not one JSON list")
-            }
+            Self::NotAnObject { found: "an array" } => f.write_str(
+                "found an array; expected one JSON object on one line: the file is JSONL, not one JSON list",
+            ),
             Self::NotAnObject { found } => write!(f, "found {found}; expected a JSON object"),
             Self::Missing(field) => write!(f, "{} is missing; expected {}", field.path(), field.expected()),
             Self::Twice(field) => write!(f, "{} is there more than once; expected it once", field.path()),
