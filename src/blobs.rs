@@ -398,7 +398,9 @@ impl Blobs {
 
     async fn remove_half_written_after(&self, age: Duration) -> Result<u64, BlobError> {
         let Some(directory) = &self.directory else { return Ok(0) };
-        let root = directory.path_to_filesystem(&Path::default()).map_err(BlobError::of_write)?;
+        // The store tells only where objects lie.
+        let of_object = directory.path_to_filesystem(&Path::from("any")).map_err(BlobError::of_write)?;
+        let Some(root) = of_object.parent().map(FsPath::to_owned) else { return Ok(0) };
         let removed = tokio::task::spawn_blocking(move || {
             let now = tempfile::NamedTempFile::with_prefix_in("clock#", &root)?.as_file().metadata()?.modified()?;
             remove_staged(&root, &|written| now.duration_since(written).is_ok_and(|since| since >= age))

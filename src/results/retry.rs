@@ -135,7 +135,7 @@ mod tests {
         domain::{Endpoint, FileId, NewBatch, NodeId, Priority, TokenUsage},
         ingest::Limits,
         results::{PartBuilder, finished, object_key},
-        store::{Commit, CreatedBatch, DeletedFile},
+        store::{Commit, CreatedBatch, DeletedFile, FinalObject, NewPart},
     };
 
     struct Place {
@@ -200,7 +200,13 @@ mod tests {
                 let (_, first) = first.build(object_key(of, epoch, 0));
                 let (_, second) = second.build(object_key(of, epoch, 1));
                 assert_eq!(self.store.commit_part(of, epoch, &first).await.unwrap(), Commit::Done);
-                let end = self.store.finish_segment(of, epoch, Some(&second), &finished(&second), &[]).await.unwrap();
+                let lines = |count: fn(&NewPart) -> usize| (count(&first) + count(&second)) as u64;
+                let object = FinalObject {
+                    output_lines: lines(|part| part.completed.len()),
+                    error_lines: lines(|part| part.failed.len()),
+                    ..finished(&second)
+                };
+                let end = self.store.finish_segment(of, epoch, Some(&second), &object, &[]).await.unwrap();
                 assert_eq!(end, Commit::Done);
             }
             self.store.batch(&batch.id).await.unwrap().unwrap()
