@@ -80,6 +80,7 @@ pub enum Reply {
     /// Answers with this status once its [`Gate`] is open.
     Held(u16, watch::Receiver<bool>),
     /// Answers with this status after a while.
+    #[allow(dead_code, reason = "tests/nodes shares this file, and only it answers slowly")]
     Slow(u16, Duration),
 }
 
