@@ -214,6 +214,8 @@ fn certificate(peer: Peer, bad: &CertificateError) -> String {
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "its certificate is not made for servers (extendedKeyUsage lacks serverAuth)".to_owned()
         }
+        // Its Debug form is all that rustls shows of what another library says.
+        CertificateError::Other(other) => format!("its certificate is not valid ({other})"),
         other => format!("its certificate is not valid ({other})"),
     }
 }

@@ -143,10 +143,13 @@ fn internal(error: &dyn std::error::Error) -> Status {
 
 /// The error of the database.
 pub fn store(error: StoreError) -> Status {
+    let full = error.full_disk();
     match error {
         StoreError::Unavailable(error) => {
-            tracing::error!(%error, "the database failed");
-            retry(Code::Unavailable, "DATABASE_UNAVAILABLE", "the database is not available now; try again", SOON)
+            let why = full.map(|why| format!(" ({why})")).unwrap_or_default();
+            tracing::error!(%error, "the database failed{why}");
+            let message = format!("the database is not available now{why}; try again");
+            retry(Code::Unavailable, "DATABASE_UNAVAILABLE", message, SOON)
         }
         StoreError::Rejected(_) | StoreError::Corrupt(_) | StoreError::Open(_) => internal(&error),
     }
@@ -378,6 +381,17 @@ mod tests {
             reason(&status);
             assert!(!format!("{status:?}").contains("SELECT"), "{status:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_learns_that_the_databases_disk_is_full() {
+        use sea_orm::ConnectionTrait;
+        let database = sea_orm::Database::connect("sqlite::memory:").await.unwrap();
+        let fill = "PRAGMA max_page_count = 3; CREATE TABLE a (b BLOB); INSERT INTO a VALUES (zeroblob(100000))";
+        let status = store(StoreError::from(database.execute_unprepared(fill).await.unwrap_err()));
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::Unavailable, "DATABASE_UNAVAILABLE"));
+        assert!(status.message().contains("no space is left"), "{status:?}");
+        assert!(!status.message().contains("INSERT"), "{status:?}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{SecretParser, parse_webhook_secret},
-    delivery::signature::{Verified, verify},
+    delivery::signature::{Verified, VerifyError, verify},
     domain::{Timestamp, webhook::Secret},
     pb,
 };
@@ -369,8 +369,28 @@ fn check(args: VerifyArgs) -> anyhow::Result<()> {
         }
     }
     let now = args.at.unwrap_or_else(|| Timestamp::now().unix_seconds());
-    out::line(describe(verify(&[args.secret], &headers, &body, now)?))?;
+    out::line(describe(judge(&args.secret, &headers, &body, now)?))?;
     Ok(())
+}
+
+/// Verifies a request. Editors, `echo` and here-documents end a file with a line feed: if that alone is why nothing
+/// matches, the error says so.
+fn judge(secret: &Secret, headers: &HeaderMap, body: &[u8], now: i64) -> anyhow::Result<Verified> {
+    let secrets = std::slice::from_ref(secret);
+    let refused = match verify(secrets, headers, body, now) {
+        Ok(verified) => return Ok(verified),
+        Err(refused) => refused,
+    };
+    let cut = body.strip_suffix(b"\n").map(|body| body.strip_suffix(b"\r").unwrap_or(body));
+    if let (VerifyError::Mismatch, Some(cut)) = (refused, cut)
+        && verify(secrets, headers, cut, now).is_ok()
+    {
+        bail!(
+            "no signature matches, but one does without the line feed (newline) at the end of the body: it was not sent; an \
+             editor or echo has added it to the file"
+        );
+    }
+    Err(refused.into())
 }
 
 fn describe(verified: Verified) -> &'static str {
@@ -453,4 +473,36 @@ fn job(of: &pb::RetryJob) -> Value {
     json!({"id": of.id, "state": of.state().as_str_name().trim_start_matches("RETRY_JOB_STATE_"),
         "matched": of.matched, "succeeded": of.succeeded, "failed": of.failed, "skipped": of.skipped,
         "create_time": time(of.create_time.as_ref()), "end_time": time(of.end_time.as_ref())})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delivery::signature::sign_standard;
+
+    #[test]
+    fn a_line_feed_that_was_added_to_the_body_is_named() {
+        let secret = Secret::try_new("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let body = br#"{"a": 1}"#;
+        let signature = sign_standard(std::slice::from_ref(&secret), "msg_1", 1_700_000_000, body);
+        let mut headers = HeaderMap::new();
+        for (name, value) in
+            [("webhook-id", "msg_1"), ("webhook-timestamp", "1700000000"), ("webhook-signature", &signature)]
+        {
+            headers.insert(name, value.parse().unwrap());
+        }
+        let judged = |body: &[u8], secret: &Secret| judge(secret, &headers, body, 1_700_000_000);
+        assert_eq!(judged(body, &secret).unwrap(), Verified::Standard);
+        for end in ["\n", "\r\n"] {
+            let error = judged(&[body, end.as_bytes()].concat(), &secret).unwrap_err().to_string();
+            assert!(error.contains("without the line feed (newline) at the end"), "{error}");
+        }
+        let another = Secret::try_new("another").unwrap();
+        for (body, secret) in
+            [(&b"{\"a\": 1}\n\n"[..], &secret), (b"{\"a\": 1}\n", &another), (b"{\"a\":1}\n", &secret), (b"", &secret)]
+        {
+            let error = judged(body, secret).unwrap_err().to_string();
+            assert!(!error.contains("line feed"), "{error}");
+        }
+    }
 }

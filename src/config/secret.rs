@@ -130,6 +130,8 @@ pub fn parse_database_url(text: &str) -> Result<Secret, String> {
     if holds_a_raw_password(rest) {
         return Err(ENCODE.to_owned());
     }
+    let named = with_a_host(scheme, rest);
+    let text = named.as_ref().map_or(text, |named| named.as_str());
     match Url::parse(text) {
         Err(error) if rest.contains('@') => Err(format!("{}; or {ENCODE}", words::url(error))),
         Err(error) => Err(format!("{}; {EXPECTED}", words::url(error))),
@@ -138,6 +140,18 @@ pub fn parse_database_url(text: &str) -> Result<Secret, String> {
             Err(error) => Err(refused(&error.to_string(), rest.contains('%'))),
         },
     }
+}
+
+/// The URL of a socket with a user, as libpq takes it: `postgres://user@/database?host=/a/directory`. A URL's reader wants a
+/// host behind the `@`; the option replaces it.
+fn with_a_host(scheme: &str, rest: &str) -> Option<Zeroizing<String>> {
+    let authority = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, behind) = rest.split_at(authority);
+    let (_, query) = behind.split_once('?')?;
+    let host = query.split('&').any(|option| option.starts_with("host=") || option.starts_with("hostaddr="));
+    let (user, port) = authority.rsplit_once('@')?;
+    (host && (port.is_empty() || port.starts_with(':')))
+        .then(|| Zeroizing::new(format!("{scheme}://{user}@localhost{port}{behind}")))
 }
 
 /// Whether an `@` stands behind what a URL's reader takes for the end of user and password: they hold a raw `/`, `?` or `#`.
@@ -178,6 +192,23 @@ mod tests {
         {
             assert_eq!(without_line_end(text), read, "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_socket_with_a_user_is_a_database_url() {
+        for url in [
+            "postgres://us3r@/d4ta?host=/run/postgresql&port=5433",
+            "postgresql://us3r:p4ss@/d4ta?port=5433&host=%2Frun%2Fpostgresql",
+            "postgres://us3r@:5433/d4ta?host=/run/postgresql",
+        ] {
+            let read = parse_database_url(url).unwrap();
+            let options: sqlx::postgres::PgConnectOptions = read.expose().parse().unwrap();
+            assert_eq!(options.get_socket().unwrap().to_str(), Some("/run/postgresql"), "{url}");
+            let parts = (options.get_username(), options.get_database(), options.get_port());
+            assert_eq!(parts, ("us3r", Some("d4ta"), 5433), "{url}");
+        }
+        let refusal = parse_database_url("postgres://us3r@/d4ta").unwrap_err();
+        assert!(refusal.contains("it names no host") && !refusal.contains("us3r"), "{refusal}");
     }
 
     #[test]

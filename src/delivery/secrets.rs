@@ -147,7 +147,10 @@ impl Vault {
             error.into_bytes().zeroize();
             OpenError::Damaged
         })?;
-        Secret::try_new(text).map_err(|_| OpenError::Damaged)
+        if text.is_empty() {
+            return Err(OpenError::Damaged);
+        }
+        Ok(Secret::accepted(text))
     }
 
     /// Seals a stored secret anew with the current key. None if it is sealed with that already, or there is none.

@@ -41,6 +41,15 @@ impl StoreError {
             Self::Rejected(_) | Self::Corrupt(_) | Self::Open(_) => true,
         }
     }
+
+    /// That the database's disk is full, if that is why it can't do what it was asked.
+    #[must_use]
+    pub fn full_disk(&self) -> Option<&'static str> {
+        match self {
+            Self::Unavailable(error) if is_full(error) => Some("no space is left on the database's disk"),
+            _ => None,
+        }
+    }
 }
 
 impl From<DbErr> for StoreError {
@@ -86,6 +95,22 @@ fn is_sqlx_away(error: &sqlx::Error) -> bool {
             None => error.code().and_then(|code| code.parse().ok()).is_some_and(is_away_in_sqlite),
         },
         _ => false,
+    }
+}
+
+/// Whether the database has no room.
+fn is_full(error: &DbErr) -> bool {
+    let (DbErr::Conn(RuntimeErr::SqlxError(error))
+    | DbErr::Exec(RuntimeErr::SqlxError(error))
+    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
+    else {
+        return false;
+    };
+    let sqlx::Error::Database(error) = &**error else { return false };
+    match error.try_downcast_ref::<PgDatabaseError>() {
+        Some(postgres) => postgres.code() == "53100",
+        // SQLITE_FULL; SQLITE_IOERR_SHMSIZE: the file beside the log does not fit either.
+        None => error.code().and_then(|code| code.parse::<i32>().ok()).is_some_and(|code| code == 13 || code == 4874),
     }
 }
 
@@ -146,6 +171,23 @@ mod tests {
         for refused in [1, 2067, 20, 18, 25, 11] {
             assert!(!is_away_in_sqlite(refused), "{refused}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_named() {
+        use sea_orm::ConnectionTrait;
+        let mut options = sea_orm::ConnectOptions::new("sqlite::memory:");
+        options.max_connections(1);
+        let database = sea_orm::Database::connect(options).await.unwrap();
+        let full = database
+            .execute_unprepared(
+                "PRAGMA max_page_count = 3; CREATE TABLE a (b BLOB); INSERT INTO a VALUES (zeroblob(100000))",
+            )
+            .await
+            .unwrap_err();
+        assert_eq!(StoreError::from(full).full_disk(), Some("no space is left on the database's disk"));
+        let wrong = database.execute_unprepared("SELECT nothing FROM nowhere").await.unwrap_err();
+        assert_eq!(StoreError::Unavailable(wrong).full_disk(), None);
     }
 
     #[test]

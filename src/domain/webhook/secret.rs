@@ -24,6 +24,10 @@ pub enum BadSecret {
     /// `whsec_` and then no base64. Receivers would take other bytes for the key than the server, so it is refused.
     #[error("a secret that begins with whsec_ goes on in padded base64, as Standard Webhooks has it")]
     NotBase64,
+    /// Something that belongs to a pasted setting stands before `whsec_`. As a text it would be another key than the
+    /// receiver's, and no signature would match.
+    #[error("something stands before whsec_ (v1, a comma, a quote, a space): give the secret alone, from whsec_ on")]
+    Pasted,
 }
 
 impl Secret {
@@ -39,12 +43,21 @@ impl Secret {
         if !text.bytes().all(|byte| (0x20..=0x7e).contains(&byte)) {
             return Err(BadSecret::NotPrintable);
         }
+        if is_pasted(&text) {
+            return Err(BadSecret::Pasted);
+        }
         if let Some(key) = text.strip_prefix(STANDARD_PREFIX)
             && !STANDARD.decode(key).is_ok_and(|key| !Zeroizing::new(key).is_empty())
         {
             return Err(BadSecret::NotBase64);
         }
         Ok(Self(text))
+    }
+
+    /// Takes a secret that was accepted earlier, by the rules of that time.
+    #[must_use]
+    pub fn accepted(text: String) -> Self {
+        Self(Zeroizing::new(text))
     }
 
     /// A new `whsec_…` secret from 32 random bytes.
@@ -75,6 +88,14 @@ impl Secret {
         let decoded = self.0.strip_prefix(STANDARD_PREFIX).and_then(|key| STANDARD.decode(key).ok());
         Zeroizing::new(decoded.unwrap_or_else(|| self.0.as_bytes().to_vec()))
     }
+}
+
+/// Whether a `whsec_` secret has a signature's version, quotes or spaces before it.
+fn is_pasted(text: &str) -> bool {
+    let around = |c: char| matches!(c, '"' | '\'' | '`' | ' ' | ',' | '=' | ':');
+    let bare = text.trim_start_matches(around);
+    let bare = bare.strip_prefix("v1").map_or(bare, |rest| rest.trim_start_matches(around));
+    bare.len() < text.len() && bare.starts_with(STANDARD_PREFIX)
 }
 
 impl std::fmt::Debug for Secret {
@@ -138,6 +159,13 @@ mod tests {
         }
         for bad in ["whsec_", "whsec_!!!!", "whsec_abc"] {
             assert_eq!(Secret::try_new(bad), Err(BadSecret::NotBase64));
+        }
+        for bad in ["v1,whsec_MfKQ9r8G", "v1, whsec_MfKQ9r8G", "\"whsec_MfKQ9r8G\"", " whsec_MfKQ9r8G", "'v1,whsec_MfKQ9r8G'"] {
+            assert_eq!(Secret::try_new(bad), Err(BadSecret::Pasted), "{bad}");
+            assert_eq!(Secret::accepted(bad.to_owned()).expose(), bad, "it is still opened if it was stored before");
+        }
+        for text in ["v1,secret", "my whsec_ secret", "v1 of my secret", "\"quoted\""] {
+            assert!(Secret::try_new(text).is_ok(), "{text}");
         }
     }
 
