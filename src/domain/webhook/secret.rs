@@ -160,7 +160,9 @@ mod tests {
         for bad in ["whsec_", "whsec_!!!!", "whsec_abc"] {
             assert_eq!(Secret::try_new(bad), Err(BadSecret::NotBase64));
         }
-        for bad in ["v1,whsec_MfKQ9r8G", "v1, whsec_MfKQ9r8G", "\"whsec_MfKQ9r8G\"", " whsec_MfKQ9r8G", "'v1,whsec_MfKQ9r8G'"] {
+        for bad in
+            ["v1,whsec_MfKQ9r8G", "v1, whsec_MfKQ9r8G", "\"whsec_MfKQ9r8G\"", " whsec_MfKQ9r8G", "'v1,whsec_MfKQ9r8G'"]
+        {
             assert_eq!(Secret::try_new(bad), Err(BadSecret::Pasted), "{bad}");
             assert_eq!(Secret::accepted(bad.to_owned()).expose(), bad, "it is still opened if it was stored before");
         }
