@@ -38,7 +38,7 @@ pub enum ObjectsError {
         /// Why, in short.
         words: String,
         /// As the store's client says it.
-        error: BlobError,
+        error: Box<BlobError>,
     },
     /// The database names objects that are elsewhere.
     #[error(
@@ -111,7 +111,7 @@ async fn one_is_there(blobs: &Blobs, objects: &[String], place: &str) -> Result<
 
 fn unusable(error: BlobError, place: &str) -> ObjectsError {
     let words = error.in_words().unwrap_or_else(|| "it failed".to_owned());
-    ObjectsError::Unusable { place: place.to_owned(), words, error }
+    ObjectsError::Unusable { place: place.to_owned(), words, error: Box::new(error) }
 }
 
 /// Looks now and then whether the store is still the one of the database, until the shutdown. As long as it is not,
@@ -138,7 +138,7 @@ pub async fn watch(blobs: Blobs, shutdown: CancellationToken) {
                 tracing::error!(%error, "this server claims nothing until its objects are back");
             }
             Err(error) if !was_foreign => {
-                tracing::debug!(%error, "whether the blob store is the right one can't be seen")
+                tracing::debug!(%error, "whether the blob store is the right one can't be seen");
             }
             Ok(()) | Err(_) => {}
         }

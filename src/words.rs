@@ -60,7 +60,7 @@ pub fn cause(peer: Peer, error: &(dyn Error + 'static)) -> String {
 /// Whether the other end's certificate, or ours, is what the connection failed by.
 #[must_use]
 pub fn is_tls(error: &(dyn Error + 'static)) -> bool {
-    chain(error).any(|cause| cause.is::<TlsError>())
+    chain(error).any(<dyn Error + 'static>::is::<TlsError>)
 }
 
 /// That a disk is full, if that is why something failed.

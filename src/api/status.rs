@@ -186,7 +186,7 @@ pub fn read(error: ReadError) -> Status {
         ReadError::Store(error) => store(error),
         ReadError::Blob(error) => blob(error),
         ReadError::Deleted(_) => self::error(Code::FailedPrecondition, "RESULTS_DELETED", error.to_string()),
-        ReadError::Damaged(what) => damaged(what),
+        ReadError::Damaged(what) => damaged(&what),
         ReadError::Corrupt(_) => {
             tracing::error!(%error, "results can't be read");
             self::error(Code::DataLoss, "RESULTS_CORRUPT", "the stored results are damaged; the server's log says more")
@@ -195,7 +195,7 @@ pub fn read(error: ReadError) -> Status {
 }
 
 /// Bytes in the blob store are not those that were written. `what` names the segment.
-fn damaged(what: String) -> Status {
+fn damaged(what: &str) -> Status {
     tracing::error!(what, "stored data is damaged");
     self::error(Code::DataLoss, "DATA_DAMAGED", format!("damaged in the blob store: {what}"))
 }
@@ -276,7 +276,7 @@ pub fn retry_failed(error: RetryError) -> Status {
         RetryError::NothingFailed => refused("NO_FAILED_REQUESTS"),
         RetryError::InputGone => refused("INPUT_FILE_GONE"),
         RetryError::ResultsDeleted => refused("RESULTS_DELETED"),
-        RetryError::Corrupt(what) => damaged(what),
+        RetryError::Corrupt(what) => damaged(&what),
         RetryError::Ingest(error) => ingest(error, line_name),
         RetryError::Store(error) => store(error),
         RetryError::Blob(error) => blob(error),

@@ -37,7 +37,7 @@ impl Greeted {
     }
 
     async fn meet(&self) -> Result<(), Status> {
-        self.met.get_or_try_init(|| self.greet()).await.map(|()| ())
+        self.met.get_or_try_init(|| self.greet()).await.copied()
     }
 
     async fn greet(&self) -> Result<(), Status> {

@@ -68,7 +68,7 @@ impl Schedule {
     #[must_use]
     pub fn nominal(&self, attempts: i32) -> Duration {
         let at = usize::try_from(attempts.max(1) - 1).unwrap_or(0);
-        self.waits.get(at).or(self.waits.last()).copied().unwrap_or_default()
+        self.waits.get(at).or_else(|| self.waits.last()).copied().unwrap_or_default()
     }
 
     /// The wait after `attempts` failed attempts. What the receiver asked for wins if it is longer.

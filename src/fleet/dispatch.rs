@@ -138,7 +138,7 @@ pub struct Failure {
     /// In words.
     pub message: String,
     /// What the worker answered all the same.
-    pub answer: Option<Answer>,
+    pub answer: Option<Box<Answer>>,
     /// How long the worker asks to be left alone.
     pub retry_after: Option<Duration>,
     /// The worker.
@@ -298,7 +298,7 @@ impl Slot {
             self.worker.look_at_models();
         }
         Err(Failure {
-            answer: Some(answer),
+            answer: Some(Box::new(answer)),
             retry_after: wish,
             ..self.failure(kind, format!("the worker answered {status}"))
         })
@@ -323,7 +323,7 @@ impl Slot {
             Err(Unread::TimedOut) => Err(self.timed_out(call.timeout)),
             Err(Unread::Broken(error)) => Err(self.broken(&error)),
             Err(Unread::Bad(why)) => {
-                Err(self.bad(FailureKind::BadAnswer, format!("the worker's answer can't be read: {why}"), &head, &[]))
+                Err(self.bad(FailureKind::BadAnswer, &format!("the worker's answer can't be read: {why}"), &head, &[]))
             }
         }
     }
@@ -332,7 +332,7 @@ impl Slot {
     fn judge(&self, call: &Call<'_>, head: &Head, answer: Answer) -> Result<Answer, Failure> {
         let reading = answer::read(call.endpoint, &answer.body).map_err(|not_json| {
             let message = format!("the worker's answer is not JSON: {not_json}");
-            self.bad(FailureKind::BadAnswer, message, head, &answer.body)
+            self.bad(FailureKind::BadAnswer, &message, head, &answer.body)
         })?;
         let answer = Answer { usage: Some(reading.usage), ..answer };
         let path = call.endpoint;
@@ -353,12 +353,12 @@ impl Slot {
             // It may be on its way down.
             self.worker.probe_now.notify_one();
         }
-        let failure = self.bad(kind, message, head, &answer.body);
-        Err(Failure { answer: Some(answer), is_doubtful, ..failure })
+        let failure = self.bad(kind, &message, head, &answer.body);
+        Err(Failure { answer: Some(Box::new(answer)), is_doubtful, ..failure })
     }
 
     /// A bad answer, with all that helps to find out what sent it. It is logged too, but not each one of thousands.
-    fn bad(&self, kind: FailureKind, what: String, head: &Head, body: &[u8]) -> Failure {
+    fn bad(&self, kind: FailureKind, what: &str, head: &Head, body: &[u8]) -> Failure {
         let message = format!("{what} ({head}{}{})", if body.is_empty() { "" } else { ": " }, excerpt(body, SHOWN));
         if let Some(unlogged) = self.worker.may_log(Instant::now()) {
             let (worker, url) = (&self.worker.id, &self.worker.url);

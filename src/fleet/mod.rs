@@ -480,7 +480,7 @@ impl Fleet {
     }
 
     /// Says which models are wanted: those that patterns stand for are served.
-    pub fn want(&self, models: Vec<String>) {
+    pub fn want(&self, models: &[String]) {
         let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
         if self.inner.desks.lock().board.want(models) {
             self.inner.topology.send_modify(|version| *version += 1);
@@ -563,8 +563,12 @@ impl Fleet {
             let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
                 return Err(InferError::Timeout(timeout));
             };
-            match slot.tell(request, at, sent) {
-                Ok(answer) | Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => {
+            let sent = match slot.tell(request, at, sent) {
+                Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => Ok(*answer),
+                sent => sent,
+            };
+            match sent {
+                Ok(answer) => {
                     slot.worker.count(0);
                     return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });
                 }

@@ -394,7 +394,7 @@ impl Scheduler {
             let (began, wanted) = (Instant::now(), self.store.wanted_models().await);
             self.heard(began.elapsed(), &wanted);
             match wanted {
-                Ok(models) => self.fleet.want(models),
+                Ok(models) => self.fleet.want(&models),
                 Err(error) => {
                     tracing::warn!(%error, "the models that are wanted could not be read");
                     return None;

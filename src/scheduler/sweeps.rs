@@ -92,7 +92,7 @@ async fn half_written(blobs: &Blobs) {
             Ok(0) => {}
             Ok(files) => tracing::info!(files, "files that a killed process had left half written are removed"),
             Err(error) => {
-                tracing::warn!(%error, "the blob directory could not be looked through; the next sweep tries again")
+                tracing::warn!(%error, "the blob directory could not be looked through; the next sweep tries again");
             }
         }
     }

@@ -384,9 +384,9 @@ impl Work<'_> {
         match failure.answer {
             // A success that is none needs words: by its status it would pass for an answer.
             Some(answer) if answer.is_success() && !failure.is_doubtful => {
-                self.answered(key, worker, answer, Some((code, &message)));
+                self.answered(key, worker, *answer, Some((code, &message)));
             }
-            Some(answer) => self.answered(key, worker, answer, None),
+            Some(answer) => self.answered(key, worker, *answer, None),
             None => {
                 self.error(key, code, &message);
             }

@@ -344,8 +344,8 @@ async fn is_sleeping(State(sim): State<Sim>) -> Response {
 fn encoded(answer: &str, coding: Coding) -> Response {
     let level = flate2::Compression::fast();
     let (name, encoded) = match coding {
-        Coding::Gzip => ("gzip", flate2::read::GzEncoder::new(answer.as_bytes(), level).bytes().collect()),
-        Coding::Deflate => ("deflate", flate2::read::ZlibEncoder::new(answer.as_bytes(), level).bytes().collect()),
+        Coding::Gzip => ("gzip", whole(flate2::read::GzEncoder::new(answer.as_bytes(), level))),
+        Coding::Deflate => ("deflate", whole(flate2::read::ZlibEncoder::new(answer.as_bytes(), level))),
         Coding::Zstd => ("zstd", zstd::encode_all(answer.as_bytes(), 1)),
         // It need not be right: it must not be read.
         Coding::Brotli => ("br", Ok(b"\x8b\x02\x80{}\x03".to_vec())),
@@ -356,6 +356,11 @@ fn encoded(answer: &str, coding: Coding) -> Response {
         }
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
+}
+
+fn whole(mut reader: impl Read) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes).map(|_| bytes)
 }
 
 /// The answer with one more field, which is sent in pieces and never in memory as a whole.

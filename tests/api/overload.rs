@@ -134,14 +134,14 @@ async fn one_callers_streams_are_limited_and_not_anothers() {
         watching.push(ana.watch_batch(watch()).await.unwrap().into_inner());
     }
     let all = pb::WatchBatchesRequest::default();
-    let refused = ana.watch_batches(all.clone()).await.unwrap_err();
+    let refused = ana.watch_batches(all).await.unwrap_err();
     assert!(refused.get_details_retry_info().is_some() && refused.message().contains("--limit-watches"), "{refused:?}");
     expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_WATCHES");
-    let _bobs = bob.watch_batches(all.clone()).await.unwrap();
+    let _bobs = bob.watch_batches(all).await.unwrap();
     // A place is free again as soon as its stream has ended.
     watching.pop();
     let again = async {
-        while ana.watch_batches(all.clone()).await.is_err() {
+        while ana.watch_batches(all).await.is_err() {
             tokio::task::yield_now().await;
         }
     };

@@ -81,7 +81,7 @@ async fn endpoints_live_over_the_wire() {
     let made = hooks.create_endpoint(create).await.unwrap().into_inner();
     assert!(made.secret.starts_with("whsec_"));
     let endpoint = made.endpoint.unwrap();
-    assert_eq!((endpoint.max_retries, endpoint.retry_horizon), (2, seconds(1)));
+    assert_eq!((endpoint.max_retries, endpoint.retry_horizon), (2, seconds(5)));
     let id = endpoint.id.clone();
     let named = pb::CreateBatchRequest { webhook_endpoint_id: id.clone(), ..inline(1) };
     let batch = server.client().await.create_batch(named.clone()).await.unwrap().into_inner();

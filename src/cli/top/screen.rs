@@ -73,7 +73,7 @@ pub fn draw(frame: &mut Frame, view: &View, server: &str) {
         Constraint::Length(1),
     ])
     .areas(frame.area());
-    let title = shown(format!("tidemill {server}: {}", view.look.totals()));
+    let title = shown(&format!("tidemill {server}: {}", view.look.totals()));
     frame.render_widget(Line::styled(title, Modifier::BOLD), head);
     frame.render_widget(Line::raw(split.unwrap_or_default()), times);
     draw_curve(frame, view, curve);
@@ -90,11 +90,12 @@ pub fn draw(frame: &mut Frame, view: &View, server: &str) {
         Constraint::Length(6),
         Constraint::Fill(1),
     ];
-    let rows = view.look.workers.iter().map(|one| Row::new(worker(one).map(shown)).style(worker_style(one)));
+    let rows =
+        view.look.workers.iter().map(|one| Row::new(worker(one).map(|cell| shown(&cell))).style(worker_style(one)));
     frame.render_widget(Table::new(rows, widths).header(header(WORKERS)).column_spacing(2), upper);
     draw_batches(frame, view, lower);
     let foot_line = match &view.away {
-        Some(why) => Line::styled(shown(format!("the server is away ({why}), trying again")), Color::Red),
+        Some(why) => Line::styled(shown(&format!("the server is away ({why}), trying again")), Color::Red),
         None => Line::styled("q: quit", Modifier::DIM),
     };
     frame.render_widget(foot_line, foot);
@@ -126,7 +127,8 @@ fn draw_batches(frame: &mut Frame, view: &View, area: Rect) {
         Constraint::Max(24),
         Constraint::Fill(1),
     ];
-    let rows = batches.iter().take(room).map(|one| Row::new(batch(one).map(shown)).style(batch_style(one)));
+    let rows =
+        batches.iter().take(room).map(|one| Row::new(batch(one).map(|cell| shown(&cell))).style(batch_style(one)));
     frame.render_widget(Table::new(rows, widths).header(header(BATCHES)).column_spacing(2), area);
     if batches.len() > room || view.look.more {
         let more = batches.len().saturating_sub(room);
@@ -137,7 +139,7 @@ fn draw_batches(frame: &mut Frame, view: &View, area: Rect) {
 }
 
 /// A cell as far as any screen shows it: the library counts columns in 16 bits.
-fn shown(cell: String) -> String {
+fn shown(cell: &str) -> String {
     const MOST: usize = 500;
     let end = cell.char_indices().nth(MOST).map_or(cell.len(), |(at, _)| at);
     out::one_line(cell[..end].to_owned())

@@ -37,7 +37,7 @@ impl Count {
 
     /// This one, or else `other`: two names for the same count are both in use, sometimes in one answer.
     fn or(self, other: Self) -> i64 {
-        self.known().or(other.known()).unwrap_or_default()
+        self.known().or_else(|| other.known()).unwrap_or_default()
     }
 }
 
