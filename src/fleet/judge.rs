@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     Failure, FailureKind, Inner, Slot, Worker,
-    outage::{Blame, Sign},
+    outage::{Sign, Verdict},
 };
 use crate::domain::Timestamp;
 
@@ -35,7 +35,7 @@ impl Slot {
     pub fn tell<T>(&self, request: u64, sent: Instant, result: Result<T, Failure>) -> Result<T, Failure> {
         match result {
             Ok(answer) => {
-                if self.worker.state.lock().outage.succeeded() {
+                if self.worker.state.lock().outage.succeeded(Instant::now()) {
                     self.fleet.refresh(&self.worker);
                     self.worker.gate_moved.notify_one();
                 }
@@ -51,10 +51,11 @@ impl Slot {
             let mut state = self.worker.state.lock();
             let before = state.outage.complaint().is_some();
             let (at_fault, verdict) = state.outage.failed(sign, request, sent, Instant::now());
-            if at_fault && !before {
+            let begins = !before && state.outage.complaint().is_some();
+            if begins {
                 state.complained_at = Some(Timestamp::now());
             }
-            (at_fault, verdict, at_fault && !before)
+            (at_fault, verdict, begins)
         };
         if !at_fault {
             return Failure { blame: Some(verdict), ..failure };
@@ -153,10 +154,10 @@ impl Inner {
 const SAY_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 impl Failure {
-    /// Whether the worker may still turn out to be at fault.
+    /// Whether the worker is at fault, or may still turn out to be: others may have told that since this was counted.
     #[must_use]
-    pub fn is_in_doubt(&self) -> bool {
-        self.blame.as_ref().is_some_and(Blame::is_open)
+    pub fn may_be_the_workers(&self) -> bool {
+        self.blame.as_ref().is_some_and(|blame| blame.verdict() != Verdict::Request)
     }
 }
 

@@ -11,7 +11,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -60,27 +60,59 @@ impl std::fmt::Display for Sign {
 
 /// What becomes clear about a failure after it was counted: whether the worker was at fault. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Blame(Arc<AtomicU8>);
+pub struct Blame(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    whose: AtomicU8,
+    failures: AtomicU32,
+}
+
+/// Whose failure it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Not known yet: nothing has succeeded since, and not enough has failed.
+    Open,
+    /// The worker's.
+    Worker,
+    /// The request's.
+    Request,
+}
 
 impl Blame {
-    const OPEN: u8 = 0;
     const WORKER: u8 = 1;
     const REQUEST: u8 = 2;
+
+    /// What is known now. Whoever acts on it asks once: the next moment it may be another.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        match self.0.whose.load(Ordering::Acquire) {
+            Self::WORKER => Verdict::Worker,
+            Self::REQUEST => Verdict::Request,
+            _ => Verdict::Open,
+        }
+    }
 
     /// Whether the worker was at fault.
     #[must_use]
     pub fn is_workers(&self) -> bool {
-        self.0.load(Ordering::Acquire) == Self::WORKER
+        self.verdict() == Verdict::Worker
     }
 
-    /// Whether that is not known yet: nothing has succeeded since, and not enough has failed.
+    /// Whether that is not known yet.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.0.load(Ordering::Acquire) == Self::OPEN
+        self.verdict() == Verdict::Open
+    }
+
+    /// How many failures speak in this matter so far.
+    #[must_use]
+    pub fn failures(&self) -> u32 {
+        self.0.failures.load(Ordering::Acquire)
     }
 
     fn decide(&self, whose: u8) {
-        self.0.store(whose, Ordering::Release);
+        self.0.whose.store(whose, Ordering::Release);
     }
 }
 
@@ -134,6 +166,8 @@ pub struct Outage {
     /// When connections last broke together.
     broke: Option<Instant>,
     fault: Option<Fault>,
+    /// When it was last found to be well again. What was sent before and fails is what its outage has left behind.
+    recovered: Option<Instant>,
     /// It takes nothing until then, for it asked for that.
     asked: Option<Instant>,
     /// It takes nothing until then or until it has answered something; and how long that was.
@@ -142,12 +176,16 @@ pub struct Outage {
 
 impl Outage {
     /// A request came back with an answer that is its own. Returns whether requests may go there that might not before.
-    pub fn succeeded(&mut self) -> bool {
+    pub fn succeeded(&mut self, now: Instant) -> bool {
         if !self.failures.is_empty() {
             self.forget();
         }
         let paused = self.paused.take().is_some();
-        self.fault.take().is_some() || paused
+        let recovers = self.fault.take().is_some();
+        if recovers {
+            self.recovered = Some(now);
+        }
+        recovers || paused
     }
 
     /// What failed so far was the requests' fault.
@@ -171,6 +209,11 @@ impl Outage {
             }
             return (true, self.verdict.clone());
         }
+        if self.recovered.is_some_and(|at| sent < at) {
+            let verdict = Blame::default();
+            verdict.decide(Blame::WORKER);
+            return (true, verdict);
+        }
         let together = sign == Sign::Broken && self.broke.is_some_and(|at| now < at + TOGETHER);
         if sign == Sign::Broken && !together {
             self.broke = Some(now);
@@ -183,6 +226,7 @@ impl Outage {
             self.forget();
         }
         let verdict = self.verdict.clone();
+        verdict.0.failures.fetch_add(1, Ordering::AcqRel);
         let since = *self.first_failure.get_or_insert(now);
         let all: usize = 1 + self.failures.iter().map(|alike| alike.count).sum::<usize>();
         let alike = match self.failures.iter_mut().position(|alike| alike.sign == sign) {

@@ -9,6 +9,7 @@ mod aside;
 mod checkpoint;
 mod claiming;
 mod deaths;
+mod doubts;
 #[doc(hidden)]
 pub mod lines;
 mod order;

@@ -15,6 +15,7 @@ use super::{
     Control,
     checkpoint::{Checkpoint, Stop},
     deaths,
+    doubts::Doubt,
     lines::{Lane, LineKey, WorkList},
     seat::{Apart, Seat},
     segment::{Ended, Run},
@@ -26,8 +27,8 @@ use crate::{
     domain::{Endpoint, SegmentRef, WorkerPriority, lifecycle::Ending},
     fault::{self, Fault},
     fleet::{
-        Acquire, Answer, Blame, Call, Failure, FailureKind, Held, NoSlot, Rank, Slot, Want, Worker,
-        may_refuse_priority, outage,
+        Acquire, Answer, Call, Failure, FailureKind, Held, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority,
+        outage::{self, Verdict},
     },
     results::{self, PartBuilder, ReadError, Reply},
     store::NewPart,
@@ -48,10 +49,6 @@ const BEHIND_OTHERS: i32 = 10;
 
 /// With fewer lines left than this nobody else need be answered for a line to be what its worker died of.
 const FEW: usize = outage::REQUESTS;
-/// How long the end of a line whose last try has failed waits for word whether the worker is at fault: alone, and as long
-/// as other lines of its segment may tell.
-const DOUBT: Duration = Duration::from_secs(1);
-const DOUBT_AMONG_OTHERS: Duration = Duration::from_secs(10);
 
 /// What came of a request, and the slot that it had.
 struct Sent {
@@ -63,7 +60,7 @@ struct Sent {
 
 /// A line whose last try has failed, while it is not clear yet whether the worker is at fault.
 pub(super) struct Doubtful {
-    since: Instant,
+    doubt: Doubt,
     key: LineKey,
     worker: Arc<Worker>,
     failure: Failure,
@@ -130,8 +127,8 @@ impl Work<'_> {
                 Control::Run | Control::Drain { .. } => {}
             }
             let now = Instant::now();
-            self.list.wake(now);
             self.settle_doubts(now);
+            self.list.wake(now);
             self.let_others_join(now);
             let draining = matches!(wish, Control::Drain { .. });
             if !draining && self.has_room(flushing.is_some()) {
@@ -253,24 +250,17 @@ impl Work<'_> {
     /// Ends the lines whose last try has failed, once it is clear that the worker is not at fault, or nothing is heard of
     /// that; runs the others again.
     fn settle_doubts(&mut self, now: Instant) {
-        let patience = self.doubt();
-        let settled = |doubtful: &Doubtful| doubtful.since + patience <= now || !doubtful.failure.is_in_doubt();
-        let (settled, rest) = std::mem::take(&mut self.doubtful).into_iter().partition(settled);
-        self.doubtful = rest;
-        let settled: Vec<Doubtful> = settled;
-        for Doubtful { key, worker, failure, .. } in settled {
-            if failure.blame.as_ref().is_some_and(Blame::is_workers) {
-                self.list.doubt(key, None);
-                self.list.later(key, now);
-            } else {
-                self.give_up(key, &worker, failure);
+        let others = self.list.open() > self.doubtful.len();
+        for mut doubtful in std::mem::take(&mut self.doubtful) {
+            match doubtful.doubt.look(others, now) {
+                Verdict::Open => self.doubtful.push(doubtful),
+                Verdict::Worker => {
+                    self.list.doubt(doubtful.key, None);
+                    self.list.later(doubtful.key, now);
+                }
+                Verdict::Request => self.give_up(doubtful.key, &doubtful.worker, doubtful.failure),
             }
         }
-    }
-
-    /// How long a line is in doubt: others tell the more the longer they take.
-    fn doubt(&self) -> Duration {
-        if self.list.open() > self.doubtful.len() { DOUBT_AMONG_OTHERS } else { DOUBT }
     }
 
     fn look_at_peers(&mut self) {
@@ -369,10 +359,14 @@ impl Work<'_> {
         let tally = if at_fault { self.list.tally(key) } else { self.list.failed(key, failure.worker) };
         match self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random()) {
             Some(wait) => self.list.later(key, now + wait),
-            None if failure.is_in_doubt() => {
-                self.doubtful.push(Doubtful { since: now, key, worker: worker.clone(), failure });
-            }
-            None => self.give_up(key, worker, failure),
+            // Not only while that is open: it may have been decided between the failure and now.
+            None => match failure.blame.clone().filter(|_| failure.may_be_the_workers()) {
+                Some(blame) => {
+                    let (doubt, worker) = (Doubt::new(blame, now), worker.clone());
+                    self.doubtful.push(Doubtful { doubt, key, worker, failure });
+                }
+                None => self.give_up(key, worker, failure),
+            },
         }
     }
 
@@ -478,8 +472,7 @@ impl Work<'_> {
         };
         let far = now + Duration::from_secs(3_600);
         let stranded = self.stranded.map(|since| since + KEPT_STRANDED).filter(|until| *until > now);
-        let patience = self.doubt();
-        let doubt = self.doubtful.iter().map(|doubtful| doubtful.since + patience).min();
+        let doubt = self.doubtful.iter().map(|doubtful| doubtful.doubt.next_look()).min();
         let apart = self.apart.iter().map(|(until, _)| *until).min();
         [flush, drain, stranded, doubt, apart, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
     }

@@ -102,6 +102,20 @@ async fn a_line_that_fails_alone_ends_although_its_worker_is_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_few_lines_that_all_fail_end_after_their_tries() {
+    for (lines, options, tries) in [(1, options(), 5), (7, once(), 1)] {
+        let raw = Raw::start(|_| Reply::Answer(502, "text/html", "no".into())).await;
+        let folder = tempfile::tempdir().unwrap();
+        let node = Node::start_with(folder.path(), &[], options, 16).await;
+        node.fleet.register(&raw.url()).await.unwrap();
+        let batch = node.ended(&node.submit(&chats(lines), 10).await).await;
+        let failed = usize::try_from(batch.counts.failed).unwrap();
+        assert_eq!((batch.status, failed, raw.received()), (BatchStatus::Completed, lines, lines * tries));
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_one_worker_fails_the_others_do() {
     let broken = Raw::start(|_| Reply::Answer(502, "text/html", "no".into())).await;
     let good = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;

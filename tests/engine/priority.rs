@@ -15,7 +15,10 @@ use tidemill::{
 };
 use tokio::net::TcpListener;
 
-use crate::harness::{Node, assert_one_line_each, chats, options};
+use crate::{
+    harness::{Node, assert_one_line_each, chats, options},
+    raw::GOOD,
+};
 
 /// What a worker has against a `priority` in the body.
 #[derive(Clone, Copy, PartialEq)]
@@ -64,10 +67,7 @@ impl Picky {
                 refusal("Unrecognized request argument supplied: priority".into())
             }
             Against::Everything => refusal(format!("bad request: {body}")),
-            Against::Nothing | Against::TheField => (
-                StatusCode::OK,
-                Json(json!({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})),
-            ),
+            Against::Nothing | Against::TheField => (StatusCode::OK, Json(serde_json::from_str(GOOD).unwrap())),
         }
     }
 

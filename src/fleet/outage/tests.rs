@@ -53,7 +53,7 @@ async fn requests_that_fail_while_others_succeed_are_at_fault_themselves() {
         let (workers, verdict) = outage.failed(SIGN, request, now, now);
         assert!(!workers && verdict.is_open());
         if request % 4 == 3 {
-            outage.succeeded();
+            outage.succeeded(now);
             assert!(!verdict.is_open() && !verdict.is_workers());
         }
     }
@@ -120,9 +120,22 @@ async fn the_gaps_grow_until_one_succeeds() {
     }
     assert_eq!(gaps, [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
     assert_eq!(outage.complaint().unwrap().0, Sign::Status(503), "the newest word");
-    assert!(outage.succeeded());
+    assert!(outage.succeeded(now));
     assert_eq!((outage.gate(now), outage.changes_at(now), outage.complaint()), (Gate::Open, None, None));
-    assert!(!outage.succeeded());
+    assert!(!outage.succeeded(now));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_outage_has_left_behind_is_no_request_s_fault_when_it_is_over() {
+    let now = Instant::now();
+    let mut outage = at_fault(now);
+    let over = now + ms(500);
+    assert!(outage.succeeded(over));
+    let (workers, verdict) = outage.failed(SIGN, 50, now + ms(499), over + ms(1));
+    assert!(workers && verdict.is_workers());
+    assert_eq!((outage.gate(over + ms(1)), outage.complaint()), (Gate::Open, None), "it is well all the same");
+    let (workers, verdict) = outage.failed(SIGN, 51, over, over + ms(2));
+    assert!(!workers && verdict.is_open());
 }
 
 #[tokio::test(start_paused = true)]
@@ -153,7 +166,7 @@ async fn a_push_back_holds_for_a_moment_that_doubles_and_ends_with_the_first_suc
     }
     assert_eq!(pauses, [50, 100, 200, 400, 800, 1_600, 2_000, 2_000]);
     outage.pushed_back(None, now, now);
-    assert!(outage.succeeded());
+    assert!(outage.succeeded(now));
     assert_eq!((outage.gate(now), outage.changes_at(now)), (Gate::Open, None));
     outage.pushed_back(None, now, now);
     assert_eq!(outage.changes_at(now), Some(now + FIRST_PAUSE), "forgotten");
@@ -165,7 +178,7 @@ async fn what_a_worker_asks_for_is_kept_even_if_another_request_succeeds() {
     let mut outage = Outage::default();
     outage.pushed_back(Some(ms(3_000)), now, now);
     outage.pushed_back(Some(ms(1_000)), now, now);
-    outage.succeeded();
+    outage.succeeded(now);
     assert_eq!(outage.changes_at(now), Some(now + ms(3_000)));
     assert_eq!((outage.gate(now + ms(2_999)), outage.gate(now + ms(3_000))), (Gate::Closed, Gate::Open));
     assert_eq!(outage.changes_at(now + ms(3_000)), None, "what is past is not looked at again");
@@ -215,7 +228,7 @@ proptest! {
                     outage.pushed_back(wish.map(ms), now, now);
                 }
                 Step::Succeed => {
-                    outage.succeeded();
+                    outage.succeeded(now);
                     prop_assert_eq!(outage.gate(now) == Gate::Open, now >= asked);
                     prop_assert_eq!(outage.complaint(), None);
                 }
