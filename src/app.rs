@@ -147,10 +147,16 @@ impl App {
         let place = config.blob_store().to_string();
         let store_id = objects::probe(&blobs, &place).await?;
         let store = open(&config).await?;
-        objects::establish(&store, &blobs, &place, store_id).await?;
         let node = NodeId::generate();
         let roles = config.role_names();
+        // Before the objects are settled: a server with other objects that starts now sees this one.
         store.heartbeat(&node, VERSION, &roles).await?;
+        if let Err(error) = objects::establish(&store, &blobs, &place, &node, store_id).await {
+            if let Err(error) = store.leave(&node).await {
+                tracing::warn!(%error, "the node's row could not be removed");
+            }
+            return Err(error.into());
+        }
 
         let (serving, scheduling, watching) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());

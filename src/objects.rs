@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     blobs::{BlobError, Blobs},
+    domain::NodeId,
     fault,
     store::{Store, StoreError},
     supervise::Part,
@@ -64,14 +65,21 @@ pub async fn probe(blobs: &Blobs, place: &str) -> Result<Option<String>, Objects
 }
 
 /// Makes sure that the store, whose id is `found`, is the one of the database. A new database gets the store that its
-/// first server names; so does one of a release that knew no ids, if the objects that it names are there.
+/// first server names; so does one of a release that knew no ids, if the objects that it names are there. A database
+/// that names no file and has no other node takes another store: nothing can be missing from it.
 ///
 /// # Errors
 /// [`ObjectsError`].
-pub async fn establish(store: &Store, blobs: &Blobs, place: &str, found: Option<String>) -> Result<(), ObjectsError> {
+pub async fn establish(
+    store: &Store,
+    blobs: &Blobs,
+    place: &str,
+    node: &NodeId,
+    found: Option<String>,
+) -> Result<(), ObjectsError> {
     let id = match store.blob_store_id().await? {
-        Some(id) => id,
-        None => {
+        Some(id) if found.as_ref() == Some(&id) || !store.is_unused_but_by(node).await? => id,
+        _ => {
             let objects = store.some_objects(SOME).await?;
             if !objects.is_empty() && !one_is_there(blobs, &objects, place).await? {
                 let why = format!("{} that it names is not there", objects[0]);
@@ -88,7 +96,7 @@ pub async fn establish(store: &Store, blobs: &Blobs, place: &str, found: Option<
                     Err(_) => Err(ObjectsError::Silent(place.to_owned(), GIVE.as_secs())),
                 }
             };
-            store.settle_blob_store_id(&id, give).await?
+            store.settle_blob_store_id(&id, node, give).await?
         }
     };
     match blobs.expect_id(id).await {

@@ -1,13 +1,15 @@
 //! Which blob store holds the objects that this database names.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set, Statement,
+    ColumnTrait, ConnectionTrait, DatabaseBackend, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set,
+    Statement,
 };
 
 use super::{
     Store, StoreError,
-    entity::{blob_store, file},
+    entity::{batch, blob_store, file, node},
 };
+use crate::domain::NodeId;
 
 /// The one row's.
 const ROW: i32 = 1;
@@ -24,14 +26,24 @@ impl Store {
         Ok(row.map(|row| row.store_id))
     }
 
-    /// Writes the id down, unless there is one. `give` gives it to the store itself before that: of nodes that start at
-    /// the same time one does it, and the others wait for it. Returns the id that counts.
+    /// Whether the database names no file, has no batch, and no node but this one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn is_unused_but_by(&self, own: &NodeId) -> Result<bool, StoreError> {
+        Ok(is_unused_but_by(self.read(), own).await?)
+    }
+
+    /// Writes the id down, unless there is one that counts: any that a used database has. `give` gives it to the store
+    /// itself before that: of nodes that start at the same time one does it, and the others wait for it. Returns the id
+    /// that counts.
     ///
     /// # Errors
     /// [`StoreError`], or what `give` fails with.
     pub async fn settle_blob_store_id<E: From<StoreError>>(
         &self,
         id: &str,
+        own: &NodeId,
         give: impl Future<Output = Result<(), E>>,
     ) -> Result<String, E> {
         let failed = |error| E::from(StoreError::from(error));
@@ -44,7 +56,10 @@ impl Store {
             tx.execute_raw(lock).await.map_err(failed)?;
         }
         if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await.map_err(failed)? {
-            return Ok(row.store_id);
+            if row.store_id == id || !is_unused_but_by(&tx, own).await.map_err(failed)? {
+                return Ok(row.store_id);
+            }
+            blob_store::Entity::delete_by_id(ROW).exec(&tx).await.map_err(failed)?;
         }
         give.await?;
         let row = blob_store::ActiveModel { id: Set(ROW), store_id: Set(id.to_owned()) };
@@ -68,4 +83,11 @@ impl Store {
             .all(self.read())
             .await?)
     }
+}
+
+async fn is_unused_but_by(connection: &impl ConnectionTrait, own: &NodeId) -> Result<bool, DbErr> {
+    let others = node::Entity::find().filter(node::Column::Id.ne(own.as_str()));
+    Ok(others.one(connection).await?.is_none()
+        && file::Entity::find().one(connection).await?.is_none()
+        && batch::Entity::find().one(connection).await?.is_none())
 }

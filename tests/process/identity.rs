@@ -55,6 +55,21 @@ async fn a_second_server_with_objects_of_its_own_does_not_start_and_fails_no_bat
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_nobody_has_used_takes_other_objects_and_a_used_one_does_not() {
+    let Some(database) = postgres::database().await else { return };
+    let flags = ["--database-url", database.as_str()];
+    let mut first = Server::start(&flags).await;
+    let beside = said(&Server::new(&flags).second().await);
+    assert!(beside.contains("is not the one of the database"), "another node is there: {beside}");
+    first.terminate().await;
+    let mut second = Server::start(&flags).await;
+    upload(&mut second.client().await, input(1)).await;
+    second.terminate().await;
+    let refusal = said(&Server::new(&flags).second().await);
+    assert!(refusal.contains("is not the one of the database"), "it has a file: {refusal}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn servers_that_start_together_on_a_new_database_agree_on_one_id() {
     let Some(database) = postgres::database().await else { return };
     let objects = tempfile::tempdir().unwrap();
