@@ -198,7 +198,7 @@ pub async fn run(command: WebhooksCommand, client: &Client) -> anyhow::Result<()
         WebhooksCommand::DeadLetters(command) => dead_letters(command, client).await,
         WebhooksCommand::Deliveries(command) => deliveries(command, client).await,
         WebhooksCommand::Endpoints(command) => endpoints(command, client).await,
-        WebhooksCommand::Verify(args) => check(args),
+        WebhooksCommand::Verify(args) => check(&args),
         WebhooksCommand::Listen(args) => listen(args).await,
     }
 }
@@ -354,7 +354,7 @@ async fn switch(client: &Client, id: String, off: bool, reason: String) -> anyho
     Ok(client.webhooks().update_endpoint(request).await?.into_inner())
 }
 
-fn check(args: VerifyArgs) -> anyhow::Result<()> {
+fn check(args: &VerifyArgs) -> anyhow::Result<()> {
     let text = fs::read_to_string(&args.headers).with_context(|| args.headers.display().to_string())?;
     let mut headers = HeaderMap::new();
     for line in text.lines().filter(|line| line.contains(':')) {
