@@ -72,12 +72,11 @@ async fn more_calls_than_connections_wait_their_turn() {
     let few = db.with_connections(2).await;
     let file = db.file(1).await;
     let mut calls = tokio::task::JoinSet::new();
-    // Thirty times as many as connections; few enough that a slow disk commits them within the time for a connection.
-    for _ in 0..60 {
+    for _ in 0..200 {
         let (few, new) = (few.clone(), new_batch(&file.id));
         calls.spawn(async move { few.create_batch(new).await.map(|_| ()) });
     }
     let failed = calls.join_all().await.into_iter().filter(Result::is_err).count();
     assert_eq!(failed, 0);
-    assert_eq!(db.number("SELECT count(*) FROM batches").await, 60);
+    assert_eq!(db.number("SELECT count(*) FROM batches").await, 200);
 }
