@@ -233,6 +233,8 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
     // The state is written out: only then do the databases use the index of what is pending.
     const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.owner = v.value ->> 0 \
          AND w.target = v.value ->> 1 AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
+    // Of the rows that were found: a search by id does not keep the order that it got the ids in.
+    const ORDER: &str = "ORDER BY d.owner, d.target, d.next_attempt_at, d.id";
     let rows = groups::rows(tx);
     let targets = groups::json(shares.iter().map(|share| (&share.owner, &share.target, share.count)))?;
     let most = shares.iter().map(|share| share.count).max().unwrap_or(0);
@@ -247,7 +249,8 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
             DatabaseBackend::Sqlite,
             format!(
                 "SELECT {columns} FROM {rows} CROSS JOIN webhook_deliveries d WHERE d.id IN (SELECT id FROM \
-                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 2)"
+                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 2) \
+                 {ORDER}"
             ),
             [targets.into(), at.0.into(), most.into()],
         ),
@@ -255,7 +258,7 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
             backend,
             format!(
                 "SELECT {columns} FROM {rows} CROSS JOIN LATERAL (SELECT w.* {DUE} \
-                 LIMIT CAST(v.value ->> 2 AS BIGINT) FOR UPDATE SKIP LOCKED) d"
+                 LIMIT CAST(v.value ->> 2 AS BIGINT) FOR UPDATE SKIP LOCKED) d {ORDER}"
             ),
             [targets.into(), at.0.into()],
         ),
