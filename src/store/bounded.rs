@@ -4,6 +4,8 @@
 //!
 //! A transaction with a statement that was given up is never committed, except by the COMMIT that was given up itself:
 //! that one may or may not have happened, as with any answer that gets lost.
+//!
+//! Calls wait for a connection in [`Turns`], for as long as the database answers others.
 
 use std::{
     future::Future,
@@ -20,10 +22,12 @@ use sea_orm::{
     TransactionOptions, TransactionTrait,
 };
 use sqlx::{Connection, PgConnection, postgres::PgPoolOptions};
-use tokio::time::timeout;
+use tokio::time::{Instant as Moment, timeout, timeout_at};
 
-/// The longest that one statement may take, the wait for a connection included. Far above what any needs, and above the
-/// time for which a frozen node's transaction can hold a lock.
+use super::turns::{Turn, Turns};
+
+/// The longest that one statement may take; the wait for a connection counts from the database's last answer to anybody.
+/// Far above what any needs, and above the time for which a frozen node's transaction can hold a lock.
 pub(super) const ANSWER: Duration = Duration::from_secs(15);
 /// How long a connection may take to come to itself when a statement on it was given up.
 const RECOVERY: Duration = Duration::from_secs(5);
@@ -83,55 +87,84 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// Waits for a statement, at most [`ANSWER`] where there is a `silence` to note.
+/// What bounds the calls to PostgreSQL. SQLite has none of it: a file does not hang.
+#[derive(Clone, Debug)]
+pub(super) struct Bounds {
+    pub(super) silence: Silence,
+    pub(super) turns: Turns,
+}
+
+impl Bounds {
+    /// Waits for a statement until then.
+    async fn until<T>(&self, by: Moment, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
+        let statement = pin!(timeout_at(by, statement));
+        // Dropped before the statement, and so before its connection goes back to the pool.
+        let mut unfinished = Unfinished(Some(&self.silence));
+        match statement.await {
+            Ok(done) => {
+                unfinished.0 = None;
+                self.turns.note(&done);
+                done
+            }
+            Err(_) => {
+                let error = format!("no answer from PostgreSQL within {} s", ANSWER.as_secs());
+                Err(DbErr::Conn(RuntimeErr::Internal(error)))
+            }
+        }
+    }
+}
+
+/// Waits for a statement on a connection that the caller has, at most [`ANSWER`].
 async fn within<T>(
-    silence: Option<&Silence>,
+    bounds: Option<&Bounds>,
     statement: impl Future<Output = Result<T, DbErr>> + Send,
 ) -> Result<T, DbErr> {
-    if silence.is_none() {
-        return statement.await;
+    match bounds {
+        Some(bounds) => bounds.until(Moment::now() + ANSWER, statement).await,
+        None => statement.await,
     }
-    let statement = pin!(timeout(ANSWER, statement));
-    // Dropped before the statement, and so before its connection goes back to the pool.
-    let mut unfinished = Unfinished(silence);
-    match statement.await {
-        Ok(done) => {
-            unfinished.0 = None;
-            done
-        }
-        Err(_) => {
-            let error = format!("no answer from PostgreSQL within {} s", ANSWER.as_secs());
-            Err(DbErr::Conn(RuntimeErr::Internal(error)))
-        }
-    }
+}
+
+/// Waits for a connection's turn, then for a statement that takes the connection from the pool.
+async fn in_turn<T>(
+    bounds: Option<&Bounds>,
+    statement: impl Future<Output = Result<T, DbErr>> + Send,
+) -> Result<(T, Option<Turn>), DbErr> {
+    let Some(bounds) = bounds else { return Ok((statement.await?, None)) };
+    let turn = bounds.turns.wait().await?;
+    Ok((bounds.until(turn.alive + ANSWER, statement).await?, Some(turn)))
 }
 
 /// A pool of connections. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Pool {
     inner: DatabaseConnection,
-    /// None on SQLite: a file does not hang.
-    silence: Option<Silence>,
+    bounds: Option<Bounds>,
     /// How many statements have been sent, in transactions or not.
     statements: Arc<AtomicU64>,
 }
 
 impl Pool {
-    pub(super) fn new(inner: DatabaseConnection, silence: Option<Silence>) -> Self {
-        Self { inner, silence, statements: Arc::default() }
+    pub(super) fn new(inner: DatabaseConnection, bounds: Option<Bounds>) -> Self {
+        Self { inner, bounds, statements: Arc::default() }
     }
 
     pub(super) fn statements(&self) -> u64 {
         self.statements.load(Ordering::Relaxed)
     }
 
+    async fn bounded<T>(&self, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
+        // The turn ends here, after the statement.
+        Ok(in_turn(self.bounds.as_ref(), statement).await?.0)
+    }
+
     pub(super) async fn begin(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
-        let inner = within(self.silence.as_ref(), self.inner.begin_with_options(options)).await?;
-        Ok(DatabaseTransaction { inner, silence: self.silence.clone(), statements: self.statements.clone() })
+        let (inner, turn) = in_turn(self.bounds.as_ref(), self.inner.begin_with_options(options)).await?;
+        Ok(DatabaseTransaction { inner, bounds: self.bounds.clone(), statements: self.statements.clone(), _turn: turn })
     }
 
     pub(super) async fn ping(&self) -> Result<(), DbErr> {
-        within(self.silence.as_ref(), self.inner.ping()).await
+        self.bounded(self.inner.ping()).await
     }
 
     /// Closes the connections, but waits for none that is in use for longer than [`RECOVERY`].
@@ -145,8 +178,10 @@ impl Pool {
 #[derive(Debug)]
 pub(super) struct DatabaseTransaction {
     inner: sea_orm::DatabaseTransaction,
-    silence: Option<Silence>,
+    bounds: Option<Bounds>,
     statements: Arc<AtomicU64>,
+    /// After the transaction, so that the connection is back before the next turn begins.
+    _turn: Option<Turn>,
 }
 
 impl DatabaseTransaction {
@@ -155,8 +190,12 @@ impl DatabaseTransaction {
         &self.inner
     }
 
+    async fn bounded<T>(&self, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
+        within(self.bounds.as_ref(), statement).await
+    }
+
     pub(super) async fn commit(self) -> Result<(), DbErr> {
-        within(self.silence.as_ref(), self.inner.commit()).await
+        within(self.bounds.as_ref(), self.inner.commit()).await
     }
 }
 
@@ -170,22 +209,22 @@ macro_rules! bounded {
 
             async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
                 self.statements.fetch_add(1, Ordering::Relaxed);
-                within(self.silence.as_ref(), self.inner.execute_raw(statement)).await
+                self.bounded(self.inner.execute_raw(statement)).await
             }
 
             async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
                 self.statements.fetch_add(1, Ordering::Relaxed);
-                within(self.silence.as_ref(), self.inner.execute_unprepared(sql)).await
+                self.bounded(self.inner.execute_unprepared(sql)).await
             }
 
             async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
                 self.statements.fetch_add(1, Ordering::Relaxed);
-                within(self.silence.as_ref(), self.inner.query_one_raw(statement)).await
+                self.bounded(self.inner.query_one_raw(statement)).await
             }
 
             async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
                 self.statements.fetch_add(1, Ordering::Relaxed);
-                within(self.silence.as_ref(), self.inner.query_all_raw(statement)).await
+                self.bounded(self.inner.query_all_raw(statement)).await
             }
         }
     )*};

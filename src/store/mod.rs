@@ -24,6 +24,7 @@ mod parts;
 mod queue;
 mod reach;
 mod schema;
+mod turns;
 mod wanted;
 mod webhooks;
 mod workers;
@@ -61,7 +62,8 @@ pub use webhooks::{
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 
-use bounded::{DatabaseTransaction, Pool, Silence};
+use bounded::{Bounds, DatabaseTransaction, Pool, Silence};
+use turns::Turns;
 
 use crate::domain::{BatchId, Timestamp};
 
@@ -79,7 +81,8 @@ const SQLITE_WRITE_CACHE: &str = "-16384";
 const SQLITE_READ_CACHE: &str = "-2000";
 /// Between two tries to open a SQLite file that another process has for itself for the moment.
 const SQLITE_RETRY: Duration = Duration::from_millis(20);
-/// How long a call waits for a connection to PostgreSQL, whether all are in use or the database is away.
+/// How long a call waits for a connection to PostgreSQL while the database answers nobody: it is away, or all connections
+/// are in use and stand still.
 const ACQUIRE: Duration = Duration::from_secs(5);
 /// Changes that a slow listener may lag behind before it is told to look at everything again.
 const CHANGES: usize = 4_096;
@@ -211,7 +214,7 @@ impl Store {
             )),
             error => error.into(),
         })?;
-        let pool = Pool::new(pool, Some(silence));
+        let pool = Pool::new(pool, Some(Bounds { silence, turns: Turns::new(connections, ACQUIRE) }));
         Ok(Self::of(pool.clone(), pool))
     }
 

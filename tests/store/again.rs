@@ -1,9 +1,9 @@
 //! What PostgreSQL refuses because of somebody else is done again by the store; what must wait, waits.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sea_orm::{ConnectionTrait, TransactionTrait};
-use tidemill::{domain::NodeId, store::Commit};
+use tidemill::{domain::NodeId, store::{Commit, StoreError}};
 
 use crate::fixture::{Db, LEASE, new_batch, part};
 
@@ -71,12 +71,47 @@ async fn more_calls_than_connections_wait_their_turn() {
     let Some(db) = Db::postgres().await else { return };
     let few = db.with_connections(2).await;
     let file = db.file(1).await;
+    // Each takes so long that all together take longer than any would wait for a connection that does not come.
+    db.execute(
+        "CREATE FUNCTION slow() RETURNS trigger AS 'BEGIN PERFORM pg_sleep(0.06); RETURN NEW; END' LANGUAGE plpgsql; \
+         CREATE TRIGGER slow BEFORE INSERT ON batches FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    .await;
+    let began = Instant::now();
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..200 {
         let (few, new) = (few.clone(), new_batch(&file.id));
         calls.spawn(async move { few.create_batch(new).await.map(|_| ()) });
     }
-    let failed = calls.join_all().await.into_iter().filter(Result::is_err).count();
-    assert_eq!(failed, 0);
+    let failed: Vec<_> = calls.join_all().await.into_iter().filter_map(Result::err).collect();
+    assert!(failed.is_empty(), "{} of 200 failed, one as: {}", failed.len(), failed[0]);
     assert_eq!(db.number("SELECT count(*) FROM batches").await, 200);
+    assert!(began.elapsed() > Duration::from_secs(5), "this has tested nothing: {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_call_is_refused_when_the_connections_stand_still() {
+    let Some(db) = Db::postgres().await else { return };
+    let few = db.with_connections(2).await;
+    let file = db.file(1).await;
+    let lock = db.raw.begin().await.unwrap();
+    lock.execute_unprepared("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let mut stuck = tokio::task::JoinSet::new();
+    for _ in 0..2 {
+        let (few, new) = (few.clone(), new_batch(&file.id));
+        stuck.spawn(async move { few.create_batch(new).await.map(|_| ()) });
+    }
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    while db.number(waiting).await < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let refused = few.ping().await.unwrap_err();
+    assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
+    assert_eq!(db.number(waiting).await, 2, "it was refused while they stood still");
+    lock.rollback().await.unwrap();
+    for done in stuck.join_all().await {
+        done.unwrap();
+    }
+    few.ping().await.unwrap();
 }
