@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use sea_orm::{ConnectionTrait, TransactionTrait};
-use tidemill::{domain::NodeId, store::{Commit, StoreError}};
+use tidemill::{
+    domain::NodeId,
+    store::{Commit, StoreError},
+};
 
 use crate::fixture::{Db, LEASE, new_batch, part};
 
