@@ -3,6 +3,7 @@
 //! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
 //! name. Names are never reused, so an object never changes once it can be read.
 
+mod deletes;
 mod identity;
 mod local;
 
@@ -30,6 +31,7 @@ use object_store::{
 };
 use url::Url;
 
+pub use deletes::Deleted;
 pub use identity::ID_KEY;
 
 use crate::words::{self, Peer};
@@ -380,10 +382,7 @@ impl Blobs {
     /// [`BlobError::Failed`].
     pub async fn delete(&self, key: &str) -> Result<(), BlobError> {
         self.is_still_ours().await?;
-        match self.store.delete(&Path::from(key)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        self.delete_unchecked(key).await
     }
 
     /// Removes files of a directory that have been half written and left: nobody has added to them for an hour. An upload is
@@ -413,9 +412,13 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Failed`].
     pub async fn list(&self, prefix: &str) -> Result<Vec<String>, BlobError> {
-        let keys =
-            self.store.list(Some(&Path::from(prefix))).map_ok(|meta| meta.location.to_string()).try_collect().await?;
-        Ok(keys)
+        self.walk(prefix).try_collect().await
+    }
+
+    /// The same, as they come: there may be more than fit into memory.
+    pub fn walk(&self, prefix: &str) -> impl Stream<Item = Result<String, BlobError>> + Send + 'static + use<> {
+        let objects = self.store.list(Some(&Path::from(prefix)));
+        objects.map_ok(|meta| meta.location.to_string()).map_err(BlobError::from)
     }
 }
 

@@ -14,6 +14,7 @@ mod m20261130_000006_webhook_shares;
 mod m20261130_000007_blob_store_id;
 mod m20261201_000006_fair_claims;
 mod m20261201_000007_checksums;
+mod m20261202_000008_leftovers;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -31,6 +32,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261130_000007_blob_store_id::Migration),
             Box::new(m20261201_000006_fair_claims::Migration),
             Box::new(m20261201_000007_checksums::Migration),
+            Box::new(m20261202_000008_leftovers::Migration),
         ]
     }
 }

@@ -80,7 +80,18 @@ impl Checkpoint {
         metrics::counter!("tidemill_parts_total").increment(1);
         match commit {
             Commit::Done => Ok(part),
-            Commit::Fenced | Commit::Incomplete => Err(Stop::Lost),
+            Commit::Fenced | Commit::Incomplete => {
+                self.note_leftovers().await;
+                Err(Stop::Lost)
+            }
+        }
+    }
+
+    /// What this run has written since it lost its lease is named by nobody, and whoever ended the batch may have looked for
+    /// such objects before this one was there.
+    async fn note_leftovers(&self) {
+        if let Err(error) = self.store.note_leftovers(&self.segment.batch).await {
+            tracing::warn!(segment = %self.segment, %error, "an object that nothing names could not be noted");
         }
     }
 
@@ -110,7 +121,10 @@ impl Checkpoint {
         fault::point(Fault::SegmentFinished);
         match commit {
             Commit::Done => Ok(()),
-            Commit::Fenced => Err(Stop::Lost),
+            Commit::Fenced => {
+                self.note_leftovers().await;
+                Err(Stop::Lost)
+            }
             Commit::Incomplete => Err(Stop::Incomplete),
         }
     }

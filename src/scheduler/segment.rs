@@ -253,15 +253,18 @@ impl Run {
     }
 
     /// Deletes objects that an earlier owner wrote and did not live to name. It can't name them any more either: its epoch
-    /// is over. What can't be deleted now lies there until the segment is claimed again; it harms nothing.
+    /// is over. What can't be deleted now lies there until the segment is claimed again, or until its batch has ended: then
+    /// [`super::sweeps`] looks for it.
     async fn remove_orphans(&self, named: &[Part]) {
         let Ok(keys) = self.blobs.list(&results::folder(&self.claimed.segment)).await else { return };
-        for key in keys {
-            let old = results::epoch_of(&key).is_some_and(|epoch| epoch < self.claimed.epoch);
-            if old && named.iter().all(|part| part.content.object_key != key) {
-                tracing::info!(key, "an object of a crashed owner is deleted");
-                let _ = self.blobs.delete(&key).await;
-            }
+        let orphans: Vec<String> = keys
+            .into_iter()
+            .filter(|key| results::epoch_of(key).is_some_and(|epoch| epoch < self.claimed.epoch))
+            .filter(|key| named.iter().all(|part| part.content.object_key != *key))
+            .collect();
+        if !orphans.is_empty() {
+            tracing::info!(segment = %self.claimed.segment, ?orphans, "objects of a crashed owner are deleted");
+            self.blobs.delete_all(orphans).await;
         }
     }
 

@@ -7,7 +7,8 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{
     blobs::Blobs,
-    fault,
+    domain::BatchId,
+    fault, results,
     store::{Store, StoreError},
     supervise::Part,
 };
@@ -20,13 +21,15 @@ const GARBAGE: Duration = Duration::from_secs(10);
 const HALF_WRITTEN: Duration = Duration::from_secs(3_600);
 /// Windows and objects at a time.
 const SOME: u64 = 500;
-/// Objects that are deleted at the same time.
-const DELETES: usize = 16;
+/// Ended batches a sweep whose folders are looked through for objects that no row names.
+const FOLDERS: u64 = 16;
+/// Objects of such a folder at a time.
+const OBJECTS: usize = 500;
 
 /// Sweeps for ever: it may be dropped at any moment. Each sweep goes at its own pace, so a blob store that is slow to delete
 /// keeps no window open.
 pub(super) async fn run(store: Store, blobs: Blobs) {
-    tokio::join!(windows(&store), garbage(&store, &blobs), half_written(&blobs));
+    tokio::join!(windows(&store), garbage(&store, &blobs), leftovers(&store, &blobs), half_written(&blobs));
 }
 
 fn every(period: Duration) -> tokio::time::Interval {
@@ -69,18 +72,60 @@ async fn garbage(store: &Store, blobs: &Blobs) {
 async fn collect(store: &Store, blobs: &Blobs) -> Result<u64, StoreError> {
     let taken = store.take_garbage(SOME).await?;
     let count = taken.len() as u64;
-    let deletes = futures::stream::iter(taken).map(|key| async move { (blobs.delete(&key).await, key) });
-    let gone = deletes.buffer_unordered(DELETES).filter_map(async |(deleted, key)| match deleted {
-        Ok(()) => Some(key),
-        Err(error) => {
-            tracing::warn!(%key, %error, "an object could not be deleted; it is tried again later");
-            None
-        }
-    });
-    let gone: Vec<String> = gone.collect().await;
-    if !gone.is_empty() {
-        store.forget_garbage(&gone).await?;
+    if taken.is_empty() {
+        return Ok(0);
     }
+    let deleted = blobs.delete_all(taken).await;
+    if let Some(error) = deleted.error {
+        let objects = count.saturating_sub(deleted.gone.len() as u64);
+        tracing::warn!(objects, %error, "objects could not be deleted; they are tried again later");
+    }
+    if !deleted.gone.is_empty() {
+        store.forget_garbage(&deleted.gone).await?;
+    }
+    Ok(count)
+}
+
+async fn leftovers(store: &Store, blobs: &Blobs) {
+    let mut ticks = every(GARBAGE);
+    loop {
+        ticks.tick().await;
+        let batches = match store.take_leftovers(FOLDERS).await {
+            Ok(batches) => batches,
+            Err(error) => {
+                tracing::warn!(%error, "leftovers could not be looked for; the next sweep tries again");
+                continue;
+            }
+        };
+        for batch in batches {
+            match look_through(store, blobs, &batch).await {
+                Ok(0) => {}
+                Ok(objects) => tracing::info!(%batch, objects, "objects that nothing names are deleted"),
+                Err(error) => {
+                    tracing::warn!(%batch, error, "leftovers could not be deleted; they are looked for later")
+                }
+            }
+        }
+    }
+}
+
+/// Deletes the objects of an ended batch that no row names. Returns how many.
+async fn look_through(store: &Store, blobs: &Blobs, batch: &BatchId) -> Result<usize, String> {
+    let mut found = blobs.walk(&results::prefix(batch)).chunks(OBJECTS);
+    let (mut count, mut failed) = (0, None);
+    while let Some(some) = found.next().await {
+        let some: Vec<String> = some.into_iter().collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+        let unnamed = store.unnamed_objects(batch, some).await.map_err(|error| error.to_string())?;
+        if !unnamed.is_empty() {
+            let deleted = blobs.delete_all(unnamed).await;
+            count += deleted.gone.len();
+            failed = failed.or(deleted.error);
+        }
+    }
+    if let Some(error) = failed {
+        return Err(error.to_string());
+    }
+    store.forget_leftovers(batch).await.map_err(|error| error.to_string())?;
     Ok(count)
 }
 

@@ -12,7 +12,7 @@ use super::{
     DatabaseTransaction, Store, StoreError,
     convert::{self, to_json},
     entity::{batch, batch_event, counter, file, segment},
-    webhooks,
+    leftovers, webhooks,
 };
 use crate::domain::{
     Batch, BatchId, BatchStatus, FileId, Revision, Sequence, Timestamp, TokenUsage,
@@ -118,6 +118,9 @@ async fn enter(
     }
     if status.is_terminal() && status != BatchStatus::Failed {
         write_result_files(tx, row, at).await?;
+    }
+    if status.is_terminal() {
+        leftovers::note(tx, &row.id, at).await?;
     }
     append(tx, row, at).await?;
     if telling == Telling::Nobody {

@@ -16,6 +16,7 @@ mod events;
 mod files;
 mod garbage;
 mod identity;
+mod leftovers;
 mod nodes;
 mod notify;
 mod opening;

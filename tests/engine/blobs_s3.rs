@@ -71,3 +71,29 @@ async fn a_merge_that_fails_leaves_no_upload_behind() {
     merge(&blobs, &[&one_row, &other_row], "final".into()).await.unwrap();
     assert_eq!(blobs.get("final").await.unwrap().len(), 2 * ((4 << 20) + 1));
 }
+
+#[tokio::test]
+async fn many_objects_are_deleted_by_one_request_unless_it_is_switched_off() {
+    tidemill::telemetry::install_tls_provider();
+    for bulk in [true, false] {
+        let s3 = S3::start().await;
+        let mut environment = s3.environment();
+        environment.push(("AWS_DISABLE_BULK_DELETE".into(), (!bulk).to_string()));
+        let blobs = Blobs::url_with(&format!("s3://{BUCKET}/p"), environment).unwrap();
+        let keys: Vec<String> = (0..60).map(|number| format!("results/b/{number:06}/1-1")).collect();
+        for key in &keys {
+            blobs.put(key, "x".into()).await.unwrap();
+        }
+        blobs.put("results/c/000000/1-1", "x".into()).await.unwrap();
+        let before = s3.requests();
+        let mut deleted = blobs.delete_all(keys.clone()).await;
+        let requests = s3.requests() - before;
+        deleted.gone.sort();
+        assert!(deleted.error.is_none() && deleted.gone == keys, "{deleted:?}");
+        assert_eq!(s3.keys(), ["p/results/c/000000/1-1"]);
+        assert_eq!(requests, if bulk { 1 } else { 60 });
+        s3.break_it(On::Writes, Fault::Status(403, "AccessDenied"));
+        let deleted = blobs.delete_all(keys).await;
+        assert!(deleted.gone.is_empty() && deleted.error.is_some());
+    }
+}

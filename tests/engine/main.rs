@@ -13,6 +13,7 @@ mod faulty;
 mod gateways;
 mod ghosts;
 mod harness;
+mod leftovers;
 mod lifecycle;
 mod limits;
 mod order;

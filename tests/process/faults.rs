@@ -1,9 +1,9 @@
 //! The process dies between two writes, at every pair of them there is, and is started again: the batch completes once, its
 //! webhook tells so, under one id.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database};
+use sea_orm::{ConnectionTrait, Database, Statement};
 use tidemill::{
     fault::Fault,
     pb::{
@@ -133,6 +133,40 @@ impl World {
         tokio::time::timeout(Duration::from_secs(60), settled).await.expect("the webhook is delivered or dead")
     }
 
+    /// Every object of results is named by a row; also when the dead server, or one that was frozen, comes to write what it
+    /// was about to.
+    async fn nothing_is_left(&self, batch: &str) {
+        let file = self.server.folder().join("tidemill.db");
+        let url = self.database.clone().unwrap_or_else(|| format!("sqlite://{}", file.display()));
+        let database = Database::connect(&url).await.unwrap();
+        let blobs = self.server.folder().join("blobs");
+        let unnamed = async || {
+            // Files first: what goes meanwhile has been garbage.
+            let found = files(&blobs, "results");
+            let sql = "SELECT object_key FROM parts UNION SELECT object_key FROM segments WHERE object_key IS NOT NULL \
+                       UNION SELECT object_key FROM garbage";
+            let statement = Statement::from_string(database.get_database_backend(), sql);
+            let rows = database.query_all_raw(statement).await.unwrap();
+            let named: Vec<String> = rows.iter().map(|row| row.try_get("", "object_key").unwrap()).collect();
+            found.into_iter().filter(|key| !named.contains(key)).collect::<Vec<String>>()
+        };
+        assert!(unnamed().await.is_empty(), "{:?}", unnamed().await);
+        std::fs::write(blobs.join(format!("results/{batch}/000000/1-98")), "late").unwrap();
+        // As if an hour had passed since the end.
+        assert_eq!(
+            database.execute_unprepared("UPDATE leftovers SET look_after = 1").await.unwrap().rows_affected(),
+            1
+        );
+        let swept = async {
+            while !unnamed().await.is_empty() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), swept).await.expect("what nothing names is deleted");
+        database.close().await.unwrap();
+        assert_complete(&mut self.server.client().await, batch, LINES).await;
+    }
+
     /// The batch is complete, its delivery as told, and every request that the receiver got was this one event.
     async fn check(&self, batch: &str, state: DeliveryState, outcomes: &[&str], attempts: &[&str]) {
         let delivery = self.settled(batch).await;
@@ -152,6 +186,21 @@ impl World {
             assert_eq!(webhook.body["output_file_id"], found.output_file_id.as_str());
         }
     }
+}
+
+/// The files below a folder, by their paths in it.
+fn files(folder: &Path, within: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder.join(within)).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("{within}/{}", entry.file_name().to_str().unwrap());
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(files(folder, &name));
+        } else {
+            found.push(name);
+        }
+    }
+    found
 }
 
 async fn dies_and_completes(database: Option<String>, fault: Fault, visit: u32, attempts: &[&str]) {
@@ -175,6 +224,7 @@ async fn dies_and_completes(database: Option<String>, fault: Fault, visit: u32, 
     let inputs = std::fs::read_dir(world.server.folder().join("blobs/inputs")).unwrap().count();
     // What an upload left that no row names goes with the sweep of the note that was made of it.
     assert_eq!(inputs, 1 + usize::from(fault == Fault::UploadObject));
+    world.nothing_is_left(&batch).await;
     world.server.kill().await;
 }
 

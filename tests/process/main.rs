@@ -208,6 +208,47 @@ async fn what_was_answered_survives_a_kill_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_is_killed_leaves_nothing_behind() {
     let mut server = Server::start(&[]).await;
+    let inputs = server.folder().join("blobs/inputs");
+    killed_half_way(&mut server, &inputs).await;
+    server.restart().await;
+    assert_eq!(entries(&inputs), 0, "what was half written is gone");
+    let mut client = server.client().await;
+    let files = client.list_files(tidemill::pb::ListFilesRequest::default()).await.unwrap().into_inner();
+    assert!(files.files.is_empty());
+    server.kill().await;
+}
+
+/// A directory that others use as well: what is half written there may be theirs, until nobody has added to it for an hour.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_is_killed_on_a_shared_directory_goes_within_hours() {
+    let shared = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", shared.path().display());
+    let mut server = Server::start(&["--blobs", &url]).await;
+    let inputs = shared.path().join("inputs");
+    killed_half_way(&mut server, &inputs).await;
+    server.restart().await;
+    assert_eq!(entries(&inputs), 1, "another server may be at it");
+    server.kill().await;
+    for entry in std::fs::read_dir(&inputs).unwrap() {
+        let file = std::fs::File::options().write(true).open(entry.unwrap().path()).unwrap();
+        file.set_modified(std::time::SystemTime::now() - Duration::from_secs(2 * 3_600)).unwrap();
+    }
+    server.restart().await;
+    let gone = async {
+        while entries(&inputs) > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(60), gone).await.is_ok(), "it is still there");
+    server.kill().await;
+}
+
+fn entries(folder: &std::path::Path) -> usize {
+    std::fs::read_dir(folder).map(Iterator::count).unwrap_or(0)
+}
+
+/// The server is killed while it has half an upload, of which these are the objects.
+async fn killed_half_way(server: &mut Server, inputs: &std::path::Path) {
     let mut client = server.client().await;
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
     let spec = FileSpec { filename: "half.jsonl".into(), ..FileSpec::default() };
@@ -225,24 +266,16 @@ async fn an_upload_that_is_killed_leaves_nothing_behind() {
     let uploading = tokio::spawn(async move {
         client.upload_file(tokio_stream::wrappers::ReceiverStream::new(receiver)).await.map(|_| ())
     });
-    let inputs = server.folder().join("blobs/inputs");
-    let staged = || std::fs::read_dir(&inputs).map(Iterator::count).unwrap_or(0);
     for _ in 0..500 {
-        if staged() > 0 {
+        if entries(inputs) > 0 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert!(staged() > 0, "the upload is under way");
+    assert!(entries(inputs) > 0, "the upload is under way");
     server.kill().await;
     assert!(uploading.await.unwrap().is_err());
     sending.abort();
-    server.restart().await;
-    assert_eq!(staged(), 0, "what was half written is gone");
-    let mut client = server.client().await;
-    let files = client.list_files(tidemill::pb::ListFilesRequest::default()).await.unwrap().into_inner();
-    assert!(files.files.is_empty());
-    server.kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ pub(super) mod counter;
 pub(super) mod file;
 pub(super) mod file_segment;
 pub(super) mod garbage;
+pub(super) mod leftover;
 pub(super) mod node;
 pub(super) mod part;
 pub(super) mod segment;

@@ -1,0 +1,150 @@
+//! Objects of results that no row names: a server was killed after it had written one, or lost its lease, or its blob store
+//! wrote one and said that it had not. The next claim of the segment deletes what older epochs left; what is left when the
+//! batch has ended is found here, by a look at the batch's folder.
+//!
+//! Nothing of an ended batch is committed any more, so an object that no row names then will never be named.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QuerySelect, Set, Statement,
+    sea_query::OnConflict,
+};
+
+use super::{
+    Store, StoreError,
+    again::again,
+    convert,
+    entity::{batch, garbage, leftover, part, segment},
+    now,
+};
+use crate::{
+    domain::{BatchId, Timestamp},
+    results,
+};
+
+/// How long after the end of a batch its folder is looked through. A server that was cut off or frozen may write an object
+/// that late; one that is frozen for longer notes its batch once more when it finds that it has lost its lease.
+const AFTER: Duration = Duration::from_secs(3_600);
+/// How long a batch that was taken does not come up again: its folder is being looked through.
+const TAKEN: Duration = Duration::from_secs(900);
+
+impl Store {
+    /// Notes that a batch may have objects that no row names.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_leftovers(&self, of: &BatchId) -> Result<(), StoreError> {
+        again(|| async { note(&self.inner.write, of.as_str(), now(self.read()).await?).await }).await
+    }
+
+    /// Takes ended batches whose folders are to be looked through, at most `limit`. They come up again after a while unless
+    /// they are forgotten, so that each is looked at by one node, and by another one if that dies.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn take_leftovers(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+        again(|| self.take_leftovers_once(limit)).await
+    }
+
+    async fn take_leftovers_once(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+        let at = now(self.read()).await?;
+        // As a rule there is none, and SQLite's only writer is not to be asked for that.
+        let due = leftover::Entity::find().filter(leftover::Column::LookAfter.lte(at.0)).one(self.read()).await?;
+        if due.is_none() {
+            return Ok(Vec::new());
+        }
+        let backend = self.inner.write.get_database_backend();
+        let due = "SELECT batch_id FROM leftovers WHERE look_after <= $2 ORDER BY look_after LIMIT $3";
+        let of_these = match backend {
+            DatabaseBackend::Sqlite => format!("IN ({due})"),
+            // As an array it is worked out once, whatever the plan.
+            _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
+        };
+        let sql = format!("UPDATE leftovers SET look_after = $1 WHERE batch_id {of_these} RETURNING batch_id");
+        let values = [at.plus(TAKEN).0.into(), at.0.into(), i64::try_from(limit).unwrap_or(i64::MAX).into()];
+        let rows = self.inner.write.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
+        rows.iter().map(|row| Ok(BatchId::from_text(row.try_get::<String>("", "batch_id")?))).collect()
+    }
+
+    /// The folder of a batch that was taken has been looked through. A note that was made since stays.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn forget_leftovers(&self, of: &BatchId) -> Result<(), StoreError> {
+        again(|| async {
+            let taken = leftover::Column::LookAfter.lte(now(self.read()).await?.plus(TAKEN).0);
+            leftover::Entity::delete_by_id(of.as_str()).filter(taken).exec(&self.inner.write).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Those of these objects, found in a batch's folder, that no row names and none will: none of them while the batch has
+    /// not ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unnamed_objects(&self, of: &BatchId, found: Vec<String>) -> Result<Vec<String>, StoreError> {
+        // Before the names are read: what is committed later than this would be taken for unnamed.
+        let status: Option<String> = batch::Entity::find_by_id(of.as_str())
+            .select_only()
+            .column(batch::Column::Status)
+            .into_tuple()
+            .one(self.read())
+            .await?;
+        match status {
+            Some(status) if convert::status(&status)?.is_terminal() => {}
+            // Every batch has a row: one that is not seen is no reason to delete anything.
+            Some(_) | None => return Ok(Vec::new()),
+        }
+        // What has another name was not written by a run.
+        let found: Vec<(String, i32)> = found
+            .into_iter()
+            .filter_map(|key| Some((results::segment_of(of, &key)?, key)))
+            .map(|(i, k)| (k, i))
+            .collect();
+        let mut segments: Vec<i32> = found.iter().map(|(_, index)| *index).collect();
+        segments.dedup();
+        let mut named: Vec<String> = Vec::new();
+        // In the order in which a name may move from one to the next.
+        for some in segments.chunks(1_000) {
+            let of_parts = part::Entity::find()
+                .select_only()
+                .column(part::Column::ObjectKey)
+                .filter(part::Column::BatchId.eq(of.as_str()))
+                .filter(part::Column::SegmentIdx.is_in(some.iter().copied()));
+            named.extend(of_parts.into_tuple::<String>().all(self.read()).await?);
+            let of_segments = segment::Entity::find()
+                .select_only()
+                .column(segment::Column::ObjectKey)
+                .filter(segment::Column::BatchId.eq(of.as_str()))
+                .filter(segment::Column::Idx.is_in(some.iter().copied()))
+                .filter(segment::Column::ObjectKey.is_not_null());
+            named.extend(of_segments.into_tuple::<String>().all(self.read()).await?);
+        }
+        let keys: Vec<&str> = found.iter().map(|(key, _)| key.as_str()).collect();
+        for some in keys.chunks(1_000) {
+            // Readers may still have these; they are deleted in their time.
+            let let_go = garbage::Entity::find()
+                .select_only()
+                .column(garbage::Column::ObjectKey)
+                .filter(garbage::Column::ObjectKey.is_in(some.iter().copied()));
+            named.extend(let_go.into_tuple::<String>().all(self.read()).await?);
+        }
+        let named: std::collections::HashSet<String> = named.into_iter().collect();
+        Ok(found.into_iter().map(|(key, _)| key).filter(|key| !named.contains(key)).collect())
+    }
+}
+
+/// Notes a batch, to be looked at when what may still be written has been written.
+pub(super) async fn note<C: ConnectionTrait>(tx: &C, batch: &str, at: Timestamp) -> Result<(), StoreError> {
+    let row = leftover::ActiveModel { batch_id: Set(batch.to_owned()), look_after: Set(at.plus(AFTER).0) };
+    leftover::Entity::insert(row)
+        .on_conflict(
+            OnConflict::column(leftover::Column::BatchId).update_column(leftover::Column::LookAfter).to_owned(),
+        )
+        .exec_without_returning(tx)
+        .await?;
+    Ok(())
+}
