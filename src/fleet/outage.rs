@@ -6,7 +6,8 @@
 //! at growing intervals. What fails meanwhile uses up no try. The first success ends it.
 //!
 //! A 429 or 503 without `Retry-After` holds the worker for a moment too. That moment doubles while nothing else comes
-//! back, and the first success ends it as well.
+//! back, and the first success ends it as well. A worker that answers most requests is not held for a few that it pushes
+//! back: its successes earn that.
 
 use std::{
     sync::{
@@ -24,6 +25,8 @@ use tokio::time::Instant;
 pub const REQUESTS: usize = 8;
 /// Of the failures since the last success, at least so many must be alike: three of four.
 const ALIKE: (usize, usize) = (3, 4);
+/// So soon after a success the worker is not at fault yet: a few lines in a row may have it in themselves.
+const GRACE: Duration = Duration::from_millis(100);
 /// How long a worker at fault is left alone before the first request that finds out whether it still is. Doubles.
 pub const FIRST_GAP: Duration = Duration::from_millis(100);
 /// The longest such time: an outage that ends is noticed within it.
@@ -39,6 +42,10 @@ const TOGETHER: Duration = Duration::from_millis(500);
 /// The hold after a first 429 or 503 without `Retry-After`, and the longest.
 pub const FIRST_PAUSE: Duration = Duration::from_millis(50);
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// So many successes earn one push-back without a hold: fewer than one answer in five is a push-back then.
+const EARNS_ONE: u32 = 4;
+/// At most so many push-backs are earned: a worker that takes nothing any more is held after as many.
+const MOST_EARNED: u32 = 8;
 
 /// How a request failed, where that may be the worker's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +179,9 @@ pub struct Outage {
     asked: Option<Instant>,
     /// It takes nothing until then or until it has answered something; and how long that was.
     paused: Option<(Instant, Duration)>,
+    /// Successes that no push-back has used up, [`MOST_EARNED`] times [`EARNS_ONE`] at most.
+    credit: u32,
+    succeeded: Option<Instant>,
 }
 
 impl Outage {
@@ -180,6 +190,8 @@ impl Outage {
         if !self.failures.is_empty() {
             self.forget();
         }
+        self.succeeded = Some(now);
+        self.credit = (self.credit + 1).min(MOST_EARNED * EARNS_ONE);
         let paused = self.paused.take().is_some();
         let recovers = self.fault.take().is_some();
         if recovers {
@@ -241,7 +253,8 @@ impl Outage {
         if alike.requests.len() < REQUESTS && !alike.requests.contains(&request) {
             alike.requests.push(request);
         }
-        if alike.requests.len() < REQUESTS || alike.count * ALIKE.1 < all * ALIKE.0 {
+        let is_fresh = self.succeeded.is_some_and(|at| now < at + GRACE);
+        if is_fresh || alike.requests.len() < REQUESTS || alike.count * ALIKE.1 < all * ALIKE.0 {
             return (false, verdict);
         }
         self.fault = Some(Fault { sign, since, next: now + FIRST_GAP, gap: FIRST_GAP });
@@ -249,12 +262,14 @@ impl Outage {
         (true, verdict)
     }
 
-    /// It said 429 or 503. `asked`: its `Retry-After`. Without one, only a request sent after the last pause makes it longer.
+    /// It said 429 or 503. `asked`: its `Retry-After`. Without one, only a request sent after the last pause makes it longer,
+    /// and what the successes before have earned holds nothing.
     pub fn pushed_back(&mut self, asked: Option<Duration>, sent: Instant, now: Instant) {
         match asked {
             Some(asked) => self.asked = self.asked.max(Some(now + asked)),
             None => match &mut self.paused {
                 Some((until, _)) if sent < *until => {}
+                None if self.credit >= EARNS_ONE => self.credit -= EARNS_ONE,
                 paused => {
                     let pause = paused.map_or(FIRST_PAUSE, |(_, pause)| (2 * pause).min(LONGEST_PAUSE));
                     *paused = Some((now + pause, pause));
@@ -298,6 +313,12 @@ impl Outage {
         });
         // What is held is looked at again when that is over.
         held.or(fault)
+    }
+
+    /// Whether it was held and nothing has succeeded since.
+    #[must_use]
+    pub fn is_doubted(&self) -> bool {
+        self.fault.is_some() || self.paused.is_some()
     }
 
     /// What is wrong with it, and since when.

@@ -194,6 +194,12 @@ impl Worker {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
+    /// Whether it was held and has answered nothing since: what is sent there finds out whether it does.
+    #[must_use]
+    pub fn is_doubted(&self) -> bool {
+        self.state.lock().outage.is_doubted()
+    }
+
     /// Whether it is known to refuse requests with a `priority` in their body.
     #[must_use]
     pub fn refuses_priority(&self) -> bool {

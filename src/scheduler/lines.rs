@@ -209,6 +209,12 @@ impl WorkList {
         self.ready[lane.place()].take_for(worker.1, workers, fits)
     }
 
+    /// Takes the ready line of a lane that finds out best whether a worker answers again: one that has not been sent before,
+    /// and is far from those that have. They may have in themselves what they failed by, and so may their neighbours.
+    pub fn take_to_find_out(&mut self, lane: Lane) -> Option<LineKey> {
+        self.ready[lane.place()].take_last()
+    }
+
     /// Takes suspects that may be sent to one worker together: at most `most`, and as few as one of them must be. Also says
     /// how long they should be apart from others.
     pub fn take_suspects(&mut self, model: usize, most: u32) -> (Vec<LineKey>, Duration) {

@@ -163,6 +163,15 @@ impl Ready {
         self.take_from(run)
     }
 
+    /// Takes the line that would be sent last of those that were not sent before; one that was, if there is no other.
+    pub fn take_last(&mut self) -> Option<LineKey> {
+        let last = (self.first..self.runs.len()).rev().find(|at| !self.runs[*at].lines.is_empty());
+        let Some(at) = last else { return self.again.pop_front() };
+        let key = self.runs[at].lines.pop_back();
+        self.took_one();
+        key
+    }
+
     fn next_run(&self, worker: u64, workers: &[u64]) -> Option<usize> {
         let open = |at: &usize| !self.runs[*at].lines.is_empty();
         let untaken = |at: &usize| open(at) && self.at.iter().all(|(_, run)| run != at);
@@ -176,11 +185,15 @@ impl Ready {
 
     fn take_from(&mut self, at: usize) -> Option<LineKey> {
         let key = self.runs[at].lines.pop_front()?;
+        self.took_one();
+        Some(key)
+    }
+
+    fn took_one(&mut self) {
         self.fresh -= 1;
         while self.runs.get(self.first).is_some_and(|run| run.lines.is_empty()) {
             self.first += 1;
         }
-        Some(key)
     }
 }
 
@@ -248,6 +261,15 @@ mod tests {
             ("s".to_owned(), None),
         ];
         assert_eq!(places(ready(&lines)), [5, 2, 1, 3, 0, 4]);
+    }
+
+    #[test]
+    fn the_last_line_is_one_that_was_not_sent_before() {
+        let mut ready = ready(&[("a".to_owned(), None), ("b".to_owned(), None), ("c".to_owned(), None)]);
+        let a = ready.take().unwrap();
+        ready.again(a);
+        let order: Vec<u32> = std::iter::from_fn(|| ready.take_last()).map(LineKey::place).collect();
+        assert_eq!((order, ready.count()), (vec![2, 1, 0], 0));
     }
 
     #[test]

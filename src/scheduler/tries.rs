@@ -11,6 +11,9 @@ use crate::fleet::FailureKind;
 
 /// Each wait is so many times the one before: a first failure costs little time, and five tries bridge some seconds.
 const GROWS: u32 = 4;
+/// But the second is only so many times the first: what fails twice is as a rule not at fault, and may be all that its batch
+/// waits for.
+const GROWS_AT_FIRST: u32 = 2;
 /// Deaths of workers, all in all, that a request is lost in before it is given up, however few tries there are.
 const FEWEST_DEATHS: u32 = 3;
 /// What must speak against it besides: two deaths that were its own, or four that may have been.
@@ -27,7 +30,8 @@ const WORKER_CAP: Duration = Duration::from_millis(500);
 pub struct TryPolicy {
     /// Tries in all, 1 or more.
     pub max_tries: u32,
-    /// The wait after the first failed try; each further one is four times as long.
+    /// The wait after the first failed try. The second is twice as long, the third 16 times, and each further one four times
+    /// the one before.
     pub base: Duration,
     /// The longest wait.
     pub cap: Duration,
@@ -146,7 +150,8 @@ impl TryPolicy {
     }
 
     fn wait(&self, times: u32, cap: Duration, retry_after: Option<Duration>, random: f64) -> Duration {
-        let grown = self.base.saturating_mul(GROWS.saturating_pow(times.saturating_sub(1))).min(cap);
+        let factor = if times == 2 { GROWS_AT_FIRST } else { GROWS.saturating_pow(times.saturating_sub(1)) };
+        let grown = self.base.saturating_mul(factor).min(cap);
         let spread = grown.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
         retry_after.map_or(spread, |asked| asked.max(spread))
     }
@@ -181,10 +186,10 @@ mod tests {
     #[test]
     fn waits_grow_up_to_the_cap_and_end() {
         let policy = TryPolicy { max_tries: 8, ..TryPolicy::default() };
-        let expected = [50, 200, 800, 3_200, 12_800, 30_000, 30_000];
+        let expected = [50, 100, 800, 3_200, 12_800, 30_000, 30_000];
         assert_eq!(waits(&policy, &mut Tally::default(), FailureKind::Status), expected);
         let deaths = waits(&policy, &mut Tally::default(), FailureKind::Connection);
-        assert_eq!(deaths[..5], [50, 200, 500, 500, 500], "the worker is waited for anyway");
+        assert_eq!(deaths[..5], [50, 100, 500, 500, 500], "the worker is waited for anyway");
     }
 
     #[test]

@@ -269,6 +269,9 @@ impl Work<'_> {
 
     /// Takes the line that is best sent to the slot's worker.
     fn take_for(&mut self, lane: Lane, slot: &Slot) -> Option<LineKey> {
+        if slot.worker.is_doubted() {
+            return self.list.take_to_find_out(lane);
+        }
         let worker = (slot.worker.key(), slot.worker.affinity());
         self.list.take_for(lane, worker, &self.peers[lane.model])
     }

@@ -11,6 +11,7 @@
 mod database;
 mod deliveries;
 mod dispatch;
+mod flaky;
 mod model;
 mod node;
 mod outbox;

@@ -36,6 +36,18 @@ async fn many_requests_that_fail_alike_without_a_success_are_the_workers_fault()
 }
 
 #[tokio::test(start_paused = true)]
+async fn many_lines_that_fail_alike_just_after_a_success_are_no_outage_until_it_lasts() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    outage.succeeded(now);
+    for request in 0..1_000 {
+        let (workers, _) = outage.failed(SIGN, request, now, now + GRACE - ms(1));
+        assert!(!workers);
+    }
+    assert!(outage.failed(SIGN, 0, now, now + GRACE).0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_request_alone_is_at_fault_itself_however_often_it_fails() {
     let now = Instant::now();
     let mut outage = Outage::default();
@@ -170,6 +182,24 @@ async fn a_push_back_holds_for_a_moment_that_doubles_and_ends_with_the_first_suc
     assert_eq!((outage.gate(now), outage.changes_at(now)), (Gate::Open, None));
     outage.pushed_back(None, now, now);
     assert_eq!(outage.changes_at(now), Some(now + FIRST_PAUSE), "forgotten");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_few_push_backs_among_successes_hold_nothing_and_many_do() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    for _ in 0..100 {
+        (0..EARNS_ONE).for_each(|_| drop(outage.succeeded(now)));
+        outage.pushed_back(None, now, now);
+        assert_eq!(outage.gate(now), Gate::Open);
+    }
+    (0..1_000).for_each(|_| drop(outage.succeeded(now)));
+    let free = (0..100).take_while(|_| {
+        outage.pushed_back(None, now, now);
+        outage.gate(now) == Gate::Open
+    });
+    assert_eq!(free.count(), MOST_EARNED as usize, "one that takes nothing any more is held soon");
+    assert_eq!(outage.changes_at(now), Some(now + FIRST_PAUSE));
 }
 
 #[tokio::test(start_paused = true)]
