@@ -9,12 +9,17 @@ use std::{
 use sea_orm::{ConnectionTrait, Database, TransactionTrait};
 use tidemill::{
     pb::{
-        BatchStatus, CreateBatchRequest, FileSpec, GetBatchRequest, UploadFileRequest, WatchBatchRequest,
-        WebhookConfig, create_batch_request::Input, upload_file_request::Payload,
+        BatchStatus, CreateBatchRequest, DownloadFileRequest, FileSpec, GetBatchRequest, StreamResultsRequest,
+        UploadFileRequest, WatchBatchRequest, WatchBatchesRequest, WebhookConfig, create_batch_request::Input,
+        upload_file_request::Payload,
     },
     sim::{Fault, Sim, SimConfig},
 };
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tonic::Code;
 
 use crate::{
     assert_complete, create, input,
@@ -164,6 +169,105 @@ async fn clients_hang() {
     until("the upload is under way", async || count() > 1).await;
     ends_in_time(&mut server).await;
     assert!(uploading.await.unwrap().is_err());
+    completes(&mut server, &batch, LINES).await;
+}
+
+/// Asks for a file over HTTP/1.1, and returns the connection once the head of the answer is there, with the length that it
+/// announces and what has come of the body.
+async fn http_download(server: &Server, file: &str) -> (TcpStream, usize, usize) {
+    let mut tcp = TcpStream::connect(server.address()).await.unwrap();
+    let request = format!("GET /v1/files/{file}/content HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n");
+    tcp.write_all(request.as_bytes()).await.unwrap();
+    let mut read = Vec::new();
+    let end = loop {
+        assert!(tcp.read_buf(&mut read).await.unwrap() > 0, "{}", String::from_utf8_lossy(&read));
+        if let Some(at) = read.windows(4).position(|four| four == b"\r\n\r\n") {
+            break at + 4;
+        }
+    };
+    let head = String::from_utf8_lossy(&read[..end]).to_lowercase();
+    assert!(head.starts_with("http/1.1 200"), "{head}");
+    let length =
+        head.lines().find_map(|line| line.strip_prefix("content-length: ")).expect("a length").parse().unwrap();
+    (tcp, length, read.len() - end)
+}
+
+/// Downloads that are read slowly or not at all, over both protocols; streams that follow a batch, read or not.
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_are_slow() {
+    let (mut server, sim, batch) = running(&[], Vec::new()).await;
+    // The batch is to outlast all of this.
+    sim.faults().always(Some(Fault::Hang));
+    let mut client = server.client().await;
+    // More than the sockets' buffers hold.
+    let text = input(1).replace("number 0", &"x".repeat(300_000));
+    let large: String = (0..150).map(|number| text.replace("\"r0\"", &format!("\"r{number}\""))).collect();
+    let bytes = large.len();
+    let file = upload(&mut client, large).await;
+    let (still, length, seen) = http_download(&server, &file).await;
+    assert_eq!(length, bytes);
+    let (mut slow, ..) = http_download(&server, &file).await;
+    let slowly = tokio::spawn(async move {
+        let (mut read, mut piece) = (0, vec![0; 2_048]);
+        loop {
+            match slow.read(&mut piece).await {
+                Ok(0) | Err(_) => return read,
+                Ok(count) => read += count,
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    // A client that tells a short answer from a whole one by its length, as they all do.
+    let url = format!("http://{}/v1/files/{file}/content", server.address());
+    let mut paused = reqwest::get(url).await.unwrap();
+    let mut of_paused = paused.chunk().await.unwrap().expect("a piece").len();
+    let download = DownloadFileRequest { file_id: file, offset: 0 };
+    let mut download = client.clone().download_file(download).await.unwrap().into_inner();
+    let mut of_download = download.message().await.unwrap().expect("a piece").data.len();
+    let request = StreamResultsRequest { batch_id: batch.clone(), follow: true, ..StreamResultsRequest::default() };
+    let mut results = client.clone().stream_results(request.clone()).await.unwrap().into_inner();
+    results.message().await.unwrap().expect("a first result");
+    let unread = server.client().await.stream_results(request).await.unwrap();
+    let request = WatchBatchRequest { batch_id: batch.clone(), after_revision: 0, min_interval: None };
+    let mut watch = client.clone().watch_batch(request).await.unwrap().into_inner();
+    watch.message().await.unwrap().expect("the present state");
+    let mut all = client.watch_batches(WatchBatchesRequest::default()).await.unwrap().into_inner();
+    all.message().await.unwrap().expect("the present states");
+
+    ends_in_time(&mut server).await;
+    // Streams end with the reason; nobody is to take what came for all there is.
+    async fn end<T>(stream: &mut tonic::Streaming<T>, count: impl Fn(&T) -> usize) -> (tonic::Status, usize) {
+        let mut counted = 0;
+        loop {
+            match stream.message().await {
+                Ok(Some(message)) => counted += count(&message),
+                Ok(None) => panic!("a clean end after {counted}"),
+                Err(status) => return (status, counted),
+            }
+        }
+    }
+    for status in [end(&mut watch, |_| 1).await.0, end(&mut all, |_| 1).await.0, end(&mut results, |_| 1).await.0] {
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    }
+    drop(unread);
+    let (status, more) = end(&mut download, |chunk| chunk.data.len()).await;
+    of_download += more;
+    assert!(of_download < bytes, "{status:?} after {of_download} of {bytes}");
+    let broken = loop {
+        match paused.chunk().await {
+            Ok(Some(piece)) => of_paused += piece.len(),
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        }
+    };
+    assert!(broken.is_some() && of_paused < bytes, "{of_paused} of {bytes} bytes, and a clean end");
+    // What was never read, and what was read slowly, ends short of its length.
+    let mut rest = still;
+    let mut of_still = Vec::new();
+    let _ = rest.read_to_end(&mut of_still).await;
+    assert!(seen + of_still.len() < length);
+    assert!(slowly.await.unwrap() < length);
+    sim.faults().always(None);
     completes(&mut server, &batch, LINES).await;
 }
 
