@@ -34,6 +34,8 @@ pub enum Stop {
     Incomplete,
     /// The database refuses this write, and would refuse it again: the batch can't go on.
     Refused(&'static str),
+    /// This can't be done, because of what is stored or of a bug: another run may fare no better.
+    Broken(&'static str),
 }
 
 /// Writes one segment's parts and its end.
@@ -130,10 +132,10 @@ impl Checkpoint {
     }
 
     /// Does something again and again until it works or the segment is lost; meanwhile the batch says why. What the database
-    /// refuses is not tried again, and neither is what it holds wrongly: then the segment is let go, and its lease runs out.
+    /// refuses is not tried again, and neither is what it holds wrongly: then the run breaks off.
     ///
     /// # Errors
-    /// [`Stop::Lost`], [`Stop::Refused`].
+    /// [`Stop::Lost`], [`Stop::Refused`], [`Stop::Broken`].
     pub async fn patiently<T, E: std::error::Error + Trouble + 'static, F: Future<Output = Result<T, E>>>(
         &self,
         what: &'static str,
@@ -159,8 +161,8 @@ impl Checkpoint {
                     return Err(Stop::Refused(what));
                 }
                 Err(error) if error.is_final() => {
-                    tracing::error!(segment = %self.segment, %error, "can't {what}; giving the segment up");
-                    return Err(Stop::Lost);
+                    tracing::error!(segment = %self.segment, %error, "can't {what}; the run breaks off");
+                    return Err(Stop::Broken(what));
                 }
                 Err(error) => {
                     tracing::warn!(segment = %self.segment, %error, "can't {what}; trying again");

@@ -8,6 +8,7 @@
 mod aside;
 mod checkpoint;
 mod claiming;
+mod crashes;
 mod deaths;
 mod doubts;
 #[doc(hidden)]
@@ -56,6 +57,7 @@ use crate::{
 };
 use aside::Asides;
 use claiming::{Outcome, Round, lines_by_model, was_away};
+use crashes::Crashes;
 use plan::Demand;
 use segment::{Remaining, Run};
 
@@ -126,6 +128,7 @@ pub struct Scheduler {
     troubles: Troubles,
     stages: Stages,
     asides: Asides,
+    crashes: Crashes,
 }
 
 struct Running {
@@ -177,6 +180,7 @@ impl Scheduler {
             troubles: Troubles::default(),
             stages: Stages::default(),
             asides: Asides::default(),
+            crashes: Crashes::default(),
         }
     }
 
@@ -468,36 +472,22 @@ impl Scheduler {
             troubles: self.troubles.clone(),
             stages: self.stages.clone(),
         };
-        let asides = self.asides.clone();
+        let (asides, crashes) = (self.asides.clone(), self.crashes.clone());
         self.runs.spawn(async move {
             // Told however the run ends.
             let guard = Told { ended, what: Some((segment.clone(), epoch)) };
             let how = tokio::select! {
                 biased;
-                how = AssertUnwindSafe(run.run()).catch_unwind() => how,
+                how = watched(run, &crashes) => how,
                 // Also in the middle of a question to a database or blob store that does not answer.
-                _ = abandoned.wait_for(|control| *control == Control::Abandon) => Ok(Ended::Lost),
+                _ = abandoned.wait_for(|control| *control == Control::Abandon) => Ended::Lost,
             };
             match how {
-                Ok(how) => {
-                    match how {
-                        Ended::Missing | Ended::Stuck => asides.leave(&segment.batch, Instant::now()),
-                        Ended::Finished => asides.forget(&segment.batch),
-                        Ended::Released | Ended::Lost => {}
-                    }
-                    tracing::debug!(%segment, %epoch, ?how, "segment ended");
-                }
-                // Not the end of the server: what one batch holds must not end every node, one after the other.
-                Err(panic) => {
-                    metrics::counter!("tidemill_segments_crashed_total").increment(1);
-                    tracing::error!(
-                        %segment,
-                        %epoch,
-                        panic = message(&*panic),
-                        "the run of a segment has crashed, which is a bug: it is run again when its lease has run out"
-                    );
-                }
+                Ended::Missing | Ended::Stuck | Ended::Broken(_) => asides.leave(&segment.batch, Instant::now()),
+                Ended::Finished => asides.forget(&segment.batch),
+                Ended::Released | Ended::Lost => {}
             }
+            tracing::debug!(%segment, %epoch, ?how, "segment ended");
             drop(guard);
         });
     }
@@ -583,6 +573,41 @@ async fn half_way<T>(shutdown: &CancellationToken, act: impl Future<Output = T>)
         biased;
         done = act => Some(done),
         () = overdue => None,
+    }
+}
+
+/// Runs a segment. What breaks off is run again when its lease has run out, but not for ever: then its batch fails.
+async fn watched(run: Run, crashes: &Crashes) -> Ended {
+    let (store, segment, epoch) = (run.store.clone(), run.claimed.segment.clone(), run.claimed.epoch);
+    if crashes.verdict(&segment).is_none() {
+        let how = match AssertUnwindSafe(run.run()).catch_unwind().await {
+            Ok(how) => how,
+            // Not the end of the server: what one batch holds must not end every node, one after the other.
+            Err(panic) => {
+                metrics::counter!("tidemill_segments_crashed_total").increment(1);
+                tracing::error!(%segment, %epoch, panic = message(&*panic), "the run of a segment has crashed: a bug");
+                Ended::Broken("run it")
+            }
+        };
+        match how {
+            Ended::Broken(what) => crashes.note(&segment, format!("the server can't {what}"), Instant::now()),
+            Ended::Finished => crashes.forget(&segment),
+            Ended::Released | Ended::Lost | Ended::Missing | Ended::Stuck => {}
+        }
+        if !matches!(how, Ended::Broken(_)) {
+            return how;
+        }
+    }
+    let Some(error) = crashes.verdict(&segment) else { return Ended::Broken("run it") };
+    match store.fail_batch(&segment, epoch, error).await {
+        Ok(_) => {
+            crashes.forget(&segment);
+            Ended::Lost
+        }
+        Err(error) => {
+            tracing::error!(%segment, %error, "a batch that can't go on could not be failed");
+            Ended::Stuck
+        }
     }
 }
 

@@ -35,6 +35,8 @@ const TORN_WAIT: Duration = Duration::from_millis(500);
 /// How a run of a segment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
+    /// This could not be done, and may not be possible in another run either: it is left to its lease.
+    Broken(&'static str),
     /// All its lines have their result.
     Finished,
     /// It was given back: its other lines wait for a worker, or for another node.
@@ -92,6 +94,7 @@ impl Run {
             let why = match self.attempt(&checkpoint, &mut number).await {
                 Ok(ended) => return ended,
                 Err(Stop::Lost) => return Ended::Lost,
+                Err(Stop::Broken(what)) => return Ended::Broken(what),
                 Err(Stop::Torn) => match self.pause_after_torn(&checkpoint, &mut torn).await {
                     Some(ended) => return ended,
                     None => continue,
@@ -101,6 +104,7 @@ impl Run {
                     match self.drop_all_parts(&checkpoint).await {
                         Ok(()) => continue,
                         Err(Stop::Refused(what)) => refused(what),
+                        Err(Stop::Broken(what)) => return Ended::Broken(what),
                         Err(Stop::Lost | Stop::Torn | Stop::Incomplete) => return Ended::Lost,
                     }
                 }
@@ -196,7 +200,7 @@ impl Run {
         match ended {
             Ended::Finished => work.finish().await,
             Ended::Released => work.release().await,
-            Ended::Lost | Ended::Missing | Ended::Stuck => Ok(ended),
+            Ended::Lost | Ended::Missing | Ended::Stuck | Ended::Broken(_) => Ok(ended),
         }
     }
 
@@ -205,7 +209,7 @@ impl Run {
         let fail = || self.store.fail_batch(&self.claimed.segment, self.claimed.epoch, error.clone());
         match checkpoint.patiently("fail a batch", fail).await {
             Ok(_) | Err(Stop::Lost | Stop::Torn | Stop::Incomplete) => Ended::Lost,
-            Err(Stop::Refused(_)) => Ended::Stuck,
+            Err(Stop::Refused(_) | Stop::Broken(_)) => Ended::Stuck,
         }
     }
 

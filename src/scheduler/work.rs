@@ -494,7 +494,7 @@ impl Work<'_> {
         });
         let stages = self.run.stages.clone();
         async move {
-            let part = task.await.unwrap_or(Err(Stop::Lost));
+            let part = task.await.unwrap_or(Err(Stop::Broken("write a part")));
             if let (Some(oldest), Ok(_)) = (oldest, &part) {
                 stages.took(Stage::Persist, oldest.elapsed());
             }

@@ -18,6 +18,7 @@ pub struct Faults {
     writes: Arc<Mutex<Option<ErrorKind>>>,
     reads: Arc<Mutex<Option<ErrorKind>>>,
     garbled: Arc<Mutex<Option<String>>>,
+    panics: Arc<Mutex<Option<String>>>,
 }
 
 impl Faults {
@@ -35,6 +36,16 @@ impl Faults {
     #[allow(dead_code)] // not all targets garble
     pub fn garble(&self, prefix: &str) {
         *self.garbled.lock().unwrap() = Some(prefix.to_owned());
+    }
+
+    /// From now on every read below this prefix panics: a bug in whatever reads it.
+    #[allow(dead_code)] // not all targets crash
+    pub fn panic_at(&self, prefix: &str) {
+        *self.panics.lock().unwrap() = Some(prefix.to_owned());
+    }
+
+    fn panics(&self, location: &Path) -> bool {
+        self.panics.lock().unwrap().as_ref().is_some_and(|prefix| location.as_ref().starts_with(prefix))
     }
 
     fn garbled(&self, location: &Path, payload: PutPayload) -> PutPayload {
@@ -95,6 +106,7 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         check(&self.faults.reads)?;
+        assert!(!self.faults.panics(location), "injected");
         self.inner.get_opts(location, options).await
     }
 

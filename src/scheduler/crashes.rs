@@ -1,0 +1,81 @@
+//! Segments whose runs here have broken off for a reason that would break off the next one too: a panic, or rows that can't
+//! be read. They are run again, because the reason may be gone, but not for ever: each run costs GPUs what the last one did.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::domain::{BatchError, SegmentRef};
+
+/// So many runs of a segment may break off on one node; then its batch fails.
+pub(super) const LIMIT: u32 = 5;
+/// What has not broken off for so long is forgotten: longer than any lease that somebody would choose.
+const FORGET: Duration = Duration::from_secs(24 * 3_600);
+
+/// How often, and why the last time. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Crashes {
+    segments: Arc<Mutex<HashMap<SegmentRef, Crashed>>>,
+}
+
+#[derive(Debug)]
+struct Crashed {
+    times: u32,
+    at: Instant,
+    why: String,
+}
+
+impl Crashes {
+    /// A run has broken off.
+    pub(super) fn note(&self, segment: &SegmentRef, why: String, now: Instant) {
+        let mut segments = self.segments.lock();
+        segments.retain(|_, crashed| crashed.at + FORGET > now);
+        let crashed = segments.entry(segment.clone()).or_insert(Crashed { times: 0, at: now, why: String::new() });
+        (crashed.times, crashed.at, crashed.why) = (crashed.times + 1, now, why);
+    }
+
+    /// Why the segment is not run any more, once its runs have broken off too often.
+    pub(super) fn verdict(&self, segment: &SegmentRef) -> Option<BatchError> {
+        let segments = self.segments.lock();
+        let crashed = segments.get(segment).filter(|crashed| crashed.times >= LIMIT)?;
+        let (times, why) = (crashed.times, &crashed.why);
+        let message = format!(
+            "{segment}: {why}, {times} runs in a row. This is a bug in tidemill, or rows of its database were changed; the \
+             server's log says more"
+        );
+        Some(BatchError { code: "internal_error".into(), message, line: 0, param: String::new() })
+    }
+
+    /// The segment has ended, one way or another.
+    pub(super) fn forget(&self, segment: &SegmentRef) {
+        self.segments.lock().remove(segment);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{BatchId, SegmentIndex};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_segment_is_given_up_after_so_many_runs_and_no_other_is() {
+        let crashes = Crashes::default();
+        let batch = BatchId::generate();
+        let [one, other] = [0, 1].map(|index| SegmentRef { batch: batch.clone(), index: SegmentIndex(index) });
+        for time in 1..=LIMIT {
+            assert_eq!(crashes.verdict(&one), None, "after {}", time - 1);
+            crashes.note(&one, "it crashed".into(), Instant::now());
+            tokio::time::advance(FORGET / 2).await;
+        }
+        let verdict = crashes.verdict(&one).unwrap();
+        assert!(verdict.message.contains("it crashed, 5 runs"), "{}", verdict.message);
+        assert_eq!(crashes.verdict(&other), None);
+        tokio::time::advance(FORGET).await;
+        crashes.note(&other, "too".into(), Instant::now());
+        assert_eq!(crashes.verdict(&one), None, "that was long ago");
+        crashes.note(&one, "again".into(), Instant::now());
+        crashes.forget(&one);
+        assert!(crashes.segments.lock().len() == 1);
+    }
+}
