@@ -18,7 +18,9 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tidemill::{
     blobs::Blobs,
-    domain::{BatchStatus, Endpoint, NewBatch, NodeId, Priority, Weights, WorkerPriority, batch::DEFAULT_WINDOW},
+    domain::{
+        BatchStatus, Endpoint, NewBatch, NodeId, Owner, Priority, Scope, Weights, WorkerPriority, batch::DEFAULT_WINDOW,
+    },
     fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Begun, Ingest, Limits, NewUpload},
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
@@ -119,7 +121,7 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
     }
     let file = upload.finish().await.unwrap();
     let new = NewBatch {
-        owner: String::new(),
+        owner: Owner::nobody(),
         input_file_id: file.id,
         endpoint: Endpoint::ChatCompletions,
         completion_window: DEFAULT_WINDOW,
@@ -152,7 +154,7 @@ async fn run_batch(folder: &Path, store: &Store, batch: tidemill::domain::BatchI
     let scheduler = Scheduler::new(store.clone(), blobs, fleet, NodeId::generate(), options, shutdown.clone());
     let running = tokio::spawn(scheduler.run());
     loop {
-        let now = store.batch(&batch).await.unwrap().unwrap();
+        let now = store.batch(&batch, &Scope::All).await.unwrap().unwrap();
         if now.status.is_terminal() {
             assert_eq!((now.status, now.counts.completed), (BatchStatus::Completed, now.counts.total));
             break;

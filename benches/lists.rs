@@ -23,7 +23,7 @@ use common::{Process, machine, percentile, report};
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection, TransactionTrait};
 use sha2::{Digest, Sha256};
 use tidemill::{
-    domain::{BatchId, Sequence},
+    domain::{BatchId, Scope, Sequence},
     pb::{
         BatchStatus, GetBatchRequest, ListBatchesRequest, ListBatchesResponse, ListFilesRequest,
         batch_service_client::BatchServiceClient,
@@ -337,20 +337,22 @@ async fn of_the_loops(store: &Store, batches: usize, calls: usize, figures: &mut
     let watched: Vec<_> =
         (1..=1_000).map(|n| BatchId::from_text(format!("batch_{:032x}", n * batches / 1_000))).collect();
     let week = Duration::from_secs(7 * 24 * 3_600);
+    let owner = tidemill::domain::Owner::named("large");
+    let large = Scope::Of("large".into());
     time("scheduler: candidates", calls, figures, |_| store.candidates(&served, 64)).await;
     time("sweep: windows", calls, figures, |_| store.close_windows(500)).await;
     time("sweep: garbage", calls, figures, |_| store.take_garbage(500)).await;
     time("sweep: old deliveries", calls, figures, |_| store.purge_deliveries(week)).await;
-    time("sweep: old dead letters", calls, figures, |_| store.purge_dead_letters(week, None)).await;
+    time("sweep: old dead letters", calls, figures, |_| store.purge_dead_letters(week, &Scope::All)).await;
     time("webhooks: due", calls, figures, |_| store.due_targets(&[])).await;
     time("webhooks: reap", calls, figures, |_| store.reap_deliveries(false, |_| Duration::ZERO)).await;
     time("webhooks: oldest due", calls, figures, |_| store.oldest_due()).await;
     time("hub: revisions of 1,000", calls, figures, |_| store.revisions(&watched)).await;
     time("hub: last sequence", calls, figures, |_| store.last_sequence()).await;
-    time("hub: events after", calls, figures, |_| store.events_after(Some("large"), last, 500)).await;
-    time("hub: unfinished", calls, figures, |_| store.unfinished(Some("large"), 10_000)).await;
+    time("hub: events after", calls, figures, |_| store.events_after(&large, last, 500)).await;
+    time("hub: unfinished", calls, figures, |_| store.unfinished(&large, 10_000)).await;
     time("hub: history", calls, figures, |n| store.history(&watched[n % watched.len()])).await;
-    time("limits: queued lines", calls, figures, |_| store.queued_lines("large")).await;
+    time("limits: queued lines", calls, figures, |_| store.queued_lines(&owner)).await;
 }
 
 /// The share of a core that an idle server uses.

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::{
-    api::{self, CallerLimits, ServeError, ServerOptions, Services, TlsFiles, Tokens, TokensError},
+    access::{CallerLimits, Tokens, TokensError},
+    api::{self, ServeError, ServerOptions, Services, TlsFiles},
     blobs::{self, BlobError, Blobs},
     config::{BlobStore, Database, Role, ServeConfig},
     delivery::{

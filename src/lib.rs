@@ -18,11 +18,13 @@
 //! - [`scheduler`]: which segment to claim, which line goes to which worker, and the run of one segment.
 //! - [`delivery`]: webhooks: which event to whom, signed, retried, dead-lettered.
 //! - [`progress`]: durable changes in, event streams out.
+//! - [`access`]: who calls, and how much they may ask.
 //! - [`api`]: gRPC and HTTP: request to domain call to response.
 //! - [`app`]: wires all of it and stops it in order.
 //! - [`sim`]: a simulated vLLM worker for the demo, tests and benchmarks.
 //! - [`cli`]: the command line, a client of the same gRPC API.
 
+pub mod access;
 pub mod api;
 pub mod app;
 pub mod blobs;

@@ -5,22 +5,20 @@ use std::time::Duration;
 use tonic::{Code, Status, metadata::MetadataMap};
 
 use super::{
-    MESSAGE_LIMIT, Services,
-    auth::Caller,
-    convert, gate,
-    limits::{Admitted, Work, too_many_lines},
+    MESSAGE_LIMIT, Services, convert, gate,
     page::Page,
-    quota::Account,
     service::Api,
     status::{self, error, invalid_field},
     validate::{self, BatchInput, inline_name},
     webhooks::webhook_of_batch,
 };
 use crate::{
-    domain::{Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch},
+    access::{Account, Admitted, Caller, LimitReached, Role, Work},
+    domain::{Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, Scope},
     fleet::Tenant,
     ingest::NewUpload,
     pb,
+    progress::Progress,
     results::retry::failed_lines_file,
     store::{BatchFilter, CancelledBatch, CreatedBatch},
 };
@@ -91,29 +89,30 @@ impl Api {
     async fn admit(&self, caller: &Caller, account: &Account, lines: i64, work: Work) -> Result<Admitted, Status> {
         if lines > 0 && self.limits.most_lines().is_some() {
             let queued = self.services.store.queued_lines(&caller.owner).await.map_err(status::store)?;
-            self.limits.lines(queued, lines)?;
+            self.limits.lines(queued, lines).map_err(status::limit)?;
         }
-        self.limits.admit(&caller.owner, account, work).await
+        self.limits.admit(&caller.owner, account, work).await.map_err(status::limit)
     }
 
     /// Creates the batch. `made`: its file was made for it, and goes if it is not needed.
     async fn insert(&self, caller: &Caller, new: NewBatch, made: bool) -> Result<pb::Batch, Status> {
         let file = new.input_file_id.clone();
         let most = self.limits.most_lines();
-        match self.services.store.create_batch_within(new, most).await.map_err(status::store)? {
+        match self.services.store.create_batch_within(new, &caller.scope(), most).await.map_err(status::store)? {
             CreatedBatch::New(batch) => self.show(caller, *batch).await,
             CreatedBatch::Existing(batch) => {
                 if made && batch.input_file_id != file {
                     // Best effort: nobody knows its id.
-                    let _ = self.services.store.delete_file(&file).await;
+                    let _ = self.services.store.delete_file(&file, &caller.scope()).await;
                 }
                 self.show(caller, *batch).await
             }
             CreatedBatch::TooManyLines { queued, added } => {
                 if made {
-                    let _ = self.services.store.delete_file(&file).await;
+                    let _ = self.services.store.delete_file(&file, &caller.scope()).await;
                 }
-                Err(too_many_lines(queued, added, most.unwrap_or(i64::MAX)))
+                let most = most.unwrap_or(i64::MAX);
+                Err(status::limit(LimitReached::QueuedLines { queued, added, most }.counted()))
             }
             CreatedBatch::FileNotFound => Err(status::no_file(&file)),
             CreatedBatch::WrongPurpose => Err(not_an_input()),
@@ -129,8 +128,8 @@ impl Api {
 
     /// A file that a batch can read.
     async fn input_file(&self, caller: &Caller, id: &FileId) -> Result<File, Status> {
-        let file = self.services.store.file(id).await.map_err(status::store)?;
-        let file = file.filter(|file| caller.sees(&file.owner)).ok_or_else(|| status::no_file(id))?;
+        let file = self.services.store.file(id, &caller.scope()).await.map_err(status::store)?;
+        let file = file.ok_or_else(|| status::no_file(id))?;
         match file.kind {
             FileKind::Input => Ok(file),
             FileKind::Output(_) | FileKind::Error(_) => Err(not_an_input()),
@@ -139,13 +138,13 @@ impl Api {
 
     /// A batch that the caller may see.
     pub(super) async fn find(&self, caller: &Caller, id: &BatchId) -> Result<Batch, Status> {
-        let batch = self.services.store.batch(id).await.map_err(status::store)?;
-        batch.filter(|batch| caller.sees(&batch.owner)).ok_or_else(|| status::no_batch(id))
+        let batch = self.services.store.batch(id, &caller.scope()).await.map_err(status::store)?;
+        batch.ok_or_else(|| status::no_batch(id))
     }
 
     /// A batch with its progress.
     async fn show(&self, caller: &Caller, batch: Batch) -> Result<pb::Batch, Status> {
-        let progress = caller.shown(self.services.hub.progress(&batch).await.map_err(status::store)?);
+        let progress = shown(caller, self.services.hub.progress(&batch).await.map_err(status::store)?);
         Ok(convert::batch(batch, Some(progress), &self.services.webhooks))
     }
 
@@ -161,7 +160,7 @@ impl Api {
     ) -> Result<pb::ListBatchesResponse, Status> {
         let statuses = validate::batch_filter(&request)?;
         let filter = BatchFilter {
-            owner: caller.scope(),
+            scope: caller.scope(),
             statuses,
             model: (!request.model.is_empty()).then_some(request.model),
             metadata: request.metadata,
@@ -172,15 +171,14 @@ impl Api {
         let progress = self.services.hub.progresses(&found).await.map_err(status::store)?;
         let webhooks = &self.services.webhooks;
         let found = found.into_iter().zip(progress);
-        let found = found.map(|(batch, progress)| convert::batch(batch, Some(caller.shown(progress)), webhooks));
+        let found = found.map(|(batch, progress)| convert::batch(batch, Some(shown(caller, progress)), webhooks));
         let (batches, next_page_token) = page.finish(found.collect(), |batch| &batch.id);
         Ok(pb::ListBatchesResponse { batches, next_page_token })
     }
 
     pub(super) async fn cancel(&self, caller: &Caller, request: &pb::CancelBatchRequest) -> Result<pb::Batch, Status> {
         let id = validate::batch_id(&request.batch_id)?;
-        self.find(caller, &id).await?;
-        match self.services.store.cancel_batch(&id).await.map_err(status::store)? {
+        match self.services.store.cancel_batch(&id, &caller.scope()).await.map_err(status::store)? {
             CancelledBatch::Batch(batch) => self.show(caller, *batch).await,
             CancelledBatch::NotFound => Err(status::no_batch(&id)),
             CancelledBatch::Ended(batch) => {
@@ -224,7 +222,7 @@ impl Api {
 
     /// The work of writing a batch's failed lines again: about so many bytes, as if all its lines were equally long.
     async fn copied(&self, batch: &Batch) -> Result<Work, Status> {
-        let input = self.services.store.file(&batch.input_file_id).await.map_err(status::store)?;
+        let input = self.services.store.file(&batch.input_file_id, &Scope::All).await.map_err(status::store)?;
         let bytes = input.map_or(0, |file| u128::try_from(file.bytes).unwrap_or(0));
         let share = |lines: i64| u128::try_from(lines).unwrap_or(0);
         let bytes = bytes * share(batch.counts.failed) / share(batch.counts.total).max(1);
@@ -253,6 +251,14 @@ impl Api {
             body: answer.body,
             worker_id: answer.worker.into_string(),
         })
+    }
+}
+
+/// A batch's progress as the caller may see it.
+pub(super) fn shown(caller: &Caller, progress: Progress) -> Progress {
+    match caller.role {
+        Role::Admin => progress,
+        Role::Submit => progress.public(),
     }
 }
 

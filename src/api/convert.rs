@@ -3,11 +3,11 @@
 use tonic::Status;
 
 use super::{
-    auth::Caller,
     status,
     webhooks::{span, webhook_to_proto},
 };
 use crate::{
+    access::Caller,
     delivery::Webhooks,
     domain::{Batch, BatchStatus, Counts, File, Timestamp, TokenUsage, WebhookEndpointId},
     fleet::{WorkerState, WorkerView},
@@ -121,7 +121,7 @@ pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> 
 
 pub(super) fn event(of: Event, caller: &Caller, webhooks: &Webhooks) -> pb::BatchEvent {
     use pb::batch_event::Event as Wire;
-    let shown = |progress: Box<Progress>| caller.shown(*progress);
+    let shown = |progress: Box<Progress>| super::batches::shown(caller, *progress);
     pb::BatchEvent {
         batch_id: of.batch.map(crate::domain::BatchId::into_string).unwrap_or_default(),
         revision: of.revision.0,

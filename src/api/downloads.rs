@@ -15,8 +15,8 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use super::{auth::Caller, service::Api, status::error, validate};
-use crate::{domain::FileId, pb};
+use super::{service::Api, status::error, validate};
+use crate::{access::Caller, domain::FileId, pb};
 
 /// The routes. The same callers see the same files as over gRPC; the gate has let them in.
 pub(super) fn routes(api: Api) -> Router {

@@ -8,17 +8,14 @@ use tokio::time::Instant;
 use tonic::{Code, Status, Streaming};
 
 use super::{
-    auth::Caller,
     convert,
-    limits::gave_way,
-    pace::{IDLE, LONGEST, LOOK, Pace, Received},
     page::Page,
-    quota::Account,
     service::Api,
     status::{self, error, invalid_field, line_name},
     validate,
 };
 use crate::{
+    access::{Account, Caller, IDLE, LONGEST, LOOK, LimitReached, Pace, Received},
     domain::{File, FileId},
     ingest::{Begun, NewUpload},
     pb::{self, upload_file_request::Payload},
@@ -65,7 +62,7 @@ impl Api {
             request_id: spec.request_id,
         };
         let refused = |error| status::ingest(error, line_name);
-        let place = self.limits.upload(account, Some(incoming.received.clone())).await?;
+        let place = self.limits.upload(account, Some(incoming.received.clone())).await.map_err(status::limit)?;
         let mut upload = match self.services.ingest.begin(new).await.map_err(refused)? {
             Begun::Existing(file) => {
                 self.compare(&file, spec.total_bytes, &mut incoming).await?;
@@ -76,12 +73,12 @@ impl Api {
         loop {
             let message = tokio::select! {
                 biased;
-                () = place.gives_way() => return Err(gave_way()),
+                () = place.gives_way() => return Err(status::limit(LimitReached::GaveWay.counted())),
                 message = incoming.next(|| self.limits.is_crowded()) => message?,
             };
             let Some(message) = message else { break };
             let bytes = validate::chunk(message)?;
-            self.limits.bytes(&caller.owner, bytes.len() as u64)?;
+            self.limits.bytes(&caller.owner, bytes.len() as u64).map_err(status::limit)?;
             upload.write(bytes).await.map_err(refused)?;
         }
         upload.finish().await.map(convert::file).map_err(refused)
@@ -131,8 +128,8 @@ impl Api {
 
     /// A file that the caller may see.
     pub(super) async fn find_file(&self, caller: &Caller, id: &FileId) -> Result<File, Status> {
-        let file = self.services.store.file(id).await.map_err(status::store)?;
-        file.filter(|file| caller.sees(&file.owner)).ok_or_else(|| status::no_file(id))
+        let file = self.services.store.file(id, &caller.scope()).await.map_err(status::store)?;
+        file.ok_or_else(|| status::no_file(id))
     }
 
     pub(super) async fn file(&self, caller: &Caller, request: &pb::GetFileRequest) -> Result<pb::File, Status> {
@@ -145,7 +142,7 @@ impl Api {
         caller: &Caller,
         request: pb::ListFilesRequest,
     ) -> Result<pb::ListFilesResponse, Status> {
-        let filter = FileFilter { owner: caller.scope(), purpose: validate::purpose(request.purpose)? };
+        let filter = FileFilter { scope: caller.scope(), purpose: validate::purpose(request.purpose)? };
         let page = Page::parse(request.page_size, &request.page_token, &["files", &format!("{filter:?}")])?;
         let after = page.after.clone().map(FileId::from_text);
         let found = self.services.store.files(&filter, after.as_ref(), page.size + 1).await.map_err(status::store)?;
@@ -155,8 +152,7 @@ impl Api {
 
     pub(super) async fn remove_file(&self, caller: &Caller, request: &pb::DeleteFileRequest) -> Result<(), Status> {
         let id = validate::file_id(&request.file_id)?;
-        self.find_file(caller, &id).await?;
-        match self.services.store.delete_file(&id).await.map_err(status::store)? {
+        match self.services.store.delete_file(&id, &caller.scope()).await.map_err(status::store)? {
             DeletedFile::Deleted => Ok(()),
             DeletedFile::NotFound => Err(status::no_file(&id)),
             DeletedFile::InUse(batch) => {

@@ -21,15 +21,12 @@ use prost::Message;
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
 
-use super::{
-    auth::{Caller, Tokens},
-    limits::Limiter,
-    pace::{Received, Timely},
-    peer::Peer,
-    quota::{Account, Held},
-    status::{error, unreadable},
+use super::status::{denied, error, limit, unreadable};
+use super::{counted, timely::Timely};
+use crate::{
+    access::{Account, Caller, Denied, Held, Limiter, Peer, Received, Tokens},
+    pb,
 };
-use crate::pb;
 
 /// Counts RPCs that have ended, by `method` and `code`.
 const REQUESTS: &str = "tidemill_grpc_requests_total";
@@ -86,11 +83,14 @@ impl Gate {
     /// `UNAUTHENTICATED`, or `RESOURCE_EXHAUSTED` if they call too often.
     pub(super) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Status> {
         let caller = match &self.tokens {
-            Some(tokens) => tokens.authenticate(headers)?,
+            Some(tokens) => {
+                let header = headers.get(http::header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
+                tokens.authenticate(header).map_err(denied)?
+            }
             // With client certificates only, TLS has already refused whoever has none.
             None => Caller::anonymous(),
         };
-        self.limits.request(&caller.owner)?;
+        self.limits.request(&caller.owner).map_err(limit)?;
         Ok(caller)
     }
 
@@ -106,7 +106,7 @@ impl Gate {
     fn hold(&self, class: Class, account: &Account) -> Result<Option<Held>, Status> {
         match class {
             Class::Call | Class::Upload => Ok(None),
-            Class::Watch => self.limits.watches.take(account, 1).map(Some),
+            Class::Watch => self.limits.watches.take(account, 1).map(Some).map_err(limit),
             Class::Download => self.download(account).map(Some),
         }
     }
@@ -116,8 +116,16 @@ impl Gate {
     /// # Errors
     /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_DOWNLOADS`.
     pub(super) fn download(&self, account: &Account) -> Result<Held, Status> {
-        self.limits.downloads.take(account, 1)
+        self.limits.downloads.take(account, 1).map_err(limit)
     }
+}
+
+/// The caller of a request, which the gate has let in.
+///
+/// # Errors
+/// `UNAUTHENTICATED` if it did not, which can't be.
+pub(super) fn caller_of<T>(request: &tonic::Request<T>) -> Result<Caller, Status> {
+    request.extensions().get::<Caller>().cloned().ok_or_else(|| denied(Denied::TokenMissing))
 }
 
 /// There is no such method.
@@ -156,7 +164,7 @@ pub(super) async fn pass(State(gate): State<Arc<Gate>>, mut request: Request, ne
                 Class::Upload => {
                     let received = Received::default();
                     request.extensions_mut().insert(received.clone());
-                    request.map(|body| received.count(body))
+                    request.map(|body| counted::count(body, received))
                 }
                 // Whoever uses reflection may send the next question much later.
                 Class::Watch if request.uri().path().starts_with(REFLECTION) => request,
@@ -336,7 +344,7 @@ mod tests {
     use http::HeaderValue;
 
     use super::*;
-    use crate::api::CallerLimits;
+    use crate::access::CallerLimits;
 
     #[test]
     fn a_valid_traceparent_is_taken_over() {

@@ -24,15 +24,11 @@ use tonic::Status;
 use tracing::{Instrument, Span};
 
 use super::{
-    Services,
-    auth::Caller,
-    downloads,
+    Services, downloads,
     gate::{Gate, TraceId, trace_id, unknown_method},
-    limits::Limiter,
-    peer::Peer,
-    quota::{Account, Held},
     service::Api,
 };
+use crate::access::{Account, Caller, Held, Limiter, Peer};
 
 /// How long the database may take to answer before this node counts as not ready.
 const READY_WITHIN: Duration = Duration::from_secs(2);
@@ -90,7 +86,7 @@ async fn ready(State(http): State<Arc<Http>>) -> Response {
 
 async fn metrics(State(http): State<Arc<Http>>, Extension(caller): Extension<Caller>) -> Response {
     if let Err(refused) = caller.require_admin() {
-        return downloads::tell(&refused);
+        return downloads::tell(&super::status::denied(refused));
     }
     let text = (http.services.metrics)();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()

@@ -3,34 +3,29 @@
 //! - [`serve`] assembles the server and stops it in order. `listener` takes the connections and ends them.
 //! - `hosts`: by which names the server may be called, and from which web pages.
 //! - `gate`: what every RPC passes: who calls, a span, a count and a time.
-//! - `auth`: access tokens and roles. `limits`: how much a caller may ask; `quota`, `places`: how much of it at a time.
-//!   `pace`: how slow an upload may be. `peer`: who is at the other end of a connection.
+//! - `counted`, `timely`: how much of a request's body has come, and how slow it may be.
 //! - `status`: every error on the wire. `validate`, `convert`: wire to domain and back.
 //! - `service`, `batches`, `files`, `streams`: `BatchService`. `workers`: `WorkerAdmin`. `webhook_admin`, `webhooks`: `WebhookAdmin`.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`. `downloads`: files over plain HTTP.
 
-mod auth;
 mod batches;
 mod convert;
+mod counted;
 mod downloads;
 mod files;
 mod gate;
 mod health;
 mod hosts;
 mod http;
-mod limits;
 mod listener;
-mod pace;
 #[doc(hidden)]
 pub mod page;
 mod panics;
-mod peer;
-mod places;
-mod quota;
 mod server;
 mod service;
 mod status;
 mod streams;
+mod timely;
 mod validate;
 mod webhook_admin;
 mod webhooks;
@@ -38,9 +33,7 @@ mod workers;
 
 use std::sync::Arc;
 
-pub use auth::{Caller, Role, Tokens, TokensError, hash_token};
 pub use gate::TraceId;
-pub use limits::CallerLimits;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
 use crate::{

@@ -11,18 +11,17 @@ use tonic_web::GrpcWebLayer;
 
 use super::{
     MESSAGE_LIMIT, Services,
-    auth::Tokens,
     gate::{self, Gate},
     health::{self, Healthy},
     hosts::{self, Hosts},
     http,
-    limits::{CallerLimits, Limiter},
     listener::{self, Listener},
     panics,
     service::Api,
     webhook_admin::Admin,
     workers::Workers,
 };
+use crate::access::{CallerLimits, Limiter, Tokens};
 use crate::pb::{
     self, batch_service_server::BatchServiceServer, webhook_admin_server::WebhookAdminServer,
     worker_admin_server::WorkerAdminServer,

@@ -6,15 +6,9 @@ use futures::stream::BoxStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{
-    Services,
-    auth::{Caller, Tokens},
-    files::Incoming,
-    limits::Limiter,
-    pace::Received,
-    quota::Account,
-};
+use super::{Services, files::Incoming, gate::caller_of};
 use crate::{
+    access::{Account, Caller, Limiter, Received, Tokens},
     domain::Weights,
     pb::{self, batch_service_server::BatchService},
 };
@@ -45,13 +39,13 @@ type Reply<T> = Result<Response<T>, Status>;
 type Events<T> = BoxStream<'static, Result<T, Status>>;
 
 fn open<T>(request: Request<T>) -> Result<(Caller, T), Status> {
-    Ok((Caller::of(&request)?, request.into_inner()))
+    Ok((caller_of(&request)?, request.into_inner()))
 }
 
 /// Whom the request counts for. Every request that passes the gate has one.
 fn account<T>(request: &Request<T>) -> Result<Account, Status> {
     let account = request.extensions().get::<Account>().cloned();
-    account.map_or_else(|| Ok(Account::of(&Caller::of(request)?, None)), Ok)
+    account.map_or_else(|| Ok(Account::of(&caller_of(request)?, None)), Ok)
 }
 
 #[tonic::async_trait]

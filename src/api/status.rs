@@ -9,6 +9,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use crate::{
+    access::{Denied, LimitReached},
     blobs::BlobError,
     domain::{BatchId, FileId},
     fleet::{FleetError, InferError},
@@ -62,6 +63,23 @@ pub fn invalid(reason: &'static str, message: impl Into<String>, mut violations:
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     details.set_bad_request(violations);
     with_details(Code::InvalidArgument, cut(message.into(), INVALID_MESSAGE_LIMIT), details)
+}
+
+/// The caller is unknown or may not do this.
+#[allow(clippy::needless_pass_by_value)] // for map_err
+pub fn denied(why: Denied) -> Status {
+    let (code, reason) = match why {
+        Denied::TokenMissing => (Code::Unauthenticated, "TOKEN_MISSING"),
+        Denied::TokenUnknown => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
+        Denied::AdminOnly => (Code::PermissionDenied, "ADMIN_ONLY"),
+    };
+    error(code, reason, why.to_string())
+}
+
+/// The caller has used up a limit.
+#[allow(clippy::needless_pass_by_value)] // for map_err
+pub fn limit(reached: LimitReached) -> Status {
+    retry(Code::ResourceExhausted, reached.reason(), reached.to_string(), reached.retry_after())
 }
 
 /// How many of these can be told.

@@ -4,15 +4,15 @@ use futures::{StreamExt, stream::BoxStream};
 use tonic::{Code, Status};
 
 use super::{
-    auth::Caller,
     convert,
     service::Api,
     status::{self, error, shutting_down},
     validate,
 };
 use crate::{
+    access::Caller,
     blobs::BlobError,
-    domain::{Revision, Sequence},
+    domain::{Revision, Scope, Sequence},
     pb,
     results::{Cursor, ReadError},
 };
@@ -106,7 +106,7 @@ impl Api {
                     Ok(data) => data,
                     // Deleted under the reader's hands: not the server's fault.
                     Err(ReadError::Blob(BlobError::Missing(_)))
-                        if matches!(store.file(&id).await, Ok(None)) => Err(status::no_file(&id))?,
+                        if matches!(store.file(&id, &Scope::All).await, Ok(None)) => Err(status::no_file(&id))?,
                     Err(error) => Err(status::read(error))?,
                 };
                 let at = offset;

@@ -5,7 +5,6 @@ use std::time::Duration;
 use tonic::{Code, Request, Response, Status};
 
 use super::{
-    auth::Caller,
     page::Page,
     status::{self, error, invalid_field},
     webhooks::{
@@ -14,9 +13,10 @@ use super::{
     },
 };
 use crate::{
+    access::Caller,
     delivery::{DEFAULT_OVERLAP, TestError, Webhooks},
     domain::{
-        BatchId, DeadLetterId, DeliveryId, RetryJobId, WebhookEndpointId,
+        BatchId, DeadLetterId, DeliveryId, RetryJobId, Scope, WebhookEndpointId,
         text::is_storable,
         webhook::{EventFilter, MAX_ATTEMPTS, TIMEOUT_RANGE, WebhookEvent},
     },
@@ -37,8 +37,8 @@ pub(super) struct Admin {
 }
 
 /// Who calls, whose they see, and what they ask.
-fn open<T>(request: Request<T>) -> Result<(Caller, Option<String>, T), Status> {
-    let caller = Caller::of(&request)?;
+fn open<T>(request: Request<T>) -> Result<(Caller, Scope, T), Status> {
+    let caller = super::gate::caller_of(&request)?;
     let scope = caller.scope();
     Ok((caller, scope, request.into_inner()))
 }
@@ -64,9 +64,9 @@ impl WebhookAdmin for Admin {
         &self,
         request: Request<pb::ListDeadLettersRequest>,
     ) -> Reply<pb::ListDeadLettersResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let filter = DeadLetterFilter {
-            owner,
+            scope,
             batch_id: text(request.batch_id, "batch_id")?,
             event: event(request.event)?.map(|event| event.as_str().to_owned()),
             host: text(request.url_host, "url_host")?,
@@ -83,11 +83,11 @@ impl WebhookAdmin for Admin {
     }
 
     async fn get_dead_letter(&self, request: Request<pb::GetDeadLetterRequest>) -> Reply<pb::DeadLetter> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = DeadLetterId::from_text(id(request.dead_letter_id, "dead_letter_id")?);
-        let found = self.webhooks.store().dead_letter(&id, owner.as_deref()).await.map_err(status::store)?;
+        let found = self.webhooks.store().dead_letter(&id, &scope).await.map_err(status::store)?;
         let found = found.ok_or_else(|| no_dead_letter(id.as_str()))?;
-        let attempts = self.webhooks.store().attempts(&found.delivery_id).await.map_err(status::store)?;
+        let attempts = self.webhooks.store().attempts(&found.delivery_id, &scope).await.map_err(status::store)?;
         Ok(Response::new(dead_letter(found, attempts)))
     }
 
@@ -95,14 +95,14 @@ impl WebhookAdmin for Admin {
         &self,
         request: Request<pb::RetryDeadLetterRequest>,
     ) -> Reply<pb::RetryDeadLetterResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = id(request.dead_letter_id, "dead_letter_id")?;
         if request.request_id.len() > REQUEST_ID || request.request_id.chars().any(char::is_control) {
             let message = format!("must be at most {REQUEST_ID} bytes without control characters");
             return Err(invalid_field("request_id", message));
         }
         let request_id = (!request.request_id.is_empty()).then_some(request.request_id);
-        let retried = self.webhooks.retry(DeadLetterId::from_text(&id), owner, request.force, request_id).await;
+        let retried = self.webhooks.retry(DeadLetterId::from_text(&id), scope, request.force, request_id).await;
         let retried = retried.map_err(|refused| retry(refused, &id))?;
         Ok(Response::new(pb::RetryDeadLetterResponse {
             retry_success: retried.success,
@@ -114,9 +114,9 @@ impl WebhookAdmin for Admin {
     }
 
     async fn delete_dead_letter(&self, request: Request<pb::DeleteDeadLetterRequest>) -> Reply<()> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = DeadLetterId::from_text(id(request.dead_letter_id, "dead_letter_id")?);
-        match self.webhooks.store().delete_dead_letter(&id, owner.as_deref()).await.map_err(status::store)? {
+        match self.webhooks.store().delete_dead_letter(&id, &scope).await.map_err(status::store)? {
             DeletedDeadLetter::Deleted => Ok(Response::new(())),
             DeletedDeadLetter::NotFound => Err(no_dead_letter(id.as_str())),
             DeletedDeadLetter::Busy => {
@@ -129,9 +129,9 @@ impl WebhookAdmin for Admin {
         &self,
         request: Request<pb::RetryDeadLettersRequest>,
     ) -> Reply<pb::RetryDeadLettersResponse> {
-        let (caller, owner, request) = open(request)?;
+        let (caller, scope, request) = open(request)?;
         let filter = DeadLetterFilter {
-            owner,
+            scope,
             batch_id: text(request.batch_id, "batch_id")?,
             event: event(request.event)?.map(|event| event.as_str().to_owned()),
             host: text(request.url_host, "url_host")?,
@@ -151,43 +151,43 @@ impl WebhookAdmin for Admin {
         &self,
         request: Request<pb::PurgeDeadLettersRequest>,
     ) -> Reply<pb::PurgeDeadLettersResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         // Not given is not zero: whoever forgets it must not lose everything.
         let age = duration(request.older_than, "older_than")?
             .ok_or_else(|| invalid_field("older_than", "must be given; 0s deletes all"))?;
-        let purged = self.webhooks.store().purge_dead_letters(age, owner.as_deref()).await.map_err(status::store)?;
+        let purged = self.webhooks.store().purge_dead_letters(age, &scope).await.map_err(status::store)?;
         Ok(Response::new(pb::PurgeDeadLettersResponse { purged: i64::try_from(purged).unwrap_or(i64::MAX) }))
     }
 
     async fn get_retry_job(&self, request: Request<pb::GetRetryJobRequest>) -> Reply<pb::RetryJob> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = RetryJobId::from_text(id(request.retry_job_id, "retry_job_id")?);
-        let found = self.webhooks.store().retry_job(&id, owner.as_deref()).await.map_err(status::store)?;
+        let found = self.webhooks.store().retry_job(&id, &scope).await.map_err(status::store)?;
         Ok(Response::new(retry_job(found.ok_or_else(|| no_retry_job(&id))?)))
     }
 
     async fn list_retry_jobs(&self, request: Request<pb::ListRetryJobsRequest>) -> Reply<pb::ListRetryJobsResponse> {
-        let (_, owner, request) = open(request)?;
-        let filters = ["retry_jobs", &format!("{owner:?}")];
+        let (_, scope, request) = open(request)?;
+        let filters = ["retry_jobs", &format!("{scope:?}")];
         let page = Page::parse(request.page_size, &request.page_token, &filters)?;
         let after = after(&page, RetryJobId::from_text);
-        let found = self.webhooks.store().retry_jobs(owner.as_deref(), after.as_ref(), page.size + 1).await;
+        let found = self.webhooks.store().retry_jobs(&scope, after.as_ref(), page.size + 1).await;
         let found = found.map_err(status::store)?.into_iter().map(retry_job).collect();
         let (retry_jobs, next_page_token) = page.finish(found, |one| &one.id);
         Ok(Response::new(pb::ListRetryJobsResponse { retry_jobs, next_page_token }))
     }
 
     async fn cancel_retry_job(&self, request: Request<pb::CancelRetryJobRequest>) -> Reply<pb::RetryJob> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = RetryJobId::from_text(id(request.retry_job_id, "retry_job_id")?);
-        let found = self.webhooks.store().cancel_retry_job(&id, owner.as_deref()).await.map_err(status::store)?;
+        let found = self.webhooks.store().cancel_retry_job(&id, &scope).await.map_err(status::store)?;
         Ok(Response::new(retry_job(found.ok_or_else(|| no_retry_job(&id))?)))
     }
 
     async fn list_deliveries(&self, request: Request<pb::ListDeliveriesRequest>) -> Reply<pb::ListDeliveriesResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let filter = DeliveryFilter {
-            owner,
+            scope,
             batch_id: text(request.batch_id, "batch_id")?.map(BatchId::from_text),
             endpoint_id: text(request.endpoint_id, "endpoint_id")?.map(WebhookEndpointId::from_text),
             event: event(request.event)?,
@@ -202,13 +202,13 @@ impl WebhookAdmin for Admin {
     }
 
     async fn get_delivery(&self, request: Request<pb::GetDeliveryRequest>) -> Reply<pb::Delivery> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = DeliveryId::from_text(id(request.delivery_id, "delivery_id")?);
-        let found = self.webhooks.store().delivery(&id, owner.as_deref()).await.map_err(status::store)?;
+        let found = self.webhooks.store().delivery(&id, &scope).await.map_err(status::store)?;
         let found = found.ok_or_else(|| {
             error(Code::NotFound, "DELIVERY_NOT_FOUND", format!("no delivery {:?}", status::short(id.as_str())))
         })?;
-        let attempts = self.webhooks.store().attempts(&id).await.map_err(status::store)?;
+        let attempts = self.webhooks.store().attempts(&id, &scope).await.map_err(status::store)?;
         Ok(Response::new(delivery(found, Some(attempts))))
     }
 
@@ -231,36 +231,36 @@ impl WebhookAdmin for Admin {
     }
 
     async fn get_endpoint(&self, request: Request<pb::GetEndpointRequest>) -> Reply<pb::WebhookEndpoint> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id, "endpoint_id")?);
-        let found = self.webhooks.store().endpoint(&id, owner.as_deref()).await.map_err(status::store)?;
+        let found = self.webhooks.store().endpoint(&id, &scope).await.map_err(status::store)?;
         Ok(Response::new(endpoint(found.ok_or_else(|| no_endpoint(id.as_str()))?, &self.webhooks)))
     }
 
     async fn list_endpoints(&self, request: Request<pb::ListEndpointsRequest>) -> Reply<pb::ListEndpointsResponse> {
-        let (_, owner, request) = open(request)?;
-        let filters = ["endpoints", &format!("{owner:?}")];
+        let (_, scope, request) = open(request)?;
+        let filters = ["endpoints", &format!("{scope:?}")];
         let page = Page::parse(request.page_size, &request.page_token, &filters)?;
         let after = after(&page, WebhookEndpointId::from_text);
-        let found = self.webhooks.store().endpoints(owner.as_deref(), after.as_ref(), page.size + 1).await;
+        let found = self.webhooks.store().endpoints(&scope, after.as_ref(), page.size + 1).await;
         let found = found.map_err(status::store)?.into_iter().map(|one| endpoint(one, &self.webhooks)).collect();
         let (endpoints, next_page_token) = page.finish(found, |one| &one.id);
         Ok(Response::new(pb::ListEndpointsResponse { endpoints, next_page_token }))
     }
 
     async fn update_endpoint(&self, request: Request<pb::UpdateEndpointRequest>) -> Reply<pb::WebhookEndpoint> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id.clone(), "endpoint_id")?);
         let change = change(request)?;
-        let changed = self.webhooks.update_endpoint(&id, owner.as_deref(), change).await;
+        let changed = self.webhooks.update_endpoint(&id, &scope, change).await;
         let changed = changed.map_err(|refused| accept(refused, ""))?.ok_or_else(|| no_endpoint(id.as_str()))?;
         Ok(Response::new(endpoint(changed, &self.webhooks)))
     }
 
     async fn delete_endpoint(&self, request: Request<pb::DeleteEndpointRequest>) -> Reply<()> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id, "endpoint_id")?);
-        match self.webhooks.delete_endpoint(&id, owner.as_deref()).await.map_err(status::store)? {
+        match self.webhooks.delete_endpoint(&id, &scope).await.map_err(status::store)? {
             DeletedEndpoint::Deleted => Ok(Response::new(())),
             DeletedEndpoint::NotFound => Err(no_endpoint(id.as_str())),
             DeletedEndpoint::InUse { batches, deliveries } => {
@@ -272,11 +272,11 @@ impl WebhookAdmin for Admin {
     }
 
     async fn rotate_secret(&self, request: Request<pb::RotateSecretRequest>) -> Reply<pb::RotateSecretResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id, "endpoint_id")?);
         let overlap = duration(request.overlap, "overlap")?.unwrap_or(DEFAULT_OVERLAP);
         let secret = (!request.secret.is_empty()).then_some(request.secret);
-        let rotated = self.webhooks.rotate_secret(&id, owner.as_deref(), secret, overlap).await;
+        let rotated = self.webhooks.rotate_secret(&id, &scope, secret, overlap).await;
         let (changed, secret) =
             rotated.map_err(|refused| accept(refused, ""))?.ok_or_else(|| no_endpoint(id.as_str()))?;
         Ok(Response::new(pb::RotateSecretResponse {
@@ -286,9 +286,9 @@ impl WebhookAdmin for Admin {
     }
 
     async fn send_test_event(&self, request: Request<pb::SendTestEventRequest>) -> Reply<pb::SendTestEventResponse> {
-        let (_, owner, request) = open(request)?;
+        let (_, scope, request) = open(request)?;
         let id = WebhookEndpointId::from_text(id(request.endpoint_id, "endpoint_id")?);
-        let tested = self.webhooks.test_endpoint(&id, owner.as_deref()).await.map_err(|error| match error {
+        let tested = self.webhooks.test_endpoint(&id, &scope).await.map_err(|error| match error {
             TestError::Store(error) => status::store(error),
             TestError::Stopped => status::shutting_down(),
         })?;

@@ -5,11 +5,9 @@ use std::{collections::BTreeMap, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::FieldViolation;
 
-use super::{
-    auth::Caller,
-    status::{self, error, invalid, invalid_field, short},
-};
+use super::status::{self, error, invalid, invalid_field, short};
 use crate::{
+    access::Caller,
     delivery::{AcceptError, RetryError, Webhooks},
     domain::{
         Timestamp, WebhookEndpointId,
@@ -75,7 +73,7 @@ pub(super) async fn webhook_of_batch(
             return Err(invalid_field("webhook_endpoint_id", "goes without webhook: name one of the two"));
         }
         let id = WebhookEndpointId::from_text(id);
-        let found = webhooks.store().endpoint(&id, caller.scope().as_deref()).await.map_err(status::store)?;
+        let found = webhooks.store().endpoint(&id, &caller.scope()).await.map_err(status::store)?;
         return match found {
             Some(endpoint) if endpoint.disabled => {
                 Err(error(Code::FailedPrecondition, "ENDPOINT_DISABLED", "the webhook endpoint is disabled"))

@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{auth::Caller, convert, status, validate};
+use super::{convert, gate::caller_of, status, validate};
 use crate::{
     fleet::Fleet,
     pb::{self, worker_admin_server::WorkerAdmin},
@@ -21,7 +21,7 @@ impl WorkerAdmin for Workers {
         &self,
         request: Request<pb::ListWorkersRequest>,
     ) -> Result<Response<pb::ListWorkersResponse>, Status> {
-        let admin = Caller::of(&request)?.require_admin().is_ok();
+        let admin = caller_of(&request)?.require_admin().is_ok();
         let shown = if admin { convert::worker } else { convert::public_worker };
         let workers = self.fleet.workers().into_iter().map(shown).collect();
         let request_stages = Some(convert::stages(&self.stages));
@@ -32,21 +32,21 @@ impl WorkerAdmin for Workers {
         &self,
         request: Request<pb::RegisterWorkerRequest>,
     ) -> Result<Response<pb::Worker>, Status> {
-        Caller::of(&request)?.require_admin()?;
+        caller_of(&request)?.require_admin().map_err(status::denied)?;
         let url = request.into_inner().url;
         let worker = self.fleet.register(&url).await.map_err(status::fleet)?;
         Ok(Response::new(convert::worker(worker)))
     }
 
     async fn drain_worker(&self, request: Request<pb::DrainWorkerRequest>) -> Result<Response<pb::Worker>, Status> {
-        Caller::of(&request)?.require_admin()?;
+        caller_of(&request)?.require_admin().map_err(status::denied)?;
         let id = validate::worker_id(&request.get_ref().worker_id)?;
         let worker = self.fleet.drain(&id).await.map_err(status::fleet)?;
         Ok(Response::new(convert::worker(worker)))
     }
 
     async fn remove_worker(&self, request: Request<pb::RemoveWorkerRequest>) -> Result<Response<()>, Status> {
-        Caller::of(&request)?.require_admin()?;
+        caller_of(&request)?.require_admin().map_err(status::denied)?;
         let id = validate::worker_id(&request.get_ref().worker_id)?;
         self.fleet.remove(&id).await.map_err(status::fleet)?;
         Ok(Response::new(()))

@@ -113,8 +113,11 @@ mod tests {
     fn the_server_reads_what_is_written() {
         let line = file_line("team", Role::Submit, Weight::new(20).unwrap(), "abc");
         assert!(line.ends_with(" weight=20"), "{line}");
-        let tokens = crate::api::Tokens::parse(&line).unwrap();
-        assert_eq!((tokens.find("abc").unwrap().owner.as_str(), tokens.weights().of("team").get()), ("team", 20));
+        let tokens = crate::access::Tokens::parse(&line).unwrap();
+        assert_eq!(
+            (tokens.find("abc").unwrap().owner.as_str(), tokens.weights().of(&"team".into()).get()),
+            ("team", 20)
+        );
     }
 
     #[test]

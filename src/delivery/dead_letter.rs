@@ -2,7 +2,7 @@
 
 use super::{Webhooks, send::Sent};
 use crate::{
-    domain::{DeadLetterId, webhook::AttemptResult},
+    domain::{DeadLetterId, Scope, webhook::AttemptResult},
     store::{BeginRetry, DeadLetter, StoreError},
 };
 
@@ -56,12 +56,12 @@ impl Webhooks {
     pub async fn retry(
         &self,
         id: DeadLetterId,
-        owner: Option<String>,
+        scope: Scope,
         force: bool,
         request_id: Option<String>,
     ) -> Result<Retried, RetryError> {
         let webhooks = self.clone();
-        let retry = async move { webhooks.retry_here(&id, owner.as_deref(), force, request_id.as_deref()).await };
+        let retry = async move { webhooks.retry_here(&id, &scope, force, request_id.as_deref()).await };
         // Once sent it must be written down, also when the caller has hung up.
         tokio::spawn(retry).await.map_err(|_| RetryError::Stopped)?
     }
@@ -69,12 +69,12 @@ impl Webhooks {
     pub(super) async fn retry_here(
         &self,
         id: &DeadLetterId,
-        owner: Option<&str>,
+        scope: &Scope,
         force: bool,
         request_id: Option<&str>,
     ) -> Result<Retried, RetryError> {
         self.take_over().await;
-        let (claim, forced) = match self.inner.store.begin_retry(id, owner, force, request_id).await? {
+        let (claim, forced) = match self.inner.store.begin_retry(id, scope, force, request_id).await? {
             BeginRetry::Started { claim, forced } => (claim, forced),
             BeginRetry::Repeated(dead_letter, attempt) => {
                 return Ok(Retried {

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::{Webhooks, clock::Clocks, jobs, metrics, outbox::Outbox, send::batch_context};
 use crate::{
+    domain::Scope,
     fault,
     store::{SecretOf, StoreError},
     supervise::{Part, named},
@@ -139,7 +140,7 @@ impl Housekeeping {
 
     async fn purge(&self) -> Result<(), StoreError> {
         let inner = &self.webhooks.inner;
-        let dead_letters = inner.store.purge_dead_letters(inner.options.keep_dead_letters, None).await?;
+        let dead_letters = inner.store.purge_dead_letters(inner.options.keep_dead_letters, &Scope::All).await?;
         let deliveries = inner.store.purge_deliveries(inner.options.keep_deliveries).await?;
         if dead_letters > 0 || deliveries > 0 {
             info!(dead_letters, deliveries, "old webhooks deleted");

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use super::{Webhooks, dead_letter::RetryError, fairness::PER_TARGET};
 use crate::{
-    domain::{DeadLetterId, webhook::target_of},
+    domain::{DeadLetterId, Owner, webhook::target_of},
     fault,
     store::{ClaimedJob, DeadLetterFilter, RetryJob, StoreError},
     supervise::Part,
@@ -29,7 +29,7 @@ impl Webhooks {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn retry_all(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+    pub async fn retry_all(&self, owner: &Owner, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
         let job = self.inner.store.create_retry_job(owner, filter).await?;
         self.inner.jobs.notify_one();
         Ok(job)
@@ -148,7 +148,8 @@ async fn send_page(
 /// The database can't say now. Nothing was sent then, or the job's id is on what was.
 async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Result<bool, StoreError> {
     // The job's id as request id: whatever is looked at twice is sent once.
-    let retried = webhooks.retry(id, None, false, Some(job.job.id.to_string())).await;
+    let (scope, request_id) = (job.job.filter.scope.clone(), job.job.id.to_string());
+    let retried = webhooks.retry(id, scope, false, Some(request_id)).await;
     was_sent(retried.map(|_| ()))
 }
 

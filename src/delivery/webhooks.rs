@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     domain::{
-        WebhookEndpointId,
+        Owner, Scope, WebhookEndpointId,
         webhook::{AttemptResult, Defaults, Invalid, Secret, WebhookConfig, WebhookTarget},
     },
     fault::{self, Fault},
@@ -189,7 +189,7 @@ impl Webhooks {
     /// [`AcceptError`].
     pub async fn create_endpoint(
         &self,
-        owner: &str,
+        owner: &Owner,
         config: WebhookConfig,
     ) -> Result<(EndpointRecord, Secret), AcceptError> {
         let (target, secret) = self.resolve(config).await?;
@@ -198,7 +198,7 @@ impl Webhooks {
         let sealed = self.inner.vault.seal(&secret, id.as_str());
         let new = NewEndpoint {
             id,
-            owner: owner.to_owned(),
+            owner: owner.clone(),
             url: target.url,
             events: target.events,
             secret: Some(sealed),
@@ -215,13 +215,13 @@ impl Webhooks {
     pub async fn update_endpoint(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         mut change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, AcceptError> {
         if let Some(url) = &mut change.url {
             *url = self.resolve(WebhookConfig::new(url.as_str())).await?.0.url;
         }
-        let changed = self.inner.store.update_endpoint(id, owner, change).await?;
+        let changed = self.inner.store.update_endpoint(id, scope, change).await?;
         self.inner.wake.notify_one();
         Ok(changed)
     }
@@ -234,7 +234,7 @@ impl Webhooks {
     pub async fn rotate_secret(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         secret: Option<String>,
         overlap: Duration,
     ) -> Result<Option<(EndpointRecord, Secret)>, AcceptError> {
@@ -248,7 +248,7 @@ impl Webhooks {
             None => Secret::generate(),
         };
         let sealed = self.inner.vault.seal(&secret, id.as_str());
-        let rotated = self.inner.store.rotate_secret(id, owner, &sealed, overlap).await?;
+        let rotated = self.inner.store.rotate_secret(id, scope, &sealed, overlap).await?;
         Ok(rotated.map(|endpoint| (endpoint, secret)))
     }
 
@@ -256,12 +256,8 @@ impl Webhooks {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn delete_endpoint(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<DeletedEndpoint, StoreError> {
-        self.inner.store.delete_endpoint(id, owner).await
+    pub async fn delete_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
+        self.inner.store.delete_endpoint(id, scope).await
     }
 
     /// Sends an endpoint a test event, now and once, just as any other event is sent. None if there is no such endpoint. Goes on
@@ -269,24 +265,16 @@ impl Webhooks {
     ///
     /// # Errors
     /// [`TestError`].
-    pub async fn test_endpoint(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<Option<Tested>, TestError> {
-        let (webhooks, id, owner) = (self.clone(), id.clone(), owner.map(str::to_owned));
-        let test = async move { webhooks.test_endpoint_here(&id, owner.as_deref()).await };
+    pub async fn test_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<Option<Tested>, TestError> {
+        let (webhooks, id, scope) = (self.clone(), id.clone(), scope.clone());
+        let test = async move { webhooks.test_endpoint_here(&id, &scope).await };
         // Once sent it must be written down, also when the caller has hung up.
         Ok(tokio::spawn(test).await.map_err(|_| TestError::Stopped)??)
     }
 
-    async fn test_endpoint_here(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<Option<Tested>, StoreError> {
+    async fn test_endpoint_here(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<Option<Tested>, StoreError> {
         self.take_over().await;
-        let Some(claim) = self.inner.store.begin_test(id, owner).await? else { return Ok(None) };
+        let Some(claim) = self.inner.store.begin_test(id, scope).await? else { return Ok(None) };
         let Sent { result, .. } = self.send(&claim).await;
         let settlement = Settlement {
             id: claim.id.clone(),

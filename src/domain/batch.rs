@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    BatchId, BatchStatus, Endpoint, FileId, Revision, Timestamp, TokenUsage, WebhookEndpointId, lifecycle::Ending,
-    webhook::WebhookTarget,
+    BatchId, BatchStatus, Endpoint, FileId, Owner, Revision, Timestamp, TokenUsage, WebhookEndpointId,
+    lifecycle::Ending, webhook::WebhookTarget,
 };
 
 /// The least and the most that a completion window may be.
@@ -95,8 +95,8 @@ impl StateTimes {
 /// What a client asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewBatch {
-    /// Whose it is: the name of the access token; empty without tokens.
-    pub owner: String,
+    /// Whose it is.
+    pub owner: Owner,
     /// The input.
     pub input_file_id: FileId,
     /// The url of its requests.
@@ -121,7 +121,7 @@ pub struct Batch {
     /// Its id.
     pub id: BatchId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// Its state.
     pub status: BatchStatus,
     /// How it is to end, once its lines are no longer to be run.

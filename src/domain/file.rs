@@ -1,6 +1,6 @@
 //! Files as clients see them.
 
-use super::{BatchId, Endpoint, FileId, Timestamp};
+use super::{BatchId, Endpoint, FileId, Owner, Timestamp};
 
 /// What a file is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +29,8 @@ impl FileKind {
 pub struct File {
     /// Its id.
     pub id: FileId,
-    /// Who may see it: the name of the access token that made it; empty without tokens.
-    pub owner: String,
+    /// Who may see it.
+    pub owner: Owner,
     /// What it is for.
     pub kind: FileKind,
     /// A name for people.

@@ -1,4 +1,4 @@
-//! What tidemill is about, without IO: ids, the batch and its lifecycle, request lines, counts, time.
+//! What tidemill is about, without IO: ids, owners, the batch and its lifecycle, request lines, counts, time.
 
 pub mod answer;
 pub mod batch;
@@ -7,6 +7,7 @@ pub mod file;
 pub mod ids;
 pub mod lifecycle;
 pub mod line_set;
+pub mod owner;
 pub mod request_line;
 pub mod segment;
 pub mod text;
@@ -25,6 +26,7 @@ pub use ids::{
 };
 pub use lifecycle::BatchStatus;
 pub use line_set::LineSet;
+pub use owner::{Owner, Scope};
 pub use segment::SegmentSpan;
 pub use time::Timestamp;
 pub use usage::TokenUsage;

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, str::FromStr};
 
+use super::Owner;
+
 /// How large an owner's share is beside those of others: three times the weight, three times the share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Weight(u16);
@@ -45,18 +47,18 @@ impl FromStr for Weight {
 
 /// The weights of owners, by name. Who is not named weighs 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Weights(BTreeMap<String, Weight>);
+pub struct Weights(BTreeMap<Owner, Weight>);
 
 impl Weights {
     /// An owner's.
     #[must_use]
-    pub fn of(&self, owner: &str) -> Weight {
+    pub fn of(&self, owner: &Owner) -> Weight {
         self.0.get(owner).copied().unwrap_or_default()
     }
 }
 
-impl FromIterator<(String, Weight)> for Weights {
-    fn from_iter<T: IntoIterator<Item = (String, Weight)>>(all: T) -> Self {
+impl FromIterator<(Owner, Weight)> for Weights {
+    fn from_iter<T: IntoIterator<Item = (Owner, Weight)>>(all: T) -> Self {
         Self(all.into_iter().collect())
     }
 }
@@ -76,7 +78,7 @@ mod tests {
 
     #[test]
     fn who_is_not_named_weighs_one() {
-        let weights: Weights = [("ana".to_owned(), Weight(3))].into_iter().collect();
-        assert_eq!((weights.of("ana").get(), weights.of("bob").get()), (3, 1));
+        let weights: Weights = [("ana".into(), Weight(3))].into_iter().collect();
+        assert_eq!((weights.of(&"ana".into()).get(), weights.of(&"bob".into()).get()), (3, 1));
     }
 }

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 use super::{IngestError, Limits, Validated, Validator};
 use crate::{
     blobs::{Blobs, ObjectWriter},
-    domain::{File, FileId, FileKind, Timestamp},
+    domain::{File, FileId, FileKind, Owner, Timestamp},
     fault::{self, Fault},
     store::{InsertedFile, Store},
 };
@@ -35,8 +35,8 @@ struct Inner {
 /// What is to be uploaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewUpload {
-    /// Whose it is: the name of the access token; empty without tokens.
-    pub owner: String,
+    /// Whose it is.
+    pub owner: Owner,
     /// A name for people.
     pub filename: String,
     /// Its size, if it is known beforehand: any other is refused.

@@ -15,7 +15,7 @@ use tokio::{
 
 use super::Progress;
 use crate::{
-    domain::{Batch, BatchId, BatchStatus, Revision, Sequence, Timestamp},
+    domain::{Batch, BatchId, BatchStatus, Revision, Scope, Sequence, Timestamp},
     store::{StateEvent, Store, StoreError},
 };
 
@@ -55,7 +55,7 @@ impl Snapshot {
         before: Option<&Self>,
     ) -> Result<Option<(Batch, Arc<[StateEvent]>)>, StoreError> {
         if let Some(before) = before {
-            let Some(batch) = store.batch(id).await? else { return Ok(None) };
+            let Some(batch) = store.batch(id, &Scope::All).await? else { return Ok(None) };
             // No state is entered twice, so the same state means that there is no new event.
             if batch.status == before.status() {
                 return Ok(Some((batch, before.events.clone())));

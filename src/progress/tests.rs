@@ -11,7 +11,7 @@ use tokio_util::{
 use super::*;
 use crate::{
     domain::{
-        BatchStatus, Endpoint, Epoch, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, SegmentIndex,
+        BatchStatus, Endpoint, Epoch, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, Scope, SegmentIndex,
         SegmentRef, SegmentSpan, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions, InFlight},
@@ -220,7 +220,7 @@ async fn a_slow_reader_gets_every_state_and_only_the_newest_progress() {
         world.part(&lease, line).await;
     }
     let store = world.store.clone();
-    let wanted = store.batch(&id).await.unwrap().unwrap().revision;
+    let wanted = store.batch(&id, &Scope::All).await.unwrap().unwrap().revision;
     // One look brings the newest, not nine.
     let event = loop {
         let event = stream.next().await.unwrap().unwrap();
@@ -231,7 +231,7 @@ async fn a_slow_reader_gets_every_state_and_only_the_newest_progress() {
     let EventKind::Progress(progress) = event.kind else { panic!("{event:?}") };
     assert_eq!((progress.counts.completed, progress.usage.output), (9, 45));
     assert!(progress.rates.moving() && progress.eta.is_some() && progress.waiting_reason.is_none(), "{progress:?}");
-    world.store.cancel_batch(&id).await.unwrap();
+    world.store.cancel_batch(&id, &Scope::All).await.unwrap();
     world.finish(&lease).await;
     let told = states(stream).await;
     assert_eq!(told.iter().map(|one| one.0).collect::<Vec<_>>(), [BatchStatus::Cancelling, BatchStatus::Cancelled]);
@@ -265,7 +265,7 @@ async fn silence_is_broken_by_heartbeats() {
     let world = World::new().await;
     let id = world.batch("").await;
     let mut stream = world.watch(&id, 0).await;
-    let mut all = Box::pin(world.hub.watch_all(None, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+    let mut all = Box::pin(world.hub.watch_all(Scope::All, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
     assert!(status(&stream.next().await.unwrap().unwrap()).is_some());
     assert!(status(&all.next().await.unwrap().unwrap()).is_some());
     // It looks for states once more before it waits: the clock must not jump while the database works.
@@ -290,7 +290,7 @@ async fn a_shutdown_ends_every_stream() {
     let world = World::new().await.run();
     let id = world.batch("").await;
     let mut stream = world.watch(&id, 0).await;
-    let mut all = Box::pin(world.hub.watch_all(None, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+    let mut all = Box::pin(world.hub.watch_all(Scope::All, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
     stream.next().await.unwrap().unwrap();
     all.next().await.unwrap().unwrap();
     world.shutdown.cancel();
@@ -312,12 +312,12 @@ async fn what_is_not_there_is_refused() {
     let id = world.batch("").await;
     let refused = world.hub.watch(&BatchId::from_text("batch_no"), Revision(0), DEFAULT_INTERVAL).await.err();
     assert!(matches!(refused, Some(WatchError::NotFound(_))));
-    let newest = world.store.batch(&id).await.unwrap().unwrap().revision.0;
+    let newest = world.store.batch(&id, &Scope::All).await.unwrap().unwrap().revision.0;
     let refused = world.hub.watch(&id, Revision(newest + 1), DEFAULT_INTERVAL).await.err();
     assert!(
         matches!(refused, Some(WatchError::Ahead { asked, newest: known }) if asked == newest + 1 && known == newest)
     );
-    let refused = world.hub.watch_all(None, Sequence(99), DEFAULT_INTERVAL).await.err();
+    let refused = world.hub.watch_all(Scope::All, Sequence(99), DEFAULT_INTERVAL).await.err();
     assert!(matches!(refused, Some(WatchError::Ahead { asked: 99, newest: 2 })));
 }
 
@@ -326,7 +326,7 @@ async fn another_nodes_changes_are_found_and_unwatched_batches_are_forgotten() {
     let world = World::new().await.run();
     let id = world.batch("").await;
     let stream = world.watch(&id, 0).await;
-    let mut all = Box::pin(world.hub.watch_all(None, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+    let mut all = Box::pin(world.hub.watch_all(Scope::All, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
     assert_eq!(status(&all.next().await.unwrap().unwrap()).unwrap().0, BatchStatus::InProgress);
     assert_eq!(world.hub.feed_count(), 1);
     // A second connection to the same database: the hub hears nothing of what it commits.
@@ -363,12 +363,13 @@ async fn another_nodes_changes_are_found_and_unwatched_batches_are_forgotten() {
 async fn a_dashboard_sees_every_state_of_its_owners_batches_and_resumes() {
     let world = World::new().await.run();
     let (mine, theirs) = (world.batch("me").await, world.batch("you").await);
-    let mut stream = Box::pin(world.hub.watch_all(Some("me".into()), Sequence(0), INTERVAL_RANGE.0).await.unwrap());
+    let mut stream =
+        Box::pin(world.hub.watch_all(Scope::Of("me".into()), Sequence(0), INTERVAL_RANGE.0).await.unwrap());
     let first = stream.next().await.unwrap().unwrap();
     assert_eq!((first.batch.clone(), first.sequence), (Some(mine.clone()), Sequence(4)));
     let lease = world.claim(&mine).await;
     world.part(&lease, 0).await;
-    world.store.cancel_batch(&theirs).await.unwrap();
+    world.store.cancel_batch(&theirs, &Scope::All).await.unwrap();
     let event = loop {
         let event = stream.next().await.unwrap().unwrap();
         if matches!(&event.kind, EventKind::Progress(progress) if progress.counts.completed == 1) {
@@ -380,7 +381,7 @@ async fn a_dashboard_sees_every_state_of_its_owners_batches_and_resumes() {
     // While nobody looks: one ends, one begins.
     world.finish(&lease).await;
     let next = world.batch("me").await;
-    let stream = world.hub.watch_all(Some("me".into()), event.sequence, INTERVAL_RANGE.0).await.unwrap();
+    let stream = world.hub.watch_all(Scope::Of("me".into()), event.sequence, INTERVAL_RANGE.0).await.unwrap();
     let told: Vec<_> = stream
         .filter_map(async |event| {
             let event = event.unwrap();
@@ -402,11 +403,11 @@ async fn a_dashboard_sees_every_state_of_its_owners_batches_and_resumes() {
 async fn a_batch_says_why_it_waits() {
     let world = World::new().await;
     let id = world.batch("").await;
-    let batch = world.store.batch(&id).await.unwrap().unwrap();
+    let batch = world.store.batch(&id, &Scope::All).await.unwrap().unwrap();
     let progress = world.hub.progress(&batch).await.unwrap();
     assert!(progress.waiting_reason.unwrap().starts_with("no worker is registered"));
     let second = world.batch("").await;
-    let second = world.store.batch(&second).await.unwrap().unwrap();
+    let second = world.store.batch(&second, &Scope::All).await.unwrap().unwrap();
     assert_eq!(world.hub.progress(&second).await.unwrap().queue_position, 1);
     let both = world.hub.progresses(&[second.clone(), batch]).await.unwrap();
     assert_eq!(both.iter().map(|one| one.queue_position).collect::<Vec<_>>(), [1, 0]);
@@ -428,13 +429,13 @@ async fn what_a_look_costs_does_not_grow_with_the_batches_that_wait() {
             *since - before
         };
         let mut since = world.store.statements();
-        let batches = world.store.batches(&crate::store::BatchFilter::default(), None, 1_000).await.unwrap();
+        let batches = world.store.batches(&crate::store::BatchFilter::within(Scope::All), None, 1_000).await.unwrap();
         let progresses = world.hub.progresses(&batches).await.unwrap();
         assert_eq!((batches.len(), progresses.len()), (count, count));
         let places: Vec<_> = progresses.iter().rev().map(|progress| progress.queue_position).collect();
         assert_eq!(places, (0..i64::try_from(count).unwrap()).collect::<Vec<_>>(), "each has its place");
         let listed = spent(&mut since);
-        let mut all = Box::pin(world.hub.watch_all(None, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+        let mut all = Box::pin(world.hub.watch_all(Scope::All, Sequence(0), DEFAULT_INTERVAL).await.unwrap());
         for _ in 0..count {
             all.next().await.unwrap().unwrap();
         }

@@ -14,7 +14,7 @@ use super::{
     watch::{entered, present, progress},
 };
 use crate::{
-    domain::{BatchId, Revision, Sequence, Timestamp},
+    domain::{BatchId, Revision, Scope, Sequence, Timestamp},
     store::{StateEvent, StoreError},
 };
 
@@ -40,7 +40,7 @@ enum Woken {
 /// One dashboard.
 struct All {
     hub: Hub,
-    owner: Option<String>,
+    scope: Scope,
     /// Every state change up to here has been told.
     after: Sequence,
     shown: HashMap<BatchId, Shown>,
@@ -56,7 +56,7 @@ impl Hub {
     /// [`WatchError`].
     pub async fn watch_all(
         &self,
-        owner: Option<String>,
+        scope: Scope,
         after: Sequence,
         interval: Duration,
     ) -> Result<impl Stream<Item = Result<Event, WatchError>> + Send + 'static + use<>, WatchError> {
@@ -71,7 +71,7 @@ impl Hub {
         }
         let fresh = after == Sequence(0);
         let mut all =
-            All { hub: self.clone(), owner, after: if fresh { newest } else { after }, shown: HashMap::new(), states };
+            All { hub: self.clone(), scope, after: if fresh { newest } else { after }, shown: HashMap::new(), states };
         let shutdown = self.shutdown().clone();
         Ok(async_stream::try_stream! {
             if fresh {
@@ -149,7 +149,7 @@ impl Hub {
 impl All {
     /// Begins to show the unfinished batches that are not shown yet. Returns which, oldest first.
     async fn show_unfinished(&mut self) -> Result<Vec<BatchId>, WatchError> {
-        let ids = self.hub.store().unfinished(self.owner.as_deref(), WATCH_ALL_LIMIT).await?;
+        let ids = self.hub.store().unfinished(&self.scope, WATCH_ALL_LIMIT).await?;
         let new: Vec<_> = ids.iter().filter(|id| !self.shown.contains_key(*id)).cloned().collect();
         self.show(&new).await?;
         Ok(ids)
@@ -191,7 +191,7 @@ impl All {
 
     /// Reads the next state changes. Returns them, and up to where everything has been read.
     async fn read_states(&self) -> Result<(Vec<StateEvent>, Sequence), StoreError> {
-        self.hub.store().events_after(self.owner.as_deref(), self.after, PAGE).await
+        self.hub.store().events_after(&self.scope, self.after, PAGE).await
     }
 
     /// Tells a state change, unless the batch's first snapshot has already told it.

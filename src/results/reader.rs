@@ -16,7 +16,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::checked::{self, Block, name_of};
 use crate::{
     blobs::{BlobError, Blobs},
-    domain::{BatchId, File, FileId, FileKind, LineSet, SegmentIndex, SegmentRef, SegmentSpan},
+    domain::{BatchId, File, FileId, FileKind, LineSet, Scope, SegmentIndex, SegmentRef, SegmentSpan},
     store::{Part, SegmentRecord, Store, StoreError},
 };
 
@@ -288,7 +288,7 @@ impl Reader {
             let (mut segments, mut finals) = (HashMap::new(), Finals::default());
             loop {
                 // Read before the parts: a batch that has ended gets no more of them.
-                let ended = reader.store.batch(&batch).await?.is_none_or(|batch| batch.status.is_terminal());
+                let ended = reader.store.batch(&batch, &Scope::All).await?.is_none_or(|batch| batch.status.is_terminal());
                 loop {
                     let parts = reader.store.parts_from(&batch, place.seq, PART_PAGE).await?;
                     let full = parts.len() as u64 == PART_PAGE;

@@ -5,7 +5,7 @@ use bytes::{BufMut, BytesMut};
 use super::checked::name_of;
 use crate::{
     blobs::{BlobError, Blobs},
-    domain::{Batch, File, LineSet, SegmentIndex, SegmentRef, request_line},
+    domain::{Batch, File, LineSet, Owner, Scope, SegmentIndex, SegmentRef, request_line},
     ingest::{Begun, Ingest, IngestError, NewUpload},
     store::{SegmentRecord, Store, StoreError},
 };
@@ -52,7 +52,7 @@ pub async fn failed_lines_file(
     store: &Store,
     blobs: &Blobs,
     batch: &Batch,
-    owner: &str,
+    owner: &Owner,
     request_id: Option<&str>,
 ) -> Result<File, RetryError> {
     if !batch.status.is_terminal() {
@@ -61,13 +61,13 @@ pub async fn failed_lines_file(
     if batch.counts.failed == 0 {
         return Err(RetryError::NothingFailed);
     }
-    let input = store.file(&batch.input_file_id).await?.ok_or(RetryError::InputGone)?;
+    let input = store.file(&batch.input_file_id, &Scope::All).await?.ok_or(RetryError::InputGone)?;
     if store.segments(&batch.id, SegmentIndex(0), 1).await?.is_empty() {
         return Err(RetryError::ResultsDeleted);
     }
     let object_key = input.object_key.ok_or(RetryError::InputGone)?;
     let spec = NewUpload {
-        owner: owner.to_owned(),
+        owner: owner.clone(),
         filename: format!("failed-of-{}.jsonl", batch.id),
         total_bytes: None,
         // A client's request ids for uploads are its own.
@@ -163,7 +163,7 @@ mod tests {
 
         async fn batch(&self, input: &FileId) -> Batch {
             let new = NewBatch {
-                owner: String::new(),
+                owner: Owner::nobody(),
                 input_file_id: input.clone(),
                 endpoint: Endpoint::Score,
                 completion_window: Duration::from_secs(3_600),
@@ -209,11 +209,11 @@ mod tests {
                 let end = self.store.finish_segment(of, epoch, Some(&second), &object, &[]).await.unwrap();
                 assert_eq!(end, Commit::Done);
             }
-            self.store.batch(&batch.id).await.unwrap().unwrap()
+            self.store.batch(&batch.id, &Scope::All).await.unwrap().unwrap()
         }
 
         async fn retry(&self, batch: &Batch, request_id: Option<&str>) -> Result<File, RetryError> {
-            failed_lines_file(&self.ingest, &self.store, &self.blobs, batch, "me", request_id).await
+            failed_lines_file(&self.ingest, &self.store, &self.blobs, batch, &"me".into(), request_id).await
         }
     }
 
@@ -262,7 +262,7 @@ mod tests {
         // The object alone, then the row as well.
         place.blobs.delete(input.object_key.as_deref().unwrap()).await.unwrap();
         assert!(matches!(place.retry(&bad, None).await, Err(RetryError::InputGone)));
-        assert_eq!(place.store.delete_file(&input.id).await.unwrap(), DeletedFile::Deleted);
+        assert_eq!(place.store.delete_file(&input.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
         assert!(matches!(place.retry(&bad, None).await, Err(RetryError::InputGone)));
         assert_eq!(place.store.count_files().await.unwrap(), files - 1);
     }

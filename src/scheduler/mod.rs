@@ -49,7 +49,9 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
-    domain::{BatchId, Epoch, NodeId, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending},
+    domain::{
+        BatchId, Epoch, NodeId, Owner, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending,
+    },
     fault,
     fleet::{Fleet, Rank, Tenant},
     store::{ClaimedSegment, Store, StoreError},
@@ -559,8 +561,8 @@ async fn over(round: &mut Option<AbortOnDropHandle<Outcome>>) -> Outcome {
 }
 
 /// A batch's.
-fn rank(weights: &Weights, owner: &str, priority: Priority, expires_at: Timestamp) -> Rank {
-    Rank::batch(priority, expires_at).of(Tenant::named(owner).weighing(weights.of(owner)))
+fn rank(weights: &Weights, owner: &Owner, priority: Priority, expires_at: Timestamp) -> Rank {
+    Rank::batch(priority, expires_at).of(Tenant::named(owner.as_str()).weighing(weights.of(owner)))
 }
 
 /// What `act` comes to; None if it is still under way [`HALF_WAY`] after the shutdown.

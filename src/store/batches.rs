@@ -15,10 +15,11 @@ use super::{
     now,
     parts::{Commit, hold},
     queue::{ids_parameter, queued_lines_of, texts_of},
+    scoped::within,
 };
 use crate::domain::{
-    Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Priority, SegmentRef, Timestamp,
-    lifecycle::Input,
+    Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Owner, Priority, Scope, SegmentRef,
+    Timestamp, lifecycle::Input,
 };
 
 /// What became of a new batch.
@@ -53,29 +54,42 @@ pub enum CancelledBatch {
 }
 
 impl Store {
-    /// Creates a batch with its segments and its first events.
+    /// Creates a batch of anybody's file, however many lines its owner has queued: what tests and benches begin with.
     ///
     /// # Errors
     /// [`StoreError`].
+    #[doc(hidden)]
     pub async fn create_batch(&self, new: NewBatch) -> Result<CreatedBatch, StoreError> {
-        self.create_batch_within(new, None).await
+        self.create_batch_within(new, &Scope::All, None).await
     }
 
-    /// The same, if the owner's unfinished batches have at most so many lines without a result then, this one's included.
+    /// Creates a batch of a file within the scope, with its segments and its first events, if the owner's unfinished batches
+    /// have at most `most` lines without a result then, this one's included.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn create_batch_within(&self, new: NewBatch, most: Option<i64>) -> Result<CreatedBatch, StoreError> {
-        again(|| self.create_batch_once(new.clone(), most)).await
+    pub async fn create_batch_within(
+        &self,
+        new: NewBatch,
+        scope: &Scope,
+        most: Option<i64>,
+    ) -> Result<CreatedBatch, StoreError> {
+        again(|| self.create_batch_once(new.clone(), scope, most)).await
     }
 
-    async fn create_batch_once(&self, new: NewBatch, most: Option<i64>) -> Result<CreatedBatch, StoreError> {
+    async fn create_batch_once(
+        &self,
+        new: NewBatch,
+        scope: &Scope,
+        most: Option<i64>,
+    ) -> Result<CreatedBatch, StoreError> {
         let tx = self.begin().await?;
         if most.is_some() {
             lock_queue(&tx, &new.owner).await?;
         }
         // The lock keeps the file from being deleted before its batch is there.
-        let Some(input) = file::Entity::find_by_id(new.input_file_id.as_str()).lock_exclusive().one(&tx).await? else {
+        let find = within(file::Entity::find_by_id(new.input_file_id.as_str()), file::Column::Owner, scope);
+        let Some(input) = find.lock_exclusive().one(&tx).await? else {
             return match find_existing(&tx, &new).await? {
                 Some(existing) => Ok(CreatedBatch::Existing(Box::new(existing))),
                 None => Ok(CreatedBatch::FileNotFound),
@@ -127,15 +141,16 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn batch(&self, id: &BatchId) -> Result<Option<Batch>, StoreError> {
-        batch::Entity::find_by_id(id.as_str()).one(self.read()).await?.map(Batch::try_from).transpose()
+    pub async fn batch(&self, id: &BatchId, scope: &Scope) -> Result<Option<Batch>, StoreError> {
+        let find = within(batch::Entity::find_by_id(id.as_str()), batch::Column::Owner, scope);
+        find.one(self.read()).await?.map(Batch::try_from).transpose()
     }
 
     /// The batch that an owner's request id made.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn batch_by_request_id(&self, owner: &str, request_id: &str) -> Result<Option<Batch>, StoreError> {
+    pub async fn batch_by_request_id(&self, owner: &Owner, request_id: &str) -> Result<Option<Batch>, StoreError> {
         find_by_request_id(self.read(), owner, request_id).await
     }
 
@@ -143,13 +158,14 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn cancel_batch(&self, id: &BatchId) -> Result<CancelledBatch, StoreError> {
-        again(|| self.cancel_batch_once(id)).await
+    pub async fn cancel_batch(&self, id: &BatchId, scope: &Scope) -> Result<CancelledBatch, StoreError> {
+        again(|| self.cancel_batch_once(id, scope)).await
     }
 
-    async fn cancel_batch_once(&self, id: &BatchId) -> Result<CancelledBatch, StoreError> {
+    async fn cancel_batch_once(&self, id: &BatchId, scope: &Scope) -> Result<CancelledBatch, StoreError> {
         let tx = self.begin().await?;
-        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(CancelledBatch::NotFound) };
+        let found = lock_batch(&tx, id).await?.filter(|row| scope.sees(&row.owner.as_str().into()));
+        let Some(mut row) = found else { return Ok(CancelledBatch::NotFound) };
         let at = now(&tx).await?;
         match transition(&tx, &mut row, Input::CancelRequested, at).await? {
             Ok(changed) => {
@@ -285,24 +301,22 @@ impl Store {
         Ok(rows.filter_map(read).collect())
     }
 
-    /// Unfinished batches, oldest first, at most `limit`; of one owner's, if one is given.
+    /// Unfinished batches, oldest first, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn unfinished(&self, owner: Option<&str>, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+    pub async fn unfinished(&self, scope: &Scope, limit: u64) -> Result<Vec<BatchId>, StoreError> {
         let mut ids: Vec<String> = Vec::new();
         // A walk for each state: SQLite would take the order of ids from an index that has the finished ones as well. In the
         // order in which states are entered, so that a batch that moves on meanwhile is met twice rather than never.
         for status in BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()) {
-            let mut find = batch::Entity::find()
+            let find = batch::Entity::find()
                 .select_only()
                 .column(batch::Column::Id)
                 .filter(batch::Column::Status.eq(status.as_str()))
                 .order_by_asc(batch::Column::Id)
                 .limit(limit);
-            if let Some(owner) = owner {
-                find = find.filter(batch::Column::Owner.eq(owner));
-            }
+            let find = within(find, batch::Column::Owner, scope);
             ids.extend(find.into_tuple::<String>().all(self.read()).await?);
         }
         ids.sort_unstable();
@@ -326,11 +340,12 @@ impl Store {
 
 /// Waits for other transactions that add to an owner's queue: what each counts then includes what the others have added.
 /// SQLite has one writer anyway.
-async fn lock_queue<C: ConnectionTrait>(tx: &C, owner: &str) -> Result<(), StoreError> {
+async fn lock_queue<C: ConnectionTrait>(tx: &C, owner: &Owner) -> Result<(), StoreError> {
     if tx.get_database_backend() == DatabaseBackend::Postgres {
         // The seed keeps these locks apart from those of others who hash something else.
         let sql = "SELECT pg_advisory_xact_lock(hashtextextended($1, 1953066602))";
-        tx.query_one_raw(Statement::from_sql_and_values(DatabaseBackend::Postgres, sql, [owner.into()])).await?;
+        tx.query_one_raw(Statement::from_sql_and_values(DatabaseBackend::Postgres, sql, [owner.as_str().into()]))
+            .await?;
     }
     Ok(())
 }
@@ -344,7 +359,7 @@ fn new_row(
 ) -> Result<batch::Model, StoreError> {
     Ok(batch::Model {
         id: id.as_str().to_owned(),
-        owner: new.owner.clone(),
+        owner: new.owner.as_str().to_owned(),
         status: BatchStatus::Validating.as_str().to_owned(),
         ending: None,
         endpoint: new.endpoint.path().to_owned(),
@@ -416,11 +431,11 @@ async fn find_existing<C: ConnectionTrait>(tx: &C, new: &NewBatch) -> Result<Opt
 
 async fn find_by_request_id<C: ConnectionTrait>(
     connection: &C,
-    owner: &str,
+    owner: &Owner,
     request_id: &str,
 ) -> Result<Option<Batch>, StoreError> {
     batch::Entity::find()
-        .filter(batch::Column::Owner.eq(owner))
+        .filter(batch::Column::Owner.eq(owner.as_str()))
         .filter(batch::Column::RequestId.eq(request_id))
         .one(connection)
         .await?

@@ -18,7 +18,7 @@ use super::{
     queue::texts_of,
 };
 use crate::domain::{
-    BatchId, BatchStatus, Endpoint, Epoch, NodeId, Priority, SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
+    BatchId, BatchStatus, Endpoint, Epoch, NodeId, Owner, Priority, SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
     lifecycle::Ending,
 };
 
@@ -51,7 +51,7 @@ pub struct Candidate {
     /// The batch.
     pub id: BatchId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// Whether it goes before others.
     pub priority: Priority,
     /// When its window closes.
@@ -74,7 +74,7 @@ pub struct ClaimedSegment {
     /// The object that holds them.
     pub object_key: String,
     /// Whose batch it is.
-    pub owner: String,
+    pub owner: Owner,
     /// The batch's.
     pub endpoint: Endpoint,
     /// The batch's.
@@ -230,7 +230,7 @@ impl Store {
             epoch: Epoch(row.epoch + 1),
             span: span(&row),
             object_key: owner.input_object_key,
-            owner: owner.owner,
+            owner: owner.owner.into(),
             endpoint: owner.endpoint.parse().map_err(|_| StoreError::Corrupt("an unknown endpoint".into()))?,
             models: convert::json("model list", &owner.models)?,
             priority: Priority::new(owner.priority).unwrap_or_default(),
@@ -411,7 +411,7 @@ impl Store {
 fn candidate(row: &QueryResult) -> Result<Candidate, StoreError> {
     Ok(Candidate {
         id: BatchId::from_text(row.try_get::<String>("", "id")?),
-        owner: row.try_get("", "owner")?,
+        owner: row.try_get::<String>("", "owner")?.into(),
         priority: Priority::new(row.try_get("", "priority")?).unwrap_or_default(),
         expires_at: Timestamp(row.try_get("", "expires_at")?),
         models: convert::json("model list", &row.try_get::<String>("", "models")?)?,

@@ -68,7 +68,7 @@ impl TryFrom<entity::file::Model> for File {
         let endpoint = row.endpoint.map(|path| path.parse().map_err(|_| corrupt("endpoint", &path))).transpose()?;
         Ok(Self {
             id: FileId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             kind,
             filename: row.filename,
             bytes: row.bytes,
@@ -105,7 +105,7 @@ impl TryFrom<entity::batch::Model> for Batch {
         };
         Ok(Self {
             id: BatchId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             status: status(&row.status)?,
             ending: ending(row.ending.as_deref())?,
             endpoint: row.endpoint.parse().map_err(|_| corrupt("endpoint", &row.endpoint))?,

@@ -12,10 +12,12 @@ use super::{
     DatabaseTransaction, Store, StoreError,
     convert::{self, to_json},
     entity::{batch, batch_event, counter, file, segment},
-    leftovers, webhooks,
+    leftovers,
+    scoped::within,
+    webhooks,
 };
 use crate::domain::{
-    Batch, BatchId, BatchStatus, FileId, Revision, Sequence, Timestamp, TokenUsage,
+    Batch, BatchId, BatchStatus, FileId, Revision, Scope, Sequence, Timestamp, TokenUsage,
     lifecycle::{self, Input},
 };
 
@@ -263,13 +265,13 @@ impl Store {
         Ok(with_events.collect())
     }
 
-    /// State changes of all batches after `after`, oldest first, at most `limit`; of one owner's, if one is given.
+    /// State changes of all batches after `after`, oldest first, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn events_after(
         &self,
-        owner: Option<&str>,
+        scope: &Scope,
         after: Sequence,
         limit: u64,
     ) -> Result<(Vec<StateEvent>, Sequence), StoreError> {
@@ -281,11 +283,8 @@ impl Store {
             .await?;
         let reached = rows.last().map_or(after, |event| Sequence(event.sequence));
         let ids: Vec<_> = rows.iter().map(|event| event.batch_id.clone()).collect();
-        let mut find = batch::Entity::find().filter(batch::Column::Id.is_in(ids));
-        if let Some(owner) = owner {
-            find = find.filter(batch::Column::Owner.eq(owner));
-        }
-        let batches = find
+        let find = batch::Entity::find().filter(batch::Column::Id.is_in(ids));
+        let batches = within(find, batch::Column::Owner, scope)
             .all(self.read())
             .await?
             .into_iter()

@@ -11,8 +11,9 @@ use super::{
     convert::{checksum, to_json},
     entity::{batch, file, file_segment, garbage, part, segment},
     now,
+    scoped::within,
 };
-use crate::domain::{BatchId, BatchStatus, File, FileId, SegmentIndex, SegmentSpan, Timestamp};
+use crate::domain::{BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp};
 
 /// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
@@ -42,15 +43,16 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn file(&self, id: &FileId) -> Result<Option<File>, StoreError> {
-        file::Entity::find_by_id(id.as_str()).one(self.read()).await?.map(File::try_from).transpose()
+    pub async fn file(&self, id: &FileId, scope: &Scope) -> Result<Option<File>, StoreError> {
+        let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
+        find.one(self.read()).await?.map(File::try_from).transpose()
     }
 
     /// The file that an owner's request id made.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn file_by_request_id(&self, owner: &str, request_id: &str) -> Result<Option<File>, StoreError> {
+    pub async fn file_by_request_id(&self, owner: &Owner, request_id: &str) -> Result<Option<File>, StoreError> {
         find_by_request_id(self.read(), owner, request_id).await
     }
 
@@ -76,7 +78,7 @@ impl Store {
         let tx = self.begin().await?;
         let row = file::ActiveModel {
             id: Set(new.id.as_str().to_owned()),
-            owner: Set(new.owner.clone()),
+            owner: Set(new.owner.as_str().to_owned()),
             kind: Set("input".to_owned()),
             batch_id: Set(None),
             filename: Set(new.filename.clone()),
@@ -128,13 +130,14 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn delete_file(&self, id: &FileId) -> Result<DeletedFile, StoreError> {
-        again(|| self.delete_file_once(id)).await
+    pub async fn delete_file(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
+        again(|| self.delete_file_once(id, scope)).await
     }
 
-    async fn delete_file_once(&self, id: &FileId) -> Result<DeletedFile, StoreError> {
+    async fn delete_file_once(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
         let tx = self.begin().await?;
-        let Some(row) = file::Entity::find_by_id(id.as_str()).lock_exclusive().one(&tx).await? else {
+        let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
+        let Some(row) = find.lock_exclusive().one(&tx).await? else {
             return Ok(DeletedFile::NotFound);
         };
         let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
@@ -274,11 +277,11 @@ async fn free(tx: &DatabaseTransaction, of: &str, at: Timestamp) -> Result<(), S
 
 async fn find_by_request_id<C: ConnectionTrait>(
     connection: &C,
-    owner: &str,
+    owner: &Owner,
     request_id: &str,
 ) -> Result<Option<File>, StoreError> {
     file::Entity::find()
-        .filter(file::Column::Owner.eq(owner))
+        .filter(file::Column::Owner.eq(owner.as_str()))
         .filter(file::Column::RequestId.eq(request_id))
         .one(connection)
         .await?

@@ -25,6 +25,7 @@ mod parts;
 mod queue;
 mod reach;
 mod schema;
+mod scoped;
 mod turns;
 mod wanted;
 mod webhooks;

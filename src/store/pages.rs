@@ -15,8 +15,9 @@ use super::{
     Store, StoreError,
     convert::readable,
     entity::{batch, batch_metadata, batch_model, file},
+    scoped::within,
 };
-use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind};
+use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind, Scope};
 
 /// How much of an index is counted to find the rarest of several filters: some 1 ms.
 const COUNTED: u64 = 10_000;
@@ -25,10 +26,10 @@ const WALKED: &str = "walked";
 const LOOKED_AT: &str = "looked_at";
 
 /// Which batches to list.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct BatchFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
+    /// Only those within.
+    pub scope: Scope,
     /// Only in one of these states; empty: in any.
     pub statuses: Vec<BatchStatus>,
     /// Only those that use this model.
@@ -38,12 +39,28 @@ pub struct BatchFilter {
 }
 
 /// Which files to list.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct FileFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
+    /// Only those within.
+    pub scope: Scope,
     /// Only of this purpose.
     pub purpose: Option<String>,
+}
+
+impl BatchFilter {
+    /// All batches within a scope.
+    #[must_use]
+    pub fn within(scope: Scope) -> Self {
+        Self { scope, statuses: Vec::new(), model: None, metadata: BTreeMap::new() }
+    }
+}
+
+impl FileFilter {
+    /// All files within a scope.
+    #[must_use]
+    pub fn within(scope: Scope) -> Self {
+        Self { scope, purpose: None }
+    }
 }
 
 /// The index that a page of batches walks down. All are in the order of the batches' ids.
@@ -152,10 +169,8 @@ impl Store {
         };
         let mut rows = Vec::new();
         for kind in kinds {
-            let mut find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
-            if let Some(owner) = &filter.owner {
-                find = find.filter(file::Column::Owner.eq(owner));
-            }
+            let find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
+            let mut find = within(find, file::Column::Owner, &filter.scope);
             if let Some(kind) = kind {
                 find = find.filter(file::Column::Kind.eq(*kind));
             }
@@ -172,7 +187,7 @@ impl Store {
 impl<'a> Wanted<'a> {
     /// The walks that there are.
     fn walks(self) -> Vec<Walk<'a>> {
-        let batches = self.filter.owner.is_some() || self.status.is_some();
+        let batches = self.filter.scope.owner().is_some() || self.status.is_some();
         let pairs = self.filter.metadata.iter().map(|(name, value)| Walk::Pair(name, value));
         let model = self.filter.model.as_deref().map(Walk::Model);
         let walks: Vec<_> = batches.then_some(Walk::Batches).into_iter().chain(pairs).chain(model).collect();
@@ -209,8 +224,8 @@ impl<'a> Wanted<'a> {
         match walk {
             Walk::Batches => {
                 rows.from_as(batch::Entity, alias);
-                if let Some(owner) = &self.filter.owner {
-                    rows.and_where(Expr::col((alias, batch::Column::Owner)).eq(owner));
+                if let Some(owner) = self.filter.scope.owner() {
+                    rows.and_where(Expr::col((alias, batch::Column::Owner)).eq(owner.as_str()));
                 }
                 if let Some(status) = self.status {
                     rows.and_where(Expr::col((alias, batch::Column::Status)).eq(status.as_str()));

@@ -14,7 +14,7 @@ use super::{
     entity::{batch, segment},
     now,
 };
-use crate::domain::{BatchId, BatchStatus};
+use crate::domain::{BatchId, BatchStatus, Owner};
 
 /// These ids as one parameter: a statement is the same for any number of them, and one is enough.
 pub(super) fn ids_parameter(ids: &[BatchId]) -> Result<sea_orm::Value, StoreError> {
@@ -56,7 +56,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn queued_lines(&self, owner: &str) -> Result<i64, StoreError> {
+    pub async fn queued_lines(&self, owner: &Owner) -> Result<i64, StoreError> {
         queued_lines_of(self.read(), owner).await
     }
 
@@ -81,12 +81,12 @@ impl Store {
 }
 
 /// How many requests without a result an owner's unfinished batches have.
-pub(super) async fn queued_lines_of<C: ConnectionTrait>(connection: &C, owner: &str) -> Result<i64, StoreError> {
+pub(super) async fn queued_lines_of<C: ConnectionTrait>(connection: &C, owner: &Owner) -> Result<i64, StoreError> {
     let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
     let left: Vec<(i64, i64, i64)> = batch::Entity::find()
         .select_only()
         .columns([batch::Column::Total, batch::Column::Completed, batch::Column::Failed])
-        .filter(batch::Column::Owner.eq(owner))
+        .filter(batch::Column::Owner.eq(owner.as_str()))
         .filter(batch::Column::Status.is_in(unfinished))
         .into_tuple()
         .all(connection)

@@ -1,7 +1,7 @@
 //! Files over the wire.
 
 use futures::TryStreamExt;
-use tidemill::pb;
+use tidemill::{domain::Scope, pb};
 use tonic::{Code, codec::CompressionEncoding};
 use tonic_types::StatusExt;
 
@@ -87,7 +87,7 @@ async fn bad_lines_come_back_with_their_numbers() {
     assert!(bad.len() > 30, "{}", bad.len());
     assert_eq!((bad[0].field.as_str(), bad[1].field.as_str()), ("line 3", "line 4"));
     expect::<()>(Err(status), Code::InvalidArgument, "INVALID_FILE");
-    assert!(server.store.files(&Default::default(), None, 10).await.unwrap().is_empty());
+    assert!(server.store.files(&tidemill::store::FileFilter::within(Scope::All), None, 10).await.unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -246,8 +246,13 @@ async fn a_changed_byte_is_data_loss_and_names_the_segment() {
     let key = record.object_key.unwrap();
     flip(&server, &key, 40);
     flip(&server, &key, usize::try_from(record.output_bytes).unwrap() + 40);
-    let input_key =
-        server.store.file(&tidemill::domain::FileId::from_text(&input.id)).await.unwrap().unwrap().object_key;
+    let input_key = server
+        .store
+        .file(&tidemill::domain::FileId::from_text(&input.id), &Scope::All)
+        .await
+        .unwrap()
+        .unwrap()
+        .object_key;
     flip(&server, &input_key.unwrap(), usize::try_from(span.offset).unwrap() + 700);
     for (way, read) in ways(&mut client).await.into_iter().enumerate() {
         let refused = read.expect_err(&format!("way {way}"));
@@ -278,7 +283,7 @@ async fn a_torn_input_does_not_just_end() {
     let server = Server::start().await;
     let mut client = server.client().await;
     let input = upload(&mut client, lines(100)).await;
-    let file = server.store.file(&tidemill::domain::FileId::from_text(&input.id)).await.unwrap().unwrap();
+    let file = server.store.file(&tidemill::domain::FileId::from_text(&input.id), &Scope::All).await.unwrap().unwrap();
     let path = server.folder.path().join("blobs").join(file.object_key.unwrap());
     let bytes = std::fs::read(&path).unwrap();
     for left in [0, 1, bytes.len() / 2, bytes.len() - 1] {

@@ -7,8 +7,10 @@ use std::{
 
 use futures::{StreamExt, future::join_all, stream};
 use tidemill::{
-    api::{CallerLimits, ServerOptions, Tokens, hash_token},
+    access::{CallerLimits, Tokens, hash_token},
+    api::ServerOptions,
     blobs::Blobs,
+    domain::Scope,
     pb,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -246,7 +248,7 @@ async fn thousands_of_watchers_all_see_the_end() {
     let before = Instant::now();
     client.get_batch(get(&batch.id)).await.unwrap();
     assert!(before.elapsed() < Duration::from_secs(2), "{:?}", before.elapsed());
-    server.store.cancel_batch(&tidemill::domain::BatchId::from_text(&batch.id)).await.unwrap();
+    server.store.cancel_batch(&tidemill::domain::BatchId::from_text(&batch.id), &Scope::All).await.unwrap();
     let told = watching.into_iter().map(|mut events| async move {
         // Every watcher hears of the new state.
         loop {

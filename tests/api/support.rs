@@ -3,14 +3,15 @@
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tidemill::{
-    api::{ServeError, ServerOptions, Services, Tokens, hash_token, serve},
+    access::{Tokens, hash_token},
+    api::{ServeError, ServerOptions, Services, serve},
     blobs::Blobs,
     delivery::{
         Options, Webhooks,
         egress::{Guard, Policy},
         secrets::Vault,
     },
-    domain::{BatchId, Epoch, LineSet, NodeId, SegmentRef, TokenUsage},
+    domain::{BatchId, Epoch, LineSet, NodeId, Scope, SegmentRef, TokenUsage},
     fleet::{Fleet, FleetOptions, InFlight},
     ingest::{Ingest, Limits},
     pb::{
@@ -147,7 +148,7 @@ impl Server {
     /// Runs a batch of one segment as a scheduler would, up to its end: lines up to `good` succeed, the others fail.
     pub async fn run_batch(&self, id: &str, good: u32) {
         let lease = self.claim(id).await;
-        let lines = self.store.batch(&lease.0.batch).await.unwrap().unwrap().counts.total;
+        let lines = self.store.batch(&lease.0.batch, &Scope::All).await.unwrap().unwrap().counts.total;
         let key = self.part(&lease, 0..u32::try_from(lines).unwrap(), good).await;
         self.finish(&lease, &key).await;
     }

@@ -11,7 +11,7 @@ use std::{
 use serde_json::{Value, json};
 use tidemill::{
     blobs::Blobs,
-    domain::{BatchStatus, Endpoint},
+    domain::{BatchStatus, Endpoint, Scope},
     fleet::{FleetOptions, InFlight},
     scheduler::{SchedulerOptions, TryPolicy},
     sim::{Coding, Fault, SimConfig},
@@ -321,7 +321,7 @@ async fn large_answers_of_one_batch_do_not_hold_up_small_ones_of_another() {
     let (output, _) = run_on(&node, &chats(100)).await;
     assert_eq!(ids(&output).len(), 100);
     for id in &open {
-        assert!(!node.store.batch(id).await.unwrap().unwrap().status.is_terminal());
+        assert!(!node.store.batch(id, &Scope::All).await.unwrap().unwrap().status.is_terminal());
     }
     node.stop().await;
 }

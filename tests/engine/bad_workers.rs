@@ -8,7 +8,7 @@ use std::{
 use axum::http::StatusCode;
 use serde_json::Value;
 use tidemill::{
-    domain::{Batch, BatchStatus},
+    domain::{Batch, BatchStatus, Scope},
     scheduler::{SchedulerOptions, TryPolicy},
     sim::{Fault, SimConfig},
 };
@@ -238,7 +238,7 @@ async fn all_workers_may_go_and_come_back() {
     while node.fleet.capacity("sim") > 0 {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let before = node.store.batch(&id).await.unwrap().unwrap();
+    let before = node.store.batch(&id, &Scope::All).await.unwrap().unwrap();
     assert_eq!(before.status, BatchStatus::InProgress);
     let _back = (Worker::start_at(slow.clone(), a.address).await, Worker::start_at(slow, b.address).await);
     let batch = node.ended(&id).await;

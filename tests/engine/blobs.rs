@@ -2,7 +2,7 @@
 
 use std::{io::ErrorKind, process::Command, time::Duration};
 
-use tidemill::{blobs::Blobs, domain::BatchStatus, sim::SimConfig};
+use tidemill::{blobs::Blobs, domain::BatchStatus, domain::Scope, sim::SimConfig};
 
 use crate::{
     faulty::{Faults, FaultyStore},
@@ -23,7 +23,7 @@ async fn pauses_and_goes_on(break_it: fn(&Faults, Option<ErrorKind>), kind: Erro
     assert!(reason.starts_with("the blob store has failed") && reason.contains(says), "{reason}");
     assert!(!reason.contains("secret"), "{reason}");
     // What was written before counts; nothing more does while it lasts.
-    let stuck = node.store.batch(&id).await.unwrap().unwrap();
+    let stuck = node.store.batch(&id, &Scope::All).await.unwrap().unwrap();
     assert_eq!(stuck.status, BatchStatus::InProgress);
     break_it(&faults, None);
     node.waits(&id, |reason| reason.is_none()).await;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tidemill::{
     blobs::Blobs,
-    domain::{SegmentIndex, TokenUsage},
+    domain::{Scope, SegmentIndex, TokenUsage},
     results::{PartBuilder, merge},
     sim::SimConfig,
 };
@@ -28,7 +28,7 @@ async fn a_row_that_names_an_object_is_there_only_once_s3_has_answered() {
     let (mut parts_seen, mut ends_seen) = (0, 0);
     let batch = loop {
         // Rows first, answers second: an answer is never taken back, so a row without one came too early.
-        let batch = node.store.batch(&id).await.unwrap().unwrap();
+        let batch = node.store.batch(&id, &Scope::All).await.unwrap().unwrap();
         let parts = node.store.parts_from(&id, 0, 1_000).await.unwrap();
         let segments = node.store.segments(&id, SegmentIndex(0), 1_000).await.unwrap();
         let parts: Vec<String> = parts.into_iter().map(|part| part.content.object_key).collect();

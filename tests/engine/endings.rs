@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidemill::{
-    domain::{BatchStatus, Timestamp},
+    domain::{BatchStatus, Scope, Timestamp},
     sim::{Fault, SimConfig},
 };
 
@@ -21,11 +21,11 @@ async fn one(node: &Node, worker: &Worker, seed: u64) {
     let expires = random.random_bool(0.3);
     let id = node.submit(&lines, per_segment).await;
     tokio::time::sleep(Duration::from_millis(random.random_range(0..600))).await;
-    let before = node.store.batch(&id).await.unwrap().unwrap();
+    let before = node.store.batch(&id, &Scope::All).await.unwrap().unwrap();
     if expires {
         node.store.set_expiry(&id, Timestamp::now()).await.unwrap();
     } else {
-        node.store.cancel_batch(&id).await.unwrap();
+        node.store.cancel_batch(&id, &Scope::All).await.unwrap();
     }
     let batch = node.ended(&id).await;
     let (output, errors) = node.results(&batch).await;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tidemill::{
     blobs::Blobs,
     domain::{
-        Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex, SegmentSpan,
+        Batch, BatchId, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, Scope, SegmentIndex, SegmentSpan,
         Timestamp, Weights, WorkerPriority, batch::DEFAULT_WINDOW,
     },
     fleet::{Fleet, FleetOptions, InFlight},
@@ -162,7 +162,7 @@ impl Node {
     async fn submit_by(&self, owner: &str, lines: &[String], per_segment: usize, priority: i32) -> BatchId {
         let file = self.upload(owner, lines, per_segment).await;
         let new = NewBatch {
-            owner: owner.to_owned(),
+            owner: owner.into(),
             input_file_id: file,
             endpoint: endpoint_of(lines),
             completion_window: DEFAULT_WINDOW,
@@ -208,7 +208,7 @@ impl Node {
         }
         let file = File {
             id: id.clone(),
-            owner: owner.to_owned(),
+            owner: owner.into(),
             kind: FileKind::Input,
             filename: "test.jsonl".into(),
             bytes: text.len() as i64,
@@ -230,7 +230,7 @@ impl Node {
         let mut changes = self.store.changes();
         let wait = async {
             loop {
-                let batch = self.store.batch(id).await.unwrap().unwrap();
+                let batch = self.store.batch(id, &Scope::All).await.unwrap().unwrap();
                 if until(&batch) {
                     return batch;
                 }
@@ -241,7 +241,7 @@ impl Node {
             Ok(batch) => batch,
             Err(_) => panic!(
                 "the batch did not get there: {:?}, with workers {:?}",
-                self.store.batch(id).await,
+                self.store.batch(id, &Scope::All).await,
                 self.fleet.workers()
             ),
         }
@@ -251,7 +251,7 @@ impl Node {
     pub async fn waits(&self, id: &BatchId, until: impl Fn(Option<&str>) -> bool) -> Option<String> {
         let wait = async {
             loop {
-                let batch = self.store.batch(id).await.unwrap().unwrap();
+                let batch = self.store.batch(id, &Scope::All).await.unwrap().unwrap();
                 let reason = self.hub.progress(&batch).await.unwrap().waiting_reason;
                 if until(reason.as_deref()) {
                     return reason;
@@ -271,7 +271,7 @@ impl Node {
         let mut files = [Vec::new(), Vec::new()];
         for (lines, id) in files.iter_mut().zip([&batch.output_file_id, &batch.error_file_id]) {
             let Some(id) = id else { continue };
-            let file = self.store.file(id).await.unwrap().unwrap();
+            let file = self.store.file(id, &Scope::All).await.unwrap().unwrap();
             let pieces: Vec<Bytes> = self.reader.download(&file, 0).await.unwrap().try_collect().await.unwrap();
             let bytes = pieces.concat();
             assert_eq!(bytes.len() as i64, file.bytes, "a result file is as long as it says");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use tidemill::{
-    domain::{BatchStatus, Timestamp},
+    domain::{BatchStatus, Scope, Timestamp},
     results::{ReadError, ResultLine},
     sim::SimConfig,
 };
@@ -93,7 +93,7 @@ async fn cancelling_keeps_what_is_done_and_frees_the_worker() {
     let id = node.submit(&lines, 40).await;
     node.when(&id, |batch| batch.counts.completed == 30).await;
     assert!(worker.sim.faults().in_flight() > 0);
-    node.store.cancel_batch(&id).await.unwrap();
+    node.store.cancel_batch(&id, &Scope::All).await.unwrap();
     let batch = node.ended(&id).await;
     assert_eq!(batch.status, BatchStatus::Cancelled);
     let (output, errors) = node.results(&batch).await;
@@ -141,7 +141,10 @@ async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
     let id = node.submit(&lines, 50).await;
     let mut stream = Box::pin(node.reader.results(&id, None, true).await.unwrap());
     let first = stream.next().await.unwrap().unwrap();
-    assert!(!node.store.batch(&id).await.unwrap().unwrap().status.is_terminal(), "a line comes while the batch runs");
+    assert!(
+        !node.store.batch(&id, &Scope::All).await.unwrap().unwrap().status.is_terminal(),
+        "a line comes while the batch runs"
+    );
     let mut all = vec![first];
     all.extend(stream.try_collect::<Vec<_>>().await.unwrap());
     let seen = |results: &[ResultLine]| results.iter().map(|result| result.custom_id.clone()).collect::<Vec<_>>();
@@ -172,9 +175,9 @@ async fn a_batch_of_higher_priority_goes_first() {
     node.when(&low, |batch| batch.counts.completed > 0).await;
     let high = node.submit_as(&chats(40), 1_000, 1).await;
     node.ended(&high).await;
-    let behind = node.store.batch(&low).await.unwrap().unwrap();
+    let behind = node.store.batch(&low, &Scope::All).await.unwrap().unwrap();
     assert!(behind.counts.completed < 1_000, "{:?}", behind.counts);
-    node.store.cancel_batch(&low).await.unwrap();
+    node.store.cancel_batch(&low, &Scope::All).await.unwrap();
     node.ended(&low).await;
     node.stop().await;
 }
@@ -190,11 +193,11 @@ async fn deleted_results_are_freed_and_say_so() {
     let id = node.submit(&lines, 20).await;
     let batch = node.ended(&id).await;
     let (output, errors) = (batch.output_file_id.clone().unwrap(), batch.error_file_id.clone().unwrap());
-    let file = node.store.file(&errors).await.unwrap().unwrap();
-    node.store.delete_file(&output).await.unwrap();
+    let file = node.store.file(&errors, &Scope::All).await.unwrap().unwrap();
+    node.store.delete_file(&output, &Scope::All).await.unwrap();
     let (_, left) = node.results(&tidemill::domain::Batch { output_file_id: None, ..batch.clone() }).await;
     assert_eq!(ids(&left), ["r3"], "the errors are still there");
-    node.store.delete_file(&errors).await.unwrap();
+    node.store.delete_file(&errors, &Scope::All).await.unwrap();
     let read: Result<Vec<_>, _> = node.reader.download(&file, 0).await.unwrap().try_collect::<Vec<_>>().await;
     assert!(matches!(read, Err(ReadError::Deleted(_))), "a file that goes while it is read does not just end");
     let read: Result<Vec<_>, _> = node.reader.results(&id, None, false).await.unwrap().try_collect::<Vec<_>>().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use tidemill::{
     blobs::Blobs,
-    domain::BatchStatus,
+    domain::{BatchStatus, Scope},
     fleet::{InFlight, WorkerView},
     sim::{Fault, SimConfig},
 };
@@ -59,7 +59,10 @@ async fn the_limit_stays_under_its_cap_and_a_fixed_one_stays_where_it_is() {
         let node = node(&folder, &worker, limit).await;
         let id = node.submit(&chats(if most == 90 { 1_500 } else { 100 }), 500).await;
         seen(&node, |worker| worker.limit == most).await;
-        assert_eq!(node.ended(&id).await.counts.completed, node.store.batch(&id).await.unwrap().unwrap().counts.total);
+        assert_eq!(
+            node.ended(&id).await.counts.completed,
+            node.store.batch(&id, &Scope::All).await.unwrap().unwrap().counts.total
+        );
         assert_eq!(worker.sim.faults().max_in_flight(), most as usize);
         node.stop().await;
     }
@@ -90,7 +93,7 @@ async fn preemptions_and_push_backs_lower_the_limit() {
     worker.sim.faults().always(Some(refuse));
     tokio::time::timeout(PATIENCE, falls(&mut limit, &|| {})).await.expect("push-backs lower it");
     worker.sim.faults().clear();
-    node.store.cancel_batch(&id).await.unwrap();
+    node.store.cancel_batch(&id, &Scope::All).await.unwrap();
     assert_eq!(node.ended(&id).await.status, BatchStatus::Cancelled);
     node.stop().await;
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use tidemill::{
-    domain::{BatchStatus, WorkerPriority},
+    domain::{BatchStatus, Scope, WorkerPriority},
     scheduler::SchedulerOptions,
     sim::{Sim, SimConfig},
 };
@@ -96,7 +96,7 @@ async fn a_small_batch_of_another_owner_does_not_wait_for_a_large_one() {
     node.when(&large, |batch| batch.counts.completed > 0).await;
     let small = node.submit_of("small", &chats(100), 500).await;
     assert_eq!(node.ended(&small).await.status, BatchStatus::Completed);
-    let done = node.store.batch(&large).await.unwrap().unwrap().counts.completed;
+    let done = node.store.batch(&large, &Scope::All).await.unwrap().unwrap().counts.completed;
     // With equal shares the large one gets on by about as much as the small one has.
     assert!(done < 1_000, "the small batch waited until {done} of the large one were done");
     assert_eq!(node.ended(&large).await.counts.completed, 4_000);

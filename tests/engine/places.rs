@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use tidemill::{domain::BatchStatus, fleet::InFlight, sim::SimConfig};
+use tidemill::{domain::BatchStatus, domain::Scope, fleet::InFlight, sim::SimConfig};
 
 use crate::harness::{Node, Worker, chat, options};
 
@@ -36,7 +36,7 @@ async fn hundreds_of_slow_batches_of_one_owner_keep_nobody_else_waiting() {
         }
     }
     for id in slow_ones {
-        assert_eq!(node.store.batch(&id).await.unwrap().unwrap().status, BatchStatus::InProgress);
+        assert_eq!(node.store.batch(&id, &Scope::All).await.unwrap().unwrap().status, BatchStatus::InProgress);
     }
     node.stop().await;
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, Statement};
-use tidemill::{domain::BatchStatus, sim::SimConfig};
+use tidemill::{domain::BatchStatus, domain::Scope, sim::SimConfig};
 
 use crate::harness::{Node, Worker, assert_one_line_each, chats, options};
 
@@ -18,7 +18,10 @@ async fn a_stop_in_order_loses_nothing_and_repeats_nothing() {
     node.when(&id, |batch| batch.counts.completed > 0).await;
     node.stop().await;
     let node = Node::start(folder.path(), &[&worker]).await;
-    assert!(!node.store.batch(&id).await.unwrap().unwrap().status.is_terminal(), "it stopped in the middle");
+    assert!(
+        !node.store.batch(&id, &Scope::All).await.unwrap().unwrap().status.is_terminal(),
+        "it stopped in the middle"
+    );
     let batch = node.ended(&id).await;
     let (output, errors) = node.results(&batch).await;
     assert_one_line_each(&lines, &output, &errors);

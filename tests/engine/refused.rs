@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use sea_orm::{ConnectionTrait, Database};
 use tidemill::{
     blobs::Blobs,
-    domain::{BatchId, BatchStatus},
+    domain::{BatchId, BatchStatus, Scope},
     scheduler::SchedulerOptions,
     sim::SimConfig,
 };
@@ -62,7 +62,7 @@ async fn a_batch_whose_failure_can_not_be_written_either_holds_up_neither_others
         let others = node.submit(&lines, 10).await;
         is_completed(&node, &others, &lines).await;
     }
-    assert_eq!(node.store.batch(&id).await.unwrap().unwrap().status, BatchStatus::InProgress);
+    assert_eq!(node.store.batch(&id, &Scope::All).await.unwrap().unwrap().status, BatchStatus::InProgress);
     node.stop().await;
 }
 

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use tidemill::{
     blobs::Blobs,
-    domain::{BatchId, BatchStatus},
+    domain::{BatchId, BatchStatus, Scope},
     sim::SimConfig,
 };
 
@@ -81,8 +81,8 @@ async fn an_input_with_a_changed_byte_is_not_run_but_fails_its_batch_and_says_wh
     let node = Node::start(folder.path(), &[]).await;
     let lines = chats(60);
     let id = node.submit(&lines, 20).await;
-    let batch = node.store.batch(&id).await.unwrap().unwrap();
-    let key = node.store.file(&batch.input_file_id).await.unwrap().unwrap().object_key.unwrap();
+    let batch = node.store.batch(&id, &Scope::All).await.unwrap().unwrap();
+    let key = node.store.file(&batch.input_file_id, &Scope::All).await.unwrap().unwrap().object_key.unwrap();
     let path = folder.path().join("blobs").join(key);
     // Still JSON, and as long as before: another prompt.
     let text = std::fs::read_to_string(&path).unwrap();

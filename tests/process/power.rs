@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{
     blobs::{BlobError, Blobs},
-    domain::{BatchId, FileId, SegmentIndex},
+    domain::{BatchId, FileId, Scope, SegmentIndex},
     fault::Fault,
     pb::{BatchStatus, CreateBatchRequest, GetBatchRequest, WebhookConfig, create_batch_request::Input},
     sim::SimConfig,
@@ -48,7 +48,7 @@ impl Losses {
         let (mut losses, store) = (Self::default(), Store::sqlite(&file).await.unwrap());
         let blobs = Blobs::shared_directory(objects).unwrap();
         losses.uploads(&store, &blobs, &noted(&file).await).await;
-        for batch in store.batches(&BatchFilter::default(), None, 10).await.unwrap() {
+        for batch in store.batches(&BatchFilter::within(Scope::All), None, 10).await.unwrap() {
             losses.results(&store, &blobs, &batch.id).await;
         }
         losses.told(&store, told).await;
@@ -67,7 +67,7 @@ impl Losses {
 
     async fn uploads(&mut self, store: &Store, blobs: &Blobs, noted: &[String]) {
         let mut named = noted.to_vec();
-        for file in store.files(&FileFilter::default(), None, 10).await.unwrap() {
+        for file in store.files(&FileFilter::within(Scope::All), None, 10).await.unwrap() {
             if let Some(key) = file.object_key {
                 self.object(blobs, &key, file.bytes as u64, Some(crc32c::crc32c(input(LINES).as_bytes()))).await;
                 named.push(key);
@@ -95,12 +95,12 @@ impl Losses {
 
     async fn told(&mut self, store: &Store, told: &Told) {
         if let Some(id) = &told.file
-            && store.file(&FileId::from_text(id)).await.unwrap().is_none()
+            && store.file(&FileId::from_text(id), &Scope::All).await.unwrap().is_none()
         {
             self.0.push("the file's row".to_owned());
         }
         let Some(id) = told.batch.as_ref().map(BatchId::from_text) else { return };
-        match store.batch(&id).await.unwrap() {
+        match store.batch(&id, &Scope::All).await.unwrap() {
             None => self.0.push("the batch's row".to_owned()),
             Some(batch) => {
                 let finished = batch.counts.completed + batch.counts.failed;
@@ -112,10 +112,10 @@ impl Losses {
                 }
             }
         }
-        let filter = DeliveryFilter { batch_id: Some(id), ..DeliveryFilter::default() };
+        let filter = DeliveryFilter { batch_id: Some(id), ..DeliveryFilter::within(Scope::All) };
         let mut attempts = 0;
         for delivery in store.deliveries(&filter, None, 10).await.unwrap() {
-            attempts += store.attempts(&delivery.id).await.unwrap().len();
+            attempts += store.attempts(&delivery.id, &Scope::All).await.unwrap().len();
         }
         if attempts < told.attempts {
             self.0.push(format!("{} of {} attempts", told.attempts - attempts, told.attempts));

@@ -9,7 +9,7 @@ use std::{
 use rand::{RngExt, rngs::StdRng};
 use tidemill::{
     domain::{
-        DeadLetterId, DeliveryId,
+        DeadLetterId, DeliveryId, Scope,
         webhook::{AttemptResult, DeliveryState, ErrorKind, PROGRESS_LIFETIME, WebhookEvent, target_of},
     },
     store::{
@@ -209,7 +209,7 @@ impl Outbox {
 
     /// Finds deliveries that have been written since, and progress that was superseded.
     async fn observe(&mut self, store: &Store) -> Vec<DeliveryRecord> {
-        let records = store.deliveries(&DeliveryFilter::default(), None, 1_000).await.unwrap();
+        let records = store.deliveries(&DeliveryFilter::within(Scope::All), None, 1_000).await.unwrap();
         for record in &records {
             let known = self.known.entry(record.id.clone()).or_insert_with(|| Known::new(record));
             if record.state == DeliveryState::Cancelled && known.state == DeliveryState::Pending && known.disposable {
@@ -237,14 +237,14 @@ impl Outbox {
             if !of.contains(&record.id) {
                 continue;
             }
-            let log = store.attempts(&record.id).await.unwrap();
+            let log = store.attempts(&record.id, &Scope::All).await.unwrap();
             let log: Vec<_> = log.iter().map(|one| ((one.generation, one.attempt), one.outcome.as_str())).collect();
             assert_eq!(log, known.log.iter().map(|(at, outcome)| (*at, *outcome)).collect::<Vec<_>>());
         }
         if of.iter().all(|id| self.known[id].state != DeliveryState::Dead) {
             return;
         }
-        let letters = store.dead_letters(&DeadLetterFilter::default(), None, 1_000).await.unwrap();
+        let letters = store.dead_letters(&DeadLetterFilter::within(Scope::All), None, 1_000).await.unwrap();
         let mut found: Vec<_> = letters
             .iter()
             .map(|letter| (&letter.delivery_id, letter.attempts, letter.retry_count, letter.retry_success))
@@ -398,7 +398,7 @@ impl Outbox {
         if self.known.values().all(|known| known.dead.is_none()) {
             return;
         }
-        let letters = store.dead_letters(&DeadLetterFilter::default(), None, 1_000).await.unwrap();
+        let letters = store.dead_letters(&DeadLetterFilter::within(Scope::All), None, 1_000).await.unwrap();
         let Some(letter) = pick(&letters, random) else { return };
         self.touched.insert(letter.delivery_id.clone());
         let known = self.known.get_mut(&letter.delivery_id).unwrap();
@@ -407,7 +407,7 @@ impl Outbox {
             None => (false, false),
         };
         let delivered = known.dead.as_ref().unwrap().delivered;
-        match store.begin_retry(&letter.id, None, false, None).await.unwrap() {
+        match store.begin_retry(&letter.id, &Scope::All, false, None).await.unwrap() {
             BeginRetry::Busy => assert!(busy),
             BeginRetry::AlreadyDelivered => assert!(!busy && delivered),
             BeginRetry::Started { claim, forced } => {

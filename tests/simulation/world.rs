@@ -13,8 +13,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidemill::{
     blobs::Blobs,
     domain::{
-        BatchError, BatchId, BatchStatus, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Priority, SegmentIndex,
-        SegmentRef, SegmentSpan, Timestamp,
+        BatchError, BatchId, BatchStatus, Endpoint, File, FileId, FileKind, NewBatch, NodeId, Owner, Priority, Scope,
+        SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
         webhook::{Defaults, WebhookConfig, WebhookEvent},
     },
     store::{CancelledBatch, ClaimedSegment, Commit, CreatedBatch, DeliveryFilter, Store, with_clock},
@@ -160,7 +160,7 @@ impl World {
         }
         let id = FileId::generate();
         let file = File {
-            owner: String::new(),
+            owner: Owner::nobody(),
             kind: FileKind::Input,
             filename: "input.jsonl".into(),
             bytes: input.len() as i64,
@@ -184,7 +184,7 @@ impl World {
             webhook.resolve(Defaults::default()).unwrap().0
         });
         let new = NewBatch {
-            owner: String::new(),
+            owner: Owner::nobody(),
             input_file_id: file.id,
             endpoint: Endpoint::Completions,
             completion_window: WINDOW,
@@ -436,7 +436,7 @@ impl World {
 
     async fn cancel(&mut self) {
         let at = self.random.random_range(0..self.models.len());
-        let cancelled = self.store.cancel_batch(&self.models[at].id).await.unwrap();
+        let cancelled = self.store.cancel_batch(&self.models[at].id, &Scope::All).await.unwrap();
         let status = self.models[at].status;
         let accepted = matches!(status, BatchStatus::InProgress | BatchStatus::Cancelling | BatchStatus::Cancelled);
         assert_eq!(matches!(cancelled, CancelledBatch::Batch(_)), accepted, "cancelled while {status:?}");
@@ -462,7 +462,7 @@ impl World {
     /// Each line of each segment has exactly one answer, in input order, in the file that its count says.
     async fn check_results(&self, at: usize) {
         let model = &self.models[at];
-        let batch = self.store.batch(&model.id).await.unwrap().unwrap();
+        let batch = self.store.batch(&model.id, &Scope::All).await.unwrap().unwrap();
         self.check_deliveries(at).await;
         if batch.status == BatchStatus::Failed {
             return;
@@ -489,15 +489,15 @@ impl World {
         for (file, lines) in [(&batch.output_file_id, outputs), (&batch.error_file_id, errors)] {
             assert_eq!(file.is_some(), lines > 0);
             if let Some(id) = file {
-                assert_eq!(self.store.file(id).await.unwrap().unwrap().line_count, lines);
+                assert_eq!(self.store.file(id, &Scope::All).await.unwrap().unwrap().line_count, lines);
             }
         }
     }
 
     /// One delivery of the end to whoever wants it, none to anybody else.
     async fn check_deliveries(&self, at: usize) {
-        let batch = self.store.batch(&self.models[at].id).await.unwrap().unwrap();
-        let filter = DeliveryFilter { batch_id: Some(batch.id.clone()), ..DeliveryFilter::default() };
+        let batch = self.store.batch(&self.models[at].id, &Scope::All).await.unwrap().unwrap();
+        let filter = DeliveryFilter { batch_id: Some(batch.id.clone()), ..DeliveryFilter::within(Scope::All) };
         let deliveries = self.store.deliveries(&filter, None, 1_000).await.unwrap();
         let events: Vec<_> =
             deliveries.iter().map(|one| one.event).filter(|event| *event != WebhookEvent::Progress).collect();

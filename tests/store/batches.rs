@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{Batch, BatchId, BatchStatus, FileId, NewBatch, Priority},
+    domain::{Batch, BatchId, BatchStatus, FileId, NewBatch, Priority, Scope},
     store::{BatchFilter, CreatedBatch, DeletedFile},
 };
 
@@ -45,9 +45,9 @@ async fn the_same_request_id_is_the_same_batch(db: Db) {
     assert!(
         matches!(db.store.create_batch(again).await.unwrap(), CreatedBatch::Existing(batch) if batch.id == made.id)
     );
-    let found = db.store.batch_by_request_id("", "r").await.unwrap();
+    let found = db.store.batch_by_request_id(&"".into(), "r").await.unwrap();
     assert_eq!(found.map(|batch| batch.id), Some(made.id.clone()));
-    assert_eq!(db.store.batch_by_request_id("bob", "r").await.unwrap(), None);
+    assert_eq!(db.store.batch_by_request_id(&"bob".into(), "r").await.unwrap(), None);
     // Other owners' ids, and no id, are their own.
     db.create(NewBatch { owner: "bob".into(), ..new.clone() }).await;
     db.create(NewBatch { request_id: None, ..new.clone() }).await;
@@ -56,7 +56,7 @@ async fn the_same_request_id_is_the_same_batch(db: Db) {
     assert_eq!(db.number("SELECT COUNT(*) FROM segments").await, 8);
     // Even when the input has gone in the meantime.
     db.execute("UPDATE batches SET status = 'completed'").await;
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
     assert!(matches!(db.store.create_batch(new).await.unwrap(), CreatedBatch::Existing(batch) if batch.id == made.id));
 }
 
@@ -96,7 +96,7 @@ async fn batches_made_at_the_same_time_do_not_pass_the_limit_together(db: Db) {
     let created = join_all((0..8).map(|turn| {
         let new = NewBatch { owner: "alice".into(), ..new_batch(&file.id) };
         let store = stores[turn % 2].clone();
-        async move { store.create_batch_within(new, Some(most)).await.unwrap() }
+        async move { store.create_batch_within(new, &Scope::All, Some(most)).await.unwrap() }
     }))
     .await;
     let made = created.iter().filter(|one| matches!(one, CreatedBatch::New(_))).count();
@@ -104,11 +104,11 @@ async fn batches_made_at_the_same_time_do_not_pass_the_limit_together(db: Db) {
         |one| matches!(one, CreatedBatch::TooManyLines { queued, added } if (*queued, *added) == (5 * lines, lines)),
     );
     assert_eq!((made, refused.count()), (5, 3), "{created:?}");
-    assert_eq!(db.store.queued_lines("alice").await.unwrap(), 5 * lines);
+    assert_eq!(db.store.queued_lines(&"alice".into()).await.unwrap(), 5 * lines);
     assert_eq!(db.number("SELECT COUNT(*) FROM segments").await, 10, "nothing is left of those that were refused");
     // Another's lines don't count.
     let new = NewBatch { owner: "bob".into(), ..new_batch(&file.id) };
-    assert!(matches!(db.store.create_batch_within(new, Some(lines)).await.unwrap(), CreatedBatch::New(_)));
+    assert!(matches!(db.store.create_batch_within(new, &Scope::All, Some(lines)).await.unwrap(), CreatedBatch::New(_)));
 }
 
 async fn without_an_input_there_is_no_batch(db: Db) {
@@ -134,27 +134,30 @@ async fn lists_are_filtered_and_paged_newest_first(db: Db) {
         let metadata = [("team".to_owned(), (turn % 3).to_string()), ("env".to_owned(), "x".to_owned())].into();
         made.push(db.create(NewBatch { owner: owner.into(), metadata, ..new_batch(&file.id) }).await.id);
     }
-    db.store.cancel_batch(&made[4]).await.unwrap();
+    db.store.cancel_batch(&made[4], &Scope::All).await.unwrap();
     let list = async |filter: BatchFilter| db.store.batches(&filter, None, 100).await.unwrap();
     let expect = |places: &[usize]| places.iter().map(|place| &made[*place]).collect::<Vec<_>>();
-    assert_eq!(ids(&list(BatchFilter::default()).await), expect(&[6, 5, 4, 3, 2, 1, 0]));
-    let owner = Some("b".to_owned());
-    assert_eq!(ids(&list(BatchFilter { owner: owner.clone(), ..BatchFilter::default() }).await), expect(&[5, 3, 1]));
+    assert_eq!(ids(&list(BatchFilter::within(Scope::All)).await), expect(&[6, 5, 4, 3, 2, 1, 0]));
+    let scope = Scope::Of("b".into());
+    assert_eq!(ids(&list(BatchFilter::within(scope.clone())).await), expect(&[5, 3, 1]));
     let statuses = vec![BatchStatus::Cancelling, BatchStatus::Cancelled];
-    assert_eq!(ids(&list(BatchFilter { statuses, ..BatchFilter::default() }).await), expect(&[4]));
+    assert_eq!(ids(&list(BatchFilter { statuses, ..BatchFilter::within(Scope::All) }).await), expect(&[4]));
     let model = Some("n".to_owned());
-    assert_eq!(ids(&list(BatchFilter { model, ..BatchFilter::default() }).await), expect(&[5, 3, 1]));
+    assert_eq!(ids(&list(BatchFilter { model, ..BatchFilter::within(Scope::All) }).await), expect(&[5, 3, 1]));
     let team = |team: &str| [("team".to_owned(), team.to_owned()), ("env".to_owned(), "x".to_owned())].into();
     let metadata = team("0");
-    assert_eq!(ids(&list(BatchFilter { metadata, ..BatchFilter::default() }).await), expect(&[6, 3, 0]));
+    assert_eq!(ids(&list(BatchFilter { metadata, ..BatchFilter::within(Scope::All) }).await), expect(&[6, 3, 0]));
     let metadata = team("0");
-    assert_eq!(ids(&list(BatchFilter { owner, metadata, ..BatchFilter::default() }).await), expect(&[3]));
+    assert_eq!(ids(&list(BatchFilter { metadata, ..BatchFilter::within(scope) }).await), expect(&[3]));
     let metadata = [("team".to_owned(), "x".to_owned())].into();
-    assert!(list(BatchFilter { metadata, ..BatchFilter::default() }).await.is_empty(), "values belong to their names");
+    assert!(
+        list(BatchFilter { metadata, ..BatchFilter::within(Scope::All) }).await.is_empty(),
+        "values belong to their names"
+    );
 
     let (mut paged, mut after) = (Vec::new(), None);
     loop {
-        let page = db.store.batches(&BatchFilter::default(), after.as_ref(), 3).await.unwrap();
+        let page = db.store.batches(&BatchFilter::within(Scope::All), after.as_ref(), 3).await.unwrap();
         assert!(page.len() <= 3);
         let Some(last) = page.last() else { break };
         after = Some(last.id.clone());
@@ -181,7 +184,7 @@ async fn the_queue_is_by_priority_then_deadline(db: Db) {
     assert_eq!(order, [&made[2].id, &made[1].id, &made[0].id, &made[3].id]);
     assert_eq!(db.store.candidates(&["m".to_owned()], 2).await.unwrap().len(), 2);
     let mut all: Vec<_> = made.iter().map(|batch| batch.id.clone()).collect();
-    assert_eq!(db.store.unfinished(None, 10).await.unwrap(), all);
+    assert_eq!(db.store.unfinished(&Scope::All, 10).await.unwrap(), all);
     let mut revisions = db.store.revisions(&all).await.unwrap();
     revisions.sort();
     all.sort();

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchError, BatchId, Epoch, NewBatch, NodeId, SegmentIndex, SegmentRef, lifecycle::Ending},
+    domain::{BatchError, BatchId, Epoch, NewBatch, NodeId, Scope, SegmentIndex, SegmentRef, lifecycle::Ending},
     store::{ClaimedSegment, Commit},
 };
 
@@ -43,7 +43,7 @@ async fn a_claim_says_what_there_is_to_do(db: Db) {
     assert_eq!(Some(claimed.object_key), file.object_key);
     assert_eq!((claimed.models, claimed.endpoint), (file.models, batch.endpoint));
     assert_eq!((claimed.priority, claimed.expires_at, claimed.ending), (batch.priority, batch.expires_at, None));
-    db.store.cancel_batch(&batch.id).await.unwrap();
+    db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
     assert_eq!(db.claim(&batch.id).await.ending, Some(Ending::Cancelled));
 }
 
@@ -134,7 +134,7 @@ async fn a_renewal_tells_of_endings(db: Db) {
         running.push(claimed.segment);
         epochs.push(claimed.epoch);
     }
-    db.store.cancel_batch(&cancelled.id).await.unwrap();
+    db.store.cancel_batch(&cancelled.id, &Scope::All).await.unwrap();
     let error = BatchError { code: "input_missing".into(), message: "gone".into(), line: 0, param: String::new() };
     assert_eq!(db.store.fail_batch(&running[1], epochs[1], error).await.unwrap(), Commit::Done);
     db.store.set_expiry(&late.id, late.created_at).await.unwrap();
@@ -168,7 +168,7 @@ async fn only_what_a_worker_serves_is_offered(db: Db) {
         db.store.candidates(&served, 10).await.unwrap().len()
     };
     assert_eq!([offered(&[]).await, offered(&["x"]).await, offered(&["x", "n"]).await], [0, 0, 1]);
-    db.store.cancel_batch(&batch.id).await.unwrap();
+    db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
     assert_eq!(offered(&[]).await, 1, "lines that are not to be run need no worker");
 }
 
@@ -193,7 +193,7 @@ async fn one_owners_thousand_batches_hide_nobody_elses(db: Db) {
         assert!(some.iter().any(|one| one.id == *id), "the batches of the owner with few are hidden");
     }
     assert!(some.is_sorted_by_key(|one| (std::cmp::Reverse(one.priority), one.expires_at)), "in the order of serving");
-    assert_eq!(some[0].owner, "many", "which is that of deadlines");
+    assert_eq!(some[0].owner.as_str(), "many", "which is that of deadlines");
     // Each owner is there even if there are as many as places.
     let two = offered(2).await;
     assert_eq!(two.iter().map(|one| one.owner.as_str()).collect::<Vec<_>>(), ["many", "few"]);

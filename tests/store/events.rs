@@ -7,7 +7,7 @@ use std::sync::{
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchError, BatchId, BatchStatus, NewBatch, Sequence},
+    domain::{BatchError, BatchId, BatchStatus, NewBatch, Scope, Sequence},
     store::{CancelledBatch, Commit},
 };
 
@@ -20,7 +20,7 @@ async fn path(db: &Db, id: &BatchId) -> Vec<BatchStatus> {
 async fn cancelling_twice_is_cancelling_once(db: Db) {
     let batch = db.batch(2).await;
     let (one, two) = (db.claim(&batch.id).await, db.claim(&batch.id).await);
-    let cancel = async || match db.store.cancel_batch(&batch.id).await.unwrap() {
+    let cancel = async || match db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap() {
         CancelledBatch::Batch(batch) => *batch,
         other => panic!("{other:?}"),
     };
@@ -49,11 +49,11 @@ async fn what_has_ended_is_not_cancelled(db: Db) {
     let claimed = db.claim(&batch.id).await;
     db.finish(&claimed).await;
     let done = db.get(&batch.id).await;
-    let refused = db.store.cancel_batch(&batch.id).await.unwrap();
+    let refused = db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
     assert!(matches!(refused, CancelledBatch::Ended(batch) if *batch == done));
     assert_eq!(db.get(&batch.id).await, done);
     assert_eq!(path(&db, &batch.id).await.len(), 4);
-    let missing = db.store.cancel_batch(&BatchId::generate()).await.unwrap();
+    let missing = db.store.cancel_batch(&BatchId::generate(), &Scope::All).await.unwrap();
     assert!(matches!(missing, CancelledBatch::NotFound));
 }
 
@@ -62,7 +62,7 @@ async fn a_cancel_against_the_last_answer_has_one_winner(db: Db) {
         let batch = db.batch(1).await;
         let claimed = db.claim(&batch.id).await;
         let other = db.another().await;
-        let (end, cancelled) = tokio::join!(db.finish(&claimed), other.cancel_batch(&batch.id));
+        let (end, cancelled) = tokio::join!(db.finish(&claimed), other.cancel_batch(&batch.id, &Scope::All));
         assert_eq!(end, Commit::Done);
         use BatchStatus::{Cancelled, Cancelling, Completed, Finalizing, InProgress, Validating};
         let path = path(&db, &batch.id).await;
@@ -89,7 +89,7 @@ async fn windows_close_once_their_time_is_up(db: Db) {
     assert_eq!(db.finish(&claimed).await, Commit::Done);
     use BatchStatus::{Expired, Finalizing, InProgress, Validating};
     assert_eq!(path(&db, &late.id).await, [Validating, InProgress, Finalizing, Expired]);
-    let refused = db.store.cancel_batch(&late.id).await.unwrap();
+    let refused = db.store.cancel_batch(&late.id, &Scope::All).await.unwrap();
     assert!(matches!(refused, CancelledBatch::Ended(_)));
 }
 
@@ -138,7 +138,7 @@ async fn sequences_grow_in_commit_order(db: Db) {
             let (mut seen, mut at) = (Vec::new(), Sequence(0));
             loop {
                 let last = done.load(Ordering::Acquire);
-                let (events, reached) = store.events_after(None, at, 7).await.unwrap();
+                let (events, reached) = store.events_after(&Scope::All, at, 7).await.unwrap();
                 if events.is_empty() && last {
                     return seen;
                 }
@@ -170,16 +170,16 @@ async fn events_are_paged_and_kept_from_other_owners(db: Db) {
     }
     let (mut seen, mut at, mut pages) = (Vec::new(), Sequence(0), 0);
     loop {
-        let (events, reached) = db.store.events_after(Some("a"), at, 3).await.unwrap();
+        let (events, reached) = db.store.events_after(&Scope::Of("a".into()), at, 3).await.unwrap();
         seen.extend(events.into_iter().map(|event| (event.sequence.0, event.batch.owner)));
         if reached == at {
             break;
         }
         (at, pages) = (reached, pages + 1);
     }
-    assert_eq!(seen, [1, 2, 9, 10].map(|sequence| (sequence, "a".to_owned())));
+    assert_eq!(seen, [1, 2, 9, 10].map(|sequence| (sequence, "a".into())));
     assert_eq!((at, pages), (Sequence(10), 4), "pages of others' events are passed, not taken for the end");
-    assert_eq!(db.store.unfinished(Some("a"), 10).await.unwrap().len(), 2);
+    assert_eq!(db.store.unfinished(&Scope::Of("a".into()), 10).await.unwrap().len(), 2);
 }
 
 on_both_databases!(

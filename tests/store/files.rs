@@ -2,7 +2,7 @@
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchError, FileId, SegmentIndex},
+    domain::{BatchError, FileId, Scope, SegmentIndex},
     store::{Commit, CreatedBatch, DeletedFile, FileFilter, InsertedFile},
 };
 
@@ -13,11 +13,11 @@ async fn a_file_is_read_back_whole(db: Db) {
     let file = new_file("alice", 4_500, &["m", "ü \"n\""]);
     let segments = spans(4_500);
     assert!(matches!(db.store.insert_file(&file, Some("r"), &segments).await.unwrap(), InsertedFile::New));
-    assert_eq!(db.store.file(&file.id).await.unwrap(), Some(file.clone()));
+    assert_eq!(db.store.file(&file.id, &Scope::All).await.unwrap(), Some(file.clone()));
     assert_eq!(db.store.file_segments(&file.id).await.unwrap(), segments);
-    assert_eq!(db.store.file_by_request_id("alice", "r").await.unwrap(), Some(file));
-    assert_eq!(db.store.file_by_request_id("bob", "r").await.unwrap(), None);
-    assert_eq!(db.store.file(&FileId::generate()).await.unwrap(), None);
+    assert_eq!(db.store.file_by_request_id(&"alice".into(), "r").await.unwrap(), Some(file));
+    assert_eq!(db.store.file_by_request_id(&"bob".into(), "r").await.unwrap(), None);
+    assert_eq!(db.store.file(&FileId::generate(), &Scope::All).await.unwrap(), None);
 }
 
 async fn the_same_request_id_is_the_same_file(db: Db) {
@@ -32,7 +32,7 @@ async fn the_same_request_id_is_the_same_file(db: Db) {
         }
     }))
     .await;
-    let winner = db.store.file_by_request_id("", "r").await.unwrap().unwrap();
+    let winner = db.store.file_by_request_id(&"".into(), "r").await.unwrap().unwrap();
     let mut new = 0;
     for (inserted, file) in uploads {
         match inserted {
@@ -52,17 +52,21 @@ async fn the_same_request_id_is_the_same_file(db: Db) {
 async fn a_file_in_use_is_not_deleted(db: Db) {
     let file = db.file(1).await;
     let (running, other) = (db.create(new_batch(&file.id)).await, db.create(new_batch(&file.id)).await);
-    let user = db.store.delete_file(&file.id).await.unwrap();
+    let user = db.store.delete_file(&file.id, &Scope::All).await.unwrap();
     assert!(matches!(user, DeletedFile::InUse(id) if id == running.id || id == other.id));
     let claimed = db.claim(&running.id).await;
     db.finish(&claimed).await;
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()));
-    db.store.cancel_batch(&other.id).await.unwrap();
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()), "still cancelling");
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::InUse(other.id.clone()));
+    db.store.cancel_batch(&other.id, &Scope::All).await.unwrap();
+    assert_eq!(
+        db.store.delete_file(&file.id, &Scope::All).await.unwrap(),
+        DeletedFile::InUse(other.id.clone()),
+        "still cancelling"
+    );
     let claimed = db.claim(&other.id).await;
     db.finish(&claimed).await;
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::NotFound);
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::NotFound);
     assert!(db.store.file_segments(&file.id).await.unwrap().is_empty());
     assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1);
     assert!(db.store.due_garbage(10).await.unwrap().is_empty(), "readers that have begun may go on for a while");
@@ -72,7 +76,8 @@ async fn a_file_is_deleted_or_used_but_not_both(db: Db) {
     for _ in 0..12 {
         let file = db.file(1).await;
         let other = db.store.clone();
-        let (created, deleted) = tokio::join!(db.store.create_batch(new_batch(&file.id)), other.delete_file(&file.id));
+        let (created, deleted) =
+            tokio::join!(db.store.create_batch(new_batch(&file.id)), other.delete_file(&file.id, &Scope::All));
         match (created.unwrap(), deleted.unwrap()) {
             (CreatedBatch::New(batch), DeletedFile::InUse(user)) => {
                 assert_eq!(batch.id, user);
@@ -106,7 +111,7 @@ async fn uploads_that_break_off_leave_garbage_and_others_none(db: Db) {
     assert_eq!(db.store.due_garbage(1).await.unwrap().len(), 1);
     db.store.forget_garbage(&["inputs/abandoned".to_owned(), "inputs/nothing".to_owned()]).await.unwrap();
     assert_eq!(due().await, ["inputs/broken"]);
-    assert_eq!(db.store.file(&file.id).await.unwrap(), Some(file));
+    assert_eq!(db.store.file(&file.id, &Scope::All).await.unwrap(), Some(file));
 }
 
 async fn a_failed_batch_is_freed_with_its_input(db: Db) {
@@ -119,7 +124,7 @@ async fn a_failed_batch_is_freed_with_its_input(db: Db) {
     db.store.commit_part(&claimed.segment, claimed.epoch, &left).await.unwrap();
     let error = BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
     assert_eq!(db.store.fail_batch(&claimed.segment, claimed.epoch, error).await.unwrap(), Commit::Done);
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::InUse(other.id.clone()));
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::InUse(other.id.clone()));
     assert_eq!(
         db.store.segments(&failed.id, SegmentIndex(0), 9).await.unwrap().len(),
         3,
@@ -129,7 +134,7 @@ async fn a_failed_batch_is_freed_with_its_input(db: Db) {
         let claimed = db.claim(&other.id).await;
         db.finish(&claimed).await;
     }
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
     assert!(db.store.segments(&failed.id, SegmentIndex(0), 9).await.unwrap().is_empty());
     assert!(db.store.parts_from(&failed.id, 0, 9).await.unwrap().is_empty());
     assert_eq!(
@@ -170,7 +175,7 @@ async fn checksums_of_an_input_go_with_its_segments(db: Db) {
     let mut some = spans(2);
     some[1].crc32c = Some(u32::MAX - 1);
     db.store.insert_file(&file, None, &some).await.unwrap();
-    assert_eq!(db.store.file(&file.id).await.unwrap().unwrap(), file);
+    assert_eq!(db.store.file(&file.id, &Scope::All).await.unwrap().unwrap(), file);
     assert_eq!(db.store.file_segments(&file.id).await.unwrap(), some);
     assert_eq!(db.store.file_segments_from(&file.id, SegmentIndex(1), 5).await.unwrap(), some[1..]);
     let batch = db.create(new_batch(&file.id)).await;
@@ -188,7 +193,7 @@ async fn lists_are_filtered_and_paged_newest_first(db: Db) {
     db.finish(&claimed).await;
     let output = db.get(&batch.id).await.output_file_id.unwrap();
     let list = async |owner: Option<&str>, purpose: Option<&str>| {
-        let filter = FileFilter { owner: owner.map(str::to_owned), purpose: purpose.map(str::to_owned) };
+        let filter = FileFilter { scope: owner.map(str::to_owned).into(), purpose: purpose.map(str::to_owned) };
         let files = db.store.files(&filter, None, 100).await.unwrap();
         files.into_iter().map(|file| file.id).collect::<Vec<_>>()
     };
@@ -197,7 +202,7 @@ async fn lists_are_filtered_and_paged_newest_first(db: Db) {
     assert_eq!(list(None, Some("batch")).await, inputs);
     assert_eq!(list(None, Some("batch_output")).await, [output]);
     assert_eq!(list(Some("b"), None).await, [made[3].clone(), made[1].clone()]);
-    let page = db.store.files(&FileFilter::default(), Some(&made[3]), 2).await.unwrap();
+    let page = db.store.files(&FileFilter::within(Scope::All), Some(&made[3]), 2).await.unwrap();
     assert_eq!(page.into_iter().map(|file| file.id).collect::<Vec<_>>(), [made[2].clone(), made[1].clone()]);
 }
 

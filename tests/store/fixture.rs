@@ -9,8 +9,8 @@ use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
 use tempfile::TempDir;
 use tidemill::{
     domain::{
-        Batch, BatchId, Endpoint, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, SegmentIndex,
-        SegmentRef, SegmentSpan, Timestamp, TokenUsage,
+        Batch, BatchId, Endpoint, File, FileId, FileKind, LineSet, NewBatch, NodeId, Owner, Priority, Scope,
+        SegmentIndex, SegmentRef, SegmentSpan, Timestamp, TokenUsage,
     },
     store::{ClaimedSegment, Commit, CreatedBatch, FinalObject, InsertedFile, NewPart, StateEvent, Store, StoreError},
 };
@@ -143,7 +143,7 @@ impl Db {
     }
 
     pub async fn get(&self, id: &BatchId) -> Batch {
-        self.store.batch(id).await.unwrap().unwrap()
+        self.store.batch(id, &Scope::All).await.unwrap().unwrap()
     }
 
     pub async fn events(&self, id: &BatchId) -> Vec<StateEvent> {
@@ -179,7 +179,7 @@ impl Db {
 pub fn new_file(owner: &str, segments: i32, models: &[&str]) -> File {
     let id = FileId::generate();
     File {
-        owner: owner.to_owned(),
+        owner: owner.into(),
         kind: FileKind::Input,
         filename: "input.jsonl".to_owned(),
         bytes: i64::from(segments) * 1_000,
@@ -211,7 +211,7 @@ pub fn spans(segments: i32) -> Vec<SegmentSpan> {
 
 pub fn new_batch(file: &FileId) -> NewBatch {
     NewBatch {
-        owner: String::new(),
+        owner: Owner::nobody(),
         input_file_id: file.clone(),
         endpoint: Endpoint::ChatCompletions,
         completion_window: Duration::from_secs(24 * 3_600),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tidemill::{
     domain::{
-        WebhookEndpointId,
+        Scope, WebhookEndpointId,
         webhook::{EventFilter, WebhookTarget},
     },
     store::{Commit, NewEndpoint},
@@ -44,7 +44,7 @@ async fn what_is_there_survives_a_step_down_and_up(db: Db) {
     assert!(store.migrations().await.unwrap().iter().all(|(_, applied)| *applied));
     let claimed = db.claim(&batches[1].id).await;
     assert_eq!(db.finish(&claimed).await, Commit::Done);
-    db.store.cancel_batch(&batches[2].id).await.unwrap();
+    db.store.cancel_batch(&batches[2].id, &Scope::All).await.unwrap();
 }
 
 /// Down and up again keeps every row of what is left, and drops what the step has made: webhooks go with their migration,
@@ -58,7 +58,7 @@ async fn webhooks_go_with_their_migration_and_nothing_else_does(db: Db) {
     let batch = db.create(tidemill::domain::NewBatch { webhook: Some(target), ..new_batch(&file.id) }).await;
     let claimed = db.claim(&batch.id).await;
     assert_eq!(db.finish(&claimed).await, Commit::Done);
-    let (id, owner) = (WebhookEndpointId::generate(), String::new());
+    let (id, owner) = (WebhookEndpointId::generate(), tidemill::domain::Owner::nobody());
     db.store
         .create_endpoint(NewEndpoint { id, owner, url, events, secret: None, max_attempts, timeout })
         .await
@@ -102,7 +102,7 @@ async fn a_migrated_database_is_not_touched_by_a_start(db: Db) {
     let [ended, runs, _] = populate(&db).await;
     let before = [db.all_rows(&ended.id).await, db.all_rows(&runs.id).await];
     let again = db.another().await;
-    assert_eq!(again.batch(&runs.id).await.unwrap().unwrap().id, runs.id);
+    assert_eq!(again.batch(&runs.id, &Scope::All).await.unwrap().unwrap().id, runs.id);
     assert_eq!([db.all_rows(&ended.id).await, db.all_rows(&runs.id).await], before);
 }
 

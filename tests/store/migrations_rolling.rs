@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, TransactionTrait};
 use tidemill::{
-    domain::{BatchStatus, NodeId},
+    domain::{BatchStatus, NodeId, Scope},
     store::{CancelledBatch, Commit, Store, StoreError},
 };
 use tidemill_migrations::{SchemaManager, requires};
@@ -42,13 +42,13 @@ async fn works(store: &Store) {
         store.finish_segment(&claimed.segment, claimed.epoch, Some(&part(4..10, [])), &object, &[]).await.unwrap()
     };
     assert_eq!(finish(&claimed).await, Commit::Done);
-    assert!(matches!(store.cancel_batch(&batch.id).await.unwrap(), CancelledBatch::Batch(_)));
+    assert!(matches!(store.cancel_batch(&batch.id, &Scope::All).await.unwrap(), CancelledBatch::Batch(_)));
     let claimed = claim().await;
     let object = final_object(LINES, 0);
     let rest = part(0..10, []);
     let ended = store.finish_segment(&claimed.segment, claimed.epoch, Some(&rest), &object, &[]).await.unwrap();
     assert_eq!(ended, Commit::Done);
-    let batch = store.batch(&batch.id).await.unwrap().unwrap();
+    let batch = store.batch(&batch.id, &Scope::All).await.unwrap().unwrap();
     assert_eq!(batch.status, BatchStatus::Cancelled);
     assert_eq!(store.history(&batch.id).await.unwrap().unwrap().1.len(), 4);
     let node = NodeId::generate();

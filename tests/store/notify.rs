@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidemill::domain::BatchId;
+use tidemill::domain::{BatchId, Scope};
 use tokio::{
     sync::broadcast::{Receiver, error::TryRecvError},
     time::timeout,
@@ -38,10 +38,10 @@ async fn a_commit_is_heard_of_on_other_nodes_once_and_in_order() {
 
     let batch = db.batch(1).await.id;
     assert_eq!(heard(&mut there).await.as_ref(), Some(&batch));
-    db.store.cancel_batch(&batch).await.unwrap();
+    db.store.cancel_batch(&batch, &Scope::All).await.unwrap();
     assert_eq!(heard(&mut there).await.as_ref(), Some(&batch));
     // Nothing has changed: there is no word of it.
-    db.store.cancel_batch(&batch).await.unwrap();
+    db.store.cancel_batch(&batch, &Scope::All).await.unwrap();
     let last = db.batch(1).await.id;
     assert_eq!(heard(&mut there).await.as_ref(), Some(&last));
     assert_eq!(there.try_recv(), Err(TryRecvError::Empty));

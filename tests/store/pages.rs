@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tidemill::{
-    domain::{Batch, BatchId, BatchStatus, FileId},
+    domain::{Batch, BatchId, BatchStatus, FileId, Scope},
     store::{BatchFilter, FileFilter},
 };
 
@@ -35,15 +35,15 @@ async fn populate(db: &Db, random: &mut StdRng) -> Vec<(Batch, Vec<String>, BTre
         let models = if models.is_empty() { vec!["m"] } else { models };
         let file = db.file_of(owner, 1, &models).await;
         let mut new = new_batch(&file.id);
-        owner.clone_into(&mut new.owner);
+        new.owner = (*owner).into();
         new.metadata = pairs(random, 0.7);
         let metadata = new.metadata.clone();
         let batch = db.create(new).await;
         match random.random_range(0..4) {
             0 => {}
-            1 => drop(db.store.cancel_batch(&batch.id).await.unwrap()),
+            1 => drop(db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap()),
             2 => {
-                db.store.cancel_batch(&batch.id).await.unwrap();
+                db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
                 let claimed = db.claim(&batch.id).await;
                 db.finish(&claimed).await;
             }
@@ -65,7 +65,7 @@ async fn every_filter_finds_each_match_once_newest_first(db: Db) {
     let mut found = 0;
     for _ in 0..150 {
         let filter = BatchFilter {
-            owner: random.random_bool(0.5).then(|| (*OWNERS.choose(&mut random).unwrap()).to_owned()),
+            scope: random.random_bool(0.5).then(|| (*OWNERS.choose(&mut random).unwrap()).to_owned()).into(),
             statuses: BatchStatus::ALL.into_iter().filter(|_| random.random_bool(0.3)).collect(),
             model: random.random_bool(0.3).then(|| (*MODELS.choose(&mut random).unwrap()).to_owned()),
             metadata: pairs(&mut random, 0.3),
@@ -73,7 +73,7 @@ async fn every_filter_finds_each_match_once_newest_first(db: Db) {
         let expected: Vec<&BatchId> = all
             .iter()
             .filter(|(batch, models, metadata)| {
-                filter.owner.as_ref().is_none_or(|owner| *owner == batch.owner)
+                filter.scope.sees(&batch.owner)
                     && (filter.statuses.is_empty() || filter.statuses.contains(&batch.status))
                     && filter.model.as_ref().is_none_or(|model| models.contains(model))
                     && filter.metadata.iter().all(|(name, value)| metadata.get(name) == Some(value))
@@ -102,20 +102,20 @@ async fn every_purpose_finds_its_files(db: Db) {
     let all = populate(&db, &mut random).await;
     for owner in [None, Some("a"), Some("b")] {
         for purpose in [None, Some("batch"), Some("batch_output")] {
-            let filter = FileFilter { owner: owner.map(str::to_owned), purpose: purpose.map(str::to_owned) };
+            let filter = FileFilter { scope: owner.map(str::to_owned).into(), purpose: purpose.map(str::to_owned) };
             let mut pages: Vec<FileId> = Vec::new();
             loop {
                 let page = db.store.files(&filter, pages.last(), 7).await.unwrap();
                 let last = page.len() < 7;
                 assert!(page.iter().all(|file| purpose.is_none_or(|purpose| file.kind.purpose() == purpose)));
-                assert!(page.iter().all(|file| owner.is_none_or(|owner| file.owner == owner)));
+                assert!(page.iter().all(|file| owner.is_none_or(|owner| file.owner.as_str() == owner)));
                 pages.extend(page.into_iter().map(|file| file.id));
                 if last {
                     break;
                 }
             }
             assert!(pages.is_sorted_by(|one, other| one > other), "newest first, each once");
-            let theirs = all.iter().filter(|(batch, ..)| owner.is_none_or(|owner| batch.owner == owner));
+            let theirs = all.iter().filter(|(batch, ..)| owner.is_none_or(|owner| batch.owner.as_str() == owner));
             let results: usize = theirs
                 .clone()
                 .map(|(batch, ..)| [&batch.output_file_id, &batch.error_file_id].into_iter().flatten().count())

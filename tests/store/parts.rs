@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchStatus, FileKind, NodeId, SegmentIndex, TokenUsage},
+    domain::{BatchStatus, FileKind, NodeId, Scope, SegmentIndex, TokenUsage},
     store::{Commit, NewPart, StoreError},
 };
 
@@ -123,10 +123,10 @@ async fn the_last_segment_ends_the_batch(db: Db) {
     assert_eq!((done.status, done.segments_done), (BatchStatus::Completed, 2));
     assert_eq!((done.counts.total, done.counts.completed, done.counts.failed), (20, 18, 2));
     let (output, error) = (done.output_file_id.clone().unwrap(), done.error_file_id.clone().unwrap());
-    let output = db.store.file(&output).await.unwrap().unwrap();
+    let output = db.store.file(&output, &Scope::All).await.unwrap().unwrap();
     assert_eq!((output.bytes, output.line_count, output.object_key), (1_800, 18, None));
     assert_eq!(output.kind, FileKind::Output(batch.id.clone()));
-    let error = db.store.file(&error).await.unwrap().unwrap();
+    let error = db.store.file(&error, &Scope::All).await.unwrap().unwrap();
     assert_eq!((error.bytes, error.line_count, &error.owner), (100, 2, &batch.owner));
     assert_eq!(error.kind, FileKind::Error(batch.id.clone()));
     assert_eq!(db.number("SELECT COUNT(*) FROM files").await, 2 + 3);
@@ -224,13 +224,13 @@ async fn many_nodes_finish_many_batches_together(db: Db) {
                 let Some(id) = ids.get((turn + step) % ids.len()) else { break };
                 store.renew_leases(&node, std::slice::from_ref(&held.segment), LEASE).await?;
                 if turn == 0 && step == 1 {
-                    store.cancel_batch(&ids[2]).await?;
+                    store.cancel_batch(&ids[2], &Scope::All).await?;
                     let (all, object) = (part(0..9, [9]), final_object(9, 1));
                     let end = store.finish_segment(&held.segment, held.epoch, Some(&all), &object, &[]);
                     assert_eq!(end.await?, Commit::Done);
                 }
                 let Some(claimed) = store.claim_segment(&node, id, -1, LEASE).await? else {
-                    if store.unfinished(None, 1).await?.is_empty() {
+                    if store.unfinished(&Scope::All, 1).await?.is_empty() {
                         break;
                     }
                     tokio::task::yield_now().await;

@@ -1,7 +1,7 @@
 //! What the database refuses for good is told from what it can't do now, and hurts nobody but who asked for it.
 
 use tidemill::{
-    domain::{BatchError, BatchStatus, Epoch, NodeId, Sequence, lifecycle::Ending},
+    domain::{BatchError, BatchStatus, Epoch, NodeId, Scope, Sequence, lifecycle::Ending},
     store::{BatchFilter, Commit, FileFilter, StoreError},
 };
 
@@ -101,7 +101,7 @@ async fn a_row_that_can_not_be_read_hides_no_other(db: Db) {
     let held = db.store.claim_segment(&node, &batches[4], -1, LEASE).await.unwrap().unwrap().segment;
     let other = db.store.claim_segment(&node, &batches[5], -1, LEASE).await.unwrap().unwrap().segment;
     spoil(4, "ending = 'nonsense'").await;
-    db.store.cancel_batch(&batches[5]).await.unwrap();
+    db.store.cancel_batch(&batches[5], &Scope::All).await.unwrap();
     let renewed = db.store.renew_leases(&node, &[held.clone(), other], LEASE).await.unwrap().held;
     assert_eq!(renewed.len(), 2);
     let endings = db.store.endings(&batches).await.unwrap();
@@ -109,14 +109,14 @@ async fn a_row_that_can_not_be_read_hides_no_other(db: Db) {
 
     // Lists: none but what can't be read is missing, and a page is full all the same.
     let last = db.batch(1).await;
-    let page = db.store.batches(&BatchFilter::default(), None, 2).await.unwrap();
+    let page = db.store.batches(&BatchFilter::within(Scope::All), None, 2).await.unwrap();
     assert_eq!(page.iter().map(|one| &one.id).collect::<Vec<_>>(), [&last.id, &batches[5]]);
-    let one = db.store.batches(&BatchFilter::default(), Some(&batches[5]), 1).await.unwrap();
+    let one = db.store.batches(&BatchFilter::within(Scope::All), Some(&batches[5]), 1).await.unwrap();
     assert!(one.is_empty(), "{one:?}");
-    let (events, reached) = db.store.events_after(None, Sequence(0), 1_000).await.unwrap();
+    let (events, reached) = db.store.events_after(&Scope::All, Sequence(0), 1_000).await.unwrap();
     assert!(events.iter().any(|event| event.batch.id == last.id) && reached > Sequence(0));
     db.execute(&format!("UPDATE files SET models = 'x' WHERE id = '{}'", db.get(&last.id).await.input_file_id)).await;
-    assert_eq!(db.store.files(&FileFilter::default(), None, 3).await.unwrap().len(), 3);
+    assert_eq!(db.store.files(&FileFilter::within(Scope::All), None, 3).await.unwrap().len(), 3);
 }
 
 async fn a_segment_ends_with_one_line_for_each_of_its_requests(db: Db) {

@@ -4,7 +4,7 @@ use std::{future::Future, pin::Pin, time::Duration};
 
 use sea_orm::{ConnectionTrait, TransactionTrait};
 use tidemill::{
-    domain::{BatchStatus, NodeId, Timestamp, webhook::EventFilter},
+    domain::{BatchStatus, NodeId, Owner, Scope, Timestamp, webhook::EventFilter},
     store::{DeadLetterFilter, DeletedFile, EndpointChange, NewEndpoint, StoreError},
 };
 
@@ -37,9 +37,10 @@ async fn a_sqlite_file_that_another_process_writes_to_is_waited_for() {
 
     let other = db.raw.begin().await.unwrap();
     other.execute_unprepared("UPDATE counters SET value = value").await.unwrap();
+    let nobody = Owner::nobody();
     let calls = [
         call(store.insert_file(&new, None, &found)),
-        call(store.delete_file(&unused.id)),
+        call(store.delete_file(&unused.id, &Scope::All)),
         call(store.create_batch(new_batch(&file.id))),
         call(store.commit_part(&one.segment, one.epoch, &done)),
         call(store.release_segment(&two.segment, two.epoch, 1)),
@@ -52,10 +53,10 @@ async fn a_sqlite_file_that_another_process_writes_to_is_waited_for() {
         call(store.heartbeat(&node, "1", "all")),
         call(store.leave(&node)),
         call(store.drain_worker(&worker.id)),
-        call(store.update_endpoint(&endpoint.id, None, change)),
-        call(store.create_retry_job("", DeadLetterFilter::default())),
+        call(store.update_endpoint(&endpoint.id, &Scope::All, change)),
+        call(store.create_retry_job(&nobody, DeadLetterFilter::within(Scope::All))),
         call(store.reap_deliveries(false, |_| Duration::ZERO)),
-        call(store.purge_dead_letters(hour, None)),
+        call(store.purge_dead_letters(hour, &Scope::All)),
         call(store.purge_deliveries(hour)),
     ];
     let count = calls.len() as u64;
@@ -92,9 +93,9 @@ async fn deleting_a_file_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
     let file = db.file(1).await;
     let (index, files) = ("SELECT 1 FROM file_segments FOR UPDATE", "SELECT 1 FROM files FOR UPDATE");
-    let deleted = deadlock(&db.raw, index, files, Box::pin(db.store.delete_file(&file.id))).await.unwrap();
+    let deleted = deadlock(&db.raw, index, files, Box::pin(db.store.delete_file(&file.id, &Scope::All))).await.unwrap();
     assert_eq!(deleted, DeletedFile::Deleted);
-    assert!(db.store.file(&file.id).await.unwrap().is_none());
+    assert!(db.store.file(&file.id, &Scope::All).await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -123,7 +124,7 @@ async fn serializable(db: &Db) {
 fn endpoint() -> NewEndpoint {
     NewEndpoint {
         id: tidemill::domain::WebhookEndpointId::generate(),
-        owner: String::new(),
+        owner: Owner::nobody(),
         url: "http://127.0.0.1:1/hook".into(),
         events: EventFilter::default(),
         secret: None,

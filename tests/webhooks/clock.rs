@@ -12,7 +12,7 @@ use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{
     delivery::{Deliverer, Options, Webhooks, schedule::Schedule},
     domain::{
-        Timestamp,
+        Scope, Timestamp,
         webhook::{AttemptResult, DeliveryState, ErrorKind, WebhookTarget},
     },
     store::{BeginRetry, ClaimShare, Settlement, with_clock},
@@ -62,7 +62,10 @@ async fn waits_and_leases_of_a_clock_set_back_begin_anew(db: Db) {
     db.store.settle_deliveries(&[failed(&waits, wait), failed(&dead, wait)]).await.unwrap();
     let sent = claim_one(&db, &url("sent")).await;
     let letter = db.dead_letters().await.remove(0);
-    assert!(matches!(db.store.begin_retry(&letter.id, None, false, None).await.unwrap(), BeginRetry::Started { .. }));
+    assert!(matches!(
+        db.store.begin_retry(&letter.id, &Scope::All, false, None).await.unwrap(),
+        BeginRetry::Started { .. }
+    ));
     assert_eq!(db.store.mend_due_times().await.unwrap(), 0, "nothing is wrong yet");
     db.execute(&format!(
         "UPDATE webhook_deliveries SET created_at = created_at + {HOUR}, scheduled_at = scheduled_at + {HOUR}, \

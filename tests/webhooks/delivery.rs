@@ -9,6 +9,7 @@ use tidemill::{
         schedule::Schedule,
         signature::{Verified, VerifyError, sign_body},
     },
+    domain::Scope,
     domain::webhook::{DeliveryState, Secret, WebhookConfig, WebhookTarget},
 };
 
@@ -233,15 +234,15 @@ async fn no_secret_is_found_anywhere() {
     let batch = db.batch(Some(webhook), None).await;
     db.complete(&batch.id).await;
     let config = tidemill::domain::webhook::WebhookConfig::new(receiver.url("/e")).secret(Some(CANARY.into()));
-    let (endpoint, secret) = webhooks.create_endpoint("", config).await.unwrap();
+    let (endpoint, secret) = webhooks.create_endpoint(&"".into(), config).await.unwrap();
     assert_eq!(secret.expose(), CANARY);
     let rotated =
-        webhooks.rotate_secret(&endpoint.id, None, Some(format!("{CANARY}-2")), Duration::from_secs(60)).await;
+        webhooks.rotate_secret(&endpoint.id, &Scope::All, Some(format!("{CANARY}-2")), Duration::from_secs(60)).await;
     rotated.unwrap().unwrap();
     let running = crate::fixture::Running::start(webhooks.clone());
-    let tested = webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    let tested = webhooks.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();
     let deliveries = settled(&db, &batch.id).await;
-    let batch = db.store.batch(&batch.id).await.unwrap();
+    let batch = db.store.batch(&batch.id, &Scope::All).await.unwrap();
     let attempts = db.attempts(&deliveries[0].id).await;
     let shown = format!("{batch:?} {deliveries:?} {attempts:?} {:?} {endpoint:?} {tested:?}", db.dead_letters().await);
     assert!(!shown.contains(CANARY), "{shown}");

@@ -9,6 +9,7 @@ use tidemill::{
         egress::{Guard, Policy},
         secrets::{MasterKey, Vault},
     },
+    domain::Scope,
     domain::webhook::{DeliveryState, EventFilter, Secret, WebhookConfig, WebhookEvent},
     store::{DeletedEndpoint, EndpointChange, EndpointRecord},
 };
@@ -31,14 +32,14 @@ crate::on_both!(
 );
 
 async fn create(webhooks: &Webhooks, url: String) -> (EndpointRecord, Secret) {
-    webhooks.create_endpoint("", WebhookConfig::new(url)).await.unwrap()
+    webhooks.create_endpoint(&"".into(), WebhookConfig::new(url)).await.unwrap()
 }
 
 async fn an_endpoint_hears_what_it_wants_signed_with_its_own_secret(db: Db) {
     let running = db.start();
     let receiver = Receiver::always(200).await;
     let config = WebhookConfig::new(receiver.url("/")).events(vec!["completed".into()]);
-    let (endpoint, secret) = running.webhooks.create_endpoint("", config).await.unwrap();
+    let (endpoint, secret) = running.webhooks.create_endpoint(&"".into(), config).await.unwrap();
     assert!(secret.expose().starts_with("whsec_"));
     assert!(endpoint.has_secret && !endpoint.disabled);
     let failed = db.batch(None, Some(&endpoint.id)).await;
@@ -57,7 +58,7 @@ async fn during_a_rotation_both_secrets_sign(db: Db) {
     let receiver = Receiver::always(200).await;
     let (endpoint, old) = create(&running.webhooks, receiver.url("/")).await;
     let hour = Duration::from_secs(3_600);
-    let (record, new) = running.webhooks.rotate_secret(&endpoint.id, None, None, hour).await.unwrap().unwrap();
+    let (record, new) = running.webhooks.rotate_secret(&endpoint.id, &Scope::All, None, hour).await.unwrap().unwrap();
     assert!(record.previous_secret_until.is_some());
     let tell = || async {
         let batch = db.batch(None, Some(&endpoint.id)).await;
@@ -72,12 +73,16 @@ async fn during_a_rotation_both_secrets_sign(db: Db) {
     let after = tell().await;
     assert!(after.verify(old.expose()).is_err() && after.verify(new.expose()).is_ok());
     // Without overlap the old one is gone at once: it was stolen.
-    let (record, newest) =
-        running.webhooks.rotate_secret(&endpoint.id, None, Some("mine".into()), Duration::ZERO).await.unwrap().unwrap();
+    let (record, newest) = running
+        .webhooks
+        .rotate_secret(&endpoint.id, &Scope::All, Some("mine".into()), Duration::ZERO)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!((record.previous_secret_until, newest.expose()), (None, "mine"));
     let last = tell().await;
     assert!(last.verify(new.expose()).is_err() && last.verify("mine").is_ok());
-    let long = running.webhooks.rotate_secret(&endpoint.id, None, None, hour * 24 * 8).await;
+    let long = running.webhooks.rotate_secret(&endpoint.id, &Scope::All, None, hour * 24 * 8).await;
     assert!(matches!(long, Err(AcceptError::Invalid(_))));
     running.stop().await;
 }
@@ -89,7 +94,7 @@ async fn what_comes_for_a_disabled_endpoint_waits(db: Db) {
     let set = |disabled: bool| {
         let change =
             EndpointChange { disabled: Some((disabled, Some("maintenance".into()))), ..EndpointChange::default() };
-        running.webhooks.update_endpoint(&endpoint.id, None, change)
+        running.webhooks.update_endpoint(&endpoint.id, &Scope::All, change)
     };
     let off = set(true).await.unwrap().unwrap();
     assert_eq!((off.disabled, off.disabled_reason.as_deref()), (true, Some("maintenance")));
@@ -117,9 +122,12 @@ async fn a_moved_endpoint_gets_what_waited(db: Db) {
     db.complete(&batch.id).await;
     assert_eq!(settled(&db, &batch.id).await[0].state, DeliveryState::Dead);
     let change = EndpointChange { url: Some(new.url("/")), ..EndpointChange::default() };
-    running.webhooks.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    running.webhooks.update_endpoint(&endpoint.id, &Scope::All, change).await.unwrap().unwrap();
     let dead = db.dead_letters().await.remove(0);
-    assert!(running.webhooks.retry(dead.id, None, false, None).await.unwrap().success, "a dead letter follows it");
+    assert!(
+        running.webhooks.retry(dead.id, Scope::All, false, None).await.unwrap().success,
+        "a dead letter follows it"
+    );
     assert_eq!(new.requests().len(), 1);
     running.stop().await;
 }
@@ -134,7 +142,7 @@ async fn a_delivery_that_is_being_sent_when_its_endpoint_moves_follows_it(db: Db
     db.complete(&batch.id).await;
     old.wait(1).await;
     let change = EndpointChange { url: Some(new.url("/new")), ..EndpointChange::default() };
-    running.webhooks.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    running.webhooks.update_endpoint(&endpoint.id, &Scope::All, change).await.unwrap().unwrap();
     gate.open();
     let delivery = settled(&db, &batch.id).await.remove(0);
     assert_eq!((delivery.state, delivery.attempts), (DeliveryState::Delivered, 2));
@@ -149,14 +157,17 @@ async fn a_test_event_is_settled_although_its_caller_hangs_up(db: Db) {
     let held = gate.reply(200);
     let receiver = Receiver::start(move |_, _| held.clone()).await;
     let (endpoint, _) = create(&running.webhooks, receiver.url("/")).await;
-    let mut call = Box::pin(running.webhooks.test_endpoint(&endpoint.id, None));
+    let mut call = Box::pin(running.webhooks.test_endpoint(&endpoint.id, &Scope::All));
     tokio::select! {
         _ = &mut call => panic!("the receiver has not answered yet"),
         _ = receiver.wait(1) => {}
     }
     drop(call);
     gate.open();
-    let filter = tidemill::store::DeliveryFilter { endpoint_id: Some(endpoint.id.clone()), ..Default::default() };
+    let filter = tidemill::store::DeliveryFilter {
+        endpoint_id: Some(endpoint.id.clone()),
+        ..tidemill::store::DeliveryFilter::within(Scope::All)
+    };
     eventually("settled", || async {
         let all = db.store.deliveries(&filter, None, 10).await.unwrap();
         all.iter().all(|one| one.state == DeliveryState::Delivered).then_some(())
@@ -169,16 +180,16 @@ async fn a_test_event_takes_the_common_way(db: Db) {
     let running = db.start();
     let receiver = Receiver::start(|n, _| crate::receiver::Reply::Status(if n == 1 { 200 } else { 500 })).await;
     let (endpoint, secret) = create(&running.webhooks, receiver.url("/")).await;
-    let tested = running.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    let tested = running.webhooks.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();
     assert!(tested.result.succeeded());
     let request = receiver.requests().remove(0);
     assert!(request.verify(secret.expose()).is_ok());
     assert_eq!((request.header("x-webhook-event"), &request.json()["type"]), ("test", &"batch.test".into()));
-    let record = db.store.delivery(&tested.claim.id, None).await.unwrap().unwrap();
+    let record = db.store.delivery(&tested.claim.id, &Scope::All).await.unwrap().unwrap();
     assert_eq!(record.state, DeliveryState::Delivered);
-    let failed = running.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    let failed = running.webhooks.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();
     assert_eq!(failed.result.http_status, Some(500));
-    let record = db.store.delivery(&failed.claim.id, None).await.unwrap().unwrap();
+    let record = db.store.delivery(&failed.claim.id, &Scope::All).await.unwrap().unwrap();
     assert_eq!((record.state, record.attempts), (DeliveryState::Cancelled, 1));
     assert!(db.dead_letters().await.is_empty(), "nobody misses a test event");
     running.stop().await;
@@ -188,12 +199,15 @@ async fn an_endpoint_in_use_stays(db: Db) {
     let webhooks = db.webhooks();
     let (endpoint, _) = create(&webhooks, "http://127.0.0.1:9/".into()).await;
     let batch = db.batch(None, Some(&endpoint.id)).await;
-    let delete = || webhooks.delete_endpoint(&endpoint.id, None);
+    let delete = || webhooks.delete_endpoint(&endpoint.id, &Scope::All);
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 1, deliveries: 0 });
     db.complete(&batch.id).await;
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 0, deliveries: 1 });
     db.execute("UPDATE webhook_deliveries SET state = 'delivered'").await;
-    assert_eq!(webhooks.delete_endpoint(&endpoint.id, Some("other")).await.unwrap(), DeletedEndpoint::NotFound);
+    assert_eq!(
+        webhooks.delete_endpoint(&endpoint.id, &Scope::Of("other".into())).await.unwrap(),
+        DeletedEndpoint::NotFound
+    );
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::Deleted);
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::NotFound);
     // One that names it all the same, because both happened at the same time: nobody is told, and that is noticed.
@@ -212,11 +226,14 @@ async fn a_new_master_key_takes_over_every_secret(db: Db) {
     };
     let old = with(1, None);
     let (endpoint, secret) = create(&old, receiver.url("/endpoint")).await;
-    old.rotate_secret(&endpoint.id, None, Some("rotated".into()), Duration::from_secs(3_600)).await.unwrap().unwrap();
+    old.rotate_secret(&endpoint.id, &Scope::All, Some("rotated".into()), Duration::from_secs(3_600))
+        .await
+        .unwrap()
+        .unwrap();
     let running = db.batch(Some(signed(&old, receiver.url("/batch")).await), None).await;
     let ended = db.batch(Some(signed(&old, receiver.url("/ended")).await), None).await;
     let disabled = EndpointChange { disabled: Some((true, None)), ..EndpointChange::default() };
-    old.update_endpoint(&endpoint.id, None, disabled).await.unwrap().unwrap();
+    old.update_endpoint(&endpoint.id, &Scope::All, disabled).await.unwrap().unwrap();
     // Something that waits, under each page's first and last id and between.
     db.complete(&ended.id).await;
     let copied = db
@@ -246,7 +263,7 @@ async fn a_new_master_key_takes_over_every_secret(db: Db) {
         })
         .await;
     }
-    let tested = new.webhooks.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    let tested = new.webhooks.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();
     assert!(tested.result.succeeded(), "{tested:?}");
     for request in receiver.requests() {
         if request.path == "/endpoint" {
@@ -272,13 +289,13 @@ async fn one_guard_for_every_way_in() {
     };
     for url in ["http://127.0.0.1/", "http://localhost/", "http://[::ffff:10.0.0.1]/", "http://169.254.169.254/"] {
         refused(guarded.accept(WebhookConfig::new(url)).await.map(|_| ()));
-        refused(guarded.create_endpoint("", WebhookConfig::new(url)).await.map(|_| ()));
+        refused(guarded.create_endpoint(&"".into(), WebhookConfig::new(url)).await.map(|_| ()));
         let change = EndpointChange { url: Some(url.into()), ..EndpointChange::default() };
-        refused(guarded.update_endpoint(&endpoint.id, None, change).await.map(|_| ()));
+        refused(guarded.update_endpoint(&endpoint.id, &Scope::All, change).await.map(|_| ()));
     }
-    let tested = guarded.test_endpoint(&endpoint.id, None).await.unwrap().unwrap();
+    let tested = guarded.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();
     assert!(tested.result.error.is_some_and(|error| error.message.contains("--webhook-allow-cidr")));
     let change = EndpointChange { events: Some(EventFilter::parse(&["failed"]).unwrap()), ..EndpointChange::default() };
-    let changed = guarded.update_endpoint(&endpoint.id, None, change).await.unwrap().unwrap();
+    let changed = guarded.update_endpoint(&endpoint.id, &Scope::All, change).await.unwrap().unwrap();
     assert_eq!(changed.events.names(), ["failed"]);
 }

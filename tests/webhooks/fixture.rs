@@ -14,7 +14,7 @@ use tidemill::{
     },
     domain::{
         Batch, BatchError, BatchId, DeliveryId, Endpoint, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority,
-        SegmentIndex, SegmentSpan, Timestamp, TokenUsage, WebhookEndpointId,
+        Scope, SegmentIndex, SegmentSpan, Timestamp, TokenUsage, WebhookEndpointId,
         webhook::{EventFilter, WebhookConfig, WebhookTarget},
     },
     store::{
@@ -117,7 +117,7 @@ impl Db {
         let file = File {
             object_key: Some(format!("inputs/{id}")),
             id: id.clone(),
-            owner: owner.to_owned(),
+            owner: owner.into(),
             kind: FileKind::Input,
             filename: "in.jsonl".into(),
             bytes: 1_000,
@@ -140,7 +140,7 @@ impl Db {
         };
         self.store.insert_file(&file, None, &[span]).await.unwrap();
         let new = NewBatch {
-            owner: owner.to_owned(),
+            owner: owner.into(),
             input_file_id: id,
             endpoint: Endpoint::ChatCompletions,
             completion_window: Duration::from_secs(86_400),
@@ -201,18 +201,18 @@ impl Db {
     }
 
     pub async fn deliveries(&self, id: &BatchId) -> Vec<DeliveryRecord> {
-        let filter = DeliveryFilter { batch_id: Some(id.clone()), ..DeliveryFilter::default() };
+        let filter = DeliveryFilter { batch_id: Some(id.clone()), ..DeliveryFilter::within(Scope::All) };
         let mut all = self.store.deliveries(&filter, None, 1_000).await.unwrap();
         all.reverse();
         all
     }
 
     pub async fn attempts(&self, id: &DeliveryId) -> Vec<AttemptRecord> {
-        self.store.attempts(id).await.unwrap()
+        self.store.attempts(id, &Scope::All).await.unwrap()
     }
 
     pub async fn dead_letters(&self) -> Vec<DeadLetter> {
-        self.store.dead_letters(&DeadLetterFilter::default(), None, 1_000).await.unwrap()
+        self.store.dead_letters(&DeadLetterFilter::within(Scope::All), None, 1_000).await.unwrap()
     }
 
     pub fn options(&self) -> Options {

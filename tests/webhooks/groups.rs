@@ -8,6 +8,7 @@ use std::{
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{
+    domain::Scope,
     domain::webhook::{AttemptResult, Delivery, DeliveryState, ErrorKind, Input, apply},
     store::{ClaimShare, ClaimedDelivery, DeliveryFilter, DeliveryRecord, SettledAs, Settlement},
 };
@@ -52,7 +53,7 @@ async fn enqueue(db: &Db, prefix: &str, target: &str, count: usize, max_attempts
 }
 
 async fn all(db: &Db) -> BTreeMap<String, DeliveryRecord> {
-    let all = db.store.deliveries(&DeliveryFilter::default(), None, 10_000).await.unwrap();
+    let all = db.store.deliveries(&DeliveryFilter::within(Scope::All), None, 10_000).await.unwrap();
     all.into_iter().map(|one| (one.id.to_string(), one)).collect()
 }
 

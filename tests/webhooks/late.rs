@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tidemill::{
+    domain::Scope,
     domain::webhook::{AttemptResult, ErrorKind, WebhookTarget},
     store::{BeginRetry, ClaimShare, ClaimedDelivery, SettledAs, Settlement},
 };
@@ -63,7 +64,7 @@ async fn a_retry_that_nobody_ended_is_ended_by_the_next(db: Db) {
     let failed = claim(&db).await;
     db.store.settle_deliveries(&[settlement(&failed, failure())]).await.unwrap();
     let dead = db.dead_letters().await.remove(0);
-    let begin = async |request_id| db.store.begin_retry(&dead.id, None, false, Some(request_id)).await.unwrap();
+    let begin = async |request_id| db.store.begin_retry(&dead.id, &Scope::All, false, Some(request_id)).await.unwrap();
     let BeginRetry::Started { claim: late, .. } = begin("one").await else { panic!("it is a dead letter") };
     assert!(matches!(begin("two").await, BeginRetry::Busy));
     db.execute("UPDATE webhook_dead_letters SET lease_expires_at = 1").await;

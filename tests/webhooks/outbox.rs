@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tidemill::{
+    domain::Scope,
     domain::webhook::{AttemptResult, DeliveryState, ErrorKind, EventFilter, WebhookEvent, WebhookTarget},
     store::{ClaimShare, ClaimedDelivery, SettledAs, Settlement},
 };
@@ -65,7 +66,7 @@ async fn every_subset_of_events_against_every_outcome(db: Db) {
             match end {
                 WebhookEvent::Failed => db.fail(&batch.id).await,
                 WebhookEvent::Cancelled => {
-                    db.store.cancel_batch(&batch.id).await.unwrap();
+                    db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
                     db.complete(&batch.id).await;
                 }
                 WebhookEvent::Expired => {
@@ -221,9 +222,9 @@ async fn old_things_go_and_what_is_named_stays(db: Db) {
     }
     assert_eq!(db.store.purge_deliveries(day).await.unwrap(), 0);
     assert_eq!(db.store.purge_deliveries(Duration::ZERO).await.unwrap(), 1, "a dead letter still names the other");
-    assert_eq!(db.store.purge_dead_letters(day, None).await.unwrap(), 0);
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, Some("somebody else")).await.unwrap(), 0);
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, None).await.unwrap(), 1);
+    assert_eq!(db.store.purge_dead_letters(day, &Scope::All).await.unwrap(), 0);
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::Of("somebody else".into())).await.unwrap(), 0);
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap(), 1);
     assert_eq!(db.store.purge_deliveries(Duration::ZERO).await.unwrap(), 1);
     assert_eq!(db.execute("DELETE FROM webhook_attempts").await, 0, "their attempts went with them");
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tidemill::{
-    domain::{BatchStatus, NodeId, webhook::DeliveryState},
+    domain::{BatchStatus, NodeId, Scope, webhook::DeliveryState},
     store::{ClaimShare, DeliveryFilter},
 };
 
@@ -65,7 +65,7 @@ async fn a_delivery_that_can_not_be_read_hides_no_other(db: Db) {
     assert!(due.targets.iter().all(|one| one.due > due.at.0), "{due:?}");
     let reaped = db.store.reap_deliveries(true, |_| Duration::ZERO).await.unwrap();
     assert_eq!(reaped.pending, 1, "what can be read is taken back");
-    let all = db.store.deliveries(&DeliveryFilter::default(), None, 2).await.unwrap();
+    let all = db.store.deliveries(&DeliveryFilter::within(Scope::All), None, 2).await.unwrap();
     assert_eq!(all.len(), 2, "a page is full all the same");
     let running = db.start();
     assert_eq!(settled(&db, &batches[3]).await[0].state, DeliveryState::Delivered);
@@ -87,7 +87,7 @@ async fn a_batch_whose_webhook_can_not_be_written_fails_all_the_same(db: Db) {
     let claimed = db.store.claim_segment(&NodeId::generate(), &batch.id, -1, lease).await.unwrap().unwrap();
     db.fail_as(&claimed).await;
     let failed = eventually("failed", || async {
-        let batch = db.store.batch(&batch.id).await.unwrap().unwrap();
+        let batch = db.store.batch(&batch.id, &Scope::All).await.unwrap().unwrap();
         (batch.status == BatchStatus::Failed).then_some(batch)
     })
     .await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use tidemill::{
     delivery::RetryError,
-    domain::{DeadLetterId, webhook::DeliveryState},
+    domain::{DeadLetterId, Owner, Scope, webhook::DeliveryState},
     store::{DeadLetter, DeadLetterFilter, DeletedDeadLetter, RetryJobState},
 };
 
@@ -38,7 +38,7 @@ async fn a_retry_is_sent_once_and_not_again_unless_forced(db: Db) {
     let running = db.start();
     let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 200 })).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
-    let retry = |force| running.webhooks.retry(dead.id.clone(), None, force, None);
+    let retry = |force| running.webhooks.retry(dead.id.clone(), Scope::All, force, None);
     let retried = retry(false).await.unwrap();
     assert_eq!((retried.success, retried.forced, retried.http_status), (true, false, Some(200)));
     assert_eq!((retried.dead_letter.retry_success, retried.dead_letter.retry_count), (true, 1));
@@ -57,12 +57,12 @@ async fn a_retry_is_sent_once_and_not_again_unless_forced(db: Db) {
     let generations: Vec<_> =
         db.attempts(&dead.delivery_id).await.iter().map(|one| (one.generation, one.attempt, one.forced)).collect();
     assert_eq!(generations, [(0, 1, false), (0, 2, false), (0, 3, false), (1, 1, false), (2, 1, true)]);
-    let unknown = running.webhooks.retry(DeadLetterId::from_text("dl_none"), None, true, None).await;
+    let unknown = running.webhooks.retry(DeadLetterId::from_text("dl_none"), Scope::All, true, None).await;
     assert!(matches!(unknown, Err(RetryError::NotFound)));
-    let other = running.webhooks.retry(dead.id.clone(), Some("somebody else".into()), true, None).await;
+    let other = running.webhooks.retry(dead.id.clone(), Scope::Of("somebody else".into()), true, None).await;
     assert!(matches!(other, Err(RetryError::NotFound)));
-    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Deleted);
-    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::NotFound);
+    assert_eq!(db.store.delete_dead_letter(&dead.id, &Scope::All).await.unwrap(), DeletedDeadLetter::Deleted);
+    assert_eq!(db.store.delete_dead_letter(&dead.id, &Scope::All).await.unwrap(), DeletedDeadLetter::NotFound);
     running.stop().await;
 }
 
@@ -73,13 +73,13 @@ async fn of_two_retries_at_the_same_time_one_sends(db: Db) {
     let receiver = Receiver::start(move |n, _| if n <= 3 { Reply::Status(500) } else { held.clone() }).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
     let mut retries: futures::stream::FuturesUnordered<_> =
-        (0..5).map(|_| running.webhooks.retry(dead.id.clone(), None, true, None)).collect();
+        (0..5).map(|_| running.webhooks.retry(dead.id.clone(), Scope::All, true, None)).collect();
     for _ in 0..4 {
         assert!(matches!(retries.next().await, Some(Err(RetryError::Busy))));
     }
     receiver.wait(4).await;
     // While it is being sent it can't be deleted.
-    assert_eq!(db.store.delete_dead_letter(&dead.id, None).await.unwrap(), DeletedDeadLetter::Busy);
+    assert_eq!(db.store.delete_dead_letter(&dead.id, &Scope::All).await.unwrap(), DeletedDeadLetter::Busy);
     gate.open();
     assert!(matches!(retries.next().await, Some(Ok(_))));
     drop(retries);
@@ -91,7 +91,7 @@ async fn a_request_id_makes_a_retry_idempotent(db: Db) {
     let running = db.start();
     let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 202 })).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
-    let retry = |id: &str| running.webhooks.retry(dead.id.clone(), None, false, Some(id.to_owned()));
+    let retry = |id: &str| running.webhooks.retry(dead.id.clone(), Scope::All, false, Some(id.to_owned()));
     let first = retry("once").await.unwrap();
     let again = retry("once").await.unwrap();
     assert_eq!((first.success, first.http_status), (again.success, again.http_status));
@@ -105,7 +105,7 @@ async fn a_failed_retry_can_be_retried(db: Db) {
     let running = db.start();
     let receiver = Receiver::start(|n, _| Reply::Status(if n <= 4 { 503 } else { 200 })).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
-    let retry = || running.webhooks.retry(dead.id.clone(), None, false, None);
+    let retry = || running.webhooks.retry(dead.id.clone(), Scope::All, false, None);
     let failed = retry().await.unwrap();
     assert_eq!((failed.success, failed.http_status), (false, Some(503)));
     assert_eq!(failed.error_message.as_deref(), Some("the receiver answered 503"));
@@ -119,11 +119,11 @@ async fn a_retry_that_was_cut_off_can_be_retried(db: Db) {
     let receiver = Receiver::start(|n, _| Reply::Status(if n <= 3 { 500 } else { 200 })).await;
     let dead = dead_letter(&db, &running, receiver.url("/")).await;
     // Begun by a process that is then gone.
-    db.store.begin_retry(&dead.id, None, false, None).await.unwrap();
-    assert!(matches!(running.webhooks.retry(dead.id.clone(), None, false, None).await, Err(RetryError::Busy)));
+    db.store.begin_retry(&dead.id, &Scope::All, false, None).await.unwrap();
+    assert!(matches!(running.webhooks.retry(dead.id.clone(), Scope::All, false, None).await, Err(RetryError::Busy)));
     db.execute("UPDATE webhook_dead_letters SET lease_expires_at = 1").await;
     db.store.reap_deliveries(false, |_| Duration::ZERO).await.unwrap();
-    assert!(running.webhooks.retry(dead.id.clone(), None, false, None).await.unwrap().success);
+    assert!(running.webhooks.retry(dead.id.clone(), Scope::All, false, None).await.unwrap().success);
     let outcomes: Vec<_> = db.attempts(&dead.delivery_id).await.into_iter().map(|one| one.outcome).skip(3).collect();
     assert_eq!(outcomes, ["unknown", "succeeded"]);
     running.stop().await;
@@ -145,20 +145,20 @@ async fn a_job_retries_what_matches_and_counts(db: Db) {
     }
     up.store(true, std::sync::atomic::Ordering::SeqCst);
     let sent = receiver.requests().len();
-    let none = DeadLetterFilter { batch_id: Some("batch_none".into()), ..DeadLetterFilter::default() };
-    let empty = running.webhooks.retry_all("", none).await.unwrap();
+    let none = DeadLetterFilter { batch_id: Some("batch_none".into()), ..DeadLetterFilter::within(Scope::All) };
+    let empty = running.webhooks.retry_all(&Owner::nobody(), none).await.unwrap();
     assert_eq!((empty.matched, empty.state), (0, RetryJobState::Done));
-    let job = running.webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    let job = running.webhooks.retry_all(&Owner::nobody(), DeadLetterFilter::within(Scope::All)).await.unwrap();
     assert_eq!(job.matched, 4);
     let done = eventually("done", || async {
-        db.store.retry_job(&job.id, None).await.unwrap().filter(|job| job.state != RetryJobState::Running)
+        db.store.retry_job(&job.id, &Scope::All).await.unwrap().filter(|job| job.state != RetryJobState::Running)
     })
     .await;
     assert_eq!((done.state, done.succeeded, done.failed, done.skipped), (RetryJobState::Done, 3, 1, 0));
     assert_eq!(receiver.requests().len(), sent + 4);
     assert_eq!(db.dead_letters().await.iter().filter(|one| one.retry_success).count(), 3);
     // What was delivered is not sent again.
-    let again = running.webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    let again = running.webhooks.retry_all(&Owner::nobody(), DeadLetterFilter::within(Scope::All)).await.unwrap();
     assert_eq!(again.matched, 1);
     running.stop().await;
 }
@@ -173,16 +173,16 @@ async fn a_job_goes_on_where_it_was_cut_off(db: Db) {
     }
     running.stop().await;
     let webhooks = db.webhooks();
-    let job = webhooks.retry_all("", DeadLetterFilter::default()).await.unwrap();
+    let job = webhooks.retry_all(&Owner::nobody(), DeadLetterFilter::within(Scope::All)).await.unwrap();
     // A runner took it, sent the first and was gone.
     let claimed = db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().unwrap();
     assert_eq!(claimed.job.id, job.id);
-    assert!(webhooks.retry(ids[0].clone(), None, false, Some(job.id.to_string())).await.unwrap().success);
+    assert!(webhooks.retry(ids[0].clone(), Scope::All, false, Some(job.id.to_string())).await.unwrap().success);
     assert!(db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().is_none());
     db.execute("UPDATE webhook_retry_jobs SET lease_expires_at = 1").await;
     let running = db.start();
     let done = eventually("done", || async {
-        db.store.retry_job(&job.id, None).await.unwrap().filter(|job| job.state == RetryJobState::Done)
+        db.store.retry_job(&job.id, &Scope::All).await.unwrap().filter(|job| job.state == RetryJobState::Done)
     })
     .await;
     assert_eq!((done.succeeded, done.failed, done.skipped), (3, 0, 0));

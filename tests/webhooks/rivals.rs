@@ -5,7 +5,7 @@ use std::time::Duration;
 use sea_orm::ConnectionTrait;
 use tidemill::{
     domain::{
-        DeadLetterId,
+        DeadLetterId, Scope,
         webhook::{AttemptResult, ErrorKind, SealedSecret, WebhookConfig},
     },
     store::{BeginRetry, ClaimShare, EndpointChange, Settlement, Store},
@@ -46,8 +46,9 @@ async fn a_retry_survives_a_deadlock() {
     let attempt = "INSERT INTO webhook_attempts (delivery_id, generation, attempt, started_at, outcome) \
                    SELECT delivery_id, 1, attempt, started_at, outcome FROM webhook_attempts WHERE attempt = 1";
     let letter = "SELECT 1 FROM webhook_dead_letters FOR UPDATE";
-    let begun =
-        deadlock(&db.raw, attempt, letter, Box::pin(db.store.begin_retry(&id, None, false, None))).await.unwrap();
+    let begun = deadlock(&db.raw, attempt, letter, Box::pin(db.store.begin_retry(&id, &Scope::All, false, None)))
+        .await
+        .unwrap();
     let BeginRetry::Started { claim, forced: false } = begun else { panic!("{begun:?}") };
     let failed = AttemptResult::failed(ErrorKind::Connect, "refused");
     let finish = Box::pin(db.store.finish_retry(&id, &claim, &failed));
@@ -60,13 +61,13 @@ async fn a_retry_survives_a_deadlock() {
 #[tokio::test]
 async fn moving_an_endpoint_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
-    let (endpoint, _) = db.webhooks().create_endpoint("", WebhookConfig::new(URL)).await.unwrap();
+    let (endpoint, _) = db.webhooks().create_endpoint(&"".into(), WebhookConfig::new(URL)).await.unwrap();
     let batch = db.batch(None, Some(&endpoint.id)).await;
     db.complete(&batch.id).await;
     let change = EndpointChange { url: Some("http://127.0.0.1:2/".into()), ..EndpointChange::default() };
     let (waiting, endpoints) =
         ("SELECT 1 FROM webhook_deliveries FOR UPDATE", "SELECT 1 FROM webhook_endpoints FOR UPDATE");
-    let update = Box::pin(db.store.update_endpoint(&endpoint.id, None, change));
+    let update = Box::pin(db.store.update_endpoint(&endpoint.id, &Scope::All, change));
     let moved = deadlock(&db.raw, waiting, endpoints, update).await.unwrap().unwrap();
     assert_eq!(moved.url, "http://127.0.0.1:2/");
     assert_eq!(db.deliveries(&batch.id).await[0].url, moved.url);
@@ -76,7 +77,7 @@ async fn moving_an_endpoint_survives_a_deadlock() {
 async fn retention_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
     let id = dead_letter(&db).await;
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, None).await.unwrap(), 1, "{id}");
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap(), 1, "{id}");
     let (deliveries, attempts) =
         ("SELECT 1 FROM webhook_deliveries FOR UPDATE", "SELECT 1 FROM webhook_attempts FOR UPDATE");
     let purged =
@@ -98,11 +99,11 @@ async fn an_endpoint_that_many_change_at_once_is_changed() {
     let (port, name): (i32, String) = (row.try_get_by_index(0).unwrap(), row.try_get_by_index(1).unwrap());
     let url = format!("postgres://postgres@127.0.0.1:{port}/{name}?sslmode=disable");
     let store = Store::postgres(&url, 8).await.unwrap();
-    let (endpoint, _) = db.webhooks().create_endpoint("", WebhookConfig::new(URL)).await.unwrap();
+    let (endpoint, _) = db.webhooks().create_endpoint(&"".into(), WebhookConfig::new(URL)).await.unwrap();
     let repeats = Repeats::count();
     let secret = SealedSecret::from_bytes(vec![7; 40]);
     for _ in 0..10 {
-        let calls = (0..8).map(|_| store.rotate_secret(&endpoint.id, None, &secret, Duration::from_secs(60)));
+        let calls = (0..8).map(|_| store.rotate_secret(&endpoint.id, &Scope::All, &secret, Duration::from_secs(60)));
         for rotated in futures::future::join_all(calls).await {
             assert!(rotated.unwrap().is_some());
         }

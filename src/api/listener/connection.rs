@@ -32,7 +32,7 @@ use super::{
     crowd::Id,
     watched::{Watch, Watched},
 };
-use crate::api::peer::Peer;
+use crate::access::Peer;
 
 /// A silent HTTP/2 connection is asked whether it still lives this often, and cut if no answer comes in this time.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use tokio::time::Instant;
 
-use crate::api::peer::Peer;
+use crate::access::Peer;
 
 /// A connection of this process.
 pub(super) type Id = u64;

@@ -39,7 +39,7 @@ use self::{
     connection::Arrival,
     crowd::{Crowd, Id},
 };
-use super::peer::Peer;
+use crate::access::Peer;
 
 /// Connections that are open.
 const CONNECTIONS: &str = "tidemill_connections";

@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    domain::Endpoint,
+    domain::{Endpoint, Scope},
     ingest::{InlineRequest, LineReport},
 };
 
@@ -95,7 +95,7 @@ async fn an_upload_becomes_a_file_with_its_segments() {
         future
     }
     let file = on_any_thread(upload).await.unwrap();
-    assert_eq!(place.store.file(&file.id).await.unwrap().unwrap(), file);
+    assert_eq!(place.store.file(&file.id, &Scope::All).await.unwrap().unwrap(), file);
     assert_eq!((file.bytes as usize, file.line_count), (text.len(), 2_500));
     assert_eq!((file.owner.as_str(), file.filename.as_str(), &file.kind), ("me", "in.jsonl", &FileKind::Input));
     assert_eq!(

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     domain::{
-        BatchId, DeadLetterId, DeliveryId, Timestamp,
+        BatchId, DeadLetterId, DeliveryId, Owner, Scope, Timestamp,
         webhook::{AttemptError, AttemptResult, ErrorKind, WebhookEvent, target_of},
     },
     store::{
@@ -28,6 +28,7 @@ use crate::{
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,
         pages::readable_page,
+        scoped::within,
     },
 };
 
@@ -37,7 +38,7 @@ pub struct DeadLetter {
     /// Its id.
     pub id: DeadLetterId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// The batch that it tells of.
     pub batch_id: Option<BatchId>,
     /// The delivery that failed.
@@ -67,10 +68,11 @@ pub struct DeadLetter {
 }
 
 /// Which dead letters.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DeadLetterFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
+    /// Only those within. Stored with retry jobs under its older name.
+    #[serde(rename = "owner")]
+    pub scope: Scope,
     /// Only those of this batch.
     pub batch_id: Option<String>,
     /// Only those of this event.
@@ -119,10 +121,24 @@ pub enum DeletedDeadLetter {
 }
 
 impl DeadLetterFilter {
+    /// All dead letters within a scope.
+    #[must_use]
+    pub fn within(scope: Scope) -> Self {
+        Self {
+            scope,
+            batch_id: None,
+            event: None,
+            host: None,
+            delivered: None,
+            created_from: None,
+            created_before: None,
+        }
+    }
+
     pub(super) fn condition(&self) -> Condition {
         use webhook_dead_letter::Column;
         Condition::all()
-            .add_option(self.owner.as_ref().map(|owner| Column::Owner.eq(owner)))
+            .add_option(self.scope.owner().map(|owner| Column::Owner.eq(owner.as_str())))
             .add_option(self.batch_id.as_ref().map(|id| Column::BatchId.eq(id)))
             .add_option(self.event.as_ref().map(|event| Column::Event.eq(event)))
             .add_option(self.host.as_ref().map(|host| Column::Host.eq(host)))
@@ -166,12 +182,12 @@ impl Store {
         Ok(i64::try_from(count).unwrap_or(i64::MAX))
     }
 
-    /// One dead letter; of one owner's, if one is given.
+    /// One dead letter.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn dead_letter(&self, id: &DeadLetterId, owner: Option<&str>) -> Result<Option<DeadLetter>, StoreError> {
-        find(self.read(), id, owner).await?.map(DeadLetter::try_from).transpose()
+    pub async fn dead_letter(&self, id: &DeadLetterId, scope: &Scope) -> Result<Option<DeadLetter>, StoreError> {
+        find(self.read(), id, scope).await?.map(DeadLetter::try_from).transpose()
     }
 
     /// Takes a dead letter for one retry and writes its attempt, a generation of its own.
@@ -181,23 +197,23 @@ impl Store {
     pub async fn begin_retry(
         &self,
         id: &DeadLetterId,
-        owner: Option<&str>,
+        scope: &Scope,
         force: bool,
         request_id: Option<&str>,
     ) -> Result<BeginRetry, StoreError> {
-        again(|| self.begin_retry_once(id, owner, force, request_id)).await
+        again(|| self.begin_retry_once(id, scope, force, request_id)).await
     }
 
     async fn begin_retry_once(
         &self,
         id: &DeadLetterId,
-        owner: Option<&str>,
+        scope: &Scope,
         force: bool,
         request_id: Option<&str>,
     ) -> Result<BeginRetry, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(BeginRetry::NotFound) };
+        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(BeginRetry::NotFound) };
         if let Some(request_id) = request_id
             && let Some(attempt) = webhook_attempt::Entity::find()
                 .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
@@ -289,7 +305,7 @@ impl Store {
     ) -> Result<Option<DeadLetter>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, None).await? else { return Ok(None) };
+        let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return Ok(None) };
         if row.lease_token.as_deref() != Some(&claim.lease) {
             return Ok(None);
         }
@@ -313,22 +329,14 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn delete_dead_letter(
-        &self,
-        id: &DeadLetterId,
-        owner: Option<&str>,
-    ) -> Result<DeletedDeadLetter, StoreError> {
-        again(|| self.delete_dead_letter_once(id, owner)).await
+    pub async fn delete_dead_letter(&self, id: &DeadLetterId, scope: &Scope) -> Result<DeletedDeadLetter, StoreError> {
+        again(|| self.delete_dead_letter_once(id, scope)).await
     }
 
-    async fn delete_dead_letter_once(
-        &self,
-        id: &DeadLetterId,
-        owner: Option<&str>,
-    ) -> Result<DeletedDeadLetter, StoreError> {
+    async fn delete_dead_letter_once(&self, id: &DeadLetterId, scope: &Scope) -> Result<DeletedDeadLetter, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(row) = lock(&tx, id, owner).await? else { return Ok(DeletedDeadLetter::NotFound) };
+        let Some(row) = lock(&tx, id, scope).await? else { return Ok(DeletedDeadLetter::NotFound) };
         if row.lease_expires_at.is_some_and(|until| until >= at.0) {
             return Ok(DeletedDeadLetter::Busy);
         }
@@ -404,25 +412,19 @@ async fn end_lost(tx: &DatabaseTransaction, delivery_id: &str, at: Timestamp) ->
 async fn lock(
     tx: &DatabaseTransaction,
     id: &DeadLetterId,
-    owner: Option<&str>,
+    scope: &Scope,
 ) -> Result<Option<webhook_dead_letter::Model>, StoreError> {
-    let mut find = webhook_dead_letter::Entity::find_by_id(id.as_str()).lock_exclusive();
-    if let Some(owner) = owner {
-        find = find.filter(webhook_dead_letter::Column::Owner.eq(owner));
-    }
-    Ok(find.one(tx).await?)
+    let find = webhook_dead_letter::Entity::find_by_id(id.as_str()).lock_exclusive();
+    Ok(within(find, webhook_dead_letter::Column::Owner, scope).one(tx).await?)
 }
 
 async fn find<C: sea_orm::ConnectionTrait>(
     connection: &C,
     id: &DeadLetterId,
-    owner: Option<&str>,
+    scope: &Scope,
 ) -> Result<Option<webhook_dead_letter::Model>, StoreError> {
-    let mut find = webhook_dead_letter::Entity::find_by_id(id.as_str());
-    if let Some(owner) = owner {
-        find = find.filter(webhook_dead_letter::Column::Owner.eq(owner));
-    }
-    Ok(find.one(connection).await?)
+    let find = webhook_dead_letter::Entity::find_by_id(id.as_str());
+    Ok(within(find, webhook_dead_letter::Column::Owner, scope).one(connection).await?)
 }
 
 impl TryFrom<webhook_dead_letter::Model> for DeadLetter {
@@ -431,7 +433,7 @@ impl TryFrom<webhook_dead_letter::Model> for DeadLetter {
     fn try_from(row: webhook_dead_letter::Model) -> Result<Self, StoreError> {
         Ok(Self {
             id: DeadLetterId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             batch_id: row.batch_id.map(BatchId::from_text),
             delivery_id: DeliveryId::from_text(row.delivery_id),
             url: row.webhook_url,

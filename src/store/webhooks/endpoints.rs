@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     domain::{
-        BatchStatus, Timestamp, WebhookEndpointId,
+        BatchStatus, Owner, Scope, Timestamp, WebhookEndpointId,
         webhook::{DeliveryState, EventFilter, SealedSecret, WebhookEvent, target_of, test_payload},
     },
     store::{
@@ -25,6 +25,7 @@ use crate::{
         entity::{batch, webhook_delivery, webhook_endpoint},
         now,
         pages::readable_page,
+        scoped::within,
     },
 };
 
@@ -37,7 +38,7 @@ pub struct NewEndpoint {
     /// Its id: made by the caller, because its secret is sealed for it.
     pub id: WebhookEndpointId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// Where it is.
     pub url: String,
     /// What it wants to hear of.
@@ -56,7 +57,7 @@ pub struct EndpointRecord {
     /// Its id.
     pub id: WebhookEndpointId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// Where it is.
     pub url: String,
     /// What it wants to hear of.
@@ -123,7 +124,7 @@ impl Store {
         let at = now(&self.inner.write).await?;
         let row = webhook_endpoint::Model {
             id: new.id.into_string(),
-            owner: new.owner,
+            owner: new.owner.into_string(),
             url: new.url,
             events: to_json(&new.events)?,
             secret: new.secret.map(|secret| secret.as_bytes().to_vec()),
@@ -142,20 +143,18 @@ impl Store {
         row.try_into()
     }
 
-    /// Endpoints, newest first, those after `after` in that order, at most `limit`; of one owner's, if one is given.
+    /// Endpoints, newest first, those after `after` in that order, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn endpoints(
         &self,
-        owner: Option<&str>,
+        scope: &Scope,
         after: Option<&WebhookEndpointId>,
         limit: u64,
     ) -> Result<Vec<EndpointRecord>, StoreError> {
-        let mut find = webhook_endpoint::Entity::find().order_by_desc(webhook_endpoint::Column::Id).limit(limit);
-        if let Some(owner) = owner {
-            find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
-        }
+        let find = webhook_endpoint::Entity::find().order_by_desc(webhook_endpoint::Column::Id).limit(limit);
+        let find = within(find, webhook_endpoint::Column::Owner, scope);
         let rows = |after: Option<String>| {
             let mut find = find.clone();
             if let Some(after) = after {
@@ -167,19 +166,12 @@ impl Store {
         readable_page("webhook endpoint", limit, after, rows, |row: &webhook_endpoint::Model| &row.id).await
     }
 
-    /// One endpoint; of one owner's, if one is given.
+    /// One endpoint.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn endpoint(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<Option<EndpointRecord>, StoreError> {
-        let mut find = webhook_endpoint::Entity::find_by_id(id.as_str());
-        if let Some(owner) = owner {
-            find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
-        }
+    pub async fn endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<Option<EndpointRecord>, StoreError> {
+        let find = within(webhook_endpoint::Entity::find_by_id(id.as_str()), webhook_endpoint::Column::Owner, scope);
         find.one(self.read()).await?.map(EndpointRecord::try_from).transpose()
     }
 
@@ -190,21 +182,21 @@ impl Store {
     pub async fn update_endpoint(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, StoreError> {
-        again(|| self.update_endpoint_once(id, owner, change.clone())).await
+        again(|| self.update_endpoint_once(id, scope, change.clone())).await
     }
 
     async fn update_endpoint_once(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
+        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(None) };
         if let Some(url) = change.url {
             row.url = url;
             // Also what is being sent at this moment: its next attempts go to the new place.
@@ -247,23 +239,23 @@ impl Store {
     pub async fn rotate_secret(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         secret: &SealedSecret,
         overlap: Duration,
     ) -> Result<Option<EndpointRecord>, StoreError> {
-        again(|| self.rotate_secret_once(id, owner, secret, overlap)).await
+        again(|| self.rotate_secret_once(id, scope, secret, overlap)).await
     }
 
     async fn rotate_secret_once(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
         secret: &SealedSecret,
         overlap: Duration,
     ) -> Result<Option<EndpointRecord>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, owner).await? else { return Ok(None) };
+        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(None) };
         let previous = row.secret.replace(secret.as_bytes().to_vec()).filter(|_| !overlap.is_zero());
         row.previous_secret_until = previous.is_some().then(|| at.plus(overlap).0);
         row.previous_secret = previous;
@@ -277,21 +269,13 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn delete_endpoint(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<DeletedEndpoint, StoreError> {
-        again(|| self.delete_endpoint_once(id, owner)).await
+    pub async fn delete_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
+        again(|| self.delete_endpoint_once(id, scope)).await
     }
 
-    async fn delete_endpoint_once(
-        &self,
-        id: &WebhookEndpointId,
-        owner: Option<&str>,
-    ) -> Result<DeletedEndpoint, StoreError> {
+    async fn delete_endpoint_once(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
         let tx = self.begin().await?;
-        if lock(&tx, id, owner).await?.is_none() {
+        if lock(&tx, id, scope).await?.is_none() {
             return Ok(DeletedEndpoint::NotFound);
         }
         let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
@@ -321,19 +305,19 @@ impl Store {
     pub async fn begin_test(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
     ) -> Result<Option<ClaimedDelivery>, StoreError> {
-        again(|| self.begin_test_once(id, owner)).await
+        again(|| self.begin_test_once(id, scope)).await
     }
 
     async fn begin_test_once(
         &self,
         id: &WebhookEndpointId,
-        owner: Option<&str>,
+        scope: &Scope,
     ) -> Result<Option<ClaimedDelivery>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        let Some(endpoint) = lock(&tx, id, owner).await? else { return Ok(None) };
+        let Some(endpoint) = lock(&tx, id, scope).await? else { return Ok(None) };
         let mut row = new_delivery(WebhookEvent::Test, test_payload(at), at);
         super::address(&mut row, &endpoint);
         row.owner.clone_from(&endpoint.owner);
@@ -358,13 +342,10 @@ fn unsettled(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::En
 pub(super) async fn lock(
     tx: &DatabaseTransaction,
     id: &WebhookEndpointId,
-    owner: Option<&str>,
+    scope: &Scope,
 ) -> Result<Option<webhook_endpoint::Model>, StoreError> {
-    let mut find = webhook_endpoint::Entity::find_by_id(id.as_str()).lock_exclusive();
-    if let Some(owner) = owner {
-        find = find.filter(webhook_endpoint::Column::Owner.eq(owner));
-    }
-    Ok(find.one(tx).await?)
+    let find = webhook_endpoint::Entity::find_by_id(id.as_str()).lock_exclusive();
+    Ok(within(find, webhook_endpoint::Column::Owner, scope).one(tx).await?)
 }
 
 impl TryFrom<webhook_endpoint::Model> for EndpointRecord {
@@ -373,7 +354,7 @@ impl TryFrom<webhook_endpoint::Model> for EndpointRecord {
     fn try_from(row: webhook_endpoint::Model) -> Result<Self, StoreError> {
         Ok(Self {
             id: WebhookEndpointId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             url: row.url,
             events: convert::json("event list", &row.events)?,
             has_secret: row.secret.is_some(),

@@ -1,17 +1,18 @@
 //! What people ask about deliveries and their attempts.
 
-use sea_orm::{ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
+use sea_orm::{ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait};
 
 use super::{DueTargets, NEVER, event_of, state_of};
 use crate::{
     domain::{
-        BatchId, DeliveryId, Timestamp, WebhookEndpointId,
+        BatchId, DeliveryId, Owner, Scope, Timestamp, WebhookEndpointId,
         webhook::{DeliveryState, ErrorKind, WebhookEvent},
     },
     store::{
         Store, StoreError,
         entity::{webhook_attempt, webhook_delivery},
         pages::readable_page,
+        scoped::within,
     },
 };
 
@@ -21,7 +22,7 @@ pub struct DeliveryRecord {
     /// Its id, the `webhook-id`.
     pub id: DeliveryId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// The batch that it tells of.
     pub batch_id: Option<BatchId>,
     /// The registered endpoint that it goes to.
@@ -49,10 +50,10 @@ pub struct DeliveryRecord {
 }
 
 /// Which deliveries.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct DeliveryFilter {
-    /// Only this owner's.
-    pub owner: Option<String>,
+    /// Only those within.
+    pub scope: Scope,
     /// Only those of this batch.
     pub batch_id: Option<BatchId>,
     /// Only those to this endpoint.
@@ -61,6 +62,14 @@ pub struct DeliveryFilter {
     pub event: Option<WebhookEvent>,
     /// Only those in this state.
     pub state: Option<DeliveryState>,
+}
+
+impl DeliveryFilter {
+    /// All deliveries within a scope.
+    #[must_use]
+    pub fn within(scope: Scope) -> Self {
+        Self { scope, batch_id: None, endpoint_id: None, event: None, state: None }
+    }
 }
 
 /// An attempt.
@@ -101,7 +110,7 @@ impl Store {
     ) -> Result<Vec<DeliveryRecord>, StoreError> {
         use webhook_delivery::Column;
         let condition = Condition::all()
-            .add_option(filter.owner.as_ref().map(|owner| Column::Owner.eq(owner)))
+            .add_option(filter.scope.owner().map(|owner| Column::Owner.eq(owner.as_str())))
             .add_option(filter.batch_id.as_ref().map(|id| Column::BatchId.eq(id.as_str())))
             .add_option(filter.endpoint_id.as_ref().map(|id| Column::EndpointId.eq(id.as_str())))
             .add_option(filter.event.map(|event| Column::Event.eq(event.as_str())))
@@ -115,25 +124,25 @@ impl Store {
         readable_page("webhook delivery", limit, after, rows, |row: &webhook_delivery::Model| &row.id).await
     }
 
-    /// One delivery; of one owner's, if one is given.
+    /// One delivery.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn delivery(&self, id: &DeliveryId, owner: Option<&str>) -> Result<Option<DeliveryRecord>, StoreError> {
-        let mut find = webhook_delivery::Entity::find_by_id(id.as_str());
-        if let Some(owner) = owner {
-            find = find.filter(webhook_delivery::Column::Owner.eq(owner));
-        }
+    pub async fn delivery(&self, id: &DeliveryId, scope: &Scope) -> Result<Option<DeliveryRecord>, StoreError> {
+        let find = within(webhook_delivery::Entity::find_by_id(id.as_str()), webhook_delivery::Column::Owner, scope);
         find.one(self.read()).await?.map(DeliveryRecord::try_from).transpose()
     }
 
-    /// A delivery's attempts, in order.
+    /// The attempts of a delivery within the scope, in order.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn attempts(&self, of: &DeliveryId) -> Result<Vec<AttemptRecord>, StoreError> {
+    pub async fn attempts(&self, of: &DeliveryId, scope: &Scope) -> Result<Vec<AttemptRecord>, StoreError> {
+        let deliveries =
+            webhook_delivery::Entity::find_by_id(of.as_str()).select_only().column(webhook_delivery::Column::Id);
+        let deliveries = within(deliveries, webhook_delivery::Column::Owner, scope).into_query();
         let rows = webhook_attempt::Entity::find()
-            .filter(webhook_attempt::Column::DeliveryId.eq(of.as_str()))
+            .filter(webhook_attempt::Column::DeliveryId.in_subquery(deliveries))
             .order_by_asc(webhook_attempt::Column::Generation)
             .order_by_asc(webhook_attempt::Column::Attempt)
             .all(self.read())
@@ -161,7 +170,7 @@ impl TryFrom<webhook_delivery::Model> for DeliveryRecord {
         let waits = state == DeliveryState::Pending && row.next_attempt_at != NEVER;
         Ok(Self {
             id: DeliveryId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             batch_id: row.batch_id.map(BatchId::from_text),
             endpoint_id: row.endpoint_id.map(WebhookEndpointId::from_text),
             event: event_of(&row.event)?,

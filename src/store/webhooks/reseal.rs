@@ -8,7 +8,7 @@ use sea_orm::{
 use super::endpoints::lock;
 use crate::{
     domain::{
-        WebhookEndpointId,
+        Scope, WebhookEndpointId,
         webhook::{SealedSecret, WebhookTarget},
     },
     store::{
@@ -85,7 +85,7 @@ impl Store {
         previous: &Option<Vec<u8>>,
     ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
-        let Some(mut row) = lock(&tx, id, None).await? else { return Ok(false) };
+        let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return Ok(false) };
         if (&row.secret, &row.previous_secret) != (&seen.secret, &seen.previous_secret) {
             return Ok(false);
         }

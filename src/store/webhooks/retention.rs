@@ -8,27 +8,27 @@ use sea_orm::{
 };
 
 use crate::{
-    domain::webhook::DeliveryState,
+    domain::{Scope, webhook::DeliveryState},
     store::{
         Store, StoreError,
         again::again,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_retry_job},
         now,
+        scoped::within,
     },
 };
 
 const AT_ONCE: u64 = 500;
 
 impl Store {
-    /// Deletes dead letters older than `age`, except those that somebody is retrying; of one owner's, if one is given.
-    /// Returns how many.
+    /// Deletes dead letters older than `age`, except those that somebody is retrying. Returns how many.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn purge_dead_letters(&self, age: Duration, owner: Option<&str>) -> Result<u64, StoreError> {
+    pub async fn purge_dead_letters(&self, age: Duration, scope: &Scope) -> Result<u64, StoreError> {
         let mut purged = 0;
         loop {
-            let (deleted, last) = again(|| self.purge_some_dead_letters(age, owner)).await?;
+            let (deleted, last) = again(|| self.purge_some_dead_letters(age, scope)).await?;
             purged += deleted;
             if last {
                 return Ok(purged);
@@ -37,22 +37,20 @@ impl Store {
     }
 
     /// How many went, and whether they were the last.
-    async fn purge_some_dead_letters(&self, age: Duration, owner: Option<&str>) -> Result<(u64, bool), StoreError> {
+    async fn purge_some_dead_letters(&self, age: Duration, scope: &Scope) -> Result<(u64, bool), StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
         let before = at.0.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
         let idle = Condition::any()
             .add(webhook_dead_letter::Column::LeaseExpiresAt.is_null())
             .add(webhook_dead_letter::Column::LeaseExpiresAt.lt(at.0));
-        let mut find = webhook_dead_letter::Entity::find()
+        let find = webhook_dead_letter::Entity::find()
             .select_only()
             .column(webhook_dead_letter::Column::Id)
             .filter(webhook_dead_letter::Column::CreatedAt.lte(before))
             .filter(idle.clone())
             .limit(AT_ONCE);
-        if let Some(owner) = owner {
-            find = find.filter(webhook_dead_letter::Column::Owner.eq(owner));
-        }
+        let find = within(find, webhook_dead_letter::Column::Owner, scope);
         let ids: Vec<String> = find.into_tuple().all(&tx).await?;
         let last = (ids.len() as u64) < AT_ONCE;
         // The condition again: a retry may have begun since.

@@ -14,7 +14,7 @@ use super::{
     outcome,
 };
 use crate::{
-    domain::{DeadLetterId, RetryJobId, Timestamp},
+    domain::{DeadLetterId, Owner, RetryJobId, Scope, Timestamp},
     store::{
         Store, StoreError,
         again::again,
@@ -22,6 +22,7 @@ use crate::{
         entity::{webhook_attempt, webhook_dead_letter, webhook_retry_job},
         now,
         pages::readable_page,
+        scoped::within,
     },
 };
 
@@ -58,7 +59,7 @@ pub struct RetryJob {
     /// Its id.
     pub id: RetryJobId,
     /// Whose it is.
-    pub owner: String,
+    pub owner: Owner,
     /// Which dead letters it is for.
     pub filter: DeadLetterFilter,
     /// Its state.
@@ -95,11 +96,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn create_retry_job(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+    pub async fn create_retry_job(&self, owner: &Owner, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
         again(|| self.create_retry_job_once(owner, filter.clone())).await
     }
 
-    async fn create_retry_job_once(&self, owner: &str, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
+    async fn create_retry_job_once(&self, owner: &Owner, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
         let filter = DeadLetterFilter { delivered: Some(false), ..filter };
         let matched = self.count_dead_letters(&filter).await?;
         let newest = self.dead_letters(&filter, None, 1).await?.pop();
@@ -108,7 +109,7 @@ impl Store {
         let state = if done { RetryJobState::Done } else { RetryJobState::Running };
         let row = webhook_retry_job::Model {
             id: RetryJobId::generate().into_string(),
-            owner: owner.to_owned(),
+            owner: owner.as_str().to_owned(),
             filter: to_json(&filter)?,
             state: state.as_str().to_owned(),
             position: String::new(),
@@ -128,32 +129,27 @@ impl Store {
         row.try_into()
     }
 
-    /// One job; of one owner's, if one is given.
+    /// One job.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn retry_job(&self, id: &RetryJobId, owner: Option<&str>) -> Result<Option<RetryJob>, StoreError> {
-        let mut find = webhook_retry_job::Entity::find_by_id(id.as_str());
-        if let Some(owner) = owner {
-            find = find.filter(webhook_retry_job::Column::Owner.eq(owner));
-        }
+    pub async fn retry_job(&self, id: &RetryJobId, scope: &Scope) -> Result<Option<RetryJob>, StoreError> {
+        let find = within(webhook_retry_job::Entity::find_by_id(id.as_str()), webhook_retry_job::Column::Owner, scope);
         find.one(self.read()).await?.map(RetryJob::try_from).transpose()
     }
 
-    /// Jobs, newest first, those after `after` in that order, at most `limit`; of one owner's, if one is given.
+    /// Jobs, newest first, those after `after` in that order, at most `limit`.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn retry_jobs(
         &self,
-        owner: Option<&str>,
+        scope: &Scope,
         after: Option<&RetryJobId>,
         limit: u64,
     ) -> Result<Vec<RetryJob>, StoreError> {
-        let mut find = webhook_retry_job::Entity::find().order_by_desc(webhook_retry_job::Column::Id).limit(limit);
-        if let Some(owner) = owner {
-            find = find.filter(webhook_retry_job::Column::Owner.eq(owner));
-        }
+        let find = webhook_retry_job::Entity::find().order_by_desc(webhook_retry_job::Column::Id).limit(limit);
+        let mut find = within(find, webhook_retry_job::Column::Owner, scope);
         if let Some(after) = after {
             find = find.filter(webhook_retry_job::Column::Id.lt(after.as_str()));
         }
@@ -164,26 +160,19 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn cancel_retry_job(&self, id: &RetryJobId, owner: Option<&str>) -> Result<Option<RetryJob>, StoreError> {
-        again(|| self.cancel_retry_job_once(id, owner)).await
+    pub async fn cancel_retry_job(&self, id: &RetryJobId, scope: &Scope) -> Result<Option<RetryJob>, StoreError> {
+        again(|| self.cancel_retry_job_once(id, scope)).await
     }
 
-    async fn cancel_retry_job_once(
-        &self,
-        id: &RetryJobId,
-        owner: Option<&str>,
-    ) -> Result<Option<RetryJob>, StoreError> {
+    async fn cancel_retry_job_once(&self, id: &RetryJobId, scope: &Scope) -> Result<Option<RetryJob>, StoreError> {
         let at = now(&self.inner.write).await?;
-        let mut stop = webhook_retry_job::Entity::update_many()
+        let stop = webhook_retry_job::Entity::update_many()
             .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Cancelled.as_str()))
             .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
             .filter(webhook_retry_job::Column::Id.eq(id.as_str()))
             .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()));
-        if let Some(owner) = owner {
-            stop = stop.filter(webhook_retry_job::Column::Owner.eq(owner));
-        }
-        stop.exec(&self.inner.write).await?;
-        self.retry_job(id, owner).await
+        within(stop, webhook_retry_job::Column::Owner, scope).exec(&self.inner.write).await?;
+        self.retry_job(id, scope).await
     }
 
     /// Takes the oldest job that nobody runs.
@@ -325,7 +314,7 @@ impl TryFrom<webhook_retry_job::Model> for RetryJob {
             state: RetryJobState::from_text(&row.state)
                 .ok_or_else(|| StoreError::Corrupt(format!("an unknown job state {:?}", row.state)))?,
             id: RetryJobId::from_text(row.id),
-            owner: row.owner,
+            owner: row.owner.into(),
             filter: convert::json("dead letter filter", &row.filter)?,
             matched: row.matched,
             succeeded: row.succeeded,

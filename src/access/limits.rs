@@ -6,16 +6,15 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
-use tonic::{Code, Status};
 
 use super::{
+    LimitReached,
     pace::Received,
     places::{Place, Uploads},
     quota::{Account, Held, Kind, Quota},
-    status::retry,
+    refusal::{LATER, REFUSED},
 };
-
-const REFUSED: &str = "tidemill_refused_total";
+use crate::domain::Owner;
 
 /// The span of the byte limit.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -23,9 +22,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const BURST_SECONDS: f64 = 2.0;
 /// How long an upload waits for its turn: clients have seen nothing go wrong by then, and their deadlines are longer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long to wait before trying again what waits for others to end.
-const LATER: Duration = Duration::from_secs(10);
-/// The same where others end all the time.
+/// How long to wait before trying again where others end all the time.
 const SOON: Duration = Duration::from_secs(1);
 /// Bytes of waiting `Infer` requests that one caller may have in this server's memory.
 const INFER_BYTES: u64 = 256 * 1024 * 1024;
@@ -133,23 +130,23 @@ struct Buckets {
 }
 
 /// The limits and what is used of them.
-pub(super) struct Limiter {
+pub struct Limiter {
     limits: CallerLimits,
     requests: Rate,
     bytes: Rate,
     began: Instant,
-    /// By token name: there are as many as the token file has.
-    accounts: Mutex<HashMap<String, Buckets>>,
+    /// There are as many as the token file has names.
+    accounts: Mutex<HashMap<Owner, Buckets>>,
     uploads: Arc<Uploads>,
     infers: Arc<Quota>,
     infer_bytes: Arc<Quota>,
-    pub(super) watches: Arc<Quota>,
-    pub(super) downloads: Arc<Quota>,
+    pub(crate) watches: Arc<Quota>,
+    pub(crate) downloads: Arc<Quota>,
 }
 
 /// Work that a call makes: every way to make some passes [`Limiter::admit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Work {
+pub enum Work {
     /// A batch of a file that is there.
     Batch,
     /// A batch of lines that the server writes to a file of its own first: so many bytes.
@@ -160,14 +157,15 @@ pub(super) enum Work {
 
 /// What a call holds while it makes its work.
 #[derive(Default)]
-pub(super) struct Admitted {
+pub struct Admitted {
     _place: Option<Place>,
     _held: [Option<Held>; 2],
 }
 
 impl Limiter {
     #[allow(clippy::cast_precision_loss)] // limits, not accounts
-    pub(super) fn new(limits: CallerLimits) -> Self {
+    #[must_use]
+    pub fn new(limits: CallerLimits) -> Self {
         metrics::describe_counter!(REFUSED, "calls that were refused because of a limit, by reason");
         let (per_second, per_day) = (f64::from(limits.requests_per_second), limits.bytes_per_day as f64);
         Self {
@@ -186,7 +184,7 @@ impl Limiter {
 
     fn take(
         &self,
-        owner: &str,
+        owner: &Owner,
         take: impl FnOnce(&mut Buckets, Duration) -> Result<(), Duration>,
     ) -> Result<(), Duration> {
         let now = self.began.elapsed();
@@ -196,51 +194,50 @@ impl Limiter {
         }
         let mut account = Buckets { requests: self.requests.full(now), bytes: self.bytes.full(now) };
         let taken = take(&mut account, now);
-        accounts.insert(owner.to_owned(), account);
+        accounts.insert(owner.clone(), account);
         taken
     }
 
     /// Counts a call.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_REQUESTS`, with when to try again.
-    pub(super) fn request(&self, owner: &str) -> Result<(), Status> {
+    /// [`LimitReached::Requests`].
+    pub fn request(&self, owner: &Owner) -> Result<(), LimitReached> {
         if self.limits.requests_per_second == 0 {
             return Ok(());
         }
-        self.take(owner, |account, now| self.requests.take(&mut account.requests, 1.0, now)).map_err(|wait| {
-            let message = format!("more than {} calls a second; slow down", self.limits.requests_per_second);
-            refused("TOO_MANY_REQUESTS", message, wait)
-        })
+        self.take(owner, |account, now| self.requests.take(&mut account.requests, 1.0, now))
+            .map_err(|wait| LimitReached::Requests { per_second: self.limits.requests_per_second, wait }.counted())
     }
 
     /// Counts uploaded bytes.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_BYTES`, with when to try again.
+    /// [`LimitReached::Bytes`].
     #[allow(clippy::cast_precision_loss)]
-    pub(super) fn bytes(&self, owner: &str, bytes: u64) -> Result<(), Status> {
+    pub fn bytes(&self, owner: &Owner, bytes: u64) -> Result<(), LimitReached> {
         if self.limits.bytes_per_day == 0 {
             return Ok(());
         }
-        self.take(owner, |account, now| self.bytes.take(&mut account.bytes, bytes as f64, now)).map_err(|wait| {
-            let message = format!("more than {} bytes uploaded in a day", self.limits.bytes_per_day);
-            refused("TOO_MANY_BYTES", message, wait)
-        })
+        self.take(owner, |account, now| self.bytes.take(&mut account.bytes, bytes as f64, now))
+            .map_err(|wait| LimitReached::Bytes { per_day: self.limits.bytes_per_day, wait }.counted())
     }
 
     /// The most lines that one caller may have queued, if that is limited.
-    pub(super) fn most_lines(&self) -> Option<i64> {
+    #[must_use]
+    pub fn most_lines(&self) -> Option<i64> {
         (self.limits.queued_lines > 0).then(|| i64::try_from(self.limits.queued_lines).unwrap_or(i64::MAX))
     }
 
     /// Whether so many lines may be added to those that are queued.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_QUEUED_LINES`.
-    pub(super) fn lines(&self, queued: i64, added: i64) -> Result<(), Status> {
+    /// [`LimitReached::QueuedLines`].
+    pub fn lines(&self, queued: i64, added: i64) -> Result<(), LimitReached> {
         match self.most_lines() {
-            Some(most) if queued.saturating_add(added) > most => Err(too_many_lines(queued, added, most)),
+            Some(most) if queued.saturating_add(added) > most => {
+                Err(LimitReached::QueuedLines { queued, added, most }.counted())
+            }
             Some(_) | None => Ok(()),
         }
     }
@@ -248,8 +245,8 @@ impl Limiter {
     /// Lets a call make work: counts its bytes and waits for an upload's turn where it writes a file, as an upload would.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED`: the caller has too much already.
-    pub(super) async fn admit(&self, owner: &str, account: &Account, work: Work) -> Result<Admitted, Status> {
+    /// [`LimitReached`]: the caller has too much already.
+    pub async fn admit(&self, owner: &Owner, account: &Account, work: Work) -> Result<Admitted, LimitReached> {
         match work {
             Work::Batch => Ok(Admitted::default()),
             Work::Lines(bytes) => {
@@ -266,48 +263,29 @@ impl Limiter {
     }
 
     /// Whether uploads wait for their turn.
-    pub(super) fn is_crowded(&self) -> bool {
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
         self.uploads.is_crowded()
     }
 
     /// Waits for an upload's turn. Until then nothing of it is read: the client is held back by flow control.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED`, reason `TOO_MANY_UPLOADS`, if it does not come.
-    pub(super) async fn upload(&self, account: &Account, received: Option<Received>) -> Result<Place, Status> {
-        self.uploads.enter(account, received, PATIENCE).await.ok_or_else(|| {
-            let message = format!("{} uploads are under way; try again", self.limits.concurrent_uploads);
-            refused("TOO_MANY_UPLOADS", message, LATER)
-        })
+    /// [`LimitReached::Uploads`], if it does not come.
+    pub async fn upload(&self, account: &Account, received: Option<Received>) -> Result<Place, LimitReached> {
+        self.uploads
+            .enter(account, received, PATIENCE)
+            .await
+            .ok_or_else(|| LimitReached::Uploads { most: self.limits.concurrent_uploads }.counted())
     }
-}
-
-/// An upload had to make place for somebody with fewer.
-pub(super) fn gave_way() -> Status {
-    let message = "others wait to upload, and you have more uploads under way than they: this one, the slowest, had to make \
-                   place; send it again, fewer at a time";
-    refused("UPLOAD_GAVE_WAY", message.to_owned(), LATER)
-}
-
-/// A caller would have too many lines queued.
-pub(super) fn too_many_lines(queued: i64, added: i64, most: i64) -> Status {
-    let message = format!(
-        "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
-    );
-    refused("TOO_MANY_QUEUED_LINES", message, LATER)
-}
-
-pub(super) fn refused(reason: &'static str, message: String, wait: Duration) -> Status {
-    metrics::counter!(REFUSED, "reason" => reason).increment(1);
-    retry(Code::ResourceExhausted, reason, message, wait.max(Duration::from_millis(1)))
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tonic_types::StatusExt;
 
     use super::*;
+    use crate::access::Caller;
 
     #[test]
     fn a_bucket_says_when_it_will_do() {
@@ -354,38 +332,39 @@ mod tests {
             ..CallerLimits::default()
         };
         let limiter = Limiter::new(limits);
+        let (ana_owns, bob_owns): (Owner, Owner) = ("ana".into(), "bob".into());
         for _ in 0..6 {
-            limiter.request("ana").unwrap();
+            limiter.request(&ana_owns).unwrap();
         }
-        let refusal = limiter.request("ana").unwrap_err();
-        assert_eq!(refusal.code(), Code::ResourceExhausted);
-        assert!(refusal.get_details_retry_info().unwrap().retry_delay.unwrap() <= Duration::from_millis(334));
-        limiter.request("bob").unwrap();
-        limiter.bytes("ana", 86_400).unwrap();
-        let refusal = limiter.bytes("ana", 100).unwrap_err();
-        assert_eq!(refusal.get_details_retry_info().unwrap().retry_delay.unwrap().as_secs(), 100);
+        let refusal = limiter.request(&ana_owns).unwrap_err();
+        assert_eq!(refusal.reason(), "TOO_MANY_REQUESTS");
+        assert!(refusal.retry_after() <= Duration::from_millis(334));
+        limiter.request(&bob_owns).unwrap();
+        limiter.bytes(&ana_owns, 86_400).unwrap();
+        let refusal = limiter.bytes(&ana_owns, 100).unwrap_err();
+        assert_eq!(refusal.retry_after().as_secs(), 100);
         tokio::time::advance(Duration::from_secs(101)).await;
-        limiter.bytes("ana", 100).unwrap();
+        limiter.bytes(&ana_owns, 100).unwrap();
         limiter.lines(4, 6).unwrap();
         limiter.lines(4, 7).unwrap_err();
-        let ana = Account::of(&crate::api::Caller { owner: "ana".into(), ..crate::api::Caller::anonymous() }, None);
+        let ana = Account::of(&Caller { owner: "ana".into(), ..Caller::anonymous() }, None);
         let first = limiter.upload(&ana, None).await.unwrap();
         let refusal = limiter.upload(&ana, None).await.map(drop).unwrap_err();
-        assert_eq!(refusal.code(), Code::ResourceExhausted);
+        assert_eq!(refusal, LimitReached::Uploads { most: 1 });
         // What the server writes for a call waits for a turn too.
-        assert!(limiter.admit("ana", &ana, Work::Lines(1)).await.is_err());
+        assert!(limiter.admit(&ana_owns, &ana, Work::Lines(1)).await.is_err());
         drop(first);
-        drop(limiter.admit("ana", &ana, Work::Lines(1)).await.unwrap());
-        let refusal = limiter.admit("ana", &ana, Work::Now(1_000)).await.map(drop).unwrap_err();
-        assert!(refusal.message().contains("bytes uploaded in a day"), "{refusal:?}");
+        drop(limiter.admit(&ana_owns, &ana, Work::Lines(1)).await.unwrap());
+        let refusal = limiter.admit(&ana_owns, &ana, Work::Now(1_000)).await.map(drop).unwrap_err();
+        assert!(matches!(refusal, LimitReached::Bytes { .. }), "{refusal:?}");
     }
 
     #[test]
     fn nothing_is_limited_where_nothing_is_said() {
         let limiter = Limiter::new(CallerLimits::default());
         for _ in 0..10_000 {
-            limiter.request("").unwrap();
-            limiter.bytes("", u64::MAX / 2).unwrap();
+            limiter.request(&Owner::nobody()).unwrap();
+            limiter.bytes(&Owner::nobody(), u64::MAX / 2).unwrap();
         }
         limiter.lines(i64::MAX, i64::MAX).unwrap();
     }

@@ -3,17 +3,17 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tonic::Status;
 
-use super::{auth::Caller, limits::refused, peer::Peer};
+use super::{Caller, LimitReached, Peer};
 
 /// Whom a call counts for: the token's name, and without tokens the peer. An extension of every request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Account(Arc<str>);
+pub struct Account(Arc<str>);
 
 impl Account {
     /// Without tokens everybody has the same rights, but not the same share: each peer counts for itself.
-    pub(super) fn of(caller: &Caller, peer: Option<&Peer>) -> Self {
+    #[must_use]
+    pub fn of(caller: &Caller, peer: Option<&Peer>) -> Self {
         match (caller.owner.as_str(), peer) {
             // No token's name has a space.
             ("", Some(peer)) => Self(format!("peer {peer}").into()),
@@ -21,13 +21,15 @@ impl Account {
         }
     }
 
-    pub(super) fn as_str(&self) -> &str {
+    /// Its name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 /// What one caller may have of one kind at a time.
-pub(super) struct Quota {
+pub(crate) struct Quota {
     /// 0: no limit.
     most: u64,
     kind: Kind,
@@ -35,44 +37,41 @@ pub(super) struct Quota {
 }
 
 /// What is limited, in the words of the refusal.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Kind {
-    /// The reason.
-    pub(super) reason: &'static str,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// A stable name of the refusal, for programs.
+    pub reason: &'static str,
     /// Such as "streams that watch batches".
-    pub(super) what: &'static str,
+    pub what: &'static str,
     /// What to do about it.
-    pub(super) advice: &'static str,
+    pub advice: &'static str,
     /// When to try again.
-    pub(super) again: Duration,
+    pub again: Duration,
 }
 
 impl Quota {
-    pub(super) fn new(most: u64, kind: Kind) -> Arc<Self> {
+    pub(crate) fn new(most: u64, kind: Kind) -> Arc<Self> {
         Arc::new(Self { most, kind, used: Mutex::default() })
     }
 
     /// Takes some for as long as the result is there.
     ///
     /// # Errors
-    /// `RESOURCE_EXHAUSTED` with when to try again: the caller has too much under way.
-    pub(super) fn take(self: &Arc<Self>, account: &Account, amount: u64) -> Result<Held, Status> {
+    /// [`LimitReached::AtATime`]: the caller has too much under way.
+    pub(crate) fn take(self: &Arc<Self>, account: &Account, amount: u64) -> Result<Held, LimitReached> {
         let mut used = self.used.lock();
         let mine = used.get(account).copied().unwrap_or(0);
         if self.most > 0 && mine.saturating_add(amount) > self.most {
             drop(used);
-            let Kind { reason, what, advice, again } = self.kind;
-            let message =
-                format!("{mine} {what} of yours are under way at this server, and {} is the most; {advice}", self.most);
-            return Err(refused(reason, message, again));
+            return Err(LimitReached::AtATime { kind: self.kind, used: mine, most: self.most }.counted());
         }
         used.insert(account.clone(), mine + amount);
         Ok(Held { quota: self.clone(), account: account.clone(), amount })
     }
 }
 
-/// A part of a quota. Given back when it is dropped.
-pub(super) struct Held {
+/// A part of what one caller may have at a time. Given back when it is dropped.
+pub struct Held {
     quota: Arc<Quota>,
     account: Account,
     amount: u64,
@@ -92,9 +91,6 @@ impl Drop for Held {
 
 #[cfg(test)]
 mod tests {
-    use tonic::Code;
-    use tonic_types::StatusExt;
-
     use super::*;
 
     const KIND: Kind = Kind { reason: "TOO_MANY_X", what: "x", advice: "see --limit-x", again: Duration::from_secs(3) };
@@ -109,10 +105,8 @@ mod tests {
         let two = quota.take(&account("ana"), 2).unwrap();
         let one = quota.take(&account("ana"), 1).unwrap();
         let refusal = quota.take(&account("ana"), 1).map(drop).unwrap_err();
-        assert_eq!(refusal.code(), Code::ResourceExhausted);
-        assert_eq!(refusal.get_details_error_info().unwrap().reason, "TOO_MANY_X");
-        assert_eq!(refusal.get_details_retry_info().unwrap().retry_delay.unwrap().as_secs(), 3);
-        assert!(refusal.message().contains("--limit-x"), "{refusal:?}");
+        assert_eq!((refusal.reason(), refusal.retry_after()), ("TOO_MANY_X", Duration::from_secs(3)));
+        assert_eq!(refusal.to_string(), "3 x of yours are under way at this server, and 3 is the most; see --limit-x");
         drop(quota.take(&account("bob"), 3).unwrap());
         drop(two);
         assert!(quota.take(&account("ana"), 3).is_err());

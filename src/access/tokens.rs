@@ -1,91 +1,13 @@
-//! Who calls, and what they may do.
-//!
-//! Access tokens come from a file, one a line: `name role sha256:<hex of the token>`, and if wanted `weight=<1 to 1000>`.
+//! Access tokens: they come from a file, one a line: `name role sha256:<hex of the token>`, and if wanted `weight=<1 to 1000>`.
 //! Only hashes are kept: a token has enough randomness of its own (see `tidemill token`) that a fast hash protects it.
 
 use std::collections::BTreeMap;
 
-use http::{HeaderMap, header::AUTHORIZATION};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
-use tonic::{Code, Request, Status};
 
-use super::status::error;
-use crate::{
-    domain::{Weight, Weights},
-    progress::Progress,
-};
-
-/// What a caller may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Everything with their own files and batches.
-    Submit,
-    /// Everything.
-    Admin,
-}
-
-/// Who calls. Every request that reaches a service has one as an extension.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
-    /// What they make belongs to: the token's name; empty without tokens.
-    pub owner: String,
-    /// What they may do.
-    pub role: Role,
-}
-
-impl Caller {
-    /// Whoever calls a server without tokens, or one that asks for client certificates only.
-    #[must_use]
-    pub fn anonymous() -> Self {
-        Self { owner: String::new(), role: Role::Admin }
-    }
-
-    /// The caller of a request.
-    ///
-    /// # Errors
-    /// `UNAUTHENTICATED` if the request did not pass the gate, which it can't.
-    pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
-        request.extensions().get::<Self>().cloned().ok_or_else(missing)
-    }
-
-    /// Whose files and batches they see; none: all.
-    #[must_use]
-    pub fn scope(&self) -> Option<String> {
-        match self.role {
-            Role::Submit => Some(self.owner.clone()),
-            Role::Admin => None,
-        }
-    }
-
-    /// Whether they may see what belongs to `owner`.
-    #[must_use]
-    pub fn sees(&self, owner: &str) -> bool {
-        self.role == Role::Admin || self.owner == owner
-    }
-
-    /// A batch's progress as they may see it.
-    #[must_use]
-    pub fn shown(&self, progress: Progress) -> Progress {
-        match self.role {
-            Role::Admin => progress,
-            Role::Submit => progress.public(),
-        }
-    }
-
-    /// Refuses all but admins.
-    ///
-    /// # Errors
-    /// `PERMISSION_DENIED`, reason `ADMIN_ONLY`.
-    pub fn require_admin(&self) -> Result<(), Status> {
-        match self.role {
-            Role::Admin => Ok(()),
-            Role::Submit => {
-                Err(error(Code::PermissionDenied, "ADMIN_ONLY", "this call needs a token with the role admin"))
-            }
-        }
-    }
-}
+use super::{Caller, Denied, Role};
+use crate::domain::{Weight, Weights};
 
 /// A line of the token file that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -156,9 +78,9 @@ impl Tokens {
             if known.iter().any(|(other, _)| *other == hash) {
                 return Err(bad("the same token is further up"));
             }
-            known.push((hash, Caller { owner: name.to_owned(), role }));
+            known.push((hash, Caller { owner: name.into(), role }));
         }
-        let weights = names.into_iter().map(|(name, (_, weight))| (name.to_owned(), weight)).collect();
+        let weights = names.into_iter().map(|(name, (_, weight))| (name.into(), weight)).collect();
         Ok(Self { known, weights })
     }
 
@@ -187,22 +109,15 @@ impl Tokens {
         found
     }
 
-    /// Who sends these headers.
+    /// Who sends this `authorization` header, if there is one.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED`.
-    pub fn authenticate(&self, headers: &HeaderMap) -> Result<Caller, Status> {
-        let value = headers.get(AUTHORIZATION).ok_or_else(missing)?;
-        let token = value.to_str().ok().and_then(|value| value.split_once(' '));
+    /// [`Denied`].
+    pub fn authenticate(&self, authorization: Option<&str>) -> Result<Caller, Denied> {
+        let token = authorization.ok_or(Denied::TokenMissing)?.split_once(' ');
         let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
-        let caller = token.and_then(|token| self.find(token)).cloned();
-        caller.ok_or_else(|| error(Code::Unauthenticated, "TOKEN_UNKNOWN", "the access token is not known here"))
+        token.and_then(|token| self.find(token)).cloned().ok_or(Denied::TokenUnknown)
     }
-}
-
-fn missing() -> Status {
-    let message = "this server needs an access token: send the header \"authorization: Bearer TOKEN\"";
-    error(Code::Unauthenticated, "TOKEN_MISSING", message)
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -217,13 +132,8 @@ pub fn hash_token(token: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
-
-    fn headers(value: &str) -> HeaderMap {
-        HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_str(value).unwrap())])
-    }
+    use crate::domain::Scope;
 
     #[test]
     fn tokens_are_found_by_their_hash() {
@@ -234,15 +144,15 @@ mod tests {
             hash_token("b2")
         );
         let tokens = Tokens::parse(&text).unwrap();
-        assert_eq!(tokens.authenticate(&headers("Bearer a")).unwrap().role, Role::Admin);
+        assert_eq!(tokens.authenticate(Some("Bearer a")).unwrap().role, Role::Admin);
         let bob = Caller { owner: "bob".into(), role: Role::Submit };
-        assert_eq!(tokens.authenticate(&headers("bearer b")).unwrap(), bob);
-        assert_eq!(tokens.authenticate(&headers("Bearer b2")).unwrap(), bob);
+        assert_eq!(tokens.authenticate(Some("bearer b")).unwrap(), bob);
+        assert_eq!(tokens.authenticate(Some("Bearer b2")).unwrap(), bob);
         for bad in ["Bearer c", "Bearer ", "Basic a", "a", "Bearer a b"] {
-            assert_eq!(tokens.authenticate(&headers(bad)).unwrap_err().code(), Code::Unauthenticated, "{bad}");
+            assert_eq!(tokens.authenticate(Some(bad)), Err(Denied::TokenUnknown), "{bad}");
         }
-        assert_eq!(tokens.authenticate(&HeaderMap::new()).unwrap_err().code(), Code::Unauthenticated);
-        assert!(bob.sees("bob") && !bob.sees("ana") && !bob.sees("") && Caller::anonymous().sees("bob"));
+        assert_eq!(tokens.authenticate(None), Err(Denied::TokenMissing));
+        assert_eq!((bob.scope(), Caller::anonymous().scope()), (Scope::Of("bob".into()), Scope::All));
     }
 
     #[test]
@@ -250,10 +160,10 @@ mod tests {
         let [a, b, c] = ["a", "b", "c"].map(hash_token);
         let tokens =
             Tokens::parse(&format!("ana submit {a} weight=3\nana submit {b}   weight=3\nbob admin {c}")).unwrap();
-        let weight = |name: &str| tokens.weights().of(name).get();
+        let weight = |name: &str| tokens.weights().of(&name.into()).get();
         assert_eq!((weight("ana"), weight("bob"), weight("eve")), (3, 1, 1));
         let no_gap = format!("ana submit {a} weight=1\nana submit {b}");
-        assert_eq!(Tokens::parse(&no_gap).unwrap().weights().of("ana").get(), 1);
+        assert_eq!(Tokens::parse(&no_gap).unwrap().weights().of(&"ana".into()).get(), 1);
         let error = Tokens::parse(&format!("ana submit {a} weight=1001")).unwrap_err().to_string();
         assert!(
             error.starts_with("line 1 of the token file: weight=1001: expected a weight from 1 to 1000; "),

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::{sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{pace::Received, quota::Account};
+use super::{Account, Received};
 
 /// An upload, or who waits for a place, of this process.
 type Id = u64;
@@ -93,7 +93,7 @@ impl Places {
 }
 
 /// The places, and those who wait.
-pub(super) struct Uploads {
+pub(crate) struct Uploads {
     inner: Mutex<Inner>,
 }
 
@@ -107,7 +107,7 @@ struct Inner {
 }
 
 /// A place for an upload. Free again when it is dropped.
-pub(super) struct Place {
+pub struct Place {
     uploads: Arc<Uploads>,
     id: Id,
     give_way: CancellationToken,
@@ -115,7 +115,7 @@ pub(super) struct Place {
 
 impl Place {
     /// Waits until the upload has to make place for somebody else.
-    pub(super) async fn gives_way(&self) {
+    pub async fn gives_way(&self) {
         self.give_way.cancelled().await;
     }
 }
@@ -164,20 +164,20 @@ impl Inner {
 }
 
 impl Uploads {
-    pub(super) fn new(most: usize) -> Arc<Self> {
+    pub(crate) fn new(most: usize) -> Arc<Self> {
         let places = Places { most: most.max(1), taken: BTreeMap::new(), waiting: BTreeMap::new() };
         let inner = Inner { places, told: HashMap::new(), give_way: HashMap::new(), next: 0 };
         Arc::new(Self { inner: Mutex::new(inner) })
     }
 
     /// Whether somebody waits.
-    pub(super) fn is_crowded(&self) -> bool {
+    pub(crate) fn is_crowded(&self) -> bool {
         !self.inner.lock().places.waiting.is_empty()
     }
 
     /// Waits for a place, at most that long. `received` counts what comes of the upload; without it the server does the
     /// work itself, and need not give way.
-    pub(super) async fn enter(
+    pub(crate) async fn enter(
         self: &Arc<Self>,
         account: &Account,
         received: Option<Received>,
@@ -234,7 +234,7 @@ impl Uploads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::auth::Caller;
+    use crate::access::Caller;
 
     fn account(name: &str) -> Account {
         Account::of(&Caller { owner: name.into(), ..Caller::anonymous() }, None)

@@ -1,0 +1,114 @@
+//! How slow an upload may be: it holds one of the places of [`super::Limiter`], which others may be waiting for.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+/// An upload that the server has waited so long for is given up: it holds temporary files, too.
+pub const IDLE: Duration = Duration::from_secs(300);
+/// The same while other uploads wait for their turn: in time for these, which wait no longer than 30 s.
+pub const CROWDED: Duration = Duration::from_secs(10);
+/// Bytes that make good for a second's wait: slower than any line, so that only who hardly sends at all is meant.
+pub const LEAST: u64 = 1024;
+/// How long an upload may take in all: as long as a file may be on its way, however fast it comes.
+pub const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+/// How often is looked, at least.
+pub const LOOK: Duration = Duration::from_secs(1);
+
+/// How long an upload has kept the server waiting, less what it has sent. Pure: the time comes from the caller, who counts
+/// only what was waited for the client, not what the client was made to wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pace {
+    waited: Duration,
+}
+
+impl Pace {
+    /// So long was waited, and so many bytes have come.
+    pub fn came(&mut self, waited: Duration, bytes: u64) {
+        let worth = Duration::from_secs(bytes / LEAST) + Duration::from_secs(bytes % LEAST) / LEAST as u32;
+        self.waited = (self.waited + waited).saturating_sub(worth);
+    }
+
+    /// Whether to wait no longer.
+    #[must_use]
+    pub fn is_over(self, crowded: bool) -> bool {
+        self.waited >= if crowded { CROWDED } else { IDLE }
+    }
+}
+
+/// The bytes of a request's body that have come so far, those of an unfinished message too. An extension of the request.
+#[derive(Clone, Debug, Default)]
+pub struct Received(Arc<AtomicU64>);
+
+impl Received {
+    /// How many have come.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(bytes: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(bytes)))
+    }
+
+    /// More bytes have come.
+    pub fn add(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Seconds until an upload of so many bytes a second is given up, if it is within an hour.
+    fn given_up(bytes: u64, crowded: bool) -> Option<u64> {
+        let mut pace = Pace::default();
+        (1..3_600).find(|_| {
+            pace.came(SECOND, bytes);
+            pace.is_over(crowded)
+        })
+    }
+
+    #[test]
+    fn who_hardly_sends_is_given_up_and_who_sends_is_not() {
+        assert_eq!(given_up(0, false), Some(300));
+        assert_eq!(given_up(1, false), Some(301));
+        assert_eq!(given_up(512, false), Some(600));
+        assert_eq!(given_up(1_024, false), None);
+        assert_eq!(given_up(0, true), Some(10));
+        assert_eq!(given_up(1, true), Some(11));
+        assert_eq!(given_up(1_024, true), None);
+    }
+
+    #[test]
+    fn a_pause_is_made_good_by_what_comes_after_it() {
+        let mut pace = Pace::default();
+        pace.came(Duration::from_secs(299), 0);
+        pace.came(SECOND, 1024 * 1024);
+        assert_eq!(pace, Pace::default());
+        // But nothing is saved up for later.
+        pace.came(Duration::from_secs(300), 0);
+        assert!(pace.is_over(false));
+    }
+
+    proptest! {
+        #[test]
+        fn never_given_up_above_the_least_rate(steps in proptest::collection::vec((1u64..9_000, 0u64..5_000), 1..100)) {
+            let mut pace = Pace::default();
+            for (millis, more) in steps {
+                pace.came(Duration::from_millis(millis), millis * LEAST / 1_000 + 1 + more);
+                prop_assert!(!pace.is_over(true));
+            }
+        }
+    }
+}

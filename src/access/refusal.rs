@@ -1,0 +1,111 @@
+//! Why somebody may not call, or not now.
+
+use std::time::Duration;
+
+use super::quota::Kind;
+
+/// How long to wait before trying again what waits for others to end.
+pub(super) const LATER: Duration = Duration::from_secs(10);
+/// Counts refused calls, by reason.
+pub(super) const REFUSED: &str = "tidemill_refused_total";
+
+/// The caller is unknown, or may not do this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denied {
+    /// No token came.
+    #[error("this server needs an access token: send the header \"authorization: Bearer TOKEN\"")]
+    TokenMissing,
+    /// The token is not in the token file.
+    #[error("the access token is not known here")]
+    TokenUnknown,
+    /// The token's role does not allow it.
+    #[error("this call needs a token with the role admin")]
+    AdminOnly,
+}
+
+/// The caller has used up a limit.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitReached {
+    /// Calls a second.
+    #[error("more than {per_second} calls a second; slow down")]
+    Requests {
+        /// The limit.
+        per_second: u32,
+        /// Until the next call is allowed.
+        wait: Duration,
+    },
+    /// Uploaded bytes a day.
+    #[error("more than {per_day} bytes uploaded in a day")]
+    Bytes {
+        /// The limit.
+        per_day: u64,
+        /// Until these bytes are allowed.
+        wait: Duration,
+    },
+    /// Requests without a result.
+    #[error(
+        "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
+    )]
+    QueuedLines {
+        /// Those that wait.
+        queued: i64,
+        /// Those that would be added.
+        added: i64,
+        /// The limit.
+        most: i64,
+    },
+    /// No place for an upload became free in time.
+    #[error("{most} uploads are under way; try again")]
+    Uploads {
+        /// The limit.
+        most: u32,
+    },
+    /// An upload had to make place for somebody with fewer.
+    #[error(
+        "others wait to upload, and you have more uploads under way than they: this one, the slowest, had to make place; \
+         send it again, fewer at a time"
+    )]
+    GaveWay,
+    /// Too much of one kind at a time.
+    #[error("{} {} of yours are under way at this server, and {} is the most; {}", .used, .kind.what, .most, .kind.advice)]
+    AtATime {
+        /// What is limited.
+        kind: Kind,
+        /// What the caller has under way.
+        used: u64,
+        /// The limit.
+        most: u64,
+    },
+}
+
+impl LimitReached {
+    /// A stable name for programs.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Requests { .. } => "TOO_MANY_REQUESTS",
+            Self::Bytes { .. } => "TOO_MANY_BYTES",
+            Self::QueuedLines { .. } => "TOO_MANY_QUEUED_LINES",
+            Self::Uploads { .. } => "TOO_MANY_UPLOADS",
+            Self::GaveWay => "UPLOAD_GAVE_WAY",
+            Self::AtATime { kind, .. } => kind.reason,
+        }
+    }
+
+    /// When to try again.
+    #[must_use]
+    pub fn retry_after(&self) -> Duration {
+        let wait = match self {
+            Self::Requests { wait, .. } | Self::Bytes { wait, .. } => *wait,
+            Self::QueuedLines { .. } | Self::Uploads { .. } | Self::GaveWay => LATER,
+            Self::AtATime { kind, .. } => kind.again,
+        };
+        wait.max(Duration::from_millis(1))
+    }
+
+    /// Counts the refusal. Every one is counted where a call is refused.
+    pub(crate) fn counted(self) -> Self {
+        metrics::counter!(REFUSED, "reason" => self.reason()).increment(1);
+        self
+    }
+}

@@ -1,0 +1,105 @@
+//! How slow the message of a call may be that is no upload.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use axum::body::{Body, HttpBody};
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tonic::Code;
+
+use super::status::error;
+use crate::access::LEAST;
+
+/// How long the message may take to come, at the least rate.
+const MESSAGE_GRACE: Duration = Duration::from_secs(10);
+/// The same at any rate: enough for the largest message over a line of 300 kbit/s.
+const MESSAGE_LONGEST: Duration = Duration::from_secs(120);
+
+/// The body of a call whose message must come in time: a client can't keep a call open by sending a byte now and then.
+pub(super) struct Timely {
+    body: Body,
+    came: u64,
+    began: Instant,
+    /// Made when the body first has to be waited for.
+    over: Option<Pin<Box<Sleep>>>,
+}
+
+impl Timely {
+    pub(super) fn wrap(body: Body) -> Body {
+        Body::new(Self { body, came: 0, began: Instant::now(), over: None })
+    }
+
+    fn until(&self) -> Instant {
+        self.began + (MESSAGE_GRACE + Duration::from_secs(self.came / LEAST)).min(MESSAGE_LONGEST)
+    }
+}
+
+impl HttpBody for Timely {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            if let Some(Ok(frame)) = &frame {
+                this.came += frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+            return Poll::Ready(frame);
+        }
+        let until = this.until();
+        let over = this.over.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if over.deadline() != until {
+            over.as_mut().reset(until);
+        }
+        ready!(over.as_mut().poll(cx));
+        let message =
+            "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
+        Poll::Ready(Some(Err(axum::Error::new(error(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", message)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_trickles_is_given_up_and_a_slow_one_is_not() {
+        let body = |bytes: usize| {
+            let pieces = futures::stream::repeat(()).then(move |()| async move {
+                tokio::time::sleep(SECOND).await;
+                Ok::<_, std::io::Error>(Bytes::from(vec![0; bytes]))
+            });
+            Timely::wrap(Body::from_stream(pieces)).into_data_stream()
+        };
+        for (bytes, wanted) in [(1, 10), (512, 19), (4_096, 120)] {
+            let began = Instant::now();
+            let mut body = body(bytes);
+            let error = loop {
+                if let Err(error) = body.next().await.unwrap() {
+                    break error;
+                }
+            };
+            assert_eq!(began.elapsed().as_secs(), wanted, "{bytes}");
+            let status = tonic::Status::from_error(error.into());
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+            assert!(!status.details().is_empty());
+        }
+    }
+}
