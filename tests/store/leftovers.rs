@@ -2,7 +2,7 @@
 
 use futures::future::join_all;
 use tidemill::{
-    domain::{BatchError, BatchId, Epoch, SegmentIndex, SegmentRef},
+    domain::{BatchError, BatchId, Epoch, Scope, SegmentIndex, SegmentRef},
     results::object_key,
     store::{Commit, DeletedFile, FinalObject, NewPart},
 };
@@ -55,7 +55,7 @@ async fn what_no_row_names_is_found_once_the_batch_has_ended(db: Db) {
     assert_eq!(due(&db).await, [batch.id.clone()]);
     assert_eq!(look().await, unnamed);
     // What was let go of is deleted in its time, once readers are done with it.
-    assert_eq!(db.store.delete_file(&file.id).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
     assert_eq!(look().await, unnamed);
 }
 
@@ -64,7 +64,7 @@ async fn every_end_of_a_batch_is_noted_and_each_is_taken_by_one_node(db: Db) {
     for cancelled in [false, true, false] {
         let batch = db.batch(1).await;
         if cancelled {
-            db.store.cancel_batch(&batch.id).await.unwrap();
+            db.store.cancel_batch(&batch.id, &Scope::All).await.unwrap();
         }
         let claimed = db.claim(&batch.id).await;
         assert_eq!(db.finish(&claimed).await, Commit::Done);
