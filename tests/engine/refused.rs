@@ -106,8 +106,8 @@ async fn a_segment_that_crashes_its_run_is_given_up_and_the_others_go_on() {
     let (lines, other) = (chats(20), chats(30));
     let id = node.submit(&lines, 10).await;
     let others = node.submit(&other, 10).await;
-    let input = node.store.batch(&id).await.unwrap().unwrap().input_file_id;
-    faults.panic_at(&node.store.file(&input).await.unwrap().unwrap().object_key.unwrap());
+    let input = node.store.batch(&id, &Scope::All).await.unwrap().unwrap().input_file_id;
+    faults.panic_at(&node.store.file(&input, &Scope::All).await.unwrap().unwrap().object_key.unwrap());
     node.fleet.register(&worker.url()).await.unwrap();
     let batch = node.ended(&id).await;
     assert_eq!((batch.status, batch.errors[0].code.as_str()), (BatchStatus::Failed, "internal_error"));
