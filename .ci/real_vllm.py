@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs a batch against a real vLLM, kills tidemill and stops vLLM in the middle, and checks that nothing is lost.
 
-    real_vllm.py --vllm ../shared/real-vllm/vllm.sh [--requests 200] [--kills 1] [--stops 3]
+    real_vllm.py --vllm .ci/vllm.py [--requests 200] [--kills 1] [--stops 3]
                  [--binary target/release/tidemill]
 
-Starts `vllm.sh serve` (or uses --worker URL), then `tidemill serve` on a fresh data directory, and submits chat requests.
+Starts `vllm.py serve` (or uses --worker URL), then `tidemill serve` on a fresh data directory, and submits chat requests.
 While the batch runs, it kills and restarts tidemill at random moments, and then stops vLLM with SIGTERM and starts it
 again, as systemd and Kubernetes do. Then it compares the results with the input: every custom_id exactly once, in input
 order, each answer with all of its tokens, the usage of all lines together that of the batch.
