@@ -1,6 +1,6 @@
 //! One HTTP request to one worker. Bodies pass untouched both ways.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{borrow::Cow, fmt, hash::BuildHasher, time::Duration};
 
 use bytes::Bytes;
 use reqwest::{
@@ -34,6 +34,8 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 /// use of it, and other servers do not know it.
 const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
 
+/// Bad answers that have so many first bytes in common look alike: an answer to a request has its id there.
+const ALIKE: usize = 64;
 /// The first bytes of a bad answer that are shown.
 const SHOWN: usize = 200;
 
@@ -145,6 +147,8 @@ pub struct Failure {
     pub worker: WorkerKey,
     /// The answer may be as good as this worker's answers get: it is taken when there are no more tries.
     pub is_doubtful: bool,
+    /// For a success that is no answer: a number for how it looks, the same for those that look alike.
+    pub looks: Option<u64>,
     /// What may tell later that the worker was at fault; none: it was not, or that is known already.
     pub blame: Option<Blame>,
 }
@@ -364,7 +368,10 @@ impl Slot {
             let (worker, url) = (&self.worker.id, &self.worker.url);
             tracing::warn!(%worker, url, kind = kind.as_str(), unlogged, "{message}");
         }
-        self.failure(kind, message)
+        let begins = &body[..body.len().min(ALIKE)];
+        let content_type = head.content_type.as_ref().map(HeaderValue::as_bytes);
+        let looks = foldhash::quality::FixedState::default().hash_one((head.status, content_type, begins));
+        Failure { looks: Some(looks), ..self.failure(kind, message) }
     }
 
     fn timed_out(&self, timeout: Duration) -> Failure {
@@ -402,6 +409,7 @@ impl Slot {
             retry_after: None,
             worker: self.worker.key,
             is_doubtful: false,
+            looks: None,
             blame: None,
         }
     }

@@ -76,6 +76,10 @@ impl Slot {
 /// Whether the failure may be the worker's fault, and what it looks like.
 fn sign(failure: &Failure) -> Option<Sign> {
     match failure.kind {
+        // It may be as good as this worker's answers get.
+        FailureKind::BadAnswer if failure.is_doubtful => None,
+        FailureKind::BadAnswer => failure.looks.map(Sign::Bad),
+        FailureKind::Timeout => Some(Sign::Silent),
         FailureKind::Status | FailureKind::Refused => failure.answer.as_ref().map(|answer| Sign::Status(answer.status)),
         FailureKind::Connection => Some(Sign::Broken),
         _ => None,

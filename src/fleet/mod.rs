@@ -131,6 +131,8 @@ pub struct Complaint {
     pub what: String,
     /// Since when, by this machine's clock.
     pub since: Timestamp,
+    /// So many requests have failed that it is the worker's fault; else those that have may have it in themselves.
+    pub is_certain: bool,
 }
 
 /// A worker's load, by its own account.

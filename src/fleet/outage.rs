@@ -37,6 +37,8 @@ const TRUST: Duration = Duration::from_secs(2);
 const MOST_TRUST: u32 = 16;
 /// After so long without a failure what failed before says nothing any more.
 const FORGOTTEN: Duration = Duration::from_secs(60);
+/// A worker that fails everything for so long is named, before it is certain that it is at fault.
+const SUSPICIOUS: Duration = Duration::from_secs(2);
 /// Connections that break together are one death of the worker.
 const TOGETHER: Duration = Duration::from_millis(500);
 /// The hold after a first 429 or 503 without `Retry-After`, and the longest.
@@ -54,6 +56,10 @@ pub enum Sign {
     Status(u16),
     /// The connection broke.
     Broken,
+    /// With a success that is no answer: a number for how it looks, so that those of one page are alike.
+    Bad(u64),
+    /// Not within its time.
+    Silent,
 }
 
 impl std::fmt::Display for Sign {
@@ -61,6 +67,8 @@ impl std::fmt::Display for Sign {
         match self {
             Self::Status(status) => write!(f, "answers {status} to every request"),
             Self::Broken => f.write_str("breaks off every request"),
+            Self::Bad(_) => f.write_str("answers every request with the same, and that is no answer"),
+            Self::Silent => f.write_str("answers no request in time"),
         }
     }
 }
@@ -319,6 +327,14 @@ impl Outage {
     #[must_use]
     pub fn is_doubted(&self) -> bool {
         self.fault.is_some() || self.paused.is_some()
+    }
+
+    /// What it may turn out to be at fault for, and since when: it has failed everything for a while, but not enough.
+    #[must_use]
+    pub fn suspicion(&self, now: Instant) -> Option<(Sign, Instant)> {
+        let since = self.first_failure.filter(|since| self.fault.is_none() && now >= *since + SUSPICIOUS)?;
+        let most = self.failures.iter().max_by_key(|alike| alike.count)?;
+        (most.count > 1).then_some((most.sign, since))
     }
 
     /// What is wrong with it, and since when.

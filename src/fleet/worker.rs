@@ -320,13 +320,21 @@ impl Worker {
             prefix_hit_rate: state.load.and(state.prefix_hit_rate),
             request_time: state.request_time,
             last_error: state.last_error.clone(),
-            complaint: state.outage.complaint().map(|(sign, _)| Complaint {
-                what: sign.to_string(),
-                since: state.complained_at.unwrap_or_else(Timestamp::now),
-            }),
+            complaint: complaint(&state, Instant::now()),
             created_at: self.created_at,
         }
     }
+}
+
+/// What is wrong with it, or may turn out to be.
+fn complaint(state: &State, now: Instant) -> Option<Complaint> {
+    if let Some((sign, _)) = state.outage.complaint() {
+        let since = state.complained_at.unwrap_or_else(Timestamp::now);
+        return Some(Complaint { what: sign.to_string(), since, is_certain: true });
+    }
+    let (sign, since) = state.outage.suspicion(now)?;
+    let ago = i64::try_from((now - since).as_micros()).unwrap_or(0);
+    Some(Complaint { what: sign.to_string(), since: Timestamp(Timestamp::now().0 - ago), is_certain: false })
 }
 
 /// `path` below a base URL that may have a path of its own.

@@ -61,8 +61,10 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
         let since = UNIX_EPOCH + Duration::from_secs(u64::try_from(complaint.since.unix_seconds()).unwrap_or(0));
         let since = humantime::format_rfc3339_seconds(since);
         let worker = if of.for_admins { format!("worker {}", worker.url) } else { "the worker".to_owned() };
+        let then =
+            if complaint.is_certain { "no request is given up for it" } else { "requests wait some seconds for it" };
         return Some(format!(
-            "{worker} {} since {since}; it is asked again every few seconds, and no request is given up for it",
+            "{worker} {} since {since}; it is asked again every few seconds, and {then}",
             complaint.what
         ));
     }
@@ -172,7 +174,8 @@ mod tests {
         let of = Situation { workers: &workers, unserved: &["m"], models: &models, for_admins: false, ..STILL };
         assert_eq!(waiting_reason(&of).unwrap(), "no healthy worker serves the model \"m\" (known workers: 2)");
         workers[0].state = WorkerState::Healthy;
-        workers[0].complaint = Some(Complaint { what: "answers 401 to every request".into(), since: Timestamp(0) });
+        workers[0].complaint =
+            Some(Complaint { what: "answers 401 to every request".into(), since: Timestamp(0), is_certain: true });
         let of = Situation { workers: &workers, models: &models, for_admins: false, ..STILL };
         let reason = waiting_reason(&of).unwrap();
         assert!(reason.starts_with("the worker answers 401 to every request since 1970-01-01T00:00:00Z"), "{reason}");
@@ -193,7 +196,11 @@ mod tests {
     #[test]
     fn a_worker_that_fails_every_request_is_the_reason_if_no_other_serves_the_model() {
         let complaint = |seconds: i64| {
-            Some(Complaint { what: "answers 502 to every request".into(), since: Timestamp(seconds * 1_000_000) })
+            Some(Complaint {
+                what: "answers 502 to every request".into(),
+                since: Timestamp(seconds * 1_000_000),
+                is_certain: true,
+            })
         };
         let mut workers = vec![
             worker("http://a", WorkerState::Healthy, &["m"]),

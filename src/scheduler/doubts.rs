@@ -28,12 +28,20 @@ pub(super) struct Doubt {
     silent: u32,
     alone: u32,
     next: Instant,
+    /// When the line is sent again to find out.
+    again: Option<Instant>,
 }
 
 impl Doubt {
-    pub(super) fn new(blame: Blame, now: Instant) -> Self {
+    /// `again`: when the line is sent again to find out, if it is; it does not end before.
+    pub(super) fn new(blame: Blame, again: Option<Instant>, now: Instant) -> Self {
         let failures = blame.failures();
-        Self { blame, failures, silent: 0, alone: 0, next: now + TURN }
+        Self { blame, failures, silent: 0, alone: 0, next: again.unwrap_or(now + TURN), again }
+    }
+
+    /// Whether the line is to be sent again now, as nothing else has told.
+    pub(super) fn asks_again(&self, now: Instant) -> bool {
+        self.again.is_some_and(|at| at <= now)
     }
 
     /// When to look again, if nothing happens before.
@@ -44,7 +52,7 @@ impl Doubt {
     /// Whose failure it was. `others`: whether other lines of the segment may still tell.
     pub(super) fn look(&mut self, others: bool, now: Instant) -> Verdict {
         let verdict = self.blame.verdict();
-        if verdict != Verdict::Open || now < self.next {
+        if verdict != Verdict::Open || self.again.is_some() || now < self.next {
             return verdict;
         }
         self.next = now + TURN;
@@ -68,7 +76,7 @@ mod tests {
         let start = Instant::now();
         let mut outage = Outage::default();
         let (_, blame) = outage.failed(SIGN, 0, start, start);
-        let mut doubt = Doubt::new(blame, start);
+        let mut doubt = Doubt::new(blame, None, start);
         let (mut failed, mut now) = (1, start);
         loop {
             now += Duration::from_millis(100);
@@ -108,11 +116,11 @@ mod tests {
         let now = Instant::now();
         let mut outage = Outage::default();
         let (_, blame) = outage.failed(SIGN, 0, now, now);
-        let mut doubt = Doubt::new(blame.clone(), now);
+        let mut doubt = Doubt::new(blame.clone(), None, now);
         let late = now + Duration::from_secs(3_600);
         assert_eq!(doubt.look(true, late), Verdict::Open, "an hour in one turn");
         assert_eq!(doubt.look(true, late), Verdict::Open);
-        let mut doubt = Doubt::new(blame, now);
+        let mut doubt = Doubt::new(blame, None, now);
         outage.succeeded(now);
         assert_eq!(doubt.look(true, now), Verdict::Request, "a success elsewhere tells at once");
     }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     domain::{LineSet, request_line},
-    fleet::{Blame, WorkerKey},
+    fleet::{Blame, WorkerKey, outage::Verdict},
 };
 
 /// A line, as found in the segment's bytes.
@@ -26,12 +26,29 @@ struct Line {
     body: Range<u32>,
     tally: Tally,
     losses: Losses,
-    /// What may tell that the try counted last was the worker's fault.
-    doubt: Option<Blame>,
+    /// What may tell that the tries counted last were the worker's fault, and how many those are.
+    doubt: Option<(Blame, u32)>,
+    /// When it failed first, unless that was the worker's fault; and what became clear since.
+    alone: Alone,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
     /// Its body has a `priority` of its own.
     has_priority: bool,
+}
+
+/// Between a line's last try and the first time that it is sent all the same, and the longest such wait.
+const FIRST_ASK: Duration = Duration::from_millis(500);
+const LAST_ASK: Duration = Duration::from_secs(2);
+
+/// What is known of a line that fails while its worker answers nothing else.
+#[derive(Clone, Copy, Debug, Default)]
+struct Alone {
+    /// Its first failure.
+    since: Option<Instant>,
+    /// The worker has answered something since: it works.
+    is_proven: bool,
+    /// How often the line was sent although its tries were used up.
+    asked: u32,
 }
 
 /// Which line: its place in the work list.
@@ -115,6 +132,7 @@ impl WorkList {
                 tally: Tally::default(),
                 losses: Losses::default(),
                 doubt: None,
+                alone: Alone::default(),
                 failed_on: SmallVec::new(),
                 open: true,
                 has_priority: request.hints.has_priority,
@@ -243,14 +261,48 @@ impl WorkList {
         self.lines[key.0 as usize].losses.acquit(&mut self.deaths);
     }
 
-    /// Before the line's next failure is counted: gives back the try counted last if that was the worker's fault, and notes
-    /// what may tell the same of this one.
-    pub fn doubt(&mut self, key: LineKey, verdict: Option<Blame>) {
+    /// Before the line's next failure is counted: gives back the tries counted last if those were the worker's fault, and
+    /// notes what may tell the same of this one.
+    pub fn doubt(&mut self, key: LineKey, blame: Option<Blame>, now: Instant) {
         let line = self.line_mut(key);
-        if line.doubt.take().is_some_and(|before| before.is_workers()) {
-            line.tally.refund();
+        let before = line.doubt.take();
+        let mut tries = 1;
+        if let Some((before, counted)) = before {
+            match before.verdict() {
+                Verdict::Worker => {
+                    line.tally.refund(counted);
+                    line.alone = Alone::default();
+                }
+                Verdict::Request => line.alone.is_proven = true,
+                Verdict::Open if blame.as_ref() == Some(&before) => tries += counted,
+                Verdict::Open => {}
+            }
         }
-        line.doubt = verdict;
+        if blame.is_some() {
+            line.alone.since.get_or_insert(now);
+        }
+        line.doubt = blame.map(|blame| (blame, tries));
+    }
+
+    /// When a line whose last try has failed is to be sent again all the same, because it is the only one that can find out
+    /// whether its worker is at fault. None: not again.
+    pub fn ask_again(&mut self, key: LineKey, patience: Duration, now: Instant) -> Option<Instant> {
+        let alone = &mut self.line_mut(key).alone;
+        let until = alone.since? + patience;
+        let at = now + (FIRST_ASK * 2u32.saturating_pow(alone.asked)).min(LAST_ASK);
+        if alone.is_proven || at > until {
+            return None;
+        }
+        alone.asked += 1;
+        Some(at)
+    }
+
+    /// The worker of a line whose last try has failed has answered another request since. Whether the line is to be sent
+    /// once more, because the worker had failed everything for a while.
+    pub fn has_last_chance(&mut self, key: LineKey, patience: Duration, now: Instant) -> bool {
+        let alone = &mut self.line_mut(key).alone;
+        let long = !patience.is_zero() && alone.since.is_some_and(|since| now >= since + FIRST_ASK);
+        !std::mem::replace(&mut alone.is_proven, true) && long
     }
 
     /// What the line has been through.
@@ -363,7 +415,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{fleet::FailureKind, scheduler::TryPolicy};
+    use crate::{
+        fleet::{
+            FailureKind,
+            outage::{Outage, REQUESTS, Sign},
+        },
+        scheduler::TryPolicy,
+    };
 
     const A: Lane = Lane { model: 0, alone: false };
     const SUSPECT: Lane = Lane { model: 0, alone: true };
@@ -421,6 +479,73 @@ mod tests {
         assert_eq!(list.take_suspects(0, 64), (vec![x], Duration::from_secs(6)));
         list.acquit(x);
         assert_eq!(list.unfinished().len(), 2);
+    }
+
+    /// A line that was failed with 502.
+    fn failing(list: &mut WorkList, outage: &mut Outage, now: Instant) -> LineKey {
+        let x = list.take(A).unwrap();
+        let (_, blame) = outage.failed(Sign::Status(502), 0, now, now);
+        list.doubt(x, Some(blame), now);
+        x
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_is_sent_again_and_again_while_its_worker_answers_nothing() {
+        let (mut list, mut outage, start) = (list(&line("x", "a"), &[]), Outage::default(), Instant::now());
+        let x = failing(&mut list, &mut outage, start);
+        let patience = TryPolicy::default().patience;
+        let (mut now, mut asked) = (start, Vec::new());
+        while let Some(at) = list.ask_again(x, patience, now) {
+            asked.push((at - start).as_millis());
+            now = at;
+            let (_, blame) = outage.failed(Sign::Status(502), 0, now, now);
+            list.doubt(x, Some(blame), now);
+        }
+        assert_eq!(asked[..4], [500, 1_500, 3_500, 5_500]);
+        let last = *asked.last().unwrap();
+        assert!((22_000..=25_000).contains(&last), "an outage of 20 s is survived: {last} ms");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_that_fails_while_others_are_answered_is_not_sent_again() {
+        let (mut list, mut outage, now) = (list(&line("x", "a"), &[]), Outage::default(), Instant::now());
+        let x = failing(&mut list, &mut outage, now);
+        outage.succeeded(now);
+        let (_, blame) = outage.failed(Sign::Status(502), 0, now, now);
+        list.doubt(x, Some(blame), now);
+        let patience = Duration::from_secs(25);
+        assert_eq!(list.ask_again(x, patience, now), None);
+        assert!(!list.has_last_chance(x, patience, now + patience));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_has_one_more_try_when_its_worker_answers_again_after_a_while() {
+        let patience = Duration::from_secs(25);
+        for (after, has) in [(FIRST_ASK, true), (FIRST_ASK / 2, false)] {
+            let (mut list, mut outage, now) = (list(&line("x", "a"), &[]), Outage::default(), Instant::now());
+            let x = failing(&mut list, &mut outage, now);
+            outage.succeeded(now + after);
+            assert_eq!(list.has_last_chance(x, patience, now + after), has);
+            assert!(!list.has_last_chance(x, patience, now + after), "but one");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_tries_of_an_outage_are_given_back() {
+        let (mut list, mut outage, now) = (list(&line("x", "a"), &[]), Outage::default(), Instant::now());
+        let policy = TryPolicy::default();
+        let x = failing(&mut list, &mut outage, now);
+        for _ in 1..5 {
+            assert!(policy.next(list.tally(x), FailureKind::Status, None, 0.0).is_some());
+            let (_, blame) = outage.failed(Sign::Status(502), 0, now, now);
+            list.doubt(x, Some(blame), now);
+        }
+        assert!(policy.next(list.tally(x), FailureKind::Status, None, 0.0).is_none(), "that was the last");
+        (1..REQUESTS as u64).for_each(|request| drop(outage.failed(Sign::Status(502), request, now, now)));
+        list.doubt(x, None, now);
+        for _ in 1..5 {
+            assert!(policy.next(list.tally(x), FailureKind::Status, None, 0.0).is_some(), "all five are left");
+        }
     }
 
     #[test]

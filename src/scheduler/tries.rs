@@ -25,6 +25,9 @@ const REFUSALS: u32 = 2;
 /// The longest wait of a request whose worker has died, or is at fault: the worker is waited for anyway.
 const WORKER_CAP: Duration = Duration::from_millis(500);
 
+/// Longer than a gateway's upstream takes to restart as a rule, and short enough for whoever tries out a request that can't work.
+const PATIENCE: Duration = Duration::from_secs(25);
+
 /// How often and how patiently requests are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TryPolicy {
@@ -38,11 +41,20 @@ pub struct TryPolicy {
     /// How often a request may meet a worker that takes none, before that is its answer. With the default waits a
     /// thousand times last six hours or more; a batch's window may close before.
     pub max_pauses: u32,
+    /// A request whose last try has failed by a status is sent again and again for so long since its first failure, while
+    /// its worker has answered nothing since then: then it is not clear whether the request or the worker is at fault.
+    pub patience: Duration,
 }
 
 impl Default for TryPolicy {
     fn default() -> Self {
-        Self { max_tries: 5, base: Duration::from_millis(50), cap: Duration::from_secs(30), max_pauses: 1_000 }
+        Self {
+            max_tries: 5,
+            base: Duration::from_millis(50),
+            cap: Duration::from_secs(30),
+            max_pauses: 1_000,
+            patience: PATIENCE,
+        }
     }
 }
 
@@ -112,10 +124,10 @@ impl Tally {
         self.guilt += if sure { OWN_DEATH } else { MAYBE_OWN_DEATH };
     }
 
-    /// A try that was counted turned out to be the worker's fault.
-    pub fn refund(&mut self) {
-        self.tries = self.tries.saturating_sub(1);
-        self.pauses += 1;
+    /// So many tries that were counted turned out to be the worker's fault.
+    pub fn refund(&mut self, tries: u32) {
+        self.tries = self.tries.saturating_sub(tries);
+        self.pauses += tries;
     }
 }
 
@@ -216,7 +228,7 @@ mod tests {
         let (policy, mut tally) = (TryPolicy { max_tries: 2, ..TryPolicy::default() }, Tally::default());
         for _ in 0..10 {
             assert!(policy.next(&mut tally, FailureKind::Status, None, 0.0).is_some());
-            tally.refund();
+            tally.refund(1);
         }
         assert_eq!(waits(&policy, &mut tally, FailureKind::Status).len(), 1);
     }

@@ -251,11 +251,16 @@ impl Work<'_> {
     /// that; runs the others again.
     fn settle_doubts(&mut self, now: Instant) {
         let others = self.list.open() > self.doubtful.len();
+        let patience = self.run.options.tries.patience;
         for mut doubtful in std::mem::take(&mut self.doubtful) {
             match doubtful.doubt.look(others, now) {
+                Verdict::Open if doubtful.doubt.asks_again(now) => self.list.later(doubtful.key, now),
                 Verdict::Open => self.doubtful.push(doubtful),
                 Verdict::Worker => {
-                    self.list.doubt(doubtful.key, None);
+                    self.list.doubt(doubtful.key, None, now);
+                    self.list.later(doubtful.key, now);
+                }
+                Verdict::Request if self.list.has_last_chance(doubtful.key, patience, now) => {
                     self.list.later(doubtful.key, now);
                 }
                 Verdict::Request => self.give_up(doubtful.key, &doubtful.worker, doubtful.failure),
@@ -356,7 +361,7 @@ impl Work<'_> {
             }
         } else if is_a_try(failure.kind) {
             self.list.acquit(key);
-            self.list.doubt(key, failure.blame.clone());
+            self.list.doubt(key, failure.blame.clone(), now);
         }
         let at_fault = matches!(failure.kind, FailureKind::Outage | FailureKind::Local);
         let tally = if at_fault { self.list.tally(key) } else { self.list.failed(key, failure.worker) };
@@ -365,7 +370,10 @@ impl Work<'_> {
             // Not only while that is open: it may have been decided between the failure and now.
             None => match failure.blame.clone().filter(|_| failure.may_be_the_workers()) {
                 Some(blame) => {
-                    let (doubt, worker) = (Doubt::new(blame, now), worker.clone());
+                    let by_status = matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
+                    let patience = self.run.options.tries.patience;
+                    let again = by_status.then(|| self.list.ask_again(key, patience, now)).flatten();
+                    let (doubt, worker) = (Doubt::new(blame, again, now), worker.clone());
                     self.doubtful.push(Doubtful { doubt, key, worker, failure });
                 }
                 None => self.give_up(key, worker, failure),

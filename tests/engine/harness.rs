@@ -62,7 +62,7 @@ pub fn options() -> SchedulerOptions {
         lease: Duration::from_secs(30),
         flush_interval: Duration::from_millis(50),
         request_timeout: Duration::from_secs(20),
-        tries: TryPolicy { base: Duration::from_millis(10), ..TryPolicy::default() },
+        tries: TryPolicy { base: Duration::from_millis(10), patience: Duration::ZERO, ..TryPolicy::default() },
         drain: Duration::from_secs(5),
         worker_priority: WorkerPriority::Off,
         weights: Weights::default(),

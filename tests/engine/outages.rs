@@ -17,7 +17,7 @@ use tidemill::{
 use tokio::sync::Semaphore;
 
 use crate::{
-    harness::{Node, PATIENCE, Worker, assert_one_line_each, chats, ids, options},
+    harness::{Node, PATIENCE, Worker, assert_one_line_each, chat, chats, ids, options},
     raw::{Raw, Reply},
 };
 
@@ -38,10 +38,11 @@ async fn until(what: &str, so: impl Fn() -> bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outage_uses_up_no_try_and_is_told() {
     let page = |status: u16| match status {
+        200 => Reply::Answer(200, "text/html", "<html>log in</html>".into()),
         404 => Reply::Answer(404, "application/json", r#"{"detail":"Not Found"}"#.into()),
         status => Reply::Answer(status, "text/html", "<html>no</html>".into()),
     };
-    for status in [502, 500, 503, 401, 403, 404] {
+    for status in [200, 502, 500, 503, 401, 403, 404] {
         let out = Arc::new(AtomicBool::new(true));
         let raw = {
             let out = out.clone();
@@ -52,7 +53,10 @@ async fn an_outage_uses_up_no_try_and_is_told() {
         node.fleet.register(&raw.url()).await.unwrap();
         let lines = chats(100);
         let id = node.submit(&lines, 50).await;
-        let words = format!("{} answers {status} to every request since ", raw.url());
+        let words = match status {
+            200 => format!("{} answers every request with the same, and that is no answer since ", raw.url()),
+            status => format!("{} answers {status} to every request since ", raw.url()),
+        };
         node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
         assert!(raw.received() < 60, "{} requests to find that out", raw.received());
         out.store(false, Ordering::SeqCst);
@@ -113,6 +117,78 @@ async fn a_few_lines_that_all_fail_end_after_their_tries() {
         assert_eq!((batch.status, failed, raw.received()), (BatchStatus::Completed, lines, lines * tries));
         node.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_answers_nobody_in_time_is_at_fault() {
+    let out = Arc::new(AtomicBool::new(true));
+    let raw = {
+        let out = out.clone();
+        Raw::start(move |_| if out.load(Ordering::SeqCst) { Reply::Nothing } else { Reply::good() }).await
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let quick = SchedulerOptions { request_timeout: Duration::from_millis(500), ..once() };
+    let node = Node::start_with(folder.path(), &[], quick, 32).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let lines = chats(40);
+    let id = node.submit(&lines, 40).await;
+    node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains("answers no request in time since "))).await;
+    out.store(false, Ordering::SeqCst);
+    let batch = node.ended(&id).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty(), "{:?}", errors.first());
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_a_few_lines_survives_an_outage_too() {
+    for (status, lines) in [(502, 1), (503, 7), (404, 3)] {
+        let seen = Arc::new(AtomicUsize::new(0));
+        let raw = {
+            let seen = seen.clone();
+            // Each line is failed four times, on average.
+            let reply = move |_: &str| match seen.fetch_add(1, Ordering::SeqCst) {
+                before if before < 4 * lines => Reply::Answer(status, "text/html", "<html>no</html>".into()),
+                _ => Reply::good(),
+            };
+            Raw::start(reply).await
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let patient = TryPolicy { max_tries: 1, patience: PATIENCE, ..options().tries };
+        let node = Node::start_with(folder.path(), &[], SchedulerOptions { tries: patient, ..options() }, 16).await;
+        node.fleet.register(&raw.url()).await.unwrap();
+        let lines = chats(lines);
+        let batch = node.ended(&node.submit(&lines, 10).await).await;
+        let (output, errors) = node.results(&batch).await;
+        assert_one_line_each(&lines, &output, &errors);
+        assert!(errors.is_empty(), "{status}: {:?}", errors.first());
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_few_lines_that_all_fail_wait_for_another_ones_answer_and_say_so() {
+    let raw =
+        Raw::start(
+            |body| {
+                if body.contains("r0\"") { Reply::Answer(502, "text/html", "no".into()) } else { Reply::good() }
+            },
+        )
+        .await;
+    let folder = tempfile::tempdir().unwrap();
+    let patient = TryPolicy { max_tries: 1, patience: 10 * PATIENCE, ..options().tries };
+    let node = Node::start_with(folder.path(), &[], SchedulerOptions { tries: patient, ..options() }, 16).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let id = node.submit(&chats(1), 1).await;
+    let words = format!("{} answers 502 to every request since ", raw.url());
+    node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
+    let good = node.ended(&node.submit(&[chat("other", "sim")], 1).await).await;
+    assert_eq!(good.counts.completed, 1);
+    // What another batch got proves that the worker works: the line has one more try.
+    let batch = node.ended(&id).await;
+    assert_eq!((batch.status, batch.counts.failed), (BatchStatus::Completed, 1));
+    node.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

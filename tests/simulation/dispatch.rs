@@ -25,8 +25,13 @@ use tidemill::{
 use tokio::time::Instant;
 
 const MODELS: [&str; 2] = ["a", "b"];
-const TRIES: TryPolicy =
-    TryPolicy { max_tries: 4, base: Duration::from_millis(250), cap: Duration::from_secs(30), max_pauses: 1_000 };
+const TRIES: TryPolicy = TryPolicy {
+    max_tries: 4,
+    base: Duration::from_millis(250),
+    cap: Duration::from_secs(30),
+    max_pauses: 1_000,
+    patience: Duration::ZERO,
+};
 /// Steps with faults; then the workers are well for good.
 const TROUBLE: usize = 150;
 const PATIENCE: usize = 5_000;

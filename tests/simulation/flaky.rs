@@ -178,7 +178,7 @@ impl World {
             if at_fault {
                 kind = FailureKind::Outage;
             }
-            self.list.doubt(back.line, Some(blame));
+            self.list.doubt(back.line, Some(blame), self.now);
         }
         let random = self.random.random_range(0.0..1.0);
         let tally = self.list.failed(back.line, WORKER);
