@@ -408,6 +408,7 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
             infer_calls: config.limit_infer_calls,
             watches: config.limit_watches,
             downloads: config.limit_downloads,
+            ..CallerLimits::default()
         },
         max_connections: config.max_connections,
         public_hosts: config.public_host.clone(),

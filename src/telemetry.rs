@@ -1,6 +1,7 @@
 //! Logs on stderr, Prometheus metrics, and the process's one TLS provider. Everything here may be called any number of
 //! times: the first call counts.
 
+mod seldom;
 mod series;
 
 use std::{
@@ -13,6 +14,7 @@ use std::{
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, prelude::*, registry};
 
+pub(crate) use seldom::{Seldom, seldom};
 pub use series::{Gauge, Series};
 
 use crate::config::LogFormat;

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{
     LimitReached,
-    pace::Received,
+    pace::{LONGEST, Received},
     places::{Place, Uploads},
     quota::{Account, Held, Kind, Quota},
     refusal::{LATER, REFUSED},
@@ -69,6 +69,8 @@ pub struct CallerLimits {
     pub watches: u32,
     /// Downloads and result streams of one caller, over gRPC and HTTP.
     pub downloads: u32,
+    /// How long an upload may take in all, however fast it comes.
+    pub longest_upload: Duration,
 }
 
 impl Default for CallerLimits {
@@ -81,6 +83,7 @@ impl Default for CallerLimits {
             infer_calls: 1_000,
             watches: 10_000,
             downloads: 200,
+            longest_upload: LONGEST,
         }
     }
 }
@@ -165,6 +168,7 @@ pub struct Admitted {
 impl Limiter {
     #[allow(clippy::cast_precision_loss)] // limits, not accounts
     #[must_use]
+    /// Nothing of these limits is used yet.
     pub fn new(limits: CallerLimits) -> Self {
         metrics::describe_counter!(REFUSED, "calls that were refused because of a limit, by reason");
         let (per_second, per_day) = (f64::from(limits.requests_per_second), limits.bytes_per_day as f64);
@@ -221,6 +225,12 @@ impl Limiter {
         }
         self.take(owner, |account, now| self.bytes.take(&mut account.bytes, bytes as f64, now))
             .map_err(|wait| LimitReached::Bytes { per_day: self.limits.bytes_per_day, wait }.counted())
+    }
+
+    /// How long an upload may take in all.
+    #[must_use]
+    pub fn longest_upload(&self) -> Duration {
+        self.limits.longest_upload
     }
 
     /// The most lines that one caller may have queued, if that is limited.

@@ -17,6 +17,8 @@ type Id = u64;
 
 /// Slower than this, in bytes a second, an upload of somebody with more than a fair share gives way at once.
 const TRICKLE: u64 = 64 * 1024;
+/// Slower than this an upload gives way although nobody has more than one, to somebody who has none.
+const CRAWL: u64 = 16 * 1024;
 /// An upload's speed is known after this time.
 const KNOWN: Duration = Duration::from_secs(5);
 /// After waiting this long, somebody with less than a fair share gets a place however fast the others are.
@@ -73,14 +75,15 @@ impl Places {
 
     /// Which upload gives way now, if one must: somebody waits who would have fewer places, with one more, than another
     /// has now. Of those who have most, the slowest upload goes: at once if it trickles, else when the other has waited
-    /// long enough.
+    /// long enough. Where nobody has more than one, somebody without any takes the place of the slowest that crawls.
     fn gives_way(&self, now: Instant) -> Option<Id> {
         let counts = self.counts();
         let leaving = self.taken.values().filter(|taken| taken.leaving).count();
         let count = |account: &Account| counts.get(account).copied().unwrap_or(0);
         let most = counts.values().copied().max()?;
+        let is_poor = |account: &Account| count(account) + 1 < most || (most == 1 && count(account) == 0);
         let mut poor: Vec<Instant> =
-            self.waiting.values().filter(|(account, _)| count(account) + 1 < most).map(|(_, since)| *since).collect();
+            self.waiting.values().filter(|(account, _)| is_poor(account)).map(|(_, since)| *since).collect();
         poor.sort_unstable();
         // Those who leave make place for the first of them.
         let since = *poor.get(leaving)?;
@@ -88,7 +91,11 @@ impl Places {
         let (id, speed) = rich
             .filter_map(|(id, taken)| taken.speed(now).map(|speed| (*id, speed)))
             .min_by_key(|(id, speed)| (*speed, std::cmp::Reverse(*id)))?;
-        (speed < TRICKLE || now.saturating_duration_since(since) >= FAIR).then_some(id)
+        let goes = match most {
+            1 => speed < CRAWL,
+            _ => speed < TRICKLE || now.saturating_duration_since(since) >= FAIR,
+        };
+        goes.then_some(id)
     }
 }
 
@@ -276,8 +283,13 @@ mod tests {
         let all = places(3, &fast, &[("eve", 95)], start);
         assert_eq!(all.gives_way(at(100)), None, "who sends has a while");
         assert_eq!(all.gives_way(at(105)), Some(0));
-        let all = places(2, &[("ana", 1), ("bob", 1)], &[("eve", 0), ("ana", 0)], start);
+        let all = places(2, &[("ana", 20_000), ("bob", 17_000)], &[("eve", 0), ("ana", 0)], start);
         assert_eq!(all.gives_way(at(100)), None, "one each is fair");
+        let mut all = places(2, &[("ana", 20_000), ("bob", 2_048)], &[("eve", 0), ("ana", 0)], start);
+        assert_eq!(all.gives_way(at(3)), None, "nobody is known to crawl yet");
+        assert_eq!(all.gives_way(at(100)), Some(1), "one who crawls keeps nobody out");
+        all.waiting.retain(|_, (waits, _)| *waits == account("ana"));
+        assert_eq!(all.gives_way(at(100)), None, "but makes no place for a second one");
         let all = places(3, &[("ana", 1), ("ana", 1), ("ana", 1)], &[("ana", 0)], start);
         assert_eq!(all.gives_way(at(100)), None, "nobody gives way to himself");
         let mut all = places(3, &[("ana", 1), ("ana", 2), ("ana", 3)], &[("eve", 0)], start);

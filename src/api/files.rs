@@ -15,7 +15,7 @@ use super::{
     validate,
 };
 use crate::{
-    access::{Account, Caller, IDLE, LONGEST, LOOK, LimitReached, Pace, Received},
+    access::{Account, Caller, IDLE, LOOK, LimitReached, Pace, Received},
     domain::{File, FileId},
     ingest::{Begun, NewUpload},
     pb::{self, upload_file_request::Payload},
@@ -40,10 +40,12 @@ impl Api {
         account: &Account,
         incoming: Incoming,
     ) -> Result<pb::File, Status> {
-        match tokio::time::timeout(LONGEST, self.take_file(caller, account, incoming)).await {
+        let longest = self.limits.longest_upload();
+        match tokio::time::timeout(longest, self.take_file(caller, account, incoming)).await {
             Ok(taken) => taken,
             Err(_) => {
-                let message = format!("an upload may take {} h; split the file", LONGEST.as_secs() / 3_600);
+                let longest = humantime::format_duration(longest);
+                let message = format!("an upload may take {longest}; split the file");
                 Err(error(Code::DeadlineExceeded, "UPLOAD_TOO_LONG", message))
             }
         }

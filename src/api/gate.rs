@@ -26,6 +26,7 @@ use super::{counted, timely::Timely};
 use crate::{
     access::{Account, Caller, Denied, Held, Limiter, Peer, Received, Tokens},
     pb,
+    telemetry::seldom,
 };
 
 /// Counts RPCs that have ended, by `method` and `code`.
@@ -272,7 +273,7 @@ impl Drop for Record {
         metrics::histogram!(SECONDS, &labels).record(elapsed.as_secs_f64());
         let _entered = self.span.enter();
         match code {
-            Code::Internal | Code::Unknown | Code::DataLoss => tracing::error!(?code, ?elapsed, "rpc failed"),
+            Code::Internal | Code::Unknown | Code::DataLoss => seldom!(error, ?code, ?elapsed, "rpc failed"),
             _ => tracing::debug!(?code, ?elapsed, "rpc ended"),
         }
     }

@@ -9,7 +9,7 @@
 //! A page can also send requests to another origin without reading the answers. Those name the page in `Origin`: without
 //! tokens the server takes them from its own origin and from `--public-host` only.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     extract::{Request, State},
@@ -20,12 +20,15 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tonic::{Code, Status};
 
 use super::status::{error, short};
+use crate::telemetry::Seldom;
 
 /// What a page may send and read. gRPC-Web needs these.
 const ALLOWED_HEADERS: &str = "authorization, content-type, grpc-timeout, traceparent, x-grpc-web, x-user-agent";
 const EXPOSED_HEADERS: &str = "grpc-status, grpc-message, grpc-status-details-bin, content-range";
 /// How long a browser may remember the answer to a preflight, in seconds.
 const REMEMBERED: &str = "600";
+/// Between two log lines about refused requests.
+const QUIET: Duration = Duration::from_secs(60);
 
 /// A host name or address in lower case, and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +71,8 @@ pub(super) struct Hosts {
     /// Only known origins may change anything.
     checks_origin: bool,
     scheme: &'static str,
+    /// When refusals were logged: strangers cause them.
+    refusals: Arc<Seldom>,
 }
 
 impl Hosts {
@@ -81,6 +86,7 @@ impl Hosts {
             checks_host: !tokens && !tls && !anybody,
             checks_origin: !tokens && !anybody,
             scheme: if tls { "https" } else { "http" },
+            refusals: Arc::new(Seldom::every(QUIET)),
             public,
         }
     }
@@ -166,6 +172,23 @@ impl Hosts {
         let name = name.or_else(|| request.uri().authority().map(http::uri::Authority::as_str))?;
         format!("{}://{name}", self.scheme).parse().ok()
     }
+
+    /// A gRPC client reads the status in gRPC's way, everybody else the sentence.
+    fn refuse(&self, request: &Request, status: Status, code: StatusCode) -> Response {
+        const KIND: HeaderName = header::CONTENT_TYPE;
+        if let Some(unlogged) = self.refusals.may() {
+            tracing::warn!(reason = status.message(), unlogged, "a request was refused at the door");
+        }
+        let kind = request.headers().get(KIND).filter(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        match kind.cloned() {
+            Some(kind) => {
+                let mut response: Response = status.into_http();
+                response.headers_mut().insert(KIND, kind);
+                response
+            }
+            None => (code, format!("{}\n", status.message())).into_response(),
+        }
+    }
 }
 
 /// By which name and port the server was called.
@@ -178,13 +201,13 @@ fn called(request: &Request) -> Option<Authority> {
 /// The check, as a layer around everything on the port.
 pub(super) async fn pass(State(hosts): State<Arc<Hosts>>, request: Request, next: Next) -> Response {
     if let Err(status) = hosts.check_host(&request) {
-        return refuse(&request, status, StatusCode::MISDIRECTED_REQUEST);
+        return hosts.refuse(&request, status, StatusCode::MISDIRECTED_REQUEST);
     }
     if is_preflight(&request) {
         return preflight(&hosts, &request);
     }
     if let Err(status) = hosts.check_origin(&request) {
-        return refuse(&request, status, StatusCode::FORBIDDEN);
+        return hosts.refuse(&request, status, StatusCode::FORBIDDEN);
     }
     let readable_by = hosts.readable_by(&request);
     let mut response = next.run(request).await;
@@ -225,21 +248,6 @@ fn share(headers: &mut HeaderMap, origin: HeaderValue) {
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED_HEADERS));
     headers.append(header::VARY, HeaderValue::from_static("origin"));
-}
-
-/// A gRPC client reads the status in gRPC's way, everybody else the sentence.
-fn refuse(request: &Request, status: Status, code: StatusCode) -> Response {
-    const KIND: HeaderName = header::CONTENT_TYPE;
-    tracing::warn!(reason = status.message(), "a request was refused at the door");
-    let kind = request.headers().get(KIND).filter(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    match kind.cloned() {
-        Some(kind) => {
-            let mut response: Response = status.into_http();
-            response.headers_mut().insert(KIND, kind);
-            response
-        }
-        None => (code, format!("{}\n", status.message())).into_response(),
-    }
 }
 
 #[cfg(test)]

@@ -28,7 +28,10 @@ use super::{
     gate::{Gate, TraceId, trace_id, unknown_method},
     service::Api,
 };
-use crate::access::{Account, Caller, Held, Limiter, Peer};
+use crate::{
+    access::{Account, Caller, Held, Limiter, Peer},
+    telemetry::seldom,
+};
 
 /// How long the database may take to answer before this node counts as not ready.
 const READY_WITHIN: Duration = Duration::from_secs(2);
@@ -77,7 +80,7 @@ async fn ready(State(http): State<Arc<Http>>) -> Response {
     match tokio::time::timeout(READY_WITHIN, http.services.store.ping()).await {
         Ok(Ok(())) => "ready\n".into_response(),
         Ok(Err(error)) => {
-            tracing::warn!(%error, "not ready: the database failed");
+            seldom!(warn, %error, "not ready: the database failed");
             (StatusCode::SERVICE_UNAVAILABLE, "the database is not available\n").into_response()
         }
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n").into_response(),

@@ -14,7 +14,7 @@ use http::{StatusCode, header};
 use tonic::Code;
 
 use super::status::error;
-use crate::supervise::message;
+use crate::{supervise::message, telemetry::seldom};
 
 const MESSAGE: &str = "the server has met a bug in this call; its log says more";
 
@@ -27,7 +27,7 @@ pub(super) async fn caught(request: Request, next: Next) -> Response {
         Ok(response) => response,
         Err(panic) => {
             metrics::counter!("tidemill_calls_crashed_total").increment(1);
-            tracing::error!(path, panic = message(&*panic), "a call has crashed, which is a bug");
+            seldom!(error, path, panic = message(&*panic), "a call has crashed, which is a bug");
             if grpc {
                 error(Code::Internal, "INTERNAL", MESSAGE).into_http()
             } else {

@@ -17,6 +17,7 @@ use crate::{
     progress::WatchError,
     results::{BadCursor, ReadError, retry::RetryError},
     store::StoreError,
+    telemetry::seldom,
     words,
 };
 
@@ -155,7 +156,7 @@ fn cut(mut text: String, bytes: usize) -> String {
 
 /// What is wrong inside: told in the log, not on the wire.
 fn internal(error: &dyn std::error::Error) -> Status {
-    tracing::error!(%error, "internal error");
+    seldom!(error, %error, "internal error");
     self::error(Code::Internal, "INTERNAL", "the server has met an error that it can't handle; its log says more")
 }
 
@@ -165,7 +166,7 @@ pub fn store(error: StoreError) -> Status {
     match error {
         StoreError::Unavailable(error) => {
             let why = full.map(|why| format!(" ({why})")).unwrap_or_default();
-            tracing::error!(%error, "the database failed{why}");
+            seldom!(error, %error, "the database failed{why}");
             let message = format!("the database is not available now{why}; try again");
             retry(Code::Unavailable, "DATABASE_UNAVAILABLE", message, SOON)
         }
@@ -178,13 +179,13 @@ pub fn store(error: StoreError) -> Status {
 pub fn blob(error: BlobError) -> Status {
     match error {
         BlobError::Failed(_) | BlobError::Open(_) => {
-            tracing::error!(%error, "the blob store failed");
+            seldom!(error, %error, "the blob store failed");
             let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
             let message = format!("the blob store is not available now{why}; try again");
             retry(Code::Unavailable, "BLOB_STORE_UNAVAILABLE", message, SOON)
         }
         BlobError::Refused(_) | BlobError::Foreign(_) => {
-            tracing::error!(%error, "the blob store can't be used");
+            seldom!(error, %error, "the blob store can't be used");
             let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
             let message = format!(
                 "the blob store can't be used{why}: trying again does not help before whoever runs the server has mended that"
@@ -192,7 +193,7 @@ pub fn blob(error: BlobError) -> Status {
             self::error(Code::FailedPrecondition, "BLOB_STORE_REFUSED", message)
         }
         BlobError::Missing(_) => {
-            tracing::error!(%error, "an object is gone");
+            seldom!(error, %error, "an object is gone");
             self::error(Code::DataLoss, "OBJECT_MISSING", "an object that holds this data is gone from the blob store")
         }
     }
@@ -206,7 +207,7 @@ pub fn read(error: ReadError) -> Status {
         ReadError::Deleted(_) => self::error(Code::FailedPrecondition, "RESULTS_DELETED", error.to_string()),
         ReadError::Damaged(what) => damaged(&what),
         ReadError::Corrupt(_) => {
-            tracing::error!(%error, "results can't be read");
+            seldom!(error, %error, "results can't be read");
             self::error(Code::DataLoss, "RESULTS_CORRUPT", "the stored results are damaged; the server's log says more")
         }
     }
@@ -214,7 +215,7 @@ pub fn read(error: ReadError) -> Status {
 
 /// Bytes in the blob store are not those that were written. `what` names the segment.
 fn damaged(what: &str) -> Status {
-    tracing::error!(what, "stored data is damaged");
+    seldom!(error, what, "stored data is damaged");
     self::error(Code::DataLoss, "DATA_DAMAGED", format!("damaged in the blob store: {what}"))
 }
 
@@ -276,7 +277,7 @@ pub fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
         IngestError::Store(error) => store(error),
         IngestError::Blob(error) => blob(error),
         IngestError::Scratch(error) => {
-            tracing::error!(error = words::file(&error), "the scratch directory failed");
+            seldom!(error, error = words::file(&error), "the scratch directory failed");
             let message = match words::full_disk(&error) {
                 Some(_) => "the server's disk for temporary files is full: its operator must make room; then try again",
                 None => "the server can't write temporary files now; try again",

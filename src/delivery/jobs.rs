@@ -1,9 +1,19 @@
-//! Retries of many dead letters: a durable job, run page by page, by one node at a time.
+//! Retries of many dead letters: a durable job, run page by page, by one node at a time. Owners take turns.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::{StreamExt, stream};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -19,6 +29,10 @@ use crate::{
 const PAGE: u64 = 100;
 /// Targets that a job sends to at the same time.
 const TARGETS: usize = 8;
+/// Jobs that a node runs at the same time, each of another owner.
+const JOBS: usize = 4;
+/// How long a job runs on while all places are taken. Then another owner's has its turn.
+const TURN: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(60);
 const RENEW: Duration = Duration::from_secs(20);
 /// How often jobs of other nodes that are gone are looked for.
@@ -36,30 +50,95 @@ impl Webhooks {
     }
 }
 
-/// Runs jobs until the shutdown.
+/// Runs jobs until the shutdown: at most one of an owner, so that no owner's jobs hold another's. With more owners than
+/// places, each has [`TURN`] at a time.
 pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
-    while !shutdown.is_cancelled() {
+    let is_full = Arc::new(AtomicBool::new(false));
+    // Tasks of their own: one that holds SQLite's only writer must go on while this waits for it.
+    let (mut turns, mut running) = (Turns::default(), JoinSet::new());
+    let mut looks = true;
+    loop {
         fault::panic_in(Part::RetryJobs);
-        match webhooks.inner.store.claim_retry_job(LEASE).await {
-            Ok(Some(job)) => {
-                if let Err(error) = run_one(webhooks, job, shutdown).await {
-                    warn!(%error, "a retry job can't go on now");
-                } else {
-                    continue;
+        while looks && running.len() < JOBS && !shutdown.is_cancelled() {
+            match turns.next(webhooks).await {
+                Ok(Some(job)) => {
+                    let (webhooks, is_full, shutdown) = (webhooks.clone(), is_full.clone(), shutdown.clone());
+                    running.spawn(async move {
+                        let owner = job.job.owner.clone();
+                        (owner, run_one(&webhooks, job, &is_full, &shutdown).await)
+                    });
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    warn!(%error, "retry jobs can't be looked at");
+                    break;
                 }
             }
-            Ok(None) => {}
-            Err(error) => warn!(%error, "retry jobs can't be looked at"),
         }
+        if running.is_empty() && shutdown.is_cancelled() {
+            return;
+        }
+        is_full.store(running.len() == JOBS, Ordering::Relaxed);
         tokio::select! {
-            () = webhooks.inner.jobs.notified() => {}
-            () = sleep(LOOK_EVERY) => {}
-            () = shutdown.cancelled() => {}
+            Some(ended) = running.join_next() => {
+                let (owner, ended) = match ended {
+                    Ok(ended) => ended,
+                    // So that this part of the server ends, and its supervisor hears of it.
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    Err(_) => return,
+                };
+                turns.ended(owner);
+                // After an error of the database the next look waits.
+                looks = ended.inspect_err(|error| warn!(%error, "a retry job can't go on now")).is_ok();
+            }
+            () = webhooks.inner.jobs.notified() => looks = true,
+            () = sleep(LOOK_EVERY) => looks = true,
+            () = shutdown.cancelled(), if !shutdown.is_cancelled() => {}
         }
     }
 }
 
-async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &CancellationToken) -> Result<(), StoreError> {
+/// Whose job is next.
+#[derive(Default)]
+struct Turns {
+    /// The owners whose jobs run here.
+    running: BTreeSet<Owner>,
+    /// Those that have had a turn since everybody else had one.
+    served: BTreeSet<Owner>,
+}
+
+impl Turns {
+    /// Claims a job of an owner that has none running here: of one that has had no turn lately, if there is such a one.
+    async fn next(&mut self, webhooks: &Webhooks) -> Result<Option<ClaimedJob>, StoreError> {
+        let store = &webhooks.inner.store;
+        let but: Vec<Owner> = self.running.union(&self.served).cloned().collect();
+        let mut found = store.claim_retry_job(LEASE, &but).await?;
+        if found.is_none() && !self.served.is_empty() {
+            self.served.clear();
+            let but: Vec<Owner> = self.running.iter().cloned().collect();
+            found = store.claim_retry_job(LEASE, &but).await?;
+        }
+        if let Some(job) = &found {
+            self.running.insert(job.job.owner.clone());
+        }
+        Ok(found)
+    }
+
+    fn ended(&mut self, owner: Owner) {
+        self.running.remove(&owner);
+        self.served.insert(owner);
+    }
+}
+
+/// Runs a job to its end, or until others need its place.
+async fn run_one(
+    webhooks: &Webhooks,
+    mut job: ClaimedJob,
+    is_full: &AtomicBool,
+    shutdown: &CancellationToken,
+) -> Result<(), StoreError> {
+    let turn_ends = Instant::now() + TURN;
+    let is_over = || Instant::now() >= turn_ends && is_full.load(Ordering::Relaxed);
     let store = &webhooks.inner.store;
     loop {
         let page = store.retry_job_page(&job, PAGE).await?;
@@ -78,9 +157,16 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
             let sends = send_page(webhooks, &job, targets, &stop);
             tokio::pin!(sends);
             let mut renew_at = Instant::now() + RENEW;
+            let mut look_at = turn_ends;
             loop {
                 tokio::select! {
                     sent = &mut sends => break sent,
+                    () = sleep_until(look_at), if !stop.is_cancelled() => {
+                        look_at = Instant::now() + TURN;
+                        if is_over() {
+                            stop.cancel();
+                        }
+                    }
                     () = sleep_until(renew_at) => {
                         renew_at = Instant::now() + RENEW;
                         match store.advance_retry_job(&job, 0, false, LEASE).await {
@@ -105,7 +191,7 @@ async fn run_one(webhooks: &Webhooks, mut job: ClaimedJob, shutdown: &Cancellati
             job.position = newest;
         }
         let mine = store.advance_retry_job(&job, skipped, false, LEASE).await?;
-        if shutdown.is_cancelled() {
+        if shutdown.is_cancelled() || is_over() {
             // The next runner finds what this one has sent by the job's id, and does not send it again.
             return store.release_retry_job(&job).await;
         }

@@ -364,7 +364,7 @@ impl Slot {
     /// A bad answer, with all that helps to find out what sent it. It is logged too, but not each one of thousands.
     fn bad(&self, kind: FailureKind, what: &str, head: &Head, body: &[u8]) -> Failure {
         let message = format!("{what} ({head}{}{})", if body.is_empty() { "" } else { ": " }, excerpt(body, SHOWN));
-        if let Some(unlogged) = self.worker.may_log(Instant::now()) {
+        if let Some(unlogged) = self.worker.bad_answers.may() {
             let (worker, url) = (&self.worker.id, &self.worker.url);
             tracing::warn!(%worker, url, kind = kind.as_str(), unlogged, "{message}");
         }

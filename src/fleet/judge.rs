@@ -138,24 +138,18 @@ impl Inner {
     /// Notes that this server itself is at fault for something that failed. No worker is suspected for it.
     pub(super) fn note_own_fault(&self, lack: &'static str, what: &str) {
         metrics::counter!(OWN_FAULTS, "error" => lack).increment(1);
-        let mut said = self.own_faults.lock();
-        let now = Instant::now();
-        if said.is_none_or(|(at, _)| now >= at + SAY_AGAIN) {
-            let more = said.map_or(0, |(_, more)| more);
-            *said = Some((now, 0));
+        if let Some(more) = self.own_faults.may() {
             tracing::error!(
                 lack,
                 more,
                 "{what} failed because of this server itself; no worker is at fault, no try is used up"
             );
-        } else if let Some((_, more)) = said.as_mut() {
-            *more += 1;
         }
     }
 }
 
 /// Between two log lines about this server's own faults.
-const SAY_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
+pub(super) const SAY_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 impl Failure {
     /// Whether the worker is at fault, or may still turn out to be: others may have told that since this was counted.

@@ -58,7 +58,7 @@ use crate::{
     fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     supervise::{Part, Supervisor},
-    telemetry,
+    telemetry::{self, Seldom},
 };
 use memory::AnswerMemory;
 use slots::Desks;
@@ -276,8 +276,8 @@ struct Inner {
     calls: AtomicU64,
     /// A request to a worker has one while it is sent: a part of what this process may have open.
     sockets: Semaphore,
-    /// When this server's own faults were last logged, and how many there were since.
-    own_faults: Mutex<Option<(Instant, u64)>>,
+    /// When this server's own faults were logged.
+    own_faults: Seldom,
     /// Counts changes of what is served; the scheduler wakes by it.
     topology: watch::Sender<u64>,
     supervisor: Supervisor,
@@ -318,7 +318,7 @@ impl Fleet {
             syncing: tokio::sync::Mutex::default(),
             calls: AtomicU64::new(0),
             sockets: Semaphore::new(sockets::budget()),
-            own_faults: Mutex::default(),
+            own_faults: Seldom::every(judge::SAY_AGAIN),
             topology: watch::Sender::new(0),
             supervisor: tasks.into(),
             shutdown,

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     domain::{Endpoint, Timestamp, WorkerId, text::http_url},
     store::WorkerRecord,
+    telemetry::Seldom,
 };
 
 /// The longest URL, in bytes.
@@ -70,8 +71,8 @@ pub struct Worker {
     refuses_priority: AtomicBool,
     /// Whether its answers say why they ended.
     pub(super) reasons: Mutex<Reasons>,
-    /// When a bad answer was logged last, and how many were not since then.
-    logged: Mutex<(Option<Instant>, u64)>,
+    /// When bad answers were logged.
+    pub(super) bad_answers: Seldom,
 }
 
 /// What a worker has done since it became known.
@@ -158,18 +159,8 @@ impl Worker {
             pushed_back: AtomicU64::new(0),
             refuses_priority: AtomicBool::new(false),
             reasons: Mutex::default(),
-            logged: Mutex::default(),
+            bad_answers: Seldom::every(LOG_PAUSE),
         }
-    }
-
-    /// Whether a bad answer may be logged now; then how many were not logged before it.
-    pub(super) fn may_log(&self, now: Instant) -> Option<u64> {
-        let mut logged = self.logged.lock();
-        if logged.0.is_some_and(|last| now.duration_since(last) < LOG_PAUSE) {
-            logged.1 += 1;
-            return None;
-        }
-        Some(std::mem::replace(&mut *logged, (Some(now), 0)).1)
     }
 
     /// A number for it that is the same on every node and after every restart: what goes there again finds what it left.

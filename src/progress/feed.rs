@@ -100,6 +100,11 @@ impl Feed {
         self.snapshots.receiver_count() > 0
     }
 
+    /// Whether the newest snapshot says that something has ended lately, which is true for some seconds only.
+    pub(super) fn is_moving(&self) -> bool {
+        self.snapshots.borrow().as_ref().is_some_and(|snapshot| snapshot.progress.rates.moving())
+    }
+
     pub(super) fn set_dirty(&self) {
         self.dirty.store(true, Ordering::Release);
     }

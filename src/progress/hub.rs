@@ -20,7 +20,7 @@ use super::{
 use crate::{
     domain::{Batch, BatchId, BatchStatus, Sequence, Timestamp},
     fault,
-    fleet::{Fleet, WorkerView},
+    fleet::{Complaint, Fleet, WorkerState, WorkerView},
     scheduler::Troubles,
     store::{Store, StoreError},
     supervise::Part,
@@ -31,6 +31,11 @@ pub(super) const POLL: Duration = Duration::from_secs(1);
 /// Watched batches that are brought up to date every [`POLL`]; for each further so many it takes a [`POLL`] more, so that ten
 /// thousand of them that wait cost no more a second than one thousand. Those that run are always looked at.
 const REFRESHED: usize = 1_000;
+/// How much longer it takes while no batch has entered a state and no worker has changed: then a waiting batch's place and
+/// reason are the same as before, and this look is for what was missed only.
+const STILL: u32 = 10;
+/// The longest that it takes then.
+const LONGEST_STILL: Duration = Duration::from_secs(60);
 /// Batches that are read for the first time in one go.
 const FIRST_READS: usize = 500;
 /// Batches that nobody watches are read for their speed at most this many a [`POLL`]. More that change meanwhile are passed
@@ -64,13 +69,39 @@ struct Inner {
 }
 
 /// What the hub remembers from one look into the database to the next.
-struct Asked {
+pub(super) struct Asked {
     /// The newest state change.
     sequence: Sequence,
     /// The batches that ran.
     running: HashSet<BatchId>,
-    /// When all watched batches are to be brought up to date.
+    /// What all watched batches were brought up to date with.
+    known: (Sequence, Vec<Standing>),
+    /// When all watched batches may be brought up to date again, and when they are even if nothing seems to have changed.
     refresh_at: Instant,
+    refresh_by: Instant,
+}
+
+impl Asked {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            sequence: Sequence(0),
+            running: HashSet::new(),
+            known: (Sequence(0), Vec::new()),
+            refresh_at: now,
+            refresh_by: now,
+        }
+    }
+}
+
+/// What the reasons of waiting batches say of a worker.
+#[derive(PartialEq)]
+struct Standing {
+    url: String,
+    models: Vec<String>,
+    state: WorkerState,
+    last_error: Option<String>,
+    complaint: Option<Complaint>,
 }
 
 /// What all batches that don't move have in common.
@@ -380,7 +411,7 @@ impl Hub {
     async fn ask(&self) {
         let mut ticks = tokio::time::interval(POLL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut asked = Asked { sequence: Sequence(0), running: HashSet::new(), refresh_at: Instant::now() };
+        let mut asked = Asked::new();
         loop {
             fault::panic_in(Part::Hub);
             ticks.tick().await;
@@ -390,40 +421,52 @@ impl Hub {
         }
     }
 
-    async fn ask_once(&self, asked: &mut Asked) -> Result<(), StoreError> {
-        let feeds: HashMap<BatchId, Arc<Feed>> = {
+    pub(super) async fn ask_once(&self, asked: &mut Asked) -> Result<(), StoreError> {
+        let (watched, moving): (usize, Vec<Arc<Feed>>) = {
             let mut feeds = lock(&self.inner.feeds);
             feeds.retain(|_, feed| feed.is_watched());
-            feeds.clone()
+            (feeds.len(), feeds.values().filter(|feed| feed.is_moving()).cloned().collect())
         };
-        if !feeds.is_empty() {
-            self.refresh(&feeds, asked).await?;
+        let streams = self.inner.states.receiver_count() > 0;
+        // Before everything else: what changes after it is seen at the next look.
+        let newest = match watched > 0 || streams {
+            true => self.inner.store.last_sequence().await?,
+            false => asked.sequence,
+        };
+        if watched > 0 {
+            self.refresh(moving, newest, asked).await?;
         }
         let now = self.inner.started.elapsed();
         lock(&self.inner.windows).retain(|_, window| !window.is_stale(now));
         self.sample_unwatched().await?;
-        if self.inner.states.receiver_count() > 0 {
-            let newest = self.inner.store.last_sequence().await?;
-            if newest != asked.sequence {
-                asked.sequence = newest;
-                self.state_entered();
-            }
+        if streams && newest != asked.sequence {
+            asked.sequence = newest;
+            self.state_entered();
         }
         Ok(())
     }
 
     /// Has the feeds of changed batches read, and brings up to date what changes without a change of the batch: its speed,
-    /// its place in the queue, and what it waits for. Batches that run, or did at the last look, every time; the others as
-    /// often as [`REFRESHED`] says.
-    async fn refresh(&self, feeds: &HashMap<BatchId, Arc<Feed>>, asked: &mut Asked) -> Result<(), StoreError> {
+    /// its place in the queue, and what it waits for. Batches that run or move, did at the last look, or are stuck, every time;
+    /// the others when some batch has entered a state or a worker has changed, as often as [`REFRESHED`] says.
+    async fn refresh(&self, moving: Vec<Arc<Feed>>, newest: Sequence, asked: &mut Asked) -> Result<(), StoreError> {
         let began = Instant::now();
         let running = self.inner.store.running().await?;
-        let all = began >= asked.refresh_at;
-        let ids: Vec<BatchId> = if all {
-            feeds.keys().cloned().collect()
-        } else {
-            running.union(&asked.running).filter(|id| feeds.contains_key(*id)).cloned().collect()
+        let around = self.around(running);
+        let known = (newest, standings(&around.workers));
+        let all = began >= asked.refresh_by || (began >= asked.refresh_at && known != asked.known);
+        let feeds: HashMap<BatchId, Arc<Feed>> = {
+            let feeds = lock(&self.inner.feeds);
+            if all {
+                feeds.clone()
+            } else {
+                let stuck = self.inner.troubles.batches();
+                let lively = around.running.iter().chain(&asked.running).chain(&stuck);
+                let lively = lively.filter_map(|id| feeds.get(id).cloned());
+                lively.chain(moving).map(|feed| (feed.id.clone(), feed)).collect()
+            }
         };
+        let ids: Vec<BatchId> = feeds.keys().cloned().collect();
         let mut revisions: HashMap<_, _> = match ids.as_slice() {
             [] => HashMap::new(),
             some => self.inner.store.revisions(some).await?.into_iter().collect(),
@@ -446,7 +489,6 @@ impl Hub {
             some @ [_, ..] if all => self.inner.store.queue_positions(some).await?,
             _ => HashMap::new(),
         };
-        let around = self.around(running);
         for (feed, snapshot) in unchanged {
             let known = if all { 0 } else { snapshot.progress.queue_position };
             let position = positions.get(&feed.id).copied().unwrap_or(known);
@@ -464,7 +506,10 @@ impl Hub {
         }
         asked.running = around.running;
         if all {
-            asked.refresh_at = began + POLL * u32::try_from(feeds.len() / REFRESHED).unwrap_or(u32::MAX);
+            asked.known = known;
+            let pause = POLL * u32::try_from(feeds.len() / REFRESHED).unwrap_or(u32::MAX);
+            asked.refresh_at = began + pause;
+            asked.refresh_by = began + (pause.max(POLL) * STILL).min(LONGEST_STILL).max(pause);
         }
         Ok(())
     }
@@ -482,8 +527,7 @@ impl Hub {
     /// One look into the database.
     #[cfg(test)]
     pub(super) async fn ask_now(&self) {
-        let mut asked = Asked { sequence: Sequence(0), running: HashSet::new(), refresh_at: Instant::now() };
-        self.ask_once(&mut asked).await.unwrap();
+        self.ask_once(&mut Asked::new()).await.unwrap();
     }
 
     #[cfg(test)]
@@ -500,6 +544,17 @@ impl Hub {
     pub(super) fn feed_count(&self) -> usize {
         lock(&self.inner.feeds).len()
     }
+}
+
+fn standings(workers: &[WorkerView]) -> Vec<Standing> {
+    let standing = |of: &WorkerView| Standing {
+        url: of.url.clone(),
+        models: of.models.clone(),
+        state: of.state,
+        last_error: of.last_error.clone(),
+        complaint: of.complaint.clone(),
+    };
+    workers.iter().map(standing).collect()
 }
 
 /// None of the hub's locks is held across anything that can panic.

@@ -1,6 +1,9 @@
 //! The streams against a real database.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt};
 use tokio_util::{
@@ -8,7 +11,7 @@ use tokio_util::{
     task::TaskTracker,
 };
 
-use super::*;
+use super::{hub::Asked, *};
 use crate::{
     domain::{
         BatchStatus, Endpoint, Epoch, File, FileId, FileKind, LineSet, NewBatch, NodeId, Priority, Scope, SegmentIndex,
@@ -446,6 +449,54 @@ async fn what_a_look_costs_does_not_grow_with_the_batches_that_wait() {
     let few = statements(3).await;
     assert_eq!(statements(60).await, few);
     assert!(few.iter().all(|count| (1..=12).contains(count)), "{few:?}");
+}
+
+#[tokio::test]
+async fn a_look_at_batches_that_wait_costs_next_to_nothing_while_nothing_changes() {
+    /// The statements of the first look of one who watches so many, of each of the next five, of the first after a batch before
+    /// them has ended, and of the one after that.
+    async fn statements(count: usize) -> [u64; 4] {
+        let world = World::new().await;
+        let before_all = world.batch("you").await;
+        let mut batches = Vec::new();
+        for _ in 0..count {
+            batches.push(world.batch("me").await);
+        }
+        let mut all = Box::pin(world.hub.watch_all(Scope::Of("me".into()), Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+        for _ in 0..count {
+            all.next().await.unwrap().unwrap();
+        }
+        let mut asked = Asked::new();
+        let mut look = async || {
+            let before = world.store.statements();
+            world.hub.ask_once(&mut asked).await.unwrap();
+            world.store.statements() - before
+        };
+        let first = look().await;
+        let mut still = HashSet::new();
+        for _ in 0..5 {
+            still.insert(look().await);
+        }
+        assert_eq!(still.len(), 1, "{still:?}");
+        let place = async |at: usize| {
+            let mut one = Box::pin(world.hub.watch(&batches[at], Revision(0), DEFAULT_INTERVAL).await.unwrap());
+            match one.next().await.unwrap().unwrap().kind {
+                EventKind::StateChanged { progress, .. } => progress.unwrap().queue_position,
+                other => panic!("{other:?}"),
+            }
+        };
+        let last = count - 1;
+        assert_eq!(place(last).await, i64::try_from(count).unwrap());
+        world.store.cancel_batch(&before_all, &Scope::All).await.unwrap();
+        let changed = look().await;
+        assert_eq!(place(last).await, i64::try_from(last).unwrap(), "it has moved up at the next look");
+        [first, still.into_iter().next().unwrap(), changed, look().await]
+    }
+    let few = statements(3).await;
+    assert_eq!(statements(60).await, few);
+    let [first, still, changed, after] = few;
+    assert!(still < first && still <= 2, "{few:?}");
+    assert_eq!((changed, after), (first, still), "{few:?}");
 }
 
 #[tokio::test]

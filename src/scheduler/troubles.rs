@@ -77,6 +77,12 @@ impl Troubles {
         ))
     }
 
+    /// The batches that are stuck.
+    #[must_use]
+    pub fn batches(&self) -> Vec<BatchId> {
+        self.notes.lock().by_batch.keys().map(|(batch, _)| batch.clone()).collect()
+    }
+
     /// Notes that a segment is stuck, until what this returns is dropped.
     pub(super) fn stuck(&self, segment: &SegmentRef, on: On, what: &'static str, why: String) -> Stuck {
         let mut notes = self.notes.lock();

@@ -7,6 +7,8 @@
 use sea_orm::{DbErr, RuntimeErr};
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
+use crate::telemetry::seldom;
+
 /// Counter: what the database has refused for good.
 const REJECTIONS: &str = "tidemill_database_rejections_total";
 
@@ -59,7 +61,7 @@ impl From<DbErr> for StoreError {
         }
         metrics::counter!(REJECTIONS).increment(1);
         // Here, because this is where all of them pass; whoever asked says what fails by it.
-        tracing::error!(%error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
+        seldom!(error, %error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
         Self::Rejected(error)
     }
 }

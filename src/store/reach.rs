@@ -15,8 +15,10 @@ use super::{StoreError, opening::in_words};
 const AGAIN: Duration = Duration::from_millis(250);
 /// PostgreSQL ends a transaction whose node says nothing for 5 s: a node that is frozen or cut off in the middle of one
 /// would keep its row locks, and with them every other node's batches, for as long as it is gone. A node whose machine
-/// is gone says no goodbye: it takes 10 s and 3 times 5 s until PostgreSQL notices.
-const SESSION: &str = "SET idle_in_transaction_session_timeout = 5000; SET tcp_keepalives_idle = 10; \
+/// is gone says no goodbye: it takes 10 s and 3 times 5 s until PostgreSQL notices. No query here takes long, but PostgreSQL's
+/// guess at some of them makes it compile them first (`jit`), each time they run: that took 0.7 s of each look for work and of
+/// each look at thousands of waiting batches, which take some milliseconds.
+const SESSION: &str = "SET jit = off; SET idle_in_transaction_session_timeout = 5000; SET tcp_keepalives_idle = 10; \
                        SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3";
 
 /// Without the start-up parameter that the driver sends by itself.

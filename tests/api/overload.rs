@@ -12,14 +12,19 @@ use tidemill::{
     blobs::Blobs,
     domain::Scope,
     pb,
+    sim::{Fault, Sim, SimConfig},
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    task::JoinSet,
+};
 use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::{
     faulty::{Faults, FaultyStore},
-    support::{Server, chunk, expect, get, inline, lines, of_file, spec, upload},
+    support::{CHAT, Server, chunk, expect, get, inline, lines, of_file, spec, upload},
 };
 
 fn limited(limits: CallerLimits) -> ServerOptions {
@@ -159,6 +164,75 @@ async fn one_callers_streams_are_limited_and_not_anothers() {
     assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (429, &"10".parse().unwrap()));
     assert_eq!(get("bob").await.status().as_u16(), 404, "it is not his, but he is not too many");
     following.clear();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
+    let [root, ana, bob] = ["root", "ana", "bob"].map(hash_token);
+    let tokens = Tokens::parse(&format!("root admin {root}\nana submit {ana}\nbob submit {bob}\n")).unwrap();
+    let limits = CallerLimits { infer_calls: 2, ..CallerLimits::default() };
+    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let sim = Sim::new(SimConfig { models: vec!["m".into()], ..SimConfig::default() }).unwrap();
+    tokio::spawn(sim.clone().serve(listener, server.shutdown.clone()));
+    server.workers(Some("root")).await.register_worker(pb::RegisterWorkerRequest { url }).await.unwrap();
+    let (ana, bob) = (server.client_of(Some("ana")).await, server.client_of(Some("bob")).await);
+    let infer = |within: Duration| {
+        let body = r#"{"model":"m","messages":[{"role":"user","content":"x"}]}"#.to_owned().into();
+        let mut request = tonic::Request::new(pb::InferRequest { endpoint: CHAT.into(), body });
+        request.set_timeout(within);
+        request
+    };
+    let (long, short) = (Duration::from_secs(600), Duration::from_millis(300));
+    let ready = async { while bob.clone().infer(infer(long)).await.is_err() {} };
+    tokio::time::timeout(Duration::from_secs(30), ready).await.expect("the worker is found");
+    // The worker has one place, and never gives it back: one call runs, the next wait.
+    sim.faults().always(Some(Fault::Hang));
+    let mut calls = JoinSet::new();
+    for _ in 0..3 {
+        let mut ana = ana.clone();
+        calls.spawn(async move { ana.infer(infer(long)).await.map(|_| ()) });
+    }
+    let refused = calls.join_next().await.unwrap().unwrap().unwrap_err();
+    assert!(refused.get_details_retry_info().is_some(), "{refused:?}");
+    assert!(refused.message().contains("--limit-infer-calls"), "{refused:?}");
+    expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_INFER_CALLS");
+    let bobs = bob.clone().infer(infer(short)).await.unwrap_err();
+    assert_eq!(bobs.code(), Code::DeadlineExceeded, "his waits its turn: {bobs:?}");
+    assert_eq!(calls.len(), 2, "ana's others are not touched");
+    // Whoever hangs up has his place back.
+    calls.shutdown().await;
+    let again = async {
+        while ana.clone().infer(infer(short)).await.unwrap_err().code() == Code::ResourceExhausted {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), again).await.expect("a place comes back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_has_a_longest_time_however_fast_it_comes() {
+    assert_eq!(CallerLimits::default().longest_upload, Duration::from_secs(24 * 60 * 60));
+    let limits =
+        CallerLimits { longest_upload: Duration::from_secs(2), concurrent_uploads: 1, ..CallerLimits::default() };
+    let server = Server::with(limited(limits)).await;
+    let mut client = server.client().await;
+    // 80 KiB/s, without an end.
+    let pieces = stream::iter(0..).then(async |at: u64| {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let padding = "x".repeat(4_096);
+        chunk(format!(
+            "{{\"custom_id\":\"c{at}\",\"method\":\"POST\",\"url\":\"{CHAT}\",\"body\":{{\"model\":\"m\",\"user\":\"{padding}\"}}}}\n"
+        ))
+    });
+    let messages = stream::iter([spec(pb::FileSpec::default())]).chain(pieces);
+    let upload_for_ever = tokio::time::timeout(Duration::from_secs(60), client.upload_file(messages));
+    expect(upload_for_ever.await.expect("it is ended"), Code::DeadlineExceeded, "UPLOAD_TOO_LONG");
+    let files = client.list_files(pb::ListFilesRequest::default()).await.unwrap().into_inner().files;
+    assert!(files.is_empty(), "nothing is left of it");
+    let next = upload(&mut client, lines(3)).await;
+    assert_eq!(next.line_count, 3, "its place is free");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -51,6 +51,21 @@ async fn idle_connections_beyond_the_descriptors_cost_nothing_and_keep_nobody_ou
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_who_is_refused_again_and_again_does_not_fill_the_log() {
+    let server = Server::start(&[]).await;
+    let client = reqwest::Client::new();
+    for at in 0..300 {
+        let request = client.get(format!("http://{}/healthz", server.address())).header("host", format!("evil{at}.example"));
+        assert_eq!(request.send().await.unwrap().status().as_u16(), 421);
+        let page = client.post(format!("http://{}/x", server.address())).header("origin", "https://evil.example");
+        assert_eq!(page.send().await.unwrap().status().as_u16(), 403);
+    }
+    let log = server.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("evil")).collect();
+    assert!((1..=2).contains(&lines.len()), "one a minute: {} lines, first {}", lines.len(), lines[0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_machine_without_ca_certificates_can_run_a_server() {
     let nothing = [("SSL_CERT_FILE", "/nonexistent/ca.pem"), ("SSL_CERT_DIR", "/nonexistent")];
     let nothing = nothing.map(|(name, value)| (name.to_owned(), value.to_owned()));

@@ -5,12 +5,15 @@ use std::time::Duration;
 use futures::StreamExt;
 use tidemill::{
     delivery::RetryError,
-    domain::{DeadLetterId, Owner, Scope, webhook::DeliveryState},
+    domain::{
+        DeadLetterId, Owner, Scope,
+        webhook::{DeliveryState, WebhookTarget},
+    },
     store::{DeadLetter, DeadLetterFilter, DeletedDeadLetter, RetryJobState},
 };
 
 use crate::{
-    fixture::{CANARY, Db, Running, eventually, settled, signed},
+    fixture::{CANARY, Db, Running, eventually, settled, signed, target},
     receiver::{Gate, Receiver, Reply},
 };
 
@@ -22,6 +25,7 @@ crate::on_both!(
     a_retry_that_was_cut_off_can_be_retried,
     a_job_retries_what_matches_and_counts,
     a_job_goes_on_where_it_was_cut_off,
+    jobs_of_owners_whose_receivers_hang_hold_up_nobody,
 );
 
 /// The dead letter of a batch whose receiver answered `500` as long as it was asked.
@@ -175,10 +179,10 @@ async fn a_job_goes_on_where_it_was_cut_off(db: Db) {
     let webhooks = db.webhooks();
     let job = webhooks.retry_all(&Owner::nobody(), DeadLetterFilter::within(Scope::All)).await.unwrap();
     // A runner took it, sent the first and was gone.
-    let claimed = db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().unwrap();
+    let claimed = db.store.claim_retry_job(Duration::from_secs(60), &[]).await.unwrap().unwrap();
     assert_eq!(claimed.job.id, job.id);
     assert!(webhooks.retry(ids[0].clone(), Scope::All, false, Some(job.id.to_string())).await.unwrap().success);
-    assert!(db.store.claim_retry_job(Duration::from_secs(60)).await.unwrap().is_none());
+    assert!(db.store.claim_retry_job(Duration::from_secs(60), &[]).await.unwrap().is_none());
     db.execute("UPDATE webhook_retry_jobs SET lease_expires_at = 1").await;
     let running = db.start();
     let done = eventually("done", || async {
@@ -187,5 +191,63 @@ async fn a_job_goes_on_where_it_was_cut_off(db: Db) {
     .await;
     assert_eq!((done.succeeded, done.failed, done.skipped), (3, 0, 0));
     assert_eq!(receiver.requests().len(), 9 + 3, "none twice");
+    running.stop().await;
+}
+
+/// Six owners' jobs go to receivers that hang: more jobs than a node runs at a time, each longer than its turn. A seventh owner's is
+/// done all the same, before they are, and nothing of theirs is lost.
+async fn jobs_of_owners_whose_receivers_hang_hold_up_nobody(db: Db) {
+    const LETTERS: usize = 16;
+    let running = db.start();
+    let hangs = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (is_hanging, gate) = (hangs.clone(), Gate::closed());
+    let held = gate.reply(200);
+    let receiver = Receiver::start(move |_, request| {
+        if !is_hanging.load(std::sync::atomic::Ordering::SeqCst) {
+            Reply::Status(500)
+        } else if request.path.starts_with("/good") {
+            Reply::Status(200)
+        } else {
+            held.clone()
+        }
+    })
+    .await;
+    let owners = ["a", "b", "c", "d", "e", "f", "good"];
+    let mut batches = Vec::new();
+    for owner in owners {
+        for at in 0..LETTERS {
+            // Longer than a turn.
+            let timeout = Duration::from_secs(8);
+            let webhook = WebhookTarget { timeout, ..target(receiver.url(&format!("/{owner}/{at}"))) };
+            let batch = db.batch_of(owner, Some(webhook), None).await;
+            db.complete(&batch.id).await;
+            batches.push(batch.id);
+        }
+    }
+    for id in &batches {
+        settled(&db, id).await;
+    }
+    assert_eq!(db.dead_letters().await.len(), owners.len() * LETTERS);
+    let before = receiver.requests().len();
+    hangs.store(true, std::sync::atomic::Ordering::SeqCst);
+    let mut jobs = Vec::new();
+    for owner in owners {
+        let filter = DeadLetterFilter::within(Scope::Of(owner.into()));
+        jobs.push(running.webhooks.retry_all(&owner.into(), filter).await.unwrap());
+    }
+    let ended = async |id| db.store.retry_job(id, &Scope::All).await.unwrap().filter(|job| job.state == RetryJobState::Done);
+    let good = jobs.pop().unwrap();
+    let done = eventually("the seventh is done", || ended(&good.id)).await;
+    assert_eq!(done.succeeded, i64::try_from(LETTERS).unwrap(), "{done:?}");
+    let first = |request: &&crate::receiver::Request| ["/a/", "/b/", "/c/", "/d/"].iter().any(|one| request.path.starts_with(one));
+    let sent = receiver.requests()[before..].iter().filter(first).count();
+    // Eight at a time: a turn each, and of two of them another one that began beside the seventh's. Without turns three of the
+    // four are done before it begins.
+    assert!(sent <= 48, "the first four went on for longer than a turn: {sent} of 64");
+    gate.open();
+    for job in &jobs {
+        let done = eventually("the others go on", || ended(&job.id)).await;
+        assert_eq!(done.succeeded + done.failed, i64::try_from(LETTERS).unwrap(), "{done:?}");
+    }
     running.stop().await;
 }

@@ -39,7 +39,7 @@ use self::{
     connection::Arrival,
     crowd::{Crowd, Id},
 };
-use crate::access::Peer;
+use crate::{access::Peer, telemetry::Seldom};
 
 /// Connections that are open.
 const CONNECTIONS: &str = "tidemill_connections";
@@ -144,7 +144,7 @@ impl Listener {
 
     /// Takes connections until `stop`. Then no more are taken, and those that are open are asked to end.
     pub(super) async fn run(self: &Arc<Self>, listener: TcpListener, stop: CancellationToken) {
-        let (mut pause, mut said) = (PAUSE, None);
+        let (mut pause, said) = (PAUSE, Seldom::every(QUIET));
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -154,7 +154,7 @@ impl Listener {
             match accepted {
                 Ok((tcp, from)) => {
                     pause = PAUSE;
-                    if self.take(tcp, from, &mut said) {
+                    if self.take(tcp, from, &said) {
                         // One that gave way ends in a task of its own: its descriptor is free before the next is taken.
                         tokio::task::yield_now().await;
                     }
@@ -164,9 +164,10 @@ impl Listener {
                 }
                 Err(error) => {
                     metrics::counter!(ACCEPT_ERRORS).increment(1);
-                    if is_time(&mut said) {
+                    if let Some(unlogged) = said.may() {
                         tracing::warn!(
                             %error,
+                            unlogged,
                             connections = self.open.lock().crowd.len(),
                             "no connection can be taken: idle ones are closed; raise the limit of open files (ulimit -n, \
                              LimitNOFILE=) or lower --max-connections"
@@ -202,7 +203,7 @@ impl Listener {
     }
 
     /// Serves a new connection, if it finds a place. Returns whether another had to give way.
-    fn take(self: &Arc<Self>, tcp: TcpStream, from: SocketAddr, said: &mut Option<Instant>) -> bool {
+    fn take(self: &Arc<Self>, tcp: TcpStream, from: SocketAddr, said: &Seldom) -> bool {
         // Best effort: without it small responses come later.
         let _ = tcp.set_nodelay(true);
         let peer = Peer::of(from.ip());
@@ -220,9 +221,10 @@ impl Listener {
         };
         let arrival = arrival.or_else(|| self.guest());
         let full = gave_way || !matches!(arrival, Some(Arrival::Place(..)));
-        if full && is_time(said) {
+        if full && let Some(unlogged) = said.may() {
             tracing::warn!(
                 %peer,
+                unlogged,
                 limit = self.most,
                 "as many connections are open as may be: idle ones are closed for new ones; see --max-connections"
             );
@@ -269,12 +271,3 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted | TimedOut)
 }
 
-/// Whether nothing was said of it for a while.
-fn is_time(said: &mut Option<Instant>) -> bool {
-    let now = Instant::now();
-    let time = said.is_none_or(|said| now >= said + QUIET);
-    if time {
-        *said = Some(now);
-    }
-    time
-}

@@ -175,15 +175,15 @@ impl Store {
         self.retry_job(id, scope).await
     }
 
-    /// Takes the oldest job that nobody runs.
+    /// Takes the oldest job that nobody runs, but none of these owners'.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn claim_retry_job(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
-        again(|| self.claim_retry_job_once(lease)).await
+    pub async fn claim_retry_job(&self, lease: Duration, but: &[Owner]) -> Result<Option<ClaimedJob>, StoreError> {
+        again(|| self.claim_retry_job_once(lease, but)).await
     }
 
-    async fn claim_retry_job_once(&self, lease: Duration) -> Result<Option<ClaimedJob>, StoreError> {
+    async fn claim_retry_job_once(&self, lease: Duration, but: &[Owner]) -> Result<Option<ClaimedJob>, StoreError> {
         // One that ends later than a whole lease from now was taken before the database's clock was set back.
         let free = |at: Timestamp| {
             Condition::any()
@@ -195,6 +195,7 @@ impl Store {
             webhook_retry_job::Entity::find()
                 .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()))
                 .filter(free(at))
+                .filter(webhook_retry_job::Column::Owner.is_not_in(but.iter().map(Owner::as_str)))
                 .order_by_asc(webhook_retry_job::Column::Id)
                 .limit(1)
         };
