@@ -462,7 +462,8 @@ async fn a_look_at_batches_that_wait_costs_next_to_nothing_while_nothing_changes
         for _ in 0..count {
             batches.push(world.batch("me").await);
         }
-        let mut all = Box::pin(world.hub.watch_all(Scope::Of("me".into()), Sequence(0), DEFAULT_INTERVAL).await.unwrap());
+        let mut all =
+            Box::pin(world.hub.watch_all(Scope::Of("me".into()), Sequence(0), DEFAULT_INTERVAL).await.unwrap());
         for _ in 0..count {
             all.next().await.unwrap().unwrap();
         }

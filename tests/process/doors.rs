@@ -55,7 +55,8 @@ async fn a_stranger_who_is_refused_again_and_again_does_not_fill_the_log() {
     let server = Server::start(&[]).await;
     let client = reqwest::Client::new();
     for at in 0..300 {
-        let request = client.get(format!("http://{}/healthz", server.address())).header("host", format!("evil{at}.example"));
+        let request =
+            client.get(format!("http://{}/healthz", server.address())).header("host", format!("evil{at}.example"));
         assert_eq!(request.send().await.unwrap().status().as_u16(), 421);
         let page = client.post(format!("http://{}/x", server.address())).header("origin", "https://evil.example");
         assert_eq!(page.send().await.unwrap().status().as_u16(), 403);

@@ -235,11 +235,14 @@ async fn jobs_of_owners_whose_receivers_hang_hold_up_nobody(db: Db) {
         let filter = DeadLetterFilter::within(Scope::Of(owner.into()));
         jobs.push(running.webhooks.retry_all(&owner.into(), filter).await.unwrap());
     }
-    let ended = async |id| db.store.retry_job(id, &Scope::All).await.unwrap().filter(|job| job.state == RetryJobState::Done);
+    let ended =
+        async |id| db.store.retry_job(id, &Scope::All).await.unwrap().filter(|job| job.state == RetryJobState::Done);
     let good = jobs.pop().unwrap();
     let done = eventually("the seventh is done", || ended(&good.id)).await;
     assert_eq!(done.succeeded, i64::try_from(LETTERS).unwrap(), "{done:?}");
-    let first = |request: &&crate::receiver::Request| ["/a/", "/b/", "/c/", "/d/"].iter().any(|one| request.path.starts_with(one));
+    let first = |request: &&crate::receiver::Request| {
+        ["/a/", "/b/", "/c/", "/d/"].iter().any(|one| request.path.starts_with(one))
+    };
     let sent = receiver.requests()[before..].iter().filter(first).count();
     // Eight at a time: a turn each, and of two of them another one that began beside the seventh's. Without turns three of the
     // four are done before it begins.
