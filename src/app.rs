@@ -36,7 +36,7 @@ use crate::{
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
     store::{Store, StoreError},
     supervise::{Died, Part, Supervisor},
-    telemetry,
+    telemetry, words,
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -55,16 +55,16 @@ const BACKGROUND: Duration = Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// The address is taken, or not this machine's.
-    #[error("can't listen on {0}: {1}")]
+    #[error("can't listen on {}: {}", .0, words::file(.1))]
     Listen(SocketAddr, #[source] io::Error),
     /// The data directory can't be made or written.
-    #[error("data directory {0}: {1}")]
+    #[error("data directory {}: {}", .0.display(), words::file(.1))]
     DataDir(PathBuf, #[source] io::Error),
     /// Another server has it.
     #[error("data directory {0} is in use by another tidemill: stop that one, or give this one its own --data-dir")]
     InUse(PathBuf),
     /// The tokens file can't be read.
-    #[error("tokens file {0}: {1}")]
+    #[error("tokens file {}: {}", .0.display(), words::file(.1))]
     ReadTokens(PathBuf, #[source] io::Error),
     /// The tokens file is not in order.
     #[error("tokens file {0}: {1}")]
@@ -85,7 +85,7 @@ pub enum AppError {
     #[error("the master key: {0}")]
     MasterKey(#[source] BadMasterKey),
     /// The master key's file can't be read.
-    #[error("master key file {0}: {1}")]
+    #[error("master key file {}: {}", .0.display(), words::file(.1))]
     ReadMasterKey(PathBuf, #[source] io::Error),
     /// The webhooks' HTTP client.
     #[error("webhooks: {0}")]

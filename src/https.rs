@@ -13,6 +13,8 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
+use crate::words::{self, Peer};
+
 const NO_AUTHORITIES: &str = "this machine has no CA certificates to check others' certificates with: install them \
                               (ca-certificates), or name a file of them in SSL_CERT_FILE";
 
@@ -24,16 +26,9 @@ pub fn client(configure: impl Fn(ClientBuilder) -> ClientBuilder) -> Result<Clie
     configure(Client::builder()).build().or_else(|error| {
         let trusting_nobody = trusting_nobody(CryptoProvider::get_default().cloned());
         let client = configure(Client::builder()).tls_backend_preconfigured(trusting_nobody).build()?;
-        tracing::warn!(cause = %innermost(&error), "https:// can't be called: {NO_AUTHORITIES}");
+        tracing::warn!(cause = %words::cause(Peer::Worker, &error), "https:// can't be called: {NO_AUTHORITIES}");
         Ok(client)
     })
-}
-
-fn innermost(mut error: &dyn std::error::Error) -> String {
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }
 
 fn trusting_nobody(provider: Option<Arc<CryptoProvider>>) -> ClientConfig {

@@ -13,7 +13,11 @@ fn main() -> ExitCode {
             if error.use_stderr() && cli::asks_for_json(&args) {
                 say(&cli::json_line(error.to_string().trim_end()));
             } else {
-                let _ = error.print();
+                let printed = error.print();
+                let is_full = printed.is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe);
+                if is_full && !error.use_stderr() {
+                    return ExitCode::FAILURE;
+                }
             }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }

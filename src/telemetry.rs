@@ -15,7 +15,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt, prelude::*, registry};
 
 pub(crate) use seldom::{Seldom, seldom};
-pub use series::{Gauge, Series};
+pub use series::{Family, Series};
 
 use crate::config::LogFormat;
 
@@ -29,10 +29,13 @@ const COUNTS: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4
 /// How often observations that nobody scrapes are folded into their buckets, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
+/// A library that checks certificates.
+const VERIFIER: &str = "rustls_platform_verifier";
+
 /// The Prometheus text format's content type.
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The gauges of workers, which come and go.
+/// The metrics of workers, which come and go.
 pub static WORKERS: Series = Series::new("worker");
 
 static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
@@ -42,7 +45,11 @@ static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 /// # Errors
 /// The filter can't be parsed.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
-    let filter = EnvFilter::try_new(filter)?;
+    let mut levels = EnvFilter::try_new(filter)?;
+    // Says each failed handshake as an error; whoever tried it says it in words, and not every second.
+    if !filter.contains(VERIFIER) {
+        levels = levels.add_directive(format!("{VERIFIER}=off").parse()?);
+    }
     // Files and journals get no escape codes; nor do people who ask for none (https://no-color.org).
     let colours = stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     // Whoever read the log may be gone: what can't be logged is dropped, as the layers' own complaint of it would panic.
@@ -53,7 +60,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
         }
     };
     // A subscriber that is already there, such as a test's, stays.
-    let _ = registry().with(filter).with(text).with(json).try_init();
+    let _ = registry().with(levels).with(text).with(json).try_init();
     install_tls_provider();
     metrics();
     Ok(())

@@ -114,7 +114,12 @@ pub fn file(error: &io::Error) -> String {
         K::ReadOnlyFilesystem => "the file system is read-only",
         K::PermissionDenied => "permission denied",
         K::NotFound => "No such file or directory",
-        _ => return plain(&text),
+        K::NotADirectory => "it is not a directory",
+        K::AddrInUse => "another program listens there already: stop it, or choose another port",
+        K::AddrNotAvailable => "this machine has no such address",
+        K::InvalidData if text.contains("valid UTF-8") => "it is not UTF-8 text",
+        // The system's number says nothing to people.
+        _ => return plain(text.split(" (os error").next().unwrap_or(&text)),
     };
     words.to_owned()
 }
@@ -185,6 +190,12 @@ fn certificate(peer: Peer, bad: &CertificateError) -> String {
     match bad {
         CertificateError::UnknownIssuer | CertificateError::UnknownRevocationStatus => format!(
             "its certificate is self-signed or signed by an authority that is not trusted here: {}",
+            peer.trust()
+        ),
+        // Another key than that of the authority which is trusted by this name: most often somebody has made it anew.
+        CertificateError::BadSignature => format!(
+            "its certificate is signed by another authority than the trusted one of the same name; was the authority made \
+             anew? Then {}",
             peer.trust()
         ),
         // Some servers present the authority's own certificate, as `openssl req -x509` makes it.
@@ -269,7 +280,7 @@ fn http1(error: &hyper::Error) -> Option<String> {
     let words = if error.is_incomplete_message() {
         "the connection was closed before the whole answer came"
     } else if error.is_parse() {
-        "what it answers is not HTTP"
+        "what it answers is not HTTP: does it speak https:// on that port, or another protocol?"
     } else if error.is_timeout() {
         "timed out"
     } else if error.is_canceled() || error.is_closed() {

@@ -137,13 +137,13 @@ pub(super) fn event(of: Event, caller: &Caller, webhooks: &Webhooks) -> pb::Batc
     }
 }
 
-/// A result, if it fits into a message.
-pub(super) fn result(of: ResultLine) -> Result<pb::BatchResult, Status> {
+/// A result, if it fits into a message of so many bytes.
+pub(super) fn result(of: ResultLine, most: usize) -> Result<pb::BatchResult, Status> {
     let cursor = of.cursor.to_string();
-    if of.line.len() > super::MESSAGE_LIMIT - 4_096 {
+    if of.line.len() > most - 4_096 {
         let message = format!(
-            "the result of line {} is {} bytes long, more than a message can carry: take it from the output file, and go on \
-             after the cursor in this error's details",
+            "the result of line {} is {} bytes long, more than a message of {most} bytes can carry: ask with a larger \
+             max_message_bytes, or take it from the output file and go on after the cursor in this error's details",
             of.line_number,
             of.line.len()
         );

@@ -37,13 +37,23 @@ pub use gate::TraceId;
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
 use crate::{
-    blobs::Blobs, delivery::Webhooks, fleet::Fleet, ingest::Ingest, progress::Hub, results::Reader, scheduler::Stages,
+    blobs::Blobs,
+    delivery::Webhooks,
+    fleet::{Fleet, MAX_ANSWER},
+    ingest::Ingest,
+    progress::Hub,
+    results::Reader,
+    scheduler::Stages,
     store::Store,
 };
 
 /// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an
 /// answer that does not fit is refused with a reason.
 pub const MESSAGE_LIMIT: usize = 4 * 1024 * 1024;
+
+/// The most bytes of a message for a client that says that it takes so many: more than the largest result line, which holds a
+/// worker's largest answer.
+pub const LONGEST_MESSAGE: usize = MAX_ANSWER + 16 * 1024 * 1024;
 
 /// What the services call. Cheap to clone.
 #[derive(Clone)]

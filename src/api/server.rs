@@ -10,7 +10,7 @@ use tonic_health::{ServingStatus, pb::health_server::HealthServer, server::Healt
 use tonic_web::GrpcWebLayer;
 
 use super::{
-    MESSAGE_LIMIT, Services,
+    LONGEST_MESSAGE, MESSAGE_LIMIT, Services,
     gate::{self, Gate},
     health::{self, Healthy},
     hosts::{self, Hosts},
@@ -26,6 +26,7 @@ use crate::pb::{
     self, batch_service_server::BatchServiceServer, webhook_admin_server::WebhookAdminServer,
     worker_admin_server::WorkerAdminServer,
 };
+use crate::words;
 
 /// How long connections that were cut have to notice.
 const CUT: Duration = Duration::from_secs(1);
@@ -96,7 +97,7 @@ impl ServerOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// A TLS file can't be read.
-    #[error("can't read {}: {source}", path.display())]
+    #[error("can't read {}: {}", path.display(), words::file(source))]
     TlsFile {
         /// Which.
         path: PathBuf,
@@ -193,7 +194,8 @@ fn routes(
     let mut grpc = Routes::new(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())));
     if options.rpcs {
         grpc = grpc
-            .add_service(sized!(BatchServiceServer::new(batches)))
+            // Results as long as the client wants them; all else is cut or refused before it is sent.
+            .add_service(sized!(BatchServiceServer::new(batches)).max_encoding_message_size(LONGEST_MESSAGE))
             .add_service(sized!(WorkerAdminServer::new(workers)))
             .add_service(sized!(WebhookAdminServer::new(hooks)));
     }

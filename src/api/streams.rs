@@ -4,6 +4,7 @@ use futures::{StreamExt, stream::BoxStream};
 use tonic::{Code, Status};
 
 use super::{
+    LONGEST_MESSAGE, MESSAGE_LIMIT,
     convert,
     service::Api,
     status::{self, error, shutting_down},
@@ -66,6 +67,7 @@ impl Api {
         if self.shutdown.is_cancelled() {
             return Err(shutting_down());
         }
+        let most = usize::try_from(request.max_message_bytes).unwrap_or(0).clamp(MESSAGE_LIMIT, LONGEST_MESSAGE);
         let lines = self.services.reader.results(&id, cursor, request.follow).await.map_err(status::read)?;
         let shutdown = self.shutdown.clone();
         let lines = async_stream::try_stream! {
@@ -75,7 +77,7 @@ impl Api {
                     biased;
                     // The client resumes by the cursor of the last line that it got.
                     () = shutdown.cancelled() => Some(Err(shutting_down())),
-                    line = lines.next() => line.map(|line| line.map_err(status::read).and_then(convert::result)),
+                    line = lines.next() => line.map(|line| line.map_err(status::read).and_then(|line| convert::result(line, most))),
                 };
                 let Some(line) = line else { break };
                 yield line?;

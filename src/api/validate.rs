@@ -12,6 +12,7 @@ use crate::{
     domain::{
         BatchId, BatchStatus, Endpoint, FileId, Priority, WorkerId,
         batch::{DEFAULT_WINDOW, WINDOW_RANGE},
+        request_line,
         text::{is_plain, is_storable},
     },
     ingest::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest},
@@ -307,7 +308,9 @@ pub(super) fn infer(of: pb::InferRequest) -> Result<(Endpoint, String, Bytes), S
             body.model.clone().into_owned()
         }
         Err(error) => {
-            wrong.add("body", format!("must be a JSON object with a string \"model\": {error}"));
+            // As a line's body is refused; what only this reader minds (a model twice) in the reader's words.
+            let why = request_line::model_of(&of.body).err().map_or_else(|| error.to_string(), |why| why.to_string());
+            wrong.add("body", format!("must be a JSON object with a string \"model\": {why}"));
             String::new()
         }
     };

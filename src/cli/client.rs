@@ -16,8 +16,8 @@ use super::{
     meter,
 };
 use crate::{
+    api::LONGEST_MESSAGE,
     config::{Secret, SecretParser, parse_key},
-    fleet::MAX_ANSWER,
     pb::{
         batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
         worker_admin_client::WorkerAdminClient,
@@ -25,9 +25,6 @@ use crate::{
     words::{self, Peer},
 };
 
-/// More than the largest result line, which holds a worker's largest answer, and than the largest page of batches with full
-/// metadata.
-const MAX_MESSAGE: usize = MAX_ANSWER + 16 * 1024 * 1024;
 /// Room for a status with 100 bad lines in its trailers; the transport's own default is 16 KiB.
 const MAX_HEADERS: u32 = 1024 * 1024;
 /// Room for a fast download; the transport's own default is 64 KiB.
@@ -191,19 +188,19 @@ impl Client {
     /// Files and batches.
     #[must_use]
     pub fn batches(&self) -> BatchServiceClient<Connection> {
-        BatchServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+        BatchServiceClient::new(self.channel.clone()).max_decoding_message_size(LONGEST_MESSAGE)
     }
 
     /// Webhooks.
     #[must_use]
     pub fn webhooks(&self) -> WebhookAdminClient<Connection> {
-        WebhookAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+        WebhookAdminClient::new(self.channel.clone()).max_decoding_message_size(LONGEST_MESSAGE)
     }
 
     /// Workers.
     #[must_use]
     pub fn workers(&self) -> WorkerAdminClient<Connection> {
-        WorkerAdminClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+        WorkerAdminClient::new(self.channel.clone()).max_decoding_message_size(LONGEST_MESSAGE)
     }
 }
 

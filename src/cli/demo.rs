@@ -17,7 +17,9 @@ use uuid::Uuid;
 
 use super::{
     client::{Client, ClientArgs, retry},
-    infer, out,
+    infer, interrupt,
+    meter::note,
+    out,
     signals::on_signal,
     upload::Upload,
     watch,
@@ -70,7 +72,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let client = ClientArgs::of(url.clone()).client()?;
     let shown = tokio::select! {
         shown = show(&client, folder.path(), &worker.model, args.requests, &mut receiver) => shown,
-        () = interrupted.cancelled() => Ok(1),
+        () = interrupted.cancelled() => Ok(interrupt::EXIT_CODE),
     };
     if shown.is_ok() && args.keep && !interrupted.is_cancelled() {
         out::line(keep_text(&url))?;
@@ -81,6 +83,9 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     worker.stop().await?;
     folder.close().context("temporary directory")?;
     let code = shown?;
+    if code == interrupt::EXIT_CODE {
+        note("the demo was interrupted: its server, its batch and its files are gone");
+    }
     if !args.keep && !interrupted.is_cancelled() {
         out::line(NEXT)?;
     }

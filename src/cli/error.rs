@@ -5,6 +5,7 @@ use std::{error::Error, fmt::Write as _, io, time::Duration};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
+use super::printable::escaped;
 use crate::words::{self, Peer};
 
 /// What `error:` is followed by. None: the reader of our output went away, as `| head` does, which is no error.
@@ -19,7 +20,12 @@ pub fn report(error: &anyhow::Error) -> Option<String> {
     let mut text = String::new();
     for (depth, cause) in error.chain().enumerate() {
         let status = cause.downcast_ref::<Status>();
-        let line = status.map_or_else(|| cause.to_string(), describe);
+        let line = match (status, cause.downcast_ref::<io::Error>()) {
+            (Some(status), _) => describe(status),
+            // What it wraps says it itself, further down.
+            (None, Some(file)) if file.get_ref().is_none() => words::file(file),
+            (None, _) => cause.to_string(),
+        };
         if depth == 0 {
             text.push_str(&line);
         } else if !text.contains(&line) {
@@ -30,7 +36,7 @@ pub fn report(error: &anyhow::Error) -> Option<String> {
             break;
         }
     }
-    Some(text)
+    Some(escaped(&text).into_owned())
 }
 
 /// A status with its reason, its violations and what to do next.
@@ -282,6 +288,18 @@ mod tests {
             let text = report(&Status::new(code, message).into()).unwrap();
             assert!(text.contains(words), "{message}\n{text}");
             assert!(!text.contains("protocol error") && !text.contains("grpc-status"), "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn an_error_holds_any_text(text in super::super::printable::tests::text(), code in 1..17_i32) {
+            let mut details = ErrorDetails::with_error_info(&text, &text, HashMap::new());
+            details.add_bad_request_violation(&text, &text);
+            details.add_precondition_failure_violation(&text, &text, &text);
+            let status = Status::with_error_details(Code::from(code), &text, details);
+            let shown = report(&Err::<(), _>(status).context(text).unwrap_err()).unwrap();
+            proptest::prop_assert!(!shown.chars().any(|char| char.is_control() && char != '\n' && char != '\t'));
         }
     }
 

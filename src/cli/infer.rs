@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{
     client::{Client, patiently},
     json as render,
-    meter::note,
+    meter::{self, note},
     out,
 };
 use crate::pb;
@@ -55,7 +55,7 @@ pub async fn run(args: InferArgs, client: &Client) -> anyhow::Result<u8> {
     } else {
         let text = String::from_utf8_lossy(&answer.body);
         let content = content(&answer.body).filter(|_| plain && succeeded);
-        out::line(content.as_deref().unwrap_or(&text))?;
+        out::data(content.as_deref().unwrap_or(&text))?;
         if !succeeded {
             note(&format!("the worker answered with status {}", answer.status_code));
         }
@@ -66,6 +66,7 @@ pub async fn run(args: InferArgs, client: &Client) -> anyhow::Result<u8> {
 fn read_body(body: &str) -> anyhow::Result<Vec<u8>> {
     match (body, body.strip_prefix('@')) {
         ("-", _) => {
+            meter::note_terminal();
             let mut bytes = Vec::new();
             std::io::stdin().read_to_end(&mut bytes).context("stdin")?;
             Ok(bytes)

@@ -8,11 +8,16 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
-use super::{json, out};
+use super::{
+    json, out,
+    printable::{escaped, one_line},
+};
 use crate::pb;
 
 /// The shortest time between two plain lines of the same state.
 const PLAIN: Duration = Duration::from_secs(3);
+/// The name of the state in front, then the bar; the message takes what is left of the line.
+const REQUESTS: &str = "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}";
 /// Redraws per second.
 const REDRAWS: u8 = 10;
 
@@ -79,7 +84,7 @@ impl View {
         if let Some(eta) = json::duration(self.progress.eta.as_ref()).filter(|_| running) {
             parts.push(format!("eta {}", out::span(eta)));
         }
-        parts.join(", ")
+        one_line(parts.join(", "))
     }
 
     fn plain(&self) -> String {
@@ -130,10 +135,7 @@ impl Meter {
         match (json, io::stderr().is_terminal()) {
             (true, _) => Self::Silent,
             (false, false) => Self::Plain(Plain::default()),
-            (false, true) => {
-                // The name of the state in front, then the bar; the message takes what is left of the line.
-                Self::Bar(bar(0, "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}"))
-            }
+            (false, true) => Self::Bar(bar(0, REQUESTS)),
         }
     }
 
@@ -191,14 +193,95 @@ fn bar(total: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// A line on stderr. If stderr is gone, nobody is left to be told.
+/// A line on stderr, in which nothing commands a terminal. If stderr is gone, nobody is left to be told.
 pub fn note(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = writeln!(io::stderr(), "{}", escaped(text));
+}
+
+/// Says that stdin is read, where that is a terminal on which nothing would happen.
+pub fn note_terminal() {
+    if io::stdin().is_terminal() {
+        note("reading from the terminal: Ctrl-D on a line of its own ends it");
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    use indicatif::TermLike;
+    use proptest::prelude::*;
+
+    use super::{super::printable::tests::text as texts, *};
+
+    /// A terminal that remembers what it was told to write.
+    #[derive(Clone, Debug, Default)]
+    struct Screen(Arc<Mutex<String>>);
+
+    impl TermLike for Screen {
+        fn width(&self) -> u16 {
+            80
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    proptest! {
+        /// A waiting reason names models and holds what workers say.
+        #[test]
+        fn progress_holds_any_text(reason in texts(), status in 0..9_i32, numbers in any::<[i64; 4]>(), rate in any::<f64>()) {
+            let view = View {
+                status,
+                counts: pb::RequestCounts { total: numbers[0], completed: numbers[1], failed: numbers[2] },
+                progress: pb::BatchProgress {
+                    waiting_reason: reason,
+                    requests_per_second: rate,
+                    output_tokens_per_second: -rate,
+                    eta: Some(prost_types::Duration { seconds: numbers[3], nanos: 0 }),
+                    ..pb::BatchProgress::default()
+                },
+            };
+            let line = view.plain();
+            prop_assert!(!line.chars().any(char::is_control), "{line}");
+            let screen = Screen::default();
+            let bar = bar(0, REQUESTS);
+            bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(screen.clone())));
+            Meter::Bar(bar).show(&view);
+            let drawn = screen.0.lock().unwrap().clone();
+            prop_assert!(drawn.contains('/') && !drawn.chars().any(|char| char.is_control() && char != '\n'), "{drawn:?}");
+        }
+    }
 
     fn running(completed: i64) -> View {
         View {
@@ -256,7 +339,7 @@ mod tests {
 
     #[test]
     fn the_bars_templates_are_valid() {
-        let mut meter = Meter::Bar(bar(0, "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}"));
+        let mut meter = Meter::Bar(bar(0, REQUESTS));
         meter.show(&running(5));
         let Meter::Bar(bar) = &meter else { panic!("a bar") };
         assert_eq!((bar.length(), bar.position()), (Some(1_000), 8));

@@ -15,6 +15,7 @@ mod interrupt;
 mod json;
 mod meter;
 mod out;
+mod printable;
 mod results;
 mod serve;
 mod signals;
@@ -41,6 +42,10 @@ use crate::{
 
 /// What a client command logs, unless TIDEMILL_LOG says otherwise: its output is its own.
 const CLIENT_LOG: &str = "warn";
+
+/// What a log filter is like; the library's reason says less.
+const LEVELS: &str =
+    "expected a level (error, warn, info, debug, trace), or levels by part such as warn,tidemill=debug";
 
 /// Self-hosted batch inference: OpenAI Batch JSONL in, vLLM workers kept full, exactly one answer per request out.
 #[derive(Debug, Parser)]
@@ -188,12 +193,12 @@ impl Cli {
         match &self.command {
             Command::Serve(config) => {
                 telemetry::init(config.log_format, &config.log)
-                    .map_err(|error| anyhow::anyhow!("--log {}: {error}", config.log))?;
+                    .map_err(|_| anyhow::anyhow!("--log {}: {LEVELS}", config.log))?;
             }
             _ => {
                 let filter = std::env::var("TIDEMILL_LOG").unwrap_or_else(|_| CLIENT_LOG.to_owned());
                 telemetry::init(LogFormat::Text, &filter)
-                    .map_err(|error| anyhow::anyhow!("TIDEMILL_LOG={filter}: {error}"))?;
+                    .map_err(|_| anyhow::anyhow!("TIDEMILL_LOG={filter}: {LEVELS}"))?;
             }
         }
         Ok(())
@@ -244,7 +249,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut command(), "tidemill", &mut script);
-            done(out::line(String::from_utf8_lossy(&script)).map_err(Into::into))
+            done(out::data(&String::from_utf8_lossy(&script)).map_err(Into::into))
         }
     };
     code.map(ExitCode::from)

@@ -2,22 +2,38 @@
 
 use std::{
     fmt::Display,
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     time::Duration,
 };
 
 use crate::pb;
 
-use super::json;
+use super::{
+    json,
+    printable::{escaped, one_line, width},
+};
 
 /// The widest column: one long cell does not push all others out of sight.
 const WIDEST: usize = 120;
 
-/// Prints a line. Unlike `println!` it does not panic when the reader has gone away.
+/// Prints a line. Unlike `println!` it does not panic when the reader has gone away; and nothing in it commands a terminal.
 ///
 /// # Errors
 /// stdout can't be written.
 pub fn line(text: impl Display) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{}", escaped(&text.to_string()))?;
+    stdout.flush()
+}
+
+/// Prints a text that is somebody's data: a pipe or a file gets it as it is.
+///
+/// # Errors
+/// stdout can't be written.
+pub fn data(text: &str) -> io::Result<()> {
+    if io::stdout().is_terminal() {
+        return line(text);
+    }
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "{text}")?;
     stdout.flush()
@@ -35,8 +51,8 @@ fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     let head = head.map(str::to_owned);
     let rows: Vec<[String; N]> =
         std::iter::once(head).chain(rows.iter().map(|row| row.clone().map(one_line))).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).min(WIDEST);
-    let widths: [usize; N] = std::array::from_fn(width);
+    let widest = |column: usize| rows.iter().map(|row| width(&row[column])).max().unwrap_or(0).min(WIDEST);
+    let widths: [usize; N] = std::array::from_fn(widest);
     let render = |row: &[String; N]| {
         let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| padded(cell, width)).collect();
         cells.join("  ").trim_end().to_owned()
@@ -45,19 +61,9 @@ fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
 }
 
 /// A cell as wide as its column, or wider: nothing is cut off. Not by a format's width, which panics over 65,535.
-fn padded(cell: &str, width: usize) -> String {
-    let missing = width.saturating_sub(cell.chars().count());
+fn padded(cell: &str, columns: usize) -> String {
+    let missing = columns.saturating_sub(width(cell));
     format!("{cell}{}", " ".repeat(missing))
-}
-
-/// A text without line ends and without what terminals take for commands: much of it was written by somebody else.
-#[must_use]
-pub fn one_line(text: String) -> String {
-    if text.chars().any(char::is_control) {
-        text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
-    } else {
-        text
-    }
 }
 
 /// A number in at most four characters or so: 950, 1.2k, 34k, 5.6M.
@@ -196,7 +202,9 @@ fn fields(rows: &[(&str, String)]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use proptest::prelude::*;
+
+    use super::{super::printable::tests::text as texts, *};
 
     #[test]
     fn numbers_are_short() {
@@ -262,6 +270,32 @@ mod tests {
     fn columns_line_up() {
         let rows = [["batch_é".to_owned(), "1".to_owned()], ["b".to_owned(), String::new()]];
         assert_eq!(columns(["ID", "N"], &rows), "ID       N\nbatch_é  1\nb");
+        let wide = [["潮".to_owned(), "1".to_owned()], ["ebb".to_owned(), "2".to_owned()]];
+        assert_eq!(columns(["ID", "N"], &wide), "ID   N\n潮   1\nebb  2");
+    }
+
+    proptest! {
+        /// Whoever names a model or a file, or runs a worker, writes into these.
+        #[test]
+        fn tables_and_descriptions_hold_any_text(text in texts(), other in texts()) {
+            let rows = [[text.clone(), other.clone()], [other.clone(), text.clone()]];
+            let table = columns(["ID", "N"], &rows);
+            prop_assert_eq!(table.split('\n').count(), 3, "a row is a line");
+            let sent = pb::Batch {
+                id: text.clone(),
+                endpoint: other.clone(),
+                models: vec![text.clone(), other.clone()],
+                waiting_reason: text.clone(),
+                input_file_id: other.clone(),
+                metadata: [(text.clone(), other.clone())].into(),
+                errors: vec![pb::BatchError { code: text.clone(), message: other.clone(), line: 3, param: text.clone() }],
+                ..pb::Batch::default()
+            };
+            let stored = pb::File { id: other.clone(), filename: text, purpose: other, ..pb::File::default() };
+            for shown in [table, batch(&sent), file(&stored)] {
+                prop_assert!(!shown.chars().any(|char| char.is_control() && char != '\n'));
+            }
+        }
     }
 
     #[test]

@@ -2,20 +2,27 @@
 
 use std::{
     fs,
-    io::{self, BufWriter, Write},
+    io::{self, BufWriter, IsTerminal as _, Write},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
 use futures::FutureExt;
 use tonic::Status;
 
-use super::{client::Client, client::retry, error, json, meter};
-use crate::pb;
+use super::{
+    client::{Client, patiently, retry},
+    error, json, meter,
+    printable::Escaping,
+};
+use crate::{api::LONGEST_MESSAGE, pb};
 
 /// How often a download is resumed without a byte of progress before it fails.
 const TRIES: u32 = 8;
+/// A wait between two results that is not worth a word.
+const USUAL: Duration = Duration::from_secs(30);
 /// Bytes gathered per write: a result line is mostly shorter.
 const BUFFER: usize = 128 * 1024;
 
@@ -33,7 +40,10 @@ impl Output {
     /// The file can't be made.
     pub fn open(path: Option<&Path>) -> anyhow::Result<Self> {
         let Some(path) = path else {
-            return Ok(Self { to: BufWriter::with_capacity(BUFFER, Box::new(io::stdout())), rename: None });
+            let stdout = io::stdout();
+            let to: Box<dyn Write + Send> =
+                if stdout.is_terminal() { Box::new(Escaping::new(stdout)) } else { Box::new(stdout) };
+            return Ok(Self { to: BufWriter::with_capacity(BUFFER, to), rename: None });
         };
         // A pipe or a device is written to, not replaced.
         let special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
@@ -150,6 +160,7 @@ pub async fn download(client: &Client, file_id: &str, mut output: Output) -> any
         if attempt >= TRIES || !error::is_transient(&status) {
             return Err(status).with_context(|| format!("download of {file_id}"));
         }
+        bar.suspend(|| say_away(&status, attempt));
         tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
     }
     bar.finish_and_clear();
@@ -232,8 +243,23 @@ pub async fn stream(client: &Client, batch_id: &str, sinks: &mut Sinks) -> anyho
         if !error::is_transient(&status) || (cursor.is_empty() && attempt >= TRIES) {
             return Err(status.into());
         }
+        say_away(&status, attempt);
         tokio::time::sleep(error::delay(&status, attempt, rand::random())).await;
     }
+}
+
+/// Once for each loss of the connection, and not for a short one.
+fn say_away(status: &Status, attempt: u32) {
+    if attempt == 2 {
+        meter::note(&format!("the server is away ({}), trying again", error::brief(status)));
+    }
+}
+
+fn quiet(batch_id: &str, waited: Duration) -> String {
+    format!(
+        "no result for {} s: `tidemill batch get {batch_id}` tells what the batch waits for; Ctrl-C leaves it running",
+        waited.as_secs()
+    )
 }
 
 /// One stream of results from `cursor` on, which it moves.
@@ -243,7 +269,12 @@ async fn lines(
     cursor: &mut String,
     sinks: &mut Sinks,
 ) -> anyhow::Result<Result<(), Status>> {
-    let request = pb::StreamResultsRequest { batch_id: batch_id.to_owned(), cursor: cursor.clone(), follow: true };
+    let request = pb::StreamResultsRequest {
+        batch_id: batch_id.to_owned(),
+        cursor: cursor.clone(),
+        follow: true,
+        max_message_bytes: i64::try_from(LONGEST_MESSAGE)?,
+    };
     let mut results = match client.batches().stream_results(request).await {
         Ok(response) => response.into_inner(),
         Err(status) => return Ok(Err(status)),
@@ -254,7 +285,13 @@ async fn lines(
             Some(next) => next,
             None => {
                 sinks.flush()?;
-                results.message().await
+                patiently(results.message(), |waited| {
+                    // Between two lines of a slow model a shorter wait is usual.
+                    if cursor.is_empty() || waited > USUAL {
+                        meter::note(&quiet(batch_id, waited));
+                    }
+                })
+                .await
             }
         };
         match next {

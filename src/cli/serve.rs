@@ -10,7 +10,7 @@ use super::{descriptors, meter::note, out, signals};
 use crate::{
     app::{App, FAREWELL},
     blobs,
-    config::{BlobStore, Database, LogFormat, Secret, SecretParser, ServeConfig, parse_database_url},
+    config::{BlobStore, Database, LogFormat, Secret, SecretParser, ServeConfig, parse_address, parse_database_url},
     sim::{Sim, SimConfig},
     store::Store,
 };
@@ -37,7 +37,7 @@ pub struct MigrateArgs {
 #[derive(Debug, Args)]
 pub struct SimArgs {
     /// Address to serve on. Port 0: any free one.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = parse_address)]
     listen: SocketAddr,
     /// The models that it says it serves, comma-separated.
     #[arg(long, value_name = "MODEL,…", value_delimiter = ',', default_value = "sim-7b")]

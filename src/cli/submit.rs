@@ -11,7 +11,7 @@ use super::{
     upload::Upload,
 };
 use crate::{
-    config::{SecretParser, parse_webhook_secret},
+    config::{SecretParser, parse_span, parse_webhook_secret},
     domain::webhook::Secret,
     pb::{self, create_batch_request::Input},
 };
@@ -117,7 +117,7 @@ pub fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Durati
 /// # Errors
 /// It is no time span, or not 1 hour to 14 days.
 pub fn window(text: &str) -> Result<Duration, String> {
-    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let span = parse_span(text)?;
     let hours = 60 * 60;
     if (Duration::from_secs(hours)..=Duration::from_secs(14 * 24 * hours)).contains(&span) {
         Ok(span)

@@ -8,7 +8,10 @@ use clap::{Subcommand, ValueEnum};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::{meter::note, out};
+use super::{
+    meter::{note, note_terminal},
+    out,
+};
 use crate::domain::Weight;
 
 /// Random bytes in a token: far beyond guessing, so that a plain hash suffices.
@@ -64,6 +67,7 @@ pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
             note(&format!("the token, shown only now: {token}"));
         }
         TokenCommand::Hash => {
+            note_terminal();
             let mut token = String::new();
             std::io::stdin().read_to_string(&mut token).context("stdin")?;
             let token = token.trim();

@@ -15,7 +15,7 @@ use tokio::{sync::mpsc, time::MissedTickBehavior};
 use tonic::Status;
 
 use super::{client::Client, error, json, out};
-use crate::pb;
+use crate::{config::parse_span, pb};
 
 /// The most batches that are asked for.
 const BATCHES: i32 = 200;
@@ -49,7 +49,7 @@ pub struct TopArgs {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let span = parse_span(text)?;
     if (Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&span) {
         Ok(span)
     } else {

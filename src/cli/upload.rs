@@ -1,23 +1,22 @@
 //! Uploads a file in chunks, so that it may be tried again after a lost connection.
 
 use std::{
+    fs::File,
     io,
-    path::{Path, PathBuf},
+    os::unix::fs::FileExt as _,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::Context;
-use bytes::BytesMut;
+use bytes::Bytes;
 use futures::Stream;
 use indicatif::ProgressBar;
-use tokio::{
-    fs::File,
-    io::{AsyncReadExt, AsyncWriteExt},
-};
+use tokio::io::AsyncWriteExt;
 use uuid::Uuid;
 
 use super::{
-    client::{Client, retry_and_say},
+    client::{Client, patiently, retry_and_say},
     meter,
 };
 use crate::pb::{self, upload_file_request::Payload};
@@ -27,11 +26,10 @@ const CHUNK: usize = 512 * 1024;
 
 /// A file on its way to the server.
 pub struct Upload {
-    path: PathBuf,
+    /// The file, or a nameless one of what came from a pipe: however this process ends, nothing is left of it.
+    file: Arc<File>,
     filename: String,
     bytes: u64,
-    /// Holds what came from a pipe, until the upload is over.
-    _spooled: Option<tempfile::TempPath>,
 }
 
 impl Upload {
@@ -42,10 +40,11 @@ impl Upload {
     /// The file can't be read.
     pub async fn open(path: &Path) -> anyhow::Result<Self> {
         if path == Path::new("-") {
+            meter::note_terminal();
             return Self::spool(tokio::io::stdin(), "stdin.jsonl".to_owned()).await;
         }
         let what = || path.display().to_string();
-        let file = File::open(path).await.with_context(what)?;
+        let file = tokio::fs::File::open(path).await.with_context(what)?;
         let metadata = file.metadata().await.with_context(what)?;
         let filename = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if metadata.is_dir() {
@@ -54,15 +53,21 @@ impl Upload {
         if !metadata.is_file() {
             return Self::spool(file, filename).await;
         }
-        Ok(Self { path: path.to_owned(), filename, bytes: metadata.len(), _spooled: None })
+        Ok(Self { file: Arc::new(file.into_std().await), filename, bytes: metadata.len() })
     }
 
     async fn spool(mut from: impl tokio::io::AsyncRead + Unpin, filename: String) -> anyhow::Result<Self> {
-        let path = tempfile::NamedTempFile::new().context("temporary file")?.into_temp_path();
-        let mut to = File::create(&path).await.context("temporary file")?;
-        let bytes = tokio::io::copy(&mut from, &mut to).await.with_context(|| format!("reading {filename}"))?;
+        let spooled = tempfile::tempfile().context("temporary file")?;
+        let mut to = tokio::fs::File::from_std(spooled.try_clone().context("temporary file")?);
+        let copying = patiently(tokio::io::copy(&mut from, &mut to), |waited| {
+            meter::note(&format!(
+                "still reading {filename}, {} s: it is uploaded once it has come to its end",
+                waited.as_secs()
+            ));
+        });
+        let bytes = copying.await.with_context(|| format!("reading {filename}"))?;
         to.flush().await.context("temporary file")?;
-        Ok(Self { path: path.to_path_buf(), filename, bytes, _spooled: Some(path) })
+        Ok(Self { file: Arc::new(spooled), filename, bytes })
     }
 
     /// Gives the file another name on the server.
@@ -86,7 +91,7 @@ impl Upload {
         let read_error = Arc::new(Mutex::new(None));
         let upload = || async {
             bar.set_position(0);
-            let chunks = chunks(self.path.clone(), spec.clone(), bar.clone(), read_error.clone());
+            let chunks = chunks(self.file.clone(), spec.clone(), bar.clone(), read_error.clone());
             client.batches().upload_file(chunks).await
         };
         let sent = retry_and_say(upload, |_| {
@@ -99,7 +104,7 @@ impl Upload {
         bar.finish_and_clear();
         // A file that could not be read to its end looks to the server like an upload that broke off.
         if let Some(error) = read_error.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            return Err(error).with_context(|| format!("reading {}", self.path.display()));
+            return Err(error).with_context(|| format!("reading {}", self.filename));
         }
         sent.with_context(|| format!("upload of {}", self.filename))
     }
@@ -107,43 +112,48 @@ impl Upload {
 
 /// The spec, then the file's bytes. A read error ends the stream short of `total_bytes`, which the server refuses.
 fn chunks(
-    path: PathBuf,
+    file: Arc<File>,
     spec: pb::FileSpec,
     bar: ProgressBar,
     read_error: Arc<Mutex<Option<io::Error>>>,
 ) -> impl Stream<Item = pb::UploadFileRequest> + Send + 'static {
     async_stream::stream! {
         yield pb::UploadFileRequest { payload: Some(Payload::Spec(spec)) };
-        let mut file = match File::open(&path).await {
-            Ok(file) => file,
-            Err(error) => {
-                *read_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                return;
-            }
-        };
-        let mut buffer = BytesMut::new();
+        let mut at = 0;
         loop {
-            buffer.reserve(CHUNK);
-            // A chunk is filled up: a pipe of small reads would otherwise make small messages.
-            while buffer.len() < CHUNK {
-                match file.read_buf(&mut buffer).await {
-                    Ok(0) => break,
-                    Ok(_) => {}
-                    Err(error) => {
-                        *read_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                        return;
-                    }
+            let from = file.clone();
+            let read = tokio::task::spawn_blocking(move || chunk(&from, at)).await;
+            match read.map_err(io::Error::from).flatten() {
+                Ok(chunk) if chunk.is_empty() => return,
+                Ok(chunk) => {
+                    at += chunk.len() as u64;
+                    bar.inc(chunk.len() as u64);
+                    yield pb::UploadFileRequest { payload: Some(Payload::Chunk(chunk)) };
+                }
+                Err(error) => {
+                    *read_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    return;
                 }
             }
-            if buffer.is_empty() {
-                return;
-            }
-            let size = buffer.len().min(CHUNK);
-            let chunk = buffer.split_to(size).freeze();
-            bar.inc(size as u64);
-            yield pb::UploadFileRequest { payload: Some(Payload::Chunk(chunk)) };
         }
     }
+}
+
+/// The chunk at that place, full unless it is the last one. Two tries of an upload may read at the same time, so the file's own
+/// position is not used.
+fn chunk(file: &File, at: u64) -> io::Result<Bytes> {
+    let mut chunk = vec![0; CHUNK];
+    let mut filled = 0;
+    while filled < CHUNK {
+        match file.read_at(&mut chunk[filled..], at + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    chunk.truncate(filled);
+    Ok(chunk.into())
 }
 
 #[cfg(test)]
@@ -152,8 +162,8 @@ mod tests {
 
     use super::*;
 
-    async fn sent(path: &Path) -> (Vec<usize>, Vec<u8>) {
-        let stream = chunks(path.to_owned(), pb::FileSpec::default(), ProgressBar::hidden(), Arc::default());
+    async fn sent(upload: &Upload) -> (Vec<usize>, Vec<u8>) {
+        let stream = chunks(upload.file.clone(), pb::FileSpec::default(), ProgressBar::hidden(), Arc::default());
         let all: Vec<_> = stream.collect().await;
         assert!(matches!(all[0].payload, Some(Payload::Spec(_))));
         let data = all[1..].iter().map(|message| match &message.payload {
@@ -173,7 +183,7 @@ mod tests {
             std::fs::write(&path, &bytes).unwrap();
             let upload = Upload::open(&path).await.unwrap();
             assert_eq!((upload.bytes, upload.filename.as_str()), (size as u64, "in.jsonl"));
-            let (sizes, data) = sent(&path).await;
+            let (sizes, data) = sent(&upload).await;
             assert_eq!(data, bytes);
             assert!(sizes.iter().rev().skip(1).all(|size| *size == CHUNK), "{sizes:?}");
         }
@@ -197,10 +207,8 @@ mod tests {
     async fn a_pipe_is_spooled_and_left_nowhere() {
         let upload = Upload::spool(&b"line\n"[..], "stdin.jsonl".into()).await.unwrap();
         assert_eq!(upload.bytes, 5);
-        let path = upload.path.clone();
-        assert_eq!(std::fs::read(&path).unwrap(), b"line\n");
-        drop(upload);
-        assert!(!path.exists());
+        assert_eq!(sent(&upload).await.1, b"line\n");
+        assert_eq!(std::os::unix::fs::MetadataExt::nlink(&upload.file.metadata().unwrap()), 0, "it has no name");
     }
 
     #[tokio::test]

@@ -12,10 +12,11 @@ use tokio::net::TcpListener;
 use super::{
     client::{Client, retry},
     json::time,
+    meter::note_terminal,
     out,
 };
 use crate::{
-    config::{SecretParser, parse_webhook_secret},
+    config::{SecretParser, parse_address, parse_span, parse_webhook_secret},
     delivery::signature::{Verified, VerifyError, verify},
     domain::{Timestamp, webhook::Secret},
     pb,
@@ -76,7 +77,7 @@ pub enum DeadLettersCommand {
     /// Delete all that are older than a span.
     Purge {
         /// Such as 30d.
-        #[arg(long, value_name = "SPAN", value_parser = humantime::parse_duration)]
+        #[arg(long, value_name = "SPAN", value_parser = parse_span)]
         older_than: Duration,
     },
     /// Show how far a retry-all is.
@@ -144,7 +145,7 @@ pub enum EndpointsCommand {
         #[arg(value_name = "ID")]
         id: String,
         /// How long the old one signs too. 0s if it was stolen.
-        #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = humantime::parse_duration)]
+        #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = parse_span)]
         overlap: Duration,
     },
     /// Send one a test event.
@@ -181,7 +182,7 @@ pub struct VerifyArgs {
 #[derive(Debug, Args)]
 pub struct ListenArgs {
     /// The address.
-    #[arg(long, default_value = "127.0.0.1:9000")]
+    #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_address)]
     listen: SocketAddr,
     /// The secret. Without one nothing is verified.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, allow_hyphen_values = true,
@@ -355,22 +356,32 @@ async fn switch(client: &Client, id: String, off: bool, reason: String) -> anyho
 }
 
 fn check(args: &VerifyArgs) -> anyhow::Result<()> {
-    let text = fs::read_to_string(&args.headers).with_context(|| args.headers.display().to_string())?;
-    let mut headers = HeaderMap::new();
-    for line in text.lines().filter(|line| line.contains(':')) {
-        let (name, value) = line.split_once(':').unwrap_or_default();
-        headers.insert(name.trim().parse::<HeaderName>()?, HeaderValue::from_str(value.trim())?);
-    }
+    let text = fs::read_to_string(&args.headers).with_context(|| format!("--headers {}", args.headers.display()))?;
+    let headers = headers_of(&text).with_context(|| format!("--headers {}", args.headers.display()))?;
     let mut body = Vec::new();
     match &args.body {
-        Some(path) => body = fs::read(path).with_context(|| path.display().to_string())?,
+        Some(path) => body = fs::read(path).with_context(|| format!("--body {}", path.display()))?,
         None => {
-            std::io::stdin().read_to_end(&mut body)?;
+            note_terminal();
+            std::io::stdin().read_to_end(&mut body).context("stdin")?;
         }
     }
     let now = args.at.unwrap_or_else(|| Timestamp::now().unix_seconds());
     out::line(describe(judge(&args.secret, &headers, &body, now)?))?;
     Ok(())
+}
+
+/// One header a line; lines without a colon, such as the request's first, are passed over.
+fn headers_of(text: &str) -> anyhow::Result<HeaderMap> {
+    let mut headers = HeaderMap::new();
+    for (at, line) in text.lines().enumerate() {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let (Ok(name), Ok(value)) = (name.trim().parse::<HeaderName>(), HeaderValue::from_str(value.trim())) else {
+            bail!("line {} is no header: expected \"name: value\"", at + 1);
+        };
+        headers.insert(name, value);
+    }
+    Ok(headers)
 }
 
 /// Verifies a request. Editors, `echo` and here-documents end a file with a line feed: if that alone is why nothing
@@ -424,7 +435,7 @@ async fn receive(State(secret): State<Option<Secret>>, headers: HeaderMap, body:
     let bad = verdict.starts_with("INVALID");
     let (event, id, attempt) = (header("x-webhook-event"), header("webhook-id"), header("x-webhook-attempt"));
     let printed = out::line(format!("{event} {id} attempt {attempt}: {verdict}"))
-        .and_then(|()| out::line(String::from_utf8_lossy(&body)));
+        .and_then(|()| out::data(&String::from_utf8_lossy(&body)));
     // Whoever sent it must not learn that this terminal is gone.
     let _ = printed;
     if bad { StatusCode::UNAUTHORIZED } else { StatusCode::NO_CONTENT }

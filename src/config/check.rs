@@ -97,19 +97,21 @@ impl ServeConfig {
 
     fn check_spans(&self) -> Result<(), ConfigError> {
         let second = Duration::from_secs(1);
-        for (setting, span, least) in [
-            ("--request-timeout", self.request_timeout, second),
-            ("--lease", self.lease, 3 * second),
-            ("--flush-interval", self.flush_interval, Duration::from_millis(10)),
-            ("--max-connection-age", self.max_connection_age, second),
-            ("--worker-health-interval", self.worker_health_interval, Duration::from_millis(100)),
+        let (hour, day) = (3_600 * second, 86_400 * second);
+        for (setting, span, least, (most, in_words)) in [
+            ("--request-timeout", self.request_timeout, second, (7 * day, "7d")),
+            ("--lease", self.lease, 3 * second, (day, "1d")),
+            ("--flush-interval", self.flush_interval, Duration::from_millis(10), (day, "1d")),
+            ("--max-connection-age", self.max_connection_age, second, (365 * day, "365d")),
+            ("--worker-health-interval", self.worker_health_interval, Duration::from_millis(100), (hour, "1h")),
+            ("--drain-timeout", self.drain_timeout, Duration::ZERO, (day, "1d")),
         ] {
             if span < least {
                 return refuse(setting, format!("must be at least {}", humantime::format_duration(least)));
             }
-        }
-        if self.worker_health_interval > Duration::from_secs(3_600) {
-            return refuse("--worker-health-interval", "must be at most 1h");
+            if span > most {
+                return refuse(setting, format!("must be at most {in_words}"));
+            }
         }
         // A lease is renewed and fenced between flushes: one that ends before the first flush would never keep its work.
         if self.flush_interval > self.lease / 2 {
@@ -237,6 +239,44 @@ mod tests {
             assert!(load(&[&postgres[..], &word].concat()).is_ok(), "{word:?}");
         }
         assert!(load(&[]).is_ok(), "SQLite has one server");
+    }
+
+    /// Added to a clock or to another span, it would overflow.
+    #[test]
+    fn a_span_without_end_is_refused_by_its_setting() {
+        let mut spans = 0;
+        for arg in ServeConfig::command().get_arguments() {
+            let is_span = arg.get_value_names().is_some_and(|names| names.iter().any(|name| name.starts_with("SPAN")));
+            let flag = format!("--{}", arg.get_long().unwrap());
+            for long in ["1000000000000s", "366d", "36500d", "18446744073709551615s", "99999999999999999999y"] {
+                if is_span {
+                    let message = match ServeConfig::from_flags([flag.as_str(), long], None) {
+                        Ok(config) => config.validate().unwrap_err().to_string(),
+                        Err(error) => error.to_string(),
+                    };
+                    let says_most = message.contains("at most") || message.contains("1 ms to 7 days");
+                    assert!(message.contains(&flag) && says_most, "{flag} {long}: {message}");
+                    spans += 1;
+                }
+            }
+        }
+        assert_eq!(spans, 7 * 5);
+    }
+
+    #[test]
+    fn what_is_no_span_is_told_in_words() {
+        use super::super::parse_span;
+        assert_eq!(parse_span("1h 30m"), Ok(Duration::from_secs(5_400)));
+        for (text, words) in [
+            ("30", "a number needs its unit: 30s, 30m or 30h"),
+            ("", "expected a time span such as 500ms, 30s, 5m or 1h30m"),
+            ("soon", "expected a time span such as"),
+            ("-1s", "expected a time span such as"),
+            ("5 parsecs", "\"parsecs\" is no unit of time"),
+            ("1e9s", "is no unit of time"),
+        ] {
+            assert!(parse_span(text).unwrap_err().contains(words), "{text}: {:?}", parse_span(text));
+        }
     }
 
     #[test]

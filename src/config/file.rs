@@ -236,7 +236,8 @@ mod tests {
         assert!(refusal("data-dir = \"x\"").contains("did you mean data_dir"), "{}", refusal("data-dir = \"x\""));
         assert!(refusal("zzz = 1").contains("the settings are blobs, data_dir, "));
         assert!(refusal("config = \"x\"").contains("unknown setting"), "a file can't name another");
-        assert_eq!(refusal("listen = \"here\""), "config file t.toml: listen: invalid socket address syntax");
+        let message = refusal("listen = \"here\"");
+        assert!(message.starts_with("config file t.toml: listen: expected an address and a port"), "{message}");
         assert!(refusal("max_tries = 0").starts_with("config file t.toml: max_tries: 0 is not in 1..=100"));
         assert!(refusal("log_format = \"xml\"").contains("log_format: invalid value 'xml'"));
         assert!(refusal("[worker]\nurl = \"x\"").contains("worker: expected a value, not a table"));

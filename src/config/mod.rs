@@ -12,6 +12,7 @@ use clap::{
     builder::{BoolishValueParser, RangedU64ValueParser},
 };
 use ipnet::IpNet;
+use object_store::ObjectStoreScheme;
 use url::Url;
 
 pub use file::ConfigFile;
@@ -26,7 +27,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file can't be read.
-    #[error("config file {file}: {error}")]
+    #[error("config file {file}: {}", words::file(.error))]
     Unreadable {
         /// Its path.
         file: String,
@@ -174,7 +175,8 @@ pub struct ServeConfig {
         env = "TIDEMILL_LISTEN",
         value_name = "ADDR",
         default_value = "127.0.0.1:4080",
-        help_heading = "General"
+        help_heading = "General",
+        value_parser = parse_address
     )]
     pub listen: SocketAddr,
 
@@ -241,12 +243,12 @@ pub struct ServeConfig {
 
     /// Time between two health checks of a worker, 100 ms to 1 h.
     #[arg(long, env = "TIDEMILL_WORKER_HEALTH_INTERVAL", value_name = "SPAN", default_value = "1s",
-        help_heading = "Workers", value_parser = humantime::parse_duration)]
+        help_heading = "Workers", value_parser = parse_span)]
     pub worker_health_interval: Duration,
 
-    /// How long one request to a worker may take.
+    /// How long one request to a worker may take, 1s to 7d.
     #[arg(long, env = "TIDEMILL_REQUEST_TIMEOUT", value_name = "SPAN", default_value = "600s", help_heading = "Workers",
-        value_parser = humantime::parse_duration)]
+        value_parser = parse_span)]
     pub request_timeout: Duration,
 
     /// Most bytes that answers of workers hold at this server, from their first byte until their result is durable, such
@@ -330,14 +332,14 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u32>::new())]
     pub limit_downloads: u32,
 
-    /// How long a server that has stopped answering keeps its work before another takes it over.
+    /// How long a server that has stopped answering keeps its work before another takes it over, 3s to 1d.
     #[arg(long, env = "TIDEMILL_LEASE", value_name = "SPAN", default_value = "30s", help_heading = "Durability",
-        value_parser = humantime::parse_duration)]
+        value_parser = parse_span)]
     pub lease: Duration,
 
-    /// Longest time until a finished request is durable and counted: what a crash costs at most.
+    /// Longest time until a finished request is durable and counted: what a crash costs at most. 10ms to half of --lease.
     #[arg(long, env = "TIDEMILL_FLUSH_INTERVAL", value_name = "SPAN", default_value = "2s", help_heading = "Durability",
-        value_parser = humantime::parse_duration)]
+        value_parser = parse_span)]
     pub flush_interval: Duration,
 
     /// PEM certificate chain: serves TLS. With --tls-key.
@@ -398,7 +400,7 @@ pub struct ServeConfig {
     /// The waits between the attempts of a webhook, such as 5s,30s,2m: each 1ms to 7days, a fifth more or less by chance. With
     /// more attempts than that the last wait is repeated.
     #[arg(long, env = "TIDEMILL_WEBHOOK_RETRY_SCHEDULE", value_name = "SPANS", value_delimiter = ',',
-        default_value = "5s,30s,2m,10m,30m,1h,2h,4h,8h", help_heading = "Durability", value_parser = humantime::parse_duration)]
+        default_value = "5s,30s,2m,10m,30m,1h,2h,4h,8h", help_heading = "Durability", value_parser = parse_span)]
     pub webhook_retry_schedule: Vec<Duration>,
 
     /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
@@ -416,9 +418,10 @@ pub struct ServeConfig {
         hide_env_values = true, value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true)]
     pub previous_master_key: Option<WebhookSecret>,
 
-    /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance.
+    /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance. 1s to
+    /// 365d.
     #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
-        value_parser = humantime::parse_duration)]
+        value_parser = parse_span)]
     pub max_connection_age: Duration,
 
     /// Most client connections at a time, 1 to 1000000; beyond it the longest idle one is closed for a new one. Default:
@@ -427,9 +430,10 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
     pub max_connections: Option<u32>,
 
-    /// How long calls, requests and webhooks in flight may take to finish after SIGTERM. At most 5 s later the process ends.
+    /// How long calls, requests and webhooks in flight may take to finish after SIGTERM, 0s to 1d. At most 5 s later the
+    /// process ends.
     #[arg(long, env = "TIDEMILL_DRAIN_TIMEOUT", value_name = "SPAN", default_value = "10s", help_heading = "Connections",
-        value_parser = humantime::parse_duration)]
+        value_parser = parse_span)]
     pub drain_timeout: Duration,
 
     /// How log lines look.
@@ -512,9 +516,24 @@ impl Default for ServeConfig {
 }
 
 fn parse_blobs(text: &str) -> Result<String, String> {
-    Url::parse(text)
-        .map_err(|error| format!("{}; expected s3://…, gs://…, az://… or file:///path", words::url(error)))?;
-    Ok(text.to_owned())
+    const EXPECTED: &str = "expected s3://…, gs://…, az://… or file:///path";
+    let url = Url::parse(text).map_err(|error| format!("{}; {EXPECTED}", words::url(error)))?;
+    match ObjectStoreScheme::parse(&url) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err(format!("no object store is meant by {}://; {EXPECTED}", url.scheme())),
+    }
+}
+
+/// An address to listen on.
+///
+/// # Errors
+/// It is none, in words for people.
+pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let expected = "expected an address and a port from 0 to 65535, such as 127.0.0.1:4080, 0.0.0.0:4080 or [::1]:4080";
+    text.parse().map_err(|_| match text.strip_prefix("localhost:") {
+        Some(port) => format!("{expected}; a name is not taken: write 127.0.0.1:{port}"),
+        None => expected.to_owned(),
+    })
 }
 
 fn parse_host(text: &str) -> Result<String, String> {
@@ -523,6 +542,26 @@ fn parse_host(text: &str) -> Result<String, String> {
         return Ok(text.to_ascii_lowercase());
     }
     Err("expected a host name such as batch.example.com, without scheme, port and path".to_owned())
+}
+
+/// A time span such as 1h30m, of at most 100 years: what is longer would only overflow somewhere.
+///
+/// # Errors
+/// It is none, in words for people.
+pub fn parse_span(text: &str) -> Result<Duration, String> {
+    use humantime::DurationError as E;
+    const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    const EXPECTED: &str = "expected a time span such as 500ms, 30s, 5m or 1h30m";
+    let unit = |unit: &str| match unit {
+        "" => format!("a number needs its unit: {text}s, {text}m or {text}h"),
+        other => format!("{other:?} is no unit of time; {EXPECTED}"),
+    };
+    match humantime::parse_duration(text) {
+        Ok(span) if span <= LONGEST => Ok(span),
+        Ok(_) | Err(E::NumberOverflow) => Err("expected a time span of at most 36500d".to_owned()),
+        Err(E::UnknownUnit { unit: name, .. }) => Err(unit(&name)),
+        Err(_) => Err(EXPECTED.to_owned()),
+    }
 }
 
 fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -15,34 +15,30 @@ use super::{
 use crate::{
     fault,
     supervise::Part,
-    telemetry::{Gauge, WORKERS},
+    telemetry::{Family, WORKERS},
 };
 
 /// Between two reads of the metrics of a worker whose limit is fixed, or that has nothing to do; and of this module's own.
 const PACE: Duration = Duration::from_secs(1);
 
-const LIMIT: Gauge =
-    Gauge { name: "tidemill_worker_limit", help: "requests that this server may have in flight at the worker" };
-const IN_FLIGHT: Gauge =
-    Gauge { name: "tidemill_worker_in_flight", help: "requests that this server has in flight at the worker" };
-const RUNNING: Gauge = Gauge {
-    name: "tidemill_worker_running",
-    help: "requests that run there, of all clients, by the worker's own account",
-};
-const WAITING: Gauge = Gauge {
-    name: "tidemill_worker_waiting",
-    help: "requests that wait there, of all clients, by the worker's own account",
-};
-const CACHE: Gauge =
-    Gauge { name: "tidemill_worker_kv_cache_usage", help: "the share of the worker's KV cache that is in use, 0 to 1" };
-const HIT_RATE: Gauge = Gauge {
-    name: "tidemill_worker_prefix_hit_rate",
-    help: "the share of prompt tokens that its prefix cache held, 0 to 1, lately",
-};
-const REQUESTS: Gauge =
-    Gauge { name: "tidemill_worker_requests_per_second", help: "requests answered per second, as seen from here" };
-const TOKENS: Gauge =
-    Gauge { name: "tidemill_worker_output_tokens_per_second", help: "generated tokens per second, as seen from here" };
+const LIMIT: Family =
+    Family::gauge("tidemill_worker_limit", "requests that this server may have in flight at the worker");
+const IN_FLIGHT: Family =
+    Family::gauge("tidemill_worker_in_flight", "requests that this server has in flight at the worker");
+const RUNNING: Family =
+    Family::gauge("tidemill_worker_running", "requests that run there, of all clients, by the worker's own account");
+const WAITING: Family =
+    Family::gauge("tidemill_worker_waiting", "requests that wait there, of all clients, by the worker's own account");
+const CACHE: Family =
+    Family::gauge("tidemill_worker_kv_cache_usage", "the share of the worker's KV cache that is in use, 0 to 1");
+const HIT_RATE: Family = Family::gauge(
+    "tidemill_worker_prefix_hit_rate",
+    "the share of prompt tokens that its prefix cache held, 0 to 1, lately",
+);
+const REQUESTS: Family =
+    Family::gauge("tidemill_worker_requests_per_second", "requests answered per second, as seen from here");
+const TOKENS: Family =
+    Family::gauge("tidemill_worker_output_tokens_per_second", "generated tokens per second, as seen from here");
 
 /// Watches a worker until it is forgotten.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {

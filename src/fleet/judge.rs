@@ -9,12 +9,16 @@ use super::{
     Failure, FailureKind, Inner, Slot, Worker,
     outage::{Sign, Verdict},
 };
-use crate::domain::Timestamp;
+use crate::{
+    domain::Timestamp,
+    telemetry::{Family, WORKERS},
+};
 
 /// Counter: failures of this server itself, by `error`.
 const OWN_FAULTS: &str = "tidemill_own_faults_total";
-/// Counter: outages of workers that began.
-const OUTAGES: &str = "tidemill_worker_outages_total";
+/// Outages of workers that began.
+const OUTAGES: Family =
+    Family::counter("tidemill_worker_outages_total", "times that a worker failed every request alike and was held");
 
 /// Says what this module's metrics are.
 pub(super) fn describe_metrics() {
@@ -22,7 +26,6 @@ pub(super) fn describe_metrics() {
         OWN_FAULTS,
         "requests and health checks that failed because this server lacks something, by what"
     );
-    metrics::describe_counter!(OUTAGES, "times that a worker failed every request alike and was held");
 }
 
 impl Slot {
@@ -61,7 +64,10 @@ impl Slot {
             return Failure { blame: Some(verdict), ..failure };
         }
         if begins {
-            metrics::counter!(OUTAGES, "worker" => self.worker.url.clone()).increment(1);
+            // The last requests of a worker that has been removed bring its series not back.
+            if !self.worker.gone.is_cancelled() {
+                WORKERS.count(OUTAGES, &self.worker.url);
+            }
             tracing::warn!(
                 worker = %self.worker.id, url = %self.worker.url,
                 "the worker {sign}: it is held, and single requests find out whether it answers again"

@@ -22,7 +22,10 @@ pub(super) fn other_than_jsonl(head: &[u8]) -> Option<&'static str> {
         return Some("it is compressed with gzip; decompress it first, such as by gunzip");
     }
     if begins(b"PK\x03\x04") || begins(b"PK\x05\x06") {
-        return Some("it is a zip archive, or an Office file, which is one; upload the JSONL file in it");
+        return Some(
+            "it is a zip archive, or an Office file such as .xlsx, which is one; upload the JSONL file in it, or write the rows \
+             of the table as JSON, one object a line",
+        );
     }
     if begins(b"\x28\xb5\x2f\xfd") {
         return Some("it is compressed with zstd; decompress it first, such as by unzstd");

@@ -176,7 +176,13 @@ impl Store {
                 }
             }
         };
-        let write = connect(1, SQLITE_WRITE_CACHE).await?;
+        let write = connect(1, SQLITE_WRITE_CACHE).await.map_err(|error| match is_no_database(&error) {
+            true => StoreError::Open(format!(
+                "{} is not a SQLite database, or it is damaged: is --data-dir right? Else put a backup in its place",
+                file.display()
+            )),
+            false => error.into(),
+        })?;
         let read = connect(4, SQLITE_READ_CACHE).await?;
         Ok(Self::of(Pool::new(read, None), Pool::new(write, None)))
     }
@@ -289,6 +295,13 @@ impl Store {
         // No listener is fine.
         let _ = self.inner.changes.send(batch.clone());
     }
+}
+
+/// SQLITE_NOTADB and SQLITE_CORRUPT.
+fn is_no_database(error: &DbErr) -> bool {
+    let DbErr::Conn(RuntimeErr::SqlxError(error)) = error else { return false };
+    let Some(error) = error.as_database_error() else { return false };
+    error.code().is_some_and(|code| code == "26" || code == "11")
 }
 
 /// SQLITE_BUSY, in whichever of its forms.

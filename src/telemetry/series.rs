@@ -1,4 +1,4 @@
-//! Gauges with one label whose series can be taken away again. The exporter keeps every series that it has once seen: in a
+//! Metrics with one label whose series can be taken away again. The exporter keeps every series that it has once seen: in a
 //! fleet that comes and goes it would show the ghosts of all workers that ever were.
 
 use std::{
@@ -7,20 +7,33 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// What a gauge is called and what it says.
+/// What a metric is called and what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Gauge {
-    /// Its name.
-    pub name: &'static str,
-    /// Its help.
-    pub help: &'static str,
+pub struct Family {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
 }
 
-/// Gauges by the value of one label.
+impl Family {
+    /// A value that goes up and down.
+    #[must_use]
+    pub const fn gauge(name: &'static str, help: &'static str) -> Self {
+        Self { name, kind: "gauge", help }
+    }
+
+    /// A count that only grows.
+    #[must_use]
+    pub const fn counter(name: &'static str, help: &'static str) -> Self {
+        Self { name, kind: "counter", help }
+    }
+}
+
+/// Metrics by the value of one label.
 #[derive(Debug)]
 pub struct Series {
     label: &'static str,
-    values: Mutex<BTreeMap<Gauge, BTreeMap<String, f64>>>,
+    values: Mutex<BTreeMap<Family, BTreeMap<String, f64>>>,
 }
 
 impl Series {
@@ -30,32 +43,41 @@ impl Series {
         Self { label, values: Mutex::new(BTreeMap::new()) }
     }
 
-    /// Sets the gauge of `of`.
-    pub fn set(&self, gauge: Gauge, of: &str, value: f64) {
+    /// Sets the value of `of`.
+    pub fn set(&self, family: Family, of: &str, value: f64) {
+        self.change(family, of, |known| *known = value);
+    }
+
+    /// Counts one more of `of`.
+    pub fn count(&self, family: Family, of: &str) {
+        self.change(family, of, |known| *known += 1.0);
+    }
+
+    fn change(&self, family: Family, of: &str, change: impl FnOnce(&mut f64)) {
         let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
-        let gauge = values.entry(gauge).or_default();
-        match gauge.get_mut(of) {
-            Some(known) => *known = value,
-            None => drop(gauge.insert(of.to_owned(), value)),
+        let family = values.entry(family).or_default();
+        match family.get_mut(of) {
+            Some(known) => change(known),
+            None => change(family.entry(of.to_owned()).or_default()),
         }
     }
 
-    /// Takes all gauges of `of` away.
+    /// Takes all values of `of` away.
     pub fn remove(&self, of: &str) {
         let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
-        for gauge in values.values_mut() {
-            gauge.remove(of);
+        for family in values.values_mut() {
+            family.remove(of);
         }
     }
 
     /// Adds them to a page in Prometheus' text format.
     pub fn render(&self, page: &mut String) {
         let values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
-        for (gauge, values) in values.iter().filter(|(_, values)| !values.is_empty()) {
-            let _ = writeln!(page, "# HELP {} {}\n# TYPE {} gauge", gauge.name, gauge.help, gauge.name);
+        for (Family { name, kind, help }, values) in values.iter().filter(|(_, values)| !values.is_empty()) {
+            let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}");
             for (of, value) in values {
                 let of = of.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n");
-                let _ = writeln!(page, "{}{{{}=\"{of}\"}} {value}", gauge.name, self.label);
+                let _ = writeln!(page, "{name}{{{}=\"{of}\"}} {value}", self.label);
             }
             page.push('\n');
         }
@@ -68,7 +90,8 @@ mod tests {
 
     #[test]
     fn a_series_is_shown_until_it_is_removed() {
-        const ONE: Gauge = Gauge { name: "one", help: "how many" };
+        const ONE: Family = Family::gauge("one", "how many");
+        const OFTEN: Family = Family::counter("often_total", "how often");
         let series = Series::new("worker");
         let page = || {
             let mut page = String::new();
@@ -83,6 +106,9 @@ mod tests {
             page(),
             "# HELP one how many\n# TYPE one gauge\none{worker=\"a\\\"\\\\\"} 2\none{worker=\"http://b\"} 3\n\n"
         );
+        series.count(OFTEN, "http://b");
+        series.count(OFTEN, "http://b");
+        assert!(page().contains("# TYPE often_total counter\noften_total{worker=\"http://b\"} 2\n\n"), "{}", page());
         series.remove("a\"\\");
         assert!(!page().contains("a\\"), "{}", page());
         series.remove("http://b");

@@ -127,7 +127,7 @@ async fn other_connections_fail_in_words() {
     assert_eq!(text, "it does not speak TLS on that port: is it http:// instead of https://?");
     let text =
         told(client(), &format!("http://127.0.0.1:{}", plain_server(b"SSH-2.0-OpenSSH_9.2\r\n")), Peer::Worker).await;
-    assert_eq!(text, "what it answers is not HTTP");
+    assert_eq!(text, "what it answers is not HTTP: does it speak https:// on that port, or another protocol?");
     let text = told(client(), &format!("http://127.0.0.1:{}", plain_server(b"")), Peer::Worker).await;
     assert!(text.starts_with("the connection was "), "{text}");
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -177,6 +177,8 @@ fn what_the_system_refuses_is_told_in_words() {
         (30, "the file system is read-only"),
         (122, "the disk quota is used up"),
         (113, "no route to that address"),
+        (98, "another program listens there already: stop it, or choose another port"),
+        (21, "Is a directory"),
     ] {
         assert_eq!(file(&io::Error::from_raw_os_error(number)), words);
     }

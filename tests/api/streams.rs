@@ -70,6 +70,7 @@ async fn results_are_followed_and_resumed_by_cursor() {
         batch_id: batch.id.clone(),
         cursor: cursor.to_owned(),
         follow,
+        ..Default::default()
     };
     let mut follower = client.stream_results(results("", true)).await.unwrap().into_inner();
     let key = server.part(&lease, 0..4, 3).await;

@@ -182,7 +182,12 @@ impl Anybody {
         let mut cursor = String::new();
         loop {
             let mut client = self.connect().await;
-            let request = StreamResultsRequest { batch_id: batch_id.clone(), cursor: cursor.clone(), follow: true };
+            let request = StreamResultsRequest {
+                batch_id: batch_id.clone(),
+                cursor: cursor.clone(),
+                follow: true,
+                ..Default::default()
+            };
             let mut stream = match client.stream_results(request).await {
                 Ok(stream) => stream.into_inner(),
                 Err(status) => {

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod again;
+mod certificates;
+#[cfg(target_os = "linux")]
+mod commands;
 mod crowds;
 #[cfg(target_os = "linux")]
 mod disk;
@@ -15,6 +18,7 @@ mod faults;
 mod identity;
 mod nodes;
 mod objects;
+mod page;
 #[cfg(target_os = "linux")]
 mod power;
 mod receiver;
@@ -22,6 +26,7 @@ mod receiver;
 mod s3;
 mod secrets;
 mod server;
+mod starting;
 mod stopping;
 #[cfg(debug_assertions)]
 mod supervised;
@@ -176,7 +181,7 @@ async fn ten_kills_lose_and_double_nothing_and_a_watcher_misses_nothing() {
 }
 
 async fn stream_results(client: &mut Client, batch_id: &str) -> BTreeMap<String, usize> {
-    let request = StreamResultsRequest { batch_id: batch_id.to_owned(), cursor: String::new(), follow: true };
+    let request = StreamResultsRequest { batch_id: batch_id.to_owned(), follow: true, ..Default::default() };
     let mut stream = client.stream_results(request).await.unwrap().into_inner();
     let mut seen = BTreeMap::new();
     while let Some(result) = stream.message().await.unwrap() {

@@ -9,7 +9,10 @@ use rustls::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::api::server::{ServeError, TlsFiles};
+use crate::{
+    api::server::{ServeError, TlsFiles},
+    words::{self, Peer},
+};
 
 /// Reads the files. HTTP/2 is offered first; clients that speak only HTTP/1.1 are welcome too.
 ///
@@ -25,10 +28,14 @@ pub(in crate::api) async fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, Se
         Some(path) => {
             let mut roots = RootCertStore::empty();
             for certificate in certificates(path).await? {
-                roots.add(certificate).map_err(|error| bad(path, format!("holds a certificate of no use: {error}")))?;
+                roots.add(certificate).map_err(|error| {
+                    bad(path, format!("holds a certificate of no use: {}", words::cause(Peer::Server, &error)))
+                })?;
             }
             let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build();
-            builder.with_client_cert_verifier(verifier.map_err(|error| bad(path, error.to_string()))?)
+            builder.with_client_cert_verifier(
+                verifier.map_err(|error| bad(path, format!("holds no authority of certificates ({error})")))?,
+            )
         }
     };
     let mut config = builder.with_single_cert(chain, key).map_err(|error| {
@@ -37,7 +44,10 @@ pub(in crate::api) async fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, Se
             rustls::Error::InconsistentKeys(_) => {
                 bad(&files.cert, format!("is not the certificate of the key in {key}"))
             }
-            error => bad(&files.cert, format!("can't be used with the key in {key}: {error}")),
+            error => {
+                let why = words::cause(Peer::Server, &error);
+                bad(&files.cert, format!("can't be used with the key in {key}: {why}"))
+            }
         }
     })?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];

@@ -9,7 +9,7 @@ use ratatui::{
 };
 
 use super::{
-    super::{json, out},
+    super::{json, out, printable},
     View,
 };
 use crate::{cli::meter, pb};
@@ -142,7 +142,7 @@ fn draw_batches(frame: &mut Frame, view: &View, area: Rect) {
 fn shown(cell: &str) -> String {
     const MOST: usize = 500;
     let end = cell.char_indices().nth(MOST).map_or(cell.len(), |(at, _)| at);
-    out::one_line(cell[..end].to_owned())
+    printable::one_line(cell[..end].to_owned())
 }
 
 fn header<const N: usize>(names: [&'static str; N]) -> Row<'static> {
@@ -163,9 +163,33 @@ fn batch_style(batch: &pb::Batch) -> Style {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use ratatui::{Terminal, backend::TestBackend};
 
     use super::{super::Look, *};
+    use crate::cli::printable::tests::text as texts;
+
+    proptest! {
+        #[test]
+        fn the_picture_holds_any_text(text in texts(), other in texts()) {
+            let worker = pb::Worker {
+                id: text.clone(),
+                url: other.clone(),
+                models: vec![text.clone(), other.clone()],
+                ..pb::Worker::default()
+            };
+            let down = pb::Worker { last_error: text.clone(), ..worker.clone() };
+            let batch = pb::Batch {
+                id: other.clone(),
+                models: vec![text.clone()],
+                waiting_reason: other,
+                ..pb::Batch::default()
+            };
+            let look = Look { workers: vec![worker, down], batches: vec![batch], ..Look::default() };
+            let text = drawn(&View { look, away: Some(text), ..View::default() }, 120, 16);
+            prop_assert!(!text.chars().any(|char| char.is_control() && char != '\n'), "{text:?}");
+        }
+    }
 
     fn look() -> Look {
         let worker = |url: &str, state: pb::WorkerState| pb::Worker {

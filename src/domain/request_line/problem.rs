@@ -76,6 +76,8 @@ pub enum Problem {
         /// Where, in bytes from 0.
         at: usize,
     },
+    /// A file of another format.
+    OtherFormat(&'static str),
     /// JSON, but not an object.
     NotAnObject {
         /// What it is.
@@ -131,6 +133,7 @@ impl fmt::Display for Problem {
             Self::NotJson { message, at } => {
                 write!(f, "not valid JSON: {message} at byte {}; expected one JSON object on one line", at + 1)
             }
+            Self::OtherFormat(what) => write!(f, "not JSONL: {what}"),
             Self::NotAnObject { found: "an array" } => f.write_str(
                 "found an array; expected one JSON object on one line: the file is JSONL, not one JSON list",
             ),
@@ -198,6 +201,37 @@ pub(super) fn not_json(reason: &str, rest: &str) -> String {
         other => other,
     };
     words.to_owned()
+}
+
+/// What a line that begins no object and is not JSON is of, and what to do with such a file.
+pub(super) fn other_format(line: &str) -> Option<&'static str> {
+    if line.starts_with('[') {
+        return Some(
+            "a list that goes on over several lines: the file is one JSON list; write each of its objects on one line, such as by \
+             jq -c '.[]'",
+        );
+    }
+    if line.starts_with('<') {
+        return Some("this is HTML or XML: a web page or an error may have been saved in place of the file");
+    }
+    let key = line.strip_prefix('"').and_then(|key| key.split_once('"'));
+    if key.is_some_and(|(_, rest)| rest.trim_start().starts_with(':')) {
+        return Some("the braces around the object are missing, or it goes on over several lines");
+    }
+    is_row(line).then_some(
+        "this is a row of a table: the file is CSV or TSV; write each request as a JSON object on one line, such as by \
+         json.dumps",
+    )
+}
+
+/// Whether a line looks like a row of a table: its first cell, in quotes or not, ends with a separator.
+fn is_row(line: &str) -> bool {
+    const SEPARATORS: [char; 4] = [',', ';', '\t', '|'];
+    let rest = match line.strip_prefix('"') {
+        Some(quoted) => quoted.split_once('"').map_or("", |(_, rest)| rest),
+        None => line.trim_start_matches(|char: char| char.is_alphanumeric() || matches!(char, ' ' | '_' | '-' | '.')),
+    };
+    rest.starts_with(SEPARATORS) && odd(line).is_none()
 }
 
 /// What stands where JSON has no place for it, if it is a thing that people meet.

@@ -61,9 +61,12 @@ impl<'a> Seen<'a> {
     fn line(&mut self, line: &'a str) -> Result<(), Problem> {
         let mut cursor = Cursor::new(line);
         if cursor.peek() != Some(b'{') {
-            let (found, _) = cursor.skip()?;
-            cursor.end()?;
-            return Err(Problem::NotAnObject { found });
+            let text = &line[cursor.at..];
+            let read = cursor.skip().and_then(|(found, _)| cursor.end().map(|()| found));
+            return Err(match read {
+                Ok(found) => Problem::NotAnObject { found },
+                Err(problem) => problem::other_format(text).map_or(problem, Problem::OtherFormat),
+            });
         }
         cursor.object(|key, cursor| match key {
             "custom_id" => self.text(Field::CustomId, cursor),

@@ -42,6 +42,34 @@ fn what_says_how_to_send_it_is_found_and_not_checked() {
     assert_eq!(hints(r#"{"model":"m","x":{"messages":1,"priority":2}}"#), (String::new(), None, false));
 }
 
+#[test]
+fn a_file_of_another_format_is_named_with_what_to_do() {
+    for line in [
+        "custom_id,method,url,body",
+        "custom_id;method;url;body\r",
+        "custom_id\tmethod\turl\tbody",
+        r#""custom_id","method","url","body""#,
+        r#"r-1,POST,/v1/chat/completions,"{""model"":""m""}""#,
+        "1,POST,/v1/chat/completions,x",
+        "prompt text,model",
+    ] {
+        let text = problem(line);
+        assert!(text.contains("CSV or TSV; write each request as a JSON object on one line"), "{line}: {text}");
+    }
+    assert!(problem("[").contains("one JSON list; write each of its objects on one line"), "{}", problem("["));
+    assert!(problem("<!DOCTYPE html>").contains("HTML or XML"));
+    for (line, words) in [
+        ("'a', 'b'", "is no quote in JSON"),
+        (r#""custom_id": "a", "method": "POST""#, "the braces around the object are missing"),
+        ("custom_id: a, method: POST", "expected a value"),
+        ("NaN, 1", "NaN"),
+        ("[1, 2]", "found an array"),
+        ("{\"a\",1}", "not valid JSON"),
+    ] {
+        assert!(problem(line).contains(words) && !problem(line).contains("CSV"), "{line}: {}", problem(line));
+    }
+}
+
 /// It is in no database and no log, so it may be anything: the results carry it as it was written.
 #[test]
 fn a_custom_id_may_hold_any_character() {

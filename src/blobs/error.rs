@@ -1,0 +1,139 @@
+//! Why objects can't be used: what may be mended by trying again, what only by somebody, and both in words.
+
+use std::{error::Error, io};
+
+use object_store::client::{HttpError, HttpErrorKind};
+
+use crate::words::{self, Peer};
+
+/// What stores say of a bucket that is not there. That one object is not there is no reason to think that all are lost.
+const NO_BUCKET: [&str; 2] = ["NoSuchBucket", "ContainerNotFound"];
+
+/// Why an object could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// The store's URL or directory is unusable.
+    #[error("blob store {0}")]
+    Open(String),
+    /// There is no such object.
+    #[error("object {0} is missing")]
+    Missing(String),
+    /// The store failed; trying again may help.
+    #[error("blob store failed: {}", failure(.0))]
+    Failed(#[source] object_store::Error),
+    /// The store refuses, and will until somebody mends it: a wrong key, a bucket that is not there, a directory that may
+    /// not be written.
+    #[error("blob store refuses: {0}")]
+    Refused(#[source] object_store::Error),
+    /// The objects here are not those that the database names.
+    #[error("the blob store is not the one of the database: {0}; is the volume mounted, is --blobs right?")]
+    Foreign(String),
+}
+
+impl From<object_store::Error> for BlobError {
+    fn from(error: object_store::Error) -> Self {
+        match error {
+            object_store::Error::NotFound { path, source } if !is_without_bucket(&*source) => Self::Missing(path),
+            other => Self::of_write(other),
+        }
+    }
+}
+
+impl BlobError {
+    /// Of a write: there whatever is not there may come back, unless it is the bucket.
+    pub(super) fn of_write(error: object_store::Error) -> Self {
+        if is_refusal(&error) { Self::Refused(error) } else { Self::Failed(error) }
+    }
+
+    pub(super) fn of_file(error: std::io::Error) -> Self {
+        Self::of_write(object_store::Error::Generic { store: "directory", source: Box::new(error) })
+    }
+
+    /// Why the store failed, fit for clients: no address, no key, no secret. None: there are no such words for it.
+    #[must_use]
+    pub fn in_words(&self) -> Option<String> {
+        use object_store::Error as E;
+        let error = match self {
+            Self::Failed(error) | Self::Refused(error) => error,
+            Self::Foreign(_) => return Some("the objects are not there; is the volume mounted?".into()),
+            Self::Open(_) | Self::Missing(_) => return None,
+        };
+        match error {
+            E::PermissionDenied { .. } => return Some("permission denied".into()),
+            E::Unauthenticated { .. } => return Some("the credentials are refused".into()),
+            E::NotFound { .. } => return Some("there is no such bucket".into()),
+            _ if words::is_tls(error) => {
+                return Some(
+                    "its certificate is not trusted, or it does not speak TLS; the server's log says more".into(),
+                );
+            }
+            _ => {}
+        }
+        let mut at = error.source();
+        let mut kind = None;
+        while let Some(error) = at {
+            if let Some(status) = status_of(error) {
+                return Some(format!("it answers {status}"));
+            }
+            if let Some(io) = error.downcast_ref::<std::io::Error>() {
+                // What others make of an error may name anything.
+                let other = io.kind() == std::io::ErrorKind::Other;
+                return Some(if other { io.kind().to_string() } else { words::file(io) });
+            }
+            kind = kind.or_else(|| error.downcast_ref::<HttpError>().map(HttpError::kind));
+            at = error.source();
+        }
+        let words = match kind? {
+            HttpErrorKind::Timeout => "timed out",
+            HttpErrorKind::Connect => "no connection",
+            HttpErrorKind::Interrupted | HttpErrorKind::Request => "the connection broke",
+            _ => return None,
+        };
+        Some(words.to_owned())
+    }
+}
+
+/// Whether trying again is of no use before somebody has done something.
+fn is_refusal(error: &object_store::Error) -> bool {
+    use object_store::Error as E;
+    match error {
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } => return true,
+        E::NotFound { source, .. } => return is_without_bucket(&**source),
+        _ => {}
+    }
+    let mut at = error.source();
+    while let Some(error) = at {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return matches!(
+                io.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotADirectory
+            );
+        }
+        at = error.source();
+    }
+    false
+}
+
+/// What the store's library says, which has the store's own answer in it; of a certificate and of a full disk, our words.
+fn failure(error: &object_store::Error) -> String {
+    if words::is_tls(error) {
+        return words::cause(Peer::ObjectStore, error);
+    }
+    match words::full_disk(error) {
+        Some(words) => format!("{words} ({error})"),
+        None => error.to_string(),
+    }
+}
+
+fn is_without_bucket(error: &(dyn Error + 'static)) -> bool {
+    let text = error.to_string();
+    NO_BUCKET.iter().any(|code| text.contains(code))
+}
+
+/// The status that the store answered with. The library keeps the type that has it to itself, so it is read from its text;
+/// it is only for people's eyes.
+fn status_of(error: &(dyn Error + 'static)) -> Option<String> {
+    let text = error.to_string();
+    let (status, _) = text.strip_prefix("Server returned non-2xx status code: ")?.split_once(':')?;
+    Some(status.to_owned())
+}
