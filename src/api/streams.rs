@@ -4,8 +4,7 @@ use futures::{StreamExt, stream::BoxStream};
 use tonic::{Code, Status};
 
 use super::{
-    LONGEST_MESSAGE, MESSAGE_LIMIT,
-    convert,
+    LONGEST_MESSAGE, MESSAGE_LIMIT, convert,
     service::Api,
     status::{self, error, shutting_down},
     validate,
