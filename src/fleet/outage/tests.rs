@@ -189,11 +189,15 @@ async fn a_few_push_backs_among_successes_hold_nothing_and_many_do() {
     let now = Instant::now();
     let mut outage = Outage::default();
     for _ in 0..100 {
-        (0..EARNS_ONE).for_each(|_| drop(outage.succeeded(now)));
+        for _ in 0..EARNS_ONE {
+            outage.succeeded(now);
+        }
         outage.pushed_back(None, now, now);
         assert_eq!(outage.gate(now), Gate::Open);
     }
-    (0..1_000).for_each(|_| drop(outage.succeeded(now)));
+    for _ in 0..1_000 {
+        outage.succeeded(now);
+    }
     let free = (0..100).take_while(|_| {
         outage.pushed_back(None, now, now);
         outage.gate(now) == Gate::Open
