@@ -198,7 +198,7 @@ impl App {
         supervisor.spawn(Part::Hub, &serving, async move { hub_runs.run().await });
         let heartbeat = heartbeat(store.clone(), node.clone(), roles.clone(), watching.clone());
         supervisor.spawn(Part::Heartbeat, &watching, heartbeat);
-        supervisor.spawn(Part::StoreCheck, &watching, objects::watch(blobs.clone(), watching.clone()));
+        supervisor.spawn(Part::StoreCheck, &watching, objects::watch(store.clone(), blobs.clone(), watching.clone()));
         let (heard, stop) = (store.clone(), watching.clone());
         supervisor.spawn(Part::Listener, &watching, async move {
             tokio::select! {

@@ -77,7 +77,7 @@ pub async fn establish(
     node: &NodeId,
     found: Option<String>,
 ) -> Result<(), ObjectsError> {
-    let id = match store.blob_store_id().await? {
+    let id = match store.settled_blob_store_id().await? {
         Some(id) if found.as_ref() == Some(&id) || !store.is_unused_but_by(node).await? => id,
         _ => {
             let objects = store.some_objects(SOME).await?;
@@ -124,18 +124,29 @@ fn unusable(error: BlobError, place: &str) -> ObjectsError {
 
 /// Looks now and then whether the store is still the one of the database, until the shutdown. As long as it is not,
 /// this server claims nothing, says that it is not ready, and waits with what it has.
-pub async fn watch(blobs: Blobs, shutdown: CancellationToken) {
+///
+/// # Errors
+/// If the database was given other objects meanwhile: nothing had been stored, and this server was away for so long that
+/// another one took the database for unused. This one is to start anew.
+pub async fn watch(store: Store, blobs: Blobs, shutdown: CancellationToken) -> Result<(), String> {
     let mut was_foreign = false;
     loop {
         fault::panic_in(Part::StoreCheck);
         tokio::select! {
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => return Ok(()),
             () = tokio::time::sleep(LOOK) => {}
         }
-        let looked = tokio::select! {
-            () = shutdown.cancelled() => return,
-            looked = blobs.verify() => looked,
+        let looked = async { (store.blob_store_id().await, blobs.verify().await) };
+        let (of_database, looked) = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            looked = looked => looked,
         };
+        // A database that does not answer says nothing.
+        if let (Ok(Some(id)), Some(ours)) = (of_database, blobs.expected_id())
+            && id != ours
+        {
+            return Err(format!("the database was given another blob store, {id}, and this server has {ours}"));
+        }
         match looked {
             Ok(()) if was_foreign => {
                 was_foreign = false;

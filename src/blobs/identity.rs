@@ -65,6 +65,12 @@ impl Blobs {
         self.verify().await
     }
 
+    /// The id that it must have.
+    #[must_use]
+    pub fn expected_id(&self) -> Option<String> {
+        self.identity.state.lock().expected.clone()
+    }
+
     /// Looks whether the store is the one that is expected. That it does not answer says nothing about that.
     ///
     /// # Errors

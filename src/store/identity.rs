@@ -6,7 +6,7 @@ use sea_orm::{
 };
 
 use super::{
-    Store, StoreError,
+    DatabaseTransaction, Store, StoreError,
     entity::{batch, blob_store, file, node},
 };
 use crate::domain::NodeId;
@@ -24,6 +24,29 @@ impl Store {
     pub async fn blob_store_id(&self) -> Result<Option<String>, StoreError> {
         let row = blob_store::Entity::find_by_id(ROW).one(self.read()).await?;
         Ok(row.map(|row| row.store_id))
+    }
+
+    /// The same, once no server is about to write another one: one that takes over a database that nobody has used looks
+    /// for other servers first, and one that starts meanwhile must see what it has decided.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn settled_blob_store_id(&self) -> Result<Option<String>, StoreError> {
+        let tx = self.begin().await?;
+        self.one_at_a_time(&tx).await?;
+        Ok(blob_store::Entity::find_by_id(ROW).one(&tx).await?.map(|row| row.store_id))
+    }
+
+    /// Until the transaction ends no other server decides on the id.
+    async fn one_at_a_time(&self, tx: &DatabaseTransaction) -> Result<(), StoreError> {
+        if !self.is_sqlite() {
+            // Whoever has waited must see what was written meanwhile.
+            tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
+            let lock =
+                Statement::from_string(DatabaseBackend::Postgres, format!("SELECT pg_advisory_xact_lock({LOCK})"));
+            tx.execute_raw(lock).await?;
+        }
+        Ok(())
     }
 
     /// Whether the database names no file, has no batch, and no node but this one.
@@ -48,13 +71,7 @@ impl Store {
     ) -> Result<String, E> {
         let failed = |error| E::from(StoreError::from(error));
         let tx = self.begin().await?;
-        if !self.is_sqlite() {
-            // Whoever has waited must see what was written meanwhile.
-            tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await.map_err(failed)?;
-            let lock =
-                Statement::from_string(DatabaseBackend::Postgres, format!("SELECT pg_advisory_xact_lock({LOCK})"));
-            tx.execute_raw(lock).await.map_err(failed)?;
-        }
+        self.one_at_a_time(&tx).await?;
         if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await.map_err(failed)? {
             if row.store_id == id || !is_unused_but_by(&tx, own).await.map_err(failed)? {
                 return Ok(row.store_id);

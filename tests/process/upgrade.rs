@@ -13,16 +13,19 @@ use std::{
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
 use serde::{Deserialize, Serialize};
 use tidemill::{
+    blobs::Blobs,
     delivery::secrets::{MasterKey, Vault},
     domain::{
-        Timestamp,
+        NodeId, Timestamp,
         webhook::{SealedSecret, target_of},
     },
+    objects,
     pb::{
         BatchStatus, CreateBatchRequest, CreateEndpointRequest, DeliveryState, GetBatchRequest, GetEndpointRequest,
         ListDeadLettersRequest, ListDeliveriesRequest, WebhookConfig, create_batch_request::Input,
     },
     sim::SimConfig,
+    store::Store,
 };
 use tokio::process::Command;
 
@@ -324,6 +327,73 @@ async fn data_of_earlier_versions_open_on_postgres() {
             opens(&folder, Some(url)).await;
         }
     }
+}
+
+/// Data of a release that knew no store id, and several servers of this one that start on it together.
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_that_start_together_on_data_of_earlier_versions_agree_on_one_id() {
+    for folder in versions("postgres") {
+        let Some(url) = postgres::database().await else { return };
+        let dump = tokio::fs::read_to_string(folder.join("dump.sql")).await.unwrap();
+        let connection = connect(Some(&url), Path::new("")).await;
+        connection.execute_unprepared(&dump).await.unwrap();
+        connection.close().await.unwrap();
+        let objects = tempfile::tempdir().unwrap();
+        copy(&folder.join("blobs"), objects.path()).await;
+        let blobs = format!("file://{}", objects.path().display());
+        let flags = ["--database-url", &url, "--blobs", &blobs, "--master-key", MASTER_KEY];
+        let mut servers: Vec<_> = (0..5).map(|_| Server::new(&flags)).collect();
+        servers.iter_mut().for_each(Server::spawn_unready);
+        for server in &mut servers {
+            let began = std::time::Instant::now();
+            while !server.is_ready().await {
+                assert!(server.is_alive() && began.elapsed() < Duration::from_secs(120), "{}", server.log());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        let connection = connect(Some(&url), Path::new("")).await;
+        let sql = Statement::from_string(sea_orm::DatabaseBackend::Postgres, "SELECT store_id FROM blob_store");
+        let rows = connection.query_all_raw(sql).await.unwrap();
+        let ids: Vec<String> = rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect();
+        let id = std::fs::read_to_string(objects.path().join("store-id")).unwrap();
+        assert_eq!(ids, [id.trim()]);
+        for server in &mut servers {
+            server.kill().await;
+        }
+    }
+}
+
+/// The same on SQLite, which has one server: there it is starts of it that overlap.
+#[tokio::test(flavor = "multi_thread")]
+async fn starts_that_overlap_on_data_of_earlier_versions_agree_on_one_id() {
+    for folder in versions("sqlite") {
+        let copied = tempfile::tempdir().unwrap();
+        copy(&folder, copied.path()).await;
+        let starts = (0..6).map(|_| {
+            let folder = copied.path().to_owned();
+            tokio::spawn(async move {
+                let store = Store::sqlite(&folder.join("tidemill.db")).await.unwrap();
+                let blobs = Blobs::shared_directory(&folder.join("blobs")).unwrap();
+                let node = NodeId::generate();
+                store.heartbeat(&node, "0", "").await.unwrap();
+                let found = objects::probe(&blobs, "here").await.unwrap();
+                objects::establish(&store, &blobs, "here", &node, found).await.unwrap();
+                blobs.expected_id().unwrap()
+            })
+        });
+        let starts: Vec<_> = starts.collect();
+        let mut ids = std::collections::BTreeSet::new();
+        for start in starts {
+            ids.insert(start.await.unwrap());
+        }
+        let id = std::fs::read_to_string(copied.path().join("blobs/store-id")).unwrap();
+        assert_eq!(ids.into_iter().collect::<Vec<_>>(), [id.trim()]);
+    }
+}
+
+async fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-r").arg(from.join(".")).arg(to).status().await.unwrap();
+    assert!(copied.success());
 }
 
 /// Data of a release that knew no store id, and a server that does not have its objects: it does not make itself their owner.

@@ -10,6 +10,7 @@ mod claims;
 mod events;
 mod fencing;
 mod files;
+mod identity;
 mod leftovers;
 mod migrations;
 mod migrations_rolling;
