@@ -6,9 +6,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Webhooks, clock::Clocks, jobs, metrics, outbox::Outbox, send::batch_context};
+use super::{Webhooks, jobs, metrics, outbox::Outbox, send::batch_context};
 use crate::{
-    domain::Scope,
+    domain::{Clocks, Scope},
     fault,
     store::{SecretOf, StoreError},
     supervise::{Part, named},

@@ -5,7 +5,6 @@
 //! [`secrets`] and [`egress`] guard, `send` makes one attempt, `outbox` is the loop over what is due, [`dead_letter`] and
 //! `jobs` retry by hand, [`deliverer`] runs all of it. [`Webhooks`] is what the API holds, [`Deliverer`] what the application runs.
 
-mod clock;
 pub mod dead_letter;
 pub mod deliverer;
 pub mod egress;

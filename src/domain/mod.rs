@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod batch;
+pub mod clocks;
 pub mod endpoint;
 pub mod file;
 pub mod ids;
@@ -18,6 +19,7 @@ pub mod weight;
 pub mod worker_priority;
 
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
+pub use clocks::Clocks;
 pub use endpoint::Endpoint;
 pub use file::{File, FileKind};
 pub use ids::{

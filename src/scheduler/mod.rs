@@ -212,7 +212,8 @@ impl Scheduler {
     /// Runs until the shutdown, and then until every segment is finished or given back.
     pub async fn run(mut self) {
         Self::describe_metrics();
-        let (sweeps, shutdown) = (sweeps::run(self.store.clone(), self.blobs.clone()), self.shutdown.clone());
+        let (sweeps, shutdown) =
+            (sweeps::run(self.store.clone(), self.blobs.clone(), self.options.lease), self.shutdown.clone());
         let sweeps = async move {
             tokio::select! {
                 () = sweeps => {}

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::{
     blobs::Blobs,
-    domain::BatchId,
+    domain::{BatchId, Clocks},
     fault, results,
     store::{Store, StoreError},
     supervise::Part,
@@ -19,6 +19,11 @@ const WINDOWS: Duration = Duration::from_secs(1);
 const GARBAGE: Duration = Duration::from_secs(10);
 /// How often a directory is looked through for files that a killed process left half written.
 const HALF_WRITTEN: Duration = Duration::from_secs(3_600);
+/// How late it may be noticed that the database's clock was set back.
+const CLOCK: Duration = Duration::from_secs(10);
+/// A server that has just started does not know whether the clock was set back. Others may have longer leases than its own: up
+/// to this many times as long, they are left alone.
+const OTHERS_LEASES: u32 = 10;
 /// Windows and objects at a time.
 const SOME: u64 = 500;
 /// Ended batches a sweep whose folders are looked through for objects that no row names.
@@ -28,8 +33,14 @@ const OBJECTS: usize = 500;
 
 /// Sweeps for ever: it may be dropped at any moment. Each sweep goes at its own pace, so a blob store that is slow to delete
 /// keeps no window open.
-pub(super) async fn run(store: Store, blobs: Blobs) {
-    tokio::join!(windows(&store), garbage(&store, &blobs), leftovers(&store, &blobs), half_written(&blobs));
+pub(super) async fn run(store: Store, blobs: Blobs, lease: Duration) {
+    tokio::join!(
+        windows(&store),
+        clock(&store, lease),
+        garbage(&store, &blobs),
+        leftovers(&store, &blobs),
+        half_written(&blobs)
+    );
 }
 
 fn every(period: Duration) -> tokio::time::Interval {
@@ -48,6 +59,34 @@ async fn windows(store: &Store) {
             Err(error) => tracing::warn!(%error, "windows could not be closed; the next sweep tries again"),
         }
     }
+}
+
+async fn clock(store: &Store, lease: Duration) {
+    let (mut ticks, mut clocks) = (every(CLOCK), Clocks::default());
+    let mut longest = lease.saturating_mul(OTHERS_LEASES);
+    loop {
+        ticks.tick().await;
+        match mend(store, &mut clocks, longest).await {
+            Ok(0) => {}
+            Ok(leases) => {
+                tracing::warn!(leases, "the database's clock was set back; leases end when they would have ended")
+            }
+            Err(error) => {
+                // The next look is as if it were the first.
+                (clocks, longest) = (Clocks::default(), lease.saturating_mul(OTHERS_LEASES));
+                tracing::warn!(%error, "leases can't be compared with the database's clock");
+                continue;
+            }
+        }
+        longest = lease;
+    }
+}
+
+/// A clock that was set back makes no lease last for as long as it was set back.
+async fn mend(store: &Store, clocks: &mut Clocks, longest: Duration) -> Result<u64, StoreError> {
+    let asked = Instant::now().into_std();
+    let said = store.clock().await?;
+    if clocks.may_be_back(asked, Instant::now().into_std(), said) { store.mend_leases(longest).await } else { Ok(0) }
 }
 
 async fn garbage(store: &Store, blobs: &Blobs) {
@@ -140,5 +179,54 @@ async fn half_written(blobs: &Blobs) {
                 tracing::warn!(%error, "the blob directory could not be looked through; the next sweep tries again");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    };
+
+    use sea_orm::{ConnectionTrait, Database, Statement};
+
+    use super::*;
+    use crate::{domain::Timestamp, store::with_clock};
+
+    #[tokio::test]
+    async fn a_clock_set_back_is_noticed_and_leases_are_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("db");
+        let store = Store::sqlite(&file).await.unwrap();
+        let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+        let (second, hour) = (1_000_000, 3_600_000_000);
+        let start = Timestamp::now().0;
+        let insert = format!(
+            "INSERT INTO segments (batch_id, idx, first_line, line_span, requests, byte_offset, byte_length, models, state, \
+             lease_owner, lease_expires_at, epoch) VALUES ('b', 0, 1, 1, 1, 0, 1, 1, 'leased', 'dead', {}, 1)",
+            start + 30 * second
+        );
+        raw.execute_unprepared(&insert).await.unwrap();
+        let ends = async || -> i64 {
+            let sql = Statement::from_string(raw.get_database_backend(), "SELECT lease_expires_at FROM segments");
+            raw.query_one_raw(sql).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+        };
+        let lease = Duration::from_secs(30);
+        let clock = Arc::new(AtomicI64::new(start));
+        let mut clocks = Clocks::default();
+        let mut look = async |longest| with_clock(clock.clone(), mend(&store, &mut clocks, longest)).await.unwrap();
+        assert_eq!(look(10 * lease).await, 0, "the first look");
+        clock.fetch_add(hour, Ordering::Relaxed);
+        assert_eq!(look(lease).await, 0, "an hour ahead");
+        clock.fetch_sub(2 * hour, Ordering::Relaxed);
+        assert_eq!(look(lease).await, 1, "and two back");
+        assert_eq!(ends().await, start - hour + 30 * second);
+        assert_eq!(look(lease).await, 0, "once");
+        // A server that starts then has seen nothing of it.
+        raw.execute_unprepared(&format!("UPDATE segments SET lease_expires_at = {}", start + hour)).await.unwrap();
+        let mut others = Clocks::default();
+        let mended = with_clock(clock.clone(), mend(&store, &mut others, 10 * lease)).await.unwrap();
+        assert_eq!((mended, ends().await), (1, start - hour + 300 * second));
     }
 }

@@ -339,6 +339,27 @@ impl Store {
         Ok(found)
     }
 
+    /// Takes back what the database's clock can't have meant: no lease ends later than `longest` from now. When the clock is
+    /// set back, the leases of dead servers would last for as long as it was set back; those of living ones are renewed by
+    /// them. Right at any time, and any number of nodes may do it. Returns how many leases were changed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn mend_leases(&self, longest: Duration) -> Result<u64, StoreError> {
+        again(|| self.mend_leases_once(longest)).await
+    }
+
+    async fn mend_leases_once(&self, longest: Duration) -> Result<u64, StoreError> {
+        let latest = now(self.read()).await?.plus(longest).0;
+        let mended = segment::Entity::update_many()
+            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(latest))
+            .filter(segment::Column::State.eq(LEASED))
+            .filter(segment::Column::LeaseExpiresAt.gt(latest))
+            .exec(&self.inner.write)
+            .await?;
+        Ok(mended.rows_affected)
+    }
+
     /// Gives a segment back, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
     ///
     /// # Errors

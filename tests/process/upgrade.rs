@@ -339,7 +339,7 @@ async fn servers_that_start_together_on_data_of_earlier_versions_agree_on_one_id
         connection.execute_unprepared(&dump).await.unwrap();
         connection.close().await.unwrap();
         let objects = tempfile::tempdir().unwrap();
-        copy(&folder.join("blobs"), objects.path()).await;
+        copy_all(&folder.join("blobs"), objects.path()).await;
         let blobs = format!("file://{}", objects.path().display());
         let flags = ["--database-url", &url, "--blobs", &blobs, "--master-key", MASTER_KEY];
         let mut servers: Vec<_> = (0..5).map(|_| Server::new(&flags)).collect();
@@ -368,7 +368,7 @@ async fn servers_that_start_together_on_data_of_earlier_versions_agree_on_one_id
 async fn starts_that_overlap_on_data_of_earlier_versions_agree_on_one_id() {
     for folder in versions("sqlite") {
         let copied = tempfile::tempdir().unwrap();
-        copy(&folder, copied.path()).await;
+        copy_all(&folder, copied.path()).await;
         let starts = (0..6).map(|_| {
             let folder = copied.path().to_owned();
             tokio::spawn(async move {
@@ -391,7 +391,7 @@ async fn starts_that_overlap_on_data_of_earlier_versions_agree_on_one_id() {
     }
 }
 
-async fn copy(from: &Path, to: &Path) {
+async fn copy_all(from: &Path, to: &Path) {
     let copied = Command::new("cp").arg("-r").arg(from.join(".")).arg(to).status().await.unwrap();
     assert!(copied.success());
 }

@@ -225,7 +225,37 @@ async fn a_dead_predecessors_leases_can_be_ended_at_once(db: Db) {
     assert_eq!((again.segment, again.epoch), (second.segment, Epoch(2)));
 }
 
+/// For the database it is the same whether its clock goes back or all that is stored goes ahead.
+async fn a_clock_set_back_makes_no_lease_of_a_dead_owner_last_for_as_long(db: Db) {
+    let lease = Duration::from_millis(300);
+    let batch = db.batch(2).await;
+    let node = NodeId::generate();
+    let dead = db.store.claim_segment(&node, &batch.id, -1, lease).await.unwrap().unwrap();
+    let living = db.store.claim_segment(&node, &batch.id, -1, Duration::from_secs(3_000)).await.unwrap().unwrap();
+    let mend = async |longest| db.store.mend_leases(longest).await.unwrap();
+    assert_eq!(mend(Duration::from_secs(3_000)).await, 0, "nothing is wrong");
+    db.execute("UPDATE segments SET lease_expires_at = lease_expires_at + 3600000000 WHERE state = 'leased'").await;
+    assert!(db.store.candidates(&["m".to_owned()], 9).await.unwrap().is_empty());
+    // The living owner renews, as it always does.
+    db.store.renew_leases(&node, std::slice::from_ref(&living.segment), LEASE).await.unwrap();
+    assert_eq!(mend(LEASE).await, 1);
+    assert_eq!(mend(lease).await, 2, "the least of all");
+    let taken = async {
+        loop {
+            if let Some(taken) = db.store.claim_segment(&NodeId::generate(), &batch.id, -1, LEASE).await.unwrap() {
+                return taken;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let taken = tokio::time::timeout(Duration::from_secs(60), taken).await.expect("its lease ends");
+    assert_eq!((taken.segment.clone(), taken.epoch), (dead.segment.clone(), Epoch(2)));
+    let late = db.store.commit_part(&dead.segment, dead.epoch, &part(0..1, [])).await.unwrap();
+    assert_eq!(late, Commit::Fenced);
+}
+
 on_both_databases!(
+    a_clock_set_back_makes_no_lease_of_a_dead_owner_last_for_as_long,
     many_claimers_never_get_the_same_segment,
     a_claim_says_what_there_is_to_do,
     a_lease_that_ran_out_is_claimed_again_and_its_old_owner_is_fenced,

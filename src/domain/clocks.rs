@@ -2,21 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use crate::domain::Timestamp;
+use super::Timestamp;
 
 /// By so much the database's clock may be behind without anybody minding: what is due comes late by no more.
 const TOLERATED: Duration = Duration::from_secs(1);
 
 /// What two clocks said when they were looked at last: this process's, which never goes back, and the database's.
 #[derive(Debug, Default)]
-pub(super) struct Clocks {
+pub struct Clocks {
     last: Option<(Instant, Timestamp)>,
 }
 
 impl Clocks {
     /// Whether the database's clock may have been set back since the last look. It said `said` at some moment between `asked` and
     /// `answered`. The first time nobody knows.
-    pub(super) fn may_be_back(&mut self, asked: Instant, answered: Instant, said: Timestamp) -> bool {
+    pub fn may_be_back(&mut self, asked: Instant, answered: Instant, said: Timestamp) -> bool {
         let Some((since, before)) = self.last.replace((answered, said)) else { return true };
         said.plus(TOLERATED) < before.plus(asked.saturating_duration_since(since))
     }
