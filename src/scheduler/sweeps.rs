@@ -141,7 +141,7 @@ async fn leftovers(store: &Store, blobs: &Blobs) {
                 Ok(0) => {}
                 Ok(objects) => tracing::info!(%batch, objects, "objects that nothing names are deleted"),
                 Err(error) => {
-                    tracing::warn!(%batch, error, "leftovers could not be deleted; they are looked for later")
+                    tracing::warn!(%batch, error, "leftovers could not be deleted; they are looked for later");
                 }
             }
         }

@@ -164,7 +164,7 @@ impl Pool {
     }
 
     pub(super) async fn ping(&self) -> Result<(), DbErr> {
-        self.bounded(self.inner.ping()).await
+        Box::pin(self.bounded(self.inner.ping())).await
     }
 
     /// Closes the connections, but waits for none that is in use for longer than [`RECOVERY`].
