@@ -69,7 +69,7 @@ async fn clock(store: &Store, lease: Duration) {
         match mend(store, &mut clocks, longest).await {
             Ok(0) => {}
             Ok(leases) => {
-                tracing::warn!(leases, "the database's clock was set back; leases end when they would have ended")
+                tracing::warn!(leases, "the database's clock was set back; leases end when they would have ended");
             }
             Err(error) => {
                 // The next look is as if it were the first.

@@ -52,7 +52,7 @@ async fn what_no_row_names_is_found_once_the_batch_has_ended(db: Db) {
     let error = BatchError { code: "input_unreadable".into(), message: "gone".into(), line: 0, param: String::new() };
     assert_eq!(db.store.fail_batch(of, epoch, error).await.unwrap(), Commit::Done);
     assert!(db.store.take_leftovers(9).await.unwrap().is_empty(), "not at once: a run may still be writing");
-    assert_eq!(due(&db).await, [batch.id.clone()]);
+    assert_eq!(due(&db).await, std::slice::from_ref(&batch.id));
     assert_eq!(look().await, unnamed);
     // What was let go of is deleted in its time, once readers are done with it.
     assert_eq!(db.store.delete_file(&file.id, &Scope::All).await.unwrap(), DeletedFile::Deleted);
