@@ -21,25 +21,25 @@ use crate::pb;
 const EXIT_CODES: &str = "Exit codes: 0 completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
                           1 any other error.";
 
-/// What to do with batches.
+/// Commands for batches.
 #[derive(Debug, Subcommand)]
 pub enum BatchCommand {
     /// Upload a file of requests and create a batch from it. Prints the batch's id.
     #[command(after_help = submit::HELP)]
     Submit(SubmitArgs),
-    /// Follow a batch to its end; survives restarts of the server.
+    /// Follow a batch to its end, through restarts of the server.
     #[command(after_help = EXIT_CODES)]
     Watch(Id),
     /// Show a batch.
     Get(Id),
     /// List batches, newest first.
     List(ListArgs),
-    /// Cancel a batch. What is done is kept.
+    /// Cancel a batch. Finished results are kept.
     Cancel(Id),
     /// Write a batch's results.
     #[command(after_help = RESULTS_HELP)]
     Results(ResultsArgs),
-    /// Create a batch from the lines of a batch that failed. Prints the new batch's id.
+    /// Create a new batch from the failed lines of an ended batch. Prints the new batch's id.
     #[command(after_help = EXIT_CODES)]
     RetryFailed(RetryArgs),
 }
@@ -53,15 +53,15 @@ Examples:
 Without --follow the lines are in input order and the batch must have ended. With --follow they come as requests \
 finish, and the exit code is that of `tidemill batch watch`.";
 
-/// Which batch.
+/// Selects a batch.
 #[derive(Debug, Args)]
 pub struct Id {
-    /// The batch: batch_…
+    /// The batch's id: batch_…
     #[arg(value_name = "BATCH")]
     id: String,
 }
 
-/// Which batches.
+/// Filters for `batch list`.
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// Only batches in this state, such as in_progress. Repeatable.
@@ -70,24 +70,24 @@ pub struct ListArgs {
     /// Only batches that use this model.
     #[arg(long, default_value = "", hide_default_value = true)]
     model: String,
-    /// Only batches with this pair. Repeatable.
+    /// Only batches with this metadata pair. Repeatable.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
-    /// At most this many.
+    /// The most batches to list.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
 }
 
-/// Which results, and where to.
+/// Arguments of `batch results`.
 #[derive(Debug, Args)]
 pub struct ResultsArgs {
-    /// The batch: batch_…
+    /// The batch's id: batch_…
     #[arg(value_name = "BATCH")]
     id: String,
-    /// Write the successful lines here. Default: stdout.
+    /// File for the successful lines. Default: stdout.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Write the failed lines here. Default: they are only counted.
+    /// File for the failed lines. Default: they are only counted.
     #[arg(long, value_name = "FILE")]
     errors: Option<PathBuf>,
     /// Write lines as they finish, until the batch ends.
@@ -95,19 +95,19 @@ pub struct ResultsArgs {
     follow: bool,
 }
 
-/// Which failed lines.
+/// Arguments of `batch retry-failed`.
 #[derive(Debug, Args)]
 pub struct RetryArgs {
-    /// A batch that has ended: batch_…
+    /// The id of a batch that has ended: batch_…
     #[arg(value_name = "BATCH")]
     id: String,
     /// Follow the new batch to its end.
     #[arg(long)]
     watch: bool,
-    /// How long the new batch may take, 1h to 14d [default: 24h].
+    /// The new batch's completion window, 1h to 14d [default: 24h].
     #[arg(long, value_name = "SPAN", value_parser = super::submit::window)]
     window: Option<Duration>,
-    /// Makes the call safe to repeat: the same id gives the same batch.
+    /// Makes the command safe to repeat: the same id returns the same batch.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
 }
@@ -147,7 +147,7 @@ pub async fn run(command: BatchCommand, client: &Client) -> anyhow::Result<u8> {
     }
 }
 
-/// Tells of a new batch and, if wanted, follows it.
+/// Prints a new batch's id and, if wanted, follows the batch.
 async fn created(batch: &pb::Batch, watch: bool, client: &Client) -> anyhow::Result<u8> {
     if watch {
         if !client.json {
@@ -158,7 +158,7 @@ async fn created(batch: &pb::Batch, watch: bool, client: &Client) -> anyhow::Res
     if client.json {
         out::line(json::batch(batch))?;
     } else {
-        // Only the id on stdout: scripts take it from there.
+        // Only the id goes to stdout, where scripts read it.
         out::line(&batch.id)?;
         note(&format!("follow it: tidemill batch watch {}", batch.id));
     }
@@ -234,7 +234,7 @@ fn row(batch: &pb::Batch) -> [String; 6] {
 }
 
 async fn write_results(args: ResultsArgs, client: &Client) -> anyhow::Result<u8> {
-    // Before anything is asked or written.
+    // Checked before any call and any write.
     if let (Some(output), Some(errors)) = (&args.output, &args.errors) {
         results::ensure_different(output, errors)?;
     }
@@ -275,7 +275,7 @@ async fn follow_results(args: &ResultsArgs, client: &Client) -> anyhow::Result<u
     Ok(watch::exit_code(&get(&args.id, client).await?).unwrap_or(1))
 }
 
-/// A batch without lines of a kind has no file of it: that is an empty file.
+/// A batch without such lines has no file for them: write an empty file.
 async fn write_file(file_id: &str, output: Output, client: &Client) -> anyhow::Result<()> {
     if file_id.is_empty() {
         return Ok(output.finish()?);

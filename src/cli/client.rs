@@ -29,30 +29,30 @@ use crate::{
 const MAX_HEADERS: u32 = 1024 * 1024;
 /// Room for a fast download; the transport's own default is 64 KiB.
 const WINDOW: u32 = 2 * 1024 * 1024;
-/// How often a call is made in all before a server that can't be reached is an error.
+/// Attempts in all before a server that can't be reached is an error.
 const TRIES: u32 = 4;
-/// After how long a call that has no answer yet is said to be waited for, and how often from then on.
+/// Time until a command says that it is still waiting for an answer, and between repetitions of that.
 const SAY_AFTER: Duration = Duration::from_secs(5);
 const SAY_EVERY: Duration = Duration::from_secs(30);
 
-/// Which server, and who calls.
+/// The server to call, and the caller's credentials.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Client options")]
 pub struct ClientArgs {
-    /// The server.
+    /// URL of the server.
     #[arg(long, global = true, env = "TIDEMILL_SERVER", value_name = "URL", default_value = "http://127.0.0.1:4080")]
     pub server: String,
-    /// Access token. Better in the environment or in a file: others can see command lines.
+    /// Access token. Set it in the environment or in a file, because others can see command lines.
     #[arg(long, global = true, env = "TIDEMILL_TOKEN", value_name = "TOKEN", hide_env_values = true,
         allow_hyphen_values = true, value_parser = SecretParser(parse_key))]
     pub token: Option<Secret>,
-    /// File that holds the access token. Wins over --token.
+    /// File with the access token. Takes precedence over --token.
     #[arg(long, global = true, env = "TIDEMILL_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
-    /// PEM certificates of the authorities that may vouch for the server. Default: the system's.
+    /// PEM certificates of the authorities that sign the server's certificate. Default: the system's.
     #[arg(long, global = true, env = "TIDEMILL_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
-    /// PEM certificate chain of this client, for a server with --tls-client-ca. With --tls-client-key.
+    /// PEM certificate chain of this client, for a server with --tls-client-ca. Needs --tls-client-key.
     #[arg(long, global = true, env = "TIDEMILL_TLS_CLIENT_CERT", value_name = "FILE", requires = "tls_client_key")]
     pub tls_client_cert: Option<PathBuf>,
     /// PEM private key of --tls-client-cert.
@@ -63,10 +63,10 @@ pub struct ClientArgs {
     pub json: bool,
 }
 
-/// What calls go through.
+/// The channel of all calls.
 pub type Connection = InterceptedService<Greeted, Bearer>;
 
-/// A connection that is made when first used and made again when lost.
+/// A connection that is made at the first call, and again when it is lost.
 #[derive(Clone)]
 pub struct Client {
     channel: Connection,
@@ -88,7 +88,7 @@ impl Interceptor for Bearer {
 }
 
 impl ClientArgs {
-    /// Options for a server of this process, as the demo's.
+    /// Options for a server in this process, such as the demo's.
     #[must_use]
     pub fn of(server: String) -> Self {
         Self {
@@ -102,7 +102,7 @@ impl ClientArgs {
         }
     }
 
-    /// Prepares the connection; nothing is sent yet.
+    /// Prepares the connection without sending anything.
     ///
     /// # Errors
     /// The URL, the token or a file is unusable.
@@ -118,7 +118,7 @@ impl ClientArgs {
             .http2_max_header_list_size(MAX_HEADERS)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(4 * WINDOW)
-            // Finds a dead server behind a stream on which nothing has to come for a while.
+            // Detects a dead server behind a stream that may be silent for a while.
             .http2_keep_alive_interval(Duration::from_secs(20))
             .keep_alive_timeout(Duration::from_secs(20));
         let scheme = endpoint.uri().scheme_str().map(str::to_owned);
@@ -139,7 +139,7 @@ impl ClientArgs {
         Ok(Client { channel, json: self.json })
     }
 
-    /// The server's URL as messages show it: without a user and password that somebody wrote into it.
+    /// The server's URL for messages: without user and password.
     fn shown(&self) -> String {
         match self.server.rsplit_once('@') {
             Some((_, host)) => format!("…@{host}"),
@@ -204,8 +204,8 @@ impl Client {
     }
 }
 
-/// Makes a call again, a few times, while the server can't be reached, and says so when the answer takes long. Only for
-/// calls that may be made twice.
+/// Makes a call, repeats it a few times while the server can't be reached, and says so when the answer takes long. Only
+/// for calls that may be made twice.
 ///
 /// # Errors
 /// The last attempt's status.
@@ -217,7 +217,7 @@ where
         .await
 }
 
-/// The same, where what is said of a long wait is another thing.
+/// Like [`Client::retry`], with another message about a long wait.
 ///
 /// # Errors
 /// The last attempt's status.
@@ -238,7 +238,7 @@ where
     }
 }
 
-/// Waits for a call, and has it said if that takes long.
+/// Waits for a call, and calls `say` with the seconds waited if that takes long.
 pub async fn patiently<T>(call: impl Future<Output = T>, mut say: impl FnMut(Duration)) -> T {
     let (began, mut next) = (tokio::time::Instant::now(), SAY_AFTER);
     let mut call = std::pin::pin!(call);

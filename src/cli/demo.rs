@@ -36,21 +36,21 @@ use crate::{
 
 /// The example that is shipped with the binary.
 const EXAMPLE: &str = include_str!("../../examples/hello.jsonl");
-/// The model that the example names.
+/// The model in the example's requests.
 const EXAMPLE_MODEL: &str = "sim-7b";
-/// How many results are shown.
+/// The number of results that the demo prints.
 const SHOWN: usize = 3;
 
-/// What the demo does.
+/// Arguments of `demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
     /// Use this vLLM server, or any other with OpenAI's HTTP API, instead of the simulated one.
     #[arg(long, value_name = "URL", value_parser = parse_worker)]
     worker: Option<Url>,
-    /// How many requests to send.
+    /// The number of requests to send.
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     requests: u32,
-    /// Go on serving until Ctrl-C.
+    /// Keep serving until Ctrl-C.
     #[arg(long)]
     keep: bool,
 }
@@ -92,7 +92,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     Ok(code)
 }
 
-/// The steps that a user would take, with the same calls.
+/// The steps that a user would take, through the same API.
 async fn show(
     client: &Client,
     folder: &Path,
@@ -127,7 +127,7 @@ async fn show(
     Ok(watch::exit_code(&batch).unwrap_or(1))
 }
 
-/// The first lines of the output file, read from the stream as far as they need it.
+/// The first lines of the output file. Reads no more of the stream than they need.
 async fn first_results(client: &Client, file_id: &str) -> anyhow::Result<()> {
     let request = pb::DownloadFileRequest { file_id: file_id.to_owned(), offset: 0 };
     let mut chunks = client.batches().download_file(request).await?.into_inner();
@@ -155,7 +155,7 @@ fn result(line: &[u8]) -> anyhow::Result<String> {
     Ok(format!("  {}  {said}{cut}", line["custom_id"].as_str().unwrap_or("?")))
 }
 
-/// The example's requests, as often as needed, for a model.
+/// The example's requests for a model, repeated as often as needed.
 fn example(model: &str, requests: u32) -> anyhow::Result<String> {
     let lines: Vec<Value> = EXAMPLE.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let mut text = String::new();
@@ -174,9 +174,9 @@ fn config(folder: &Path, worker: &Url) -> anyhow::Result<ServeConfig> {
         listen: ([127, 0, 0, 1], 0).into(),
         data_dir: folder.join("data"),
         worker: vec![worker.clone()],
-        // So that the bar moves: it counts what is durable.
+        // Makes the bar move, because it counts durable requests.
         flush_interval: Duration::from_millis(200),
-        // Seals the webhook's secret, for as long as the database lives.
+        // Encrypts the webhook's secret while the database exists.
         master_key: Some(Secret::try_new(STANDARD.encode(rand::random::<[u8; 32]>()))?),
         // The demo's receiver is on this machine.
         webhook_retry_schedule: [1, 2, 4].map(Duration::from_secs).to_vec(),
@@ -186,7 +186,7 @@ fn config(folder: &Path, worker: &Url) -> anyhow::Result<ServeConfig> {
     Ok(config.validate()?)
 }
 
-/// The demo's worker: a simulated one of its own, or a real one.
+/// The demo's worker: a simulated one in this process, or a real one.
 struct Worker {
     url: Url,
     model: String,
@@ -202,7 +202,7 @@ impl Worker {
         let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
         let sim = Sim::new(SimConfig {
             models: vec![EXAMPLE_MODEL.to_owned()],
-            // Few and slow enough that one can watch: about seven seconds for the example.
+            // Few and slow enough to watch: about seven seconds for the example.
             latency: Duration::from_millis(300),
             tokens_per_second: 80.0,
             error_rate: 0.0,

@@ -1,4 +1,4 @@
-//! How many files and connections the process may have open.
+//! The limit of open files and connections of the process.
 
 /// Raises the soft limit on open files, which shells and containers set to 1,024 or less, to the hard one: each request
 /// to a worker, each client and each webhook needs one.
@@ -17,6 +17,6 @@ pub(super) fn raise() {
     }
 }
 
-/// Elsewhere it is left as it is.
+/// Other systems: does not change the limit.
 #[cfg(not(target_os = "linux"))]
 pub(super) fn raise() {}

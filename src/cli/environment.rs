@@ -1,4 +1,4 @@
-//! The environment: variables that look like settings but are not, and variables that are set to nothing.
+//! Checks environment variables: those that look like settings but are none, and those that are empty.
 
 use std::{
     collections::BTreeSet,
@@ -8,18 +8,17 @@ use std::{
 
 use clap::{Arg, ArgAction, Command};
 
-/// How every setting's variable begins.
+/// The prefix of every setting's variable.
 const PREFIX: &str = "TIDEMILL_";
-/// Read without being anybody's flag: what client commands log, and where tests have the process die.
+/// Variables without a flag: the log filter of client commands, and the fault points of tests.
 const WITHOUT_FLAG: [&str; 2] = ["TIDEMILL_LOG", "TIDEMILL_FAULT"];
-/// How alike (Jaro-Winkler, 0 to 1) a setting's variable must be to be offered.
+/// The similarity (Jaro-Winkler, 0 to 1) from which a setting's variable is suggested.
 const ALIKE: f64 = 0.85;
-/// Under these headings an empty variable is refused: a server that takes a missing secret or a missing place for "none"
-/// would run open, unsealed or in the wrong place.
+/// Under these headings an empty variable is refused: a server that took a missing secret or a missing directory for
+/// "not set" would run open, unencrypted or on the wrong data.
 const NEVER_EMPTY: [&str; 2] = ["Security", "Storage"];
 
-/// Warnings of variables that begin as settings do but are none: most often a misspelt one, which would go unnoticed. Their
-/// values stay out of it.
+/// Warnings about variables with our prefix that are not settings, most often misspelt ones. They never contain values.
 pub fn warnings(command: &Command, names: impl IntoIterator<Item = OsString>) -> Vec<String> {
     let mut known: BTreeSet<String> = WITHOUT_FLAG.map(str::to_owned).into();
     collect(command, &mut known);
@@ -45,7 +44,7 @@ fn warning(name: &str, known: &BTreeSet<String>) -> String {
     }
 }
 
-/// The variables that Kubernetes sets for a Service whose name begins with "tidemill", and those of our own tests.
+/// Variables that Kubernetes sets for a Service whose name begins with "tidemill", and those of our own tests.
 fn is_for_somebody_else(name: &str) -> bool {
     let rest = format!("_{}", name.trim_start_matches(PREFIX));
     let protocol = ["_TCP", "_UDP", "_SCTP"].iter().any(|protocol| rest.contains(protocol));
@@ -61,8 +60,8 @@ fn collect(command: &Command, known: &mut BTreeSet<String>) {
     command.get_subcommands().for_each(|command| collect(command, known));
 }
 
-/// Takes variables that are set to nothing for unset ones, as Compose files and charts leave those of values that were not
-/// given. Not where that would be dangerous: there the empty value is refused.
+/// Treats empty variables as not set, because Compose files and charts leave values that were not given empty. Where
+/// that would be dangerous, the empty value is refused.
 pub fn without_empty(command: Command) -> Command {
     without(command, &|name| env::var_os(name).is_some_and(|value| value.is_empty()))
 }
@@ -72,14 +71,14 @@ fn without(command: Command, is_empty: &dyn Fn(&OsStr) -> bool) -> Command {
         Some(name) if is_empty(name) && may_be_empty(&arg) => arg.env(None::<&'static str>),
         _ => arg,
     });
-    // A new command is made of the old one's, as clap's own way to change all of them takes no borrowed closure.
+    // Rebuilds the command, because clap's own way to change all arguments takes no borrowing closure.
     let names: Vec<String> = command.get_subcommands().map(|command| command.get_name().to_owned()).collect();
     names.into_iter().fold(command, |command, name| command.mut_subcommand(name, |command| without(command, is_empty)))
 }
 
 fn may_be_empty(arg: &Arg) -> bool {
     let is_switch = matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::SetFalse);
-    // A client without a token is let in, or told that it needs one.
+    // A client without a token is admitted, or gets an error that asks for one.
     let secret = arg.is_hide_env_values_set() && arg.get_id() != "token";
     let guarded = arg.get_help_heading().is_some_and(|heading| NEVER_EMPTY.contains(&heading));
     is_switch || !(secret || guarded)

@@ -1,4 +1,4 @@
-//! Errors as people read them.
+//! Error messages for people.
 
 use std::{error::Error, fmt::Write as _, io, time::Duration};
 
@@ -8,7 +8,7 @@ use tonic_types::StatusExt;
 use super::printable::escaped;
 use crate::words::{self, Peer};
 
-/// What `error:` is followed by. None: the reader of our output went away, as `| head` does, which is no error.
+/// The text after `error:`. `None` if the reader of our output went away, as `| head` does, which is not an error.
 #[must_use]
 pub fn report(error: &anyhow::Error) -> Option<String> {
     let broken_pipe = |cause: &(dyn Error + 'static)| {
@@ -22,7 +22,7 @@ pub fn report(error: &anyhow::Error) -> Option<String> {
         let status = cause.downcast_ref::<Status>();
         let line = match (status, cause.downcast_ref::<io::Error>()) {
             (Some(status), _) => describe(status),
-            // What it wraps says it itself, further down.
+            // The wrapped error is printed further down.
             (None, Some(file)) if file.get_ref().is_none() => words::file(file),
             (None, _) => cause.to_string(),
         };
@@ -32,14 +32,14 @@ pub fn report(error: &anyhow::Error) -> Option<String> {
             let _ = write!(text, "\n  caused by: {line}");
         }
         if status.is_some() {
-            // Its causes are the transport's innards; the hint says more.
+            // Its causes are details of the transport; the hint says more.
             break;
         }
     }
     Some(escaped(&text).into_owned())
 }
 
-/// A status with its reason, its violations and what to do next.
+/// A gRPC status with its reason, its field violations and a hint.
 fn describe(status: &Status) -> String {
     let details = status.get_error_details();
     let mut text = brief(status);
@@ -53,7 +53,7 @@ fn describe(status: &Status) -> String {
         }
     }
     let violations = details.bad_request().map(|bad| bad.field_violations.as_slice()).unwrap_or_default();
-    // One alone is most often in the message already.
+    // A single violation is usually in the message already.
     let told = |one: &tonic_types::FieldViolation| text.contains(&format!("{}: {}", one.field, one.description));
     let violations = if violations.len() == 1 && told(&violations[0]) { &[] } else { violations };
     for violation in violations {
@@ -71,7 +71,7 @@ fn describe(status: &Status) -> String {
     text
 }
 
-/// What happened, in a line: the server's own words, or for what never came from a server, ours.
+/// What happened, in one line: the server's message, or ours for an error that no server sent.
 #[must_use]
 pub fn brief(status: &Status) -> String {
     if let Some(source) = status.source().filter(|_| is_lost_connection(status)) {
@@ -81,7 +81,7 @@ pub fn brief(status: &Status) -> String {
         return words;
     }
     if is_cut_off(status) {
-        return "the answer was cut off: the server, or a proxy before it, ended the call half way".to_owned();
+        return "the answer is incomplete: the server, or a proxy in front of it, ended the call early".to_owned();
     }
     match status.message() {
         "" => status.code().to_string(),
@@ -89,7 +89,7 @@ pub fn brief(status: &Status) -> String {
     }
 }
 
-/// The HTTP status of an answer that no gRPC server gave: the library makes it a part of its message.
+/// The HTTP status of an answer that did not come from a gRPC server; the library puts it into its message.
 fn proxy_status(message: &str) -> Option<u16> {
     let after = ["with status: ", "mapped from HTTP status code "]
         .iter()
@@ -97,7 +97,7 @@ fn proxy_status(message: &str) -> Option<u16> {
     after.get(..3)?.parse().ok()
 }
 
-/// A stream that ended without its status, as a proxy ends one that it has no more patience for.
+/// Whether a stream ended without a status, as when a proxy ends it.
 fn is_cut_off(status: &Status) -> bool {
     status.code() == Code::Unknown && status.message().contains("missing grpc-status trailer")
 }
@@ -105,42 +105,42 @@ fn is_cut_off(status: &Status) -> bool {
 fn hint(status: &Status) -> Option<&'static str> {
     let lost = status.source().filter(|_| is_lost_connection(status));
     match status.code() {
-        _ if lost.is_some_and(words::is_no_grpc) => {
-            Some("is that the URL of a tidemill server, and not of a worker? With TLS a server is named https://…")
-        }
+        _ if lost.is_some_and(words::is_no_grpc) => Some(
+            "check that this is the URL of a tidemill server, not of a worker; for a server with TLS use https://…",
+        ),
         _ if lost.is_some_and(words::is_tls) => Some(
-            "without TLS a server is named http://…; one that wants a client certificate is given --tls-client-cert FILE",
+            "for a server without TLS use http://…; if it requires a client certificate, give --tls-client-cert FILE",
         ),
         Code::Internal | Code::Cancelled if lost.is_some() => Some(
-            "is that the URL of a tidemill server? With TLS it is named https://…, without http://…; one that wants a client \
-             certificate is given --tls-client-cert FILE",
+            "check that this is the URL of a tidemill server: https://… with TLS, http://… without; if it requires a \
+             client certificate, give --tls-client-cert FILE",
         ),
         _ if lost.is_some() => {
-            Some("is the server running? Start it with `tidemill serve`, or name another: --server URL")
+            Some("is the server running? Start it with `tidemill serve`, or give its URL: --server URL")
         }
         _ if proxy_status(status.message()).is_some() => None,
         Code::Unauthenticated => Some("give an access token: --token-file FILE or TIDEMILL_TOKEN"),
-        Code::PermissionDenied => Some("the access token's role does not allow this: use one with the role admin"),
-        Code::Unimplemented => Some("the server does not know this call: is it older than this command?"),
+        Code::PermissionDenied => Some("the access token's role does not allow this: use a token with the role admin"),
+        Code::Unimplemented => Some("the server does not know this call; it may be older than this command"),
         _ => None,
     }
 }
 
-/// Whether the same call may well succeed a little later.
+/// Whether the same call may succeed a little later.
 #[must_use]
 pub fn is_transient(status: &Status) -> bool {
     status.code() == Code::Unavailable || is_lost_connection(status) || is_cut_off(status)
 }
 
-/// A status that no server sent: the transport made it up. Those have a cause; those from the wire have none.
+/// Whether the transport made up this status. Such a status has a cause; a status from the server has none.
 #[must_use]
 pub fn is_lost_connection(status: &Status) -> bool {
     let made_up = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled);
     made_up && status.source().is_some()
 }
 
-/// How long to wait before attempt `attempt` (from 1) of a call that failed so: what the server asks for, or twice as
-/// long each time. `jitter`, 0 to 1, spreads clients that all lost the same server.
+/// The wait before attempt `attempt` (from 1) of a call that failed with `status`: what the server asks for, or
+/// doubling. `jitter`, 0 to 1, spreads out clients that lost the same server.
 #[must_use]
 pub fn delay(status: &Status, attempt: u32, jitter: f64) -> Duration {
     const FIRST: Duration = Duration::from_millis(200);
@@ -282,7 +282,7 @@ mod tests {
                 Code::Unknown,
                 "protocol error: missing grpc-status trailer, stream was terminated without a final status (possible \
                  truncation by a proxy or load balancer)",
-                "the answer was cut off",
+                "the answer is incomplete",
             ),
         ] {
             let text = report(&Status::new(code, message).into()).unwrap();

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::pb;
 
-/// What to do with files.
+/// Commands for files.
 #[derive(Debug, Subcommand)]
 pub enum FilesCommand {
     /// Upload a JSONL file of requests. Prints the file's id.
@@ -24,54 +24,54 @@ pub enum FilesCommand {
     Upload(UploadArgs),
     /// List files, newest first.
     List(ListArgs),
-    /// Show a file's description.
+    /// Show a file.
     Get(Id),
     /// Download a file.
     Download(DownloadArgs),
-    /// Delete a file. One that an unfinished batch reads can't be deleted.
+    /// Delete a file. Fails while an unfinished batch reads it.
     Delete(Id),
 }
 
-/// Which file.
+/// Selects a file.
 #[derive(Debug, Args)]
 pub struct Id {
-    /// The file: file-…
+    /// The file's id: file-…
     #[arg(value_name = "FILE_ID")]
     id: String,
 }
 
-/// What to upload.
+/// Arguments of `files upload`.
 #[derive(Debug, Args)]
 pub struct UploadArgs {
     /// JSONL file of requests; "-" for stdin.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Its name on the server. Default: its own.
+    /// The file's name on the server. Default: its local name.
     #[arg(long, value_name = "NAME")]
     filename: Option<String>,
-    /// Makes the upload safe to repeat: the same id gives the same file.
+    /// Makes the upload safe to repeat: the same id returns the same file.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
 }
 
-/// Which files.
+/// Filters for `files list`.
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// Only files of this purpose: batch for uploads, batch_output for results.
+    /// Only files with this purpose: batch for uploads, batch_output for results.
     #[arg(long, default_value = "", hide_default_value = true)]
     purpose: String,
-    /// At most this many.
+    /// The most files to list.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
 }
 
-/// What to download, and where to.
+/// Arguments of `files download`.
 #[derive(Debug, Args)]
 pub struct DownloadArgs {
-    /// The file: file-…
+    /// The file's id: file-…
     #[arg(value_name = "FILE_ID")]
     id: String,
-    /// Write it here. Default: stdout.
+    /// File to write to. Default: stdout.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -105,7 +105,7 @@ pub async fn run(command: FilesCommand, client: &Client) -> anyhow::Result<()> {
             results::download(client, &args.id, Output::open(args.output.as_deref())?).await?;
         }
         FilesCommand::Delete(Id { id }) => {
-            // Not repeated: after a lost answer the second call would not find the file.
+            // Not repeated, because after a lost answer the second call would not find the file.
             client.batches().delete_file(pb::DeleteFileRequest { file_id: id }).await?;
         }
     }

@@ -1,4 +1,4 @@
-//! The first contact with a server: whether anybody answers there is found out before anything is asked or uploaded.
+//! The first contact with a server: checks that it answers before anything is sent or uploaded.
 
 use std::{
     sync::Arc,
@@ -14,24 +14,24 @@ use tower::{BoxError, Service, ServiceExt as _};
 
 use super::{error, meter};
 
-/// How long a server may take for its first answer, the connection included.
+/// Time limit of a server's first answer, including the connection.
 pub const FIRST_ANSWER: Duration = Duration::from_secs(10);
-/// A wait that is longer is said.
+/// A longer wait is reported.
 const SAY_AFTER: Duration = Duration::from_secs(2);
 
-/// A channel whose first call waits for an answer to a health check. A port that accepts connections and says nothing
-/// would keep a call, and whoever made it, waiting until keep-alive gives up, again for every try; and a call has no
-/// deadline of its own, as an upload or an answer of a model may take any time.
+/// A channel whose first call first waits for an answer to a health check. Otherwise a port that accepts connections
+/// and sends nothing would block a call until keep-alive gives up, at every try; calls themselves have no deadline,
+/// because an upload or a model's answer may take any time.
 #[derive(Clone)]
 pub struct Greeted {
     channel: Channel,
     server: Arc<str>,
-    /// Set once the server has answered anything at all.
+    /// Set once the server has answered in any way.
     met: Arc<OnceCell<()>>,
 }
 
 impl Greeted {
-    /// `server` is how it is named in messages.
+    /// `server` is the server's name in messages.
     pub fn new(channel: Channel, server: &str) -> Self {
         Self { channel, server: server.into(), met: Arc::default() }
     }
@@ -53,12 +53,11 @@ impl Greeted {
             }
         };
         match answer {
-            // Whatever it says, it answers.
+            // Any answer will do.
             Ok(Err(status)) if error::is_lost_connection(&status) => Err(status),
             Ok(_) => Ok(()),
             Err(_) => Err(Status::deadline_exceeded(format!(
-                "no answer from {} within {} s: a firewall swallows the connection, or what listens there is not a tidemill \
-                 server",
+                "no answer from {} within {} s: a firewall may drop the connection, or another program listens there",
                 self.server,
                 FIRST_ANSWER.as_secs()
             ))),

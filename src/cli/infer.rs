@@ -1,4 +1,4 @@
-//! `tidemill infer …`: one request, now.
+//! `tidemill infer …`: runs one request at once.
 
 use std::{fs, io::Read as _, time::Duration};
 
@@ -14,27 +14,27 @@ use super::{
 };
 use crate::pb;
 
-/// A request.
+/// Arguments of `infer`.
 #[derive(Debug, Args)]
 pub struct InferArgs {
-    /// The model to ask.
+    /// The model's name.
     #[arg(required_unless_present = "body", conflicts_with = "body", requires = "prompt")]
     model: Option<String>,
-    /// What to ask it.
+    /// The prompt.
     #[arg(conflicts_with = "body")]
     prompt: Option<String>,
-    /// Most tokens to answer with. Default: the worker's.
+    /// The most tokens of the answer. Default: the worker's.
     #[arg(long, value_name = "N", conflicts_with = "body")]
     max_tokens: Option<u32>,
-    /// A whole request body instead: JSON, @FILE, or "-" for stdin. The answer's body is printed as it is.
+    /// A complete request body instead: JSON, @FILE, or "-" for stdin. The answer's body is printed unchanged.
     #[arg(long, value_name = "JSON")]
     body: Option<String>,
-    /// Where --body goes.
+    /// The endpoint for --body.
     #[arg(long, value_name = "PATH", default_value = "/v1/chat/completions")]
     endpoint: String,
 }
 
-/// Sends the request. Returns the exit code: 1 if the worker refused it.
+/// Sends the request. Returns the exit code: 1 if the worker answered with an error.
 ///
 /// # Errors
 /// What went wrong, for people.
@@ -44,7 +44,7 @@ pub async fn run(args: InferArgs, client: &Client) -> anyhow::Result<u8> {
         Some(body) => read_body(body)?,
         None => chat(&args).into_bytes(),
     };
-    // Not repeated: a request may be dear, and the server has tried several workers already.
+    // Not repeated: a request may be expensive, and the server has already tried several workers.
     let mut batches = client.batches();
     let asked = batches.infer(pb::InferRequest { endpoint: args.endpoint, body: body.into() });
     let say = |waited: Duration| note(&format!("still waiting for the model's answer, {} s", waited.as_secs()));
@@ -84,7 +84,7 @@ fn chat(args: &InferArgs) -> String {
     body.to_string()
 }
 
-/// What a chat completion says.
+/// The text of a chat completion. `None` if it has none.
 #[must_use]
 pub fn content(body: &[u8]) -> Option<String> {
     let body: Value = serde_json::from_slice(body).ok()?;

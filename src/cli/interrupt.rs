@@ -1,20 +1,21 @@
-//! Ctrl-C while a command follows a batch: the batch is the server's and goes on.
+//! Ctrl-C while a command follows a batch: the command ends, the batch continues on the server.
 
 use std::future::Future;
 
 use super::meter::note;
 
-/// As a shell reports a process that SIGINT ended.
+/// The exit code of a process that SIGINT ended, as shells report it.
 pub const EXIT_CODE: u8 = 130;
 
-/// Follows a batch until it is done, or until Ctrl-C: then it says what becomes of the batch, and the exit code is 130.
+/// Follows a batch until it ends or until Ctrl-C. On Ctrl-C it says how to follow or cancel the batch, and the exit
+/// code is 130.
 ///
 /// # Errors
 /// Those of `following`.
 pub async fn or_interrupted(batch: &str, following: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
     tokio::select! {
         biased;
-        // Without a handler Ctrl-C ends the process, as it always did.
+        // Without a handler Ctrl-C ends the process directly.
         Ok(()) = tokio::signal::ctrl_c() => {
             note(&farewell(batch));
             Ok(EXIT_CODE)
@@ -24,9 +25,9 @@ pub async fn or_interrupted(batch: &str, following: impl Future<Output = anyhow:
 }
 
 fn farewell(batch: &str) -> String {
-    // The terminal has written ^C, and the bar stands there.
+    // The terminal has written ^C next to the bar.
     format!(
-        "\nthe batch goes on without this command\n  follow it again: tidemill batch watch {batch}\n  end it:          tidemill \
-         batch cancel {batch}"
+        "\nthe batch continues without this command\n  follow it again: tidemill batch watch {batch}\n  cancel it:       \
+         tidemill batch cancel {batch}"
     )
 }

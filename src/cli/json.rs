@@ -1,5 +1,6 @@
-//! Messages as JSON, in the manner of protobuf's own mapping: field names as in the proto, enum values without their
-//! prefix, times in RFC 3339, durations in seconds ("30s"). 64-bit numbers stay numbers, and what is unset is left out.
+//! Messages as JSON, similar to protobuf's own mapping: field names as in the proto, enum values without their prefix,
+//! times in RFC 3339, durations in seconds ("30s"). Unlike in that mapping, 64-bit numbers stay numbers, and fields
+//! that are not set are left out.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,10 +8,10 @@ use serde_json::{Map, Value, json};
 
 use crate::pb;
 
-/// The first second of the year 10000, which RFC 3339 has no form for.
+/// The start of the year 10000, which RFC 3339 can't express.
 const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
 
-/// A timestamp, RFC 3339 in UTC. None: unset, or outside of the years 1970 to 9999, which no server sends.
+/// A timestamp as RFC 3339 in UTC. `None` if it is not set or outside of the years 1970 to 9999.
 #[must_use]
 pub fn time(time: Option<&prost_types::Timestamp>) -> Option<String> {
     let time = SystemTime::try_from(*time?).ok()?;
@@ -21,7 +22,7 @@ pub fn time(time: Option<&prost_types::Timestamp>) -> Option<String> {
     Some(humantime::format_rfc3339_micros(time).to_string())
 }
 
-/// A duration; a negative one, which no server sends, is none.
+/// A duration. `None` if it is not set or negative, which no server sends.
 #[must_use]
 pub fn duration(span: Option<&prost_types::Duration>) -> Option<Duration> {
     Duration::try_from(*span?).ok()
@@ -222,7 +223,7 @@ pub fn worker(worker: &pb::Worker) -> Value {
     }))
 }
 
-/// Where the time of requests goes.
+/// How long requests spend in each stage.
 #[must_use]
 pub fn stages(stages: &pb::RequestStages) -> Value {
     object(json!({

@@ -1,4 +1,4 @@
-//! Progress on stderr: a live bar on a terminal, else a line every few seconds and at each change of state.
+//! Progress on stderr: a live bar on a terminal, otherwise a line every few seconds and at each change of state.
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -16,24 +16,24 @@ use crate::pb;
 
 /// The shortest time between two plain lines of the same state.
 const PLAIN: Duration = Duration::from_secs(3);
-/// The name of the state in front, then the bar; the message takes what is left of the line.
+/// The template of a batch's bar: the state's name, the bar, then the message in the rest of the line.
 const REQUESTS: &str = "{prefix:11} {bar:20.cyan/dim} {pos}/{len}  {wide_msg}";
 /// Redraws per second.
 const REDRAWS: u8 = 10;
 
-/// A batch as its events have told it.
+/// The state of a batch according to its events.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View {
     /// `BatchStatus`, as on the wire.
     pub status: i32,
     /// Requests.
     pub counts: pb::RequestCounts,
-    /// What moves, or why nothing does.
+    /// Speed and ETA, or why there is no progress.
     pub progress: pb::BatchProgress,
 }
 
 impl View {
-    /// Takes an event in.
+    /// Applies an event.
     pub fn apply(&mut self, event: &pb::batch_event::Event) {
         match event {
             pb::batch_event::Event::StateChanged(batch) => {
@@ -50,7 +50,7 @@ impl View {
         }
     }
 
-    /// Requests that are done with, well or not.
+    /// Finished requests, successful or not.
     #[must_use]
     pub fn done(&self) -> u64 {
         u64::try_from(self.counts.completed.saturating_add(self.counts.failed)).unwrap_or(0)
@@ -64,7 +64,7 @@ impl View {
         out::words(json::batch_status(self.status))
     }
 
-    /// All but state and counts: what failed, speeds, ETA, or why nothing moves.
+    /// The bar's message: failures, speeds and ETA, or the reason for waiting.
     #[must_use]
     pub fn message(&self) -> String {
         let mut parts = Vec::new();
@@ -113,7 +113,8 @@ pub struct Plain {
 }
 
 impl Plain {
-    /// The line to print now, if it is time or the state or the reason for waiting is a new one.
+    /// The line to print now. `None` if neither the state nor the reason for waiting has changed and the last line is
+    /// recent.
     fn due(&mut self, view: &View, now: Instant) -> Option<String> {
         let key = format!("{} {}", view.status, view.progress.waiting_reason);
         let line = view.plain();
@@ -129,7 +130,7 @@ impl Plain {
 }
 
 impl Meter {
-    /// For requests.
+    /// A meter for a batch's requests.
     #[must_use]
     pub fn requests(json: bool) -> Self {
         match (json, io::stderr().is_terminal()) {
@@ -157,7 +158,7 @@ impl Meter {
         }
     }
 
-    /// Says something without spoiling the bar.
+    /// Prints a message above the bar.
     pub fn say(&self, text: &str) {
         match self {
             Self::Bar(bar) => bar.suspend(|| note(text)),
@@ -165,7 +166,7 @@ impl Meter {
         }
     }
 
-    /// Leaves the last picture where it is.
+    /// Ends the meter and leaves its last state on the screen.
     pub fn finish(&self) {
         if let Self::Bar(bar) = self {
             bar.abandon();
@@ -175,7 +176,7 @@ impl Meter {
     }
 }
 
-/// A bar for bytes; invisible where stderr is no terminal or JSON is wanted.
+/// A bar for bytes. Hidden if stderr is not a terminal or JSON is wanted.
 #[must_use]
 pub fn bytes(what: &str, total: u64, json: bool) -> ProgressBar {
     if json || !io::stderr().is_terminal() {
@@ -193,15 +194,15 @@ fn bar(total: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// A line on stderr, in which nothing commands a terminal. If stderr is gone, nobody is left to be told.
+/// Prints a line on stderr, without control characters. Ignores errors, because without stderr nobody can read them.
 pub fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{}", escaped(text));
 }
 
-/// Says that stdin is read, where that is a terminal on which nothing would happen.
+/// Says that the command reads stdin, if stdin is a terminal.
 pub fn note_terminal() {
     if io::stdin().is_terminal() {
-        note("reading from the terminal: Ctrl-D on a line of its own ends it");
+        note("reading from the terminal; end the input with Ctrl-D on a line of its own");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The command line. Every command but those that are servers themselves is a client of the public gRPC API.
+//! The command line. Every command, except those that run a server, is a client of the public gRPC API.
 
 mod batch;
 mod client;
@@ -40,10 +40,10 @@ use crate::{
     telemetry,
 };
 
-/// What a client command logs, unless TIDEMILL_LOG says otherwise: its output is its own.
+/// The log filter of client commands unless TIDEMILL_LOG is set: quiet, because their output is for the user.
 const CLIENT_LOG: &str = "warn";
 
-/// What a log filter is like; the library's reason says less.
+/// The error message about a log filter; the library's message says less.
 const LEVELS: &str =
     "expected a level (error, warn, info, debug, trace), or levels by part such as warn,tidemill=debug";
 
@@ -64,8 +64,8 @@ Examples:
   tidemill batch submit requests.jsonl --watch       run a batch and follow it
   tidemill batch results batch_… --output out.jsonl  fetch its results
 
-Exit codes: 0 good; 1 error; 2 wrong usage; commands that follow a batch also know 3 completed, but some lines failed, and \
-4 failed, expired or cancelled.";
+Exit codes: 0 success; 1 error; 2 wrong usage. Commands that follow a batch also use 3 (completed, but some lines failed) \
+and 4 (failed, expired or cancelled).";
 
 /// All commands.
 #[derive(Debug, Subcommand)]
@@ -73,7 +73,7 @@ enum Command {
     /// Run a server. Without any setting: on 127.0.0.1:4080, data in ./data.
     #[command(after_help = SERVE_HELP)]
     Serve(Box<ServeConfig>),
-    /// See it work: a server, a simulated worker and a batch, in one process on a temporary directory.
+    /// Try it out: a server, a simulated worker and a batch, in one process on a temporary directory.
     Demo(demo::DemoArgs),
     /// Submit, follow and manage batches.
     #[command(subcommand)]
@@ -81,7 +81,7 @@ enum Command {
     /// Upload, download and manage files.
     #[command(subcommand)]
     Files(files::FilesCommand),
-    /// Send one request now, ahead of all batches.
+    /// Send one request at once, ahead of all batches.
     #[command(after_help = INFER_HELP)]
     Infer(infer::InferArgs),
     /// Show and manage workers.
@@ -90,13 +90,13 @@ enum Command {
     /// Watch workers and unfinished batches live.
     #[command(after_help = top::HELP)]
     Top(top::TopArgs),
-    /// Look after webhooks: dead letters, deliveries, endpoints; verify them, receive them.
+    /// Manage webhooks: dead letters, deliveries, endpoints; verify and receive webhooks.
     #[command(subcommand)]
     Webhooks(webhooks::WebhooksCommand),
     /// Make access tokens.
     #[command(subcommand)]
     Token(token::TokenCommand),
-    /// Bring the database up to date, which serve does too, and show its migrations.
+    /// Migrate the database, which serve does too, and show its migrations.
     Migrate(serve::MigrateArgs),
     /// Run a simulated vLLM worker, for trials and tests without a GPU.
     #[command(after_help = SIM_HELP)]
@@ -106,14 +106,14 @@ enum Command {
         after_help = "Example:\n  tidemill completions bash > ~/.local/share/bash-completion/completions/tidemill"
     )]
     Completions {
-        /// The shell.
+        /// The shell to complete for.
         shell: Shell,
     },
 }
 
 const SERVE_HELP: &str = "\
-A setting comes from its flag, else from its variable, else from the --config file, else it has its default. A repeatable \
-setting is replaced as a whole. A --config file:
+Precedence: a flag, then its variable, then the --config file, then the default. A repeatable setting is replaced as a \
+whole. Example of a --config file:
 
   listen = \"0.0.0.0:4080\"
   worker = [\"http://10.0.0.5:8000\", \"http://10.0.0.6:8000\"]
@@ -137,18 +137,18 @@ Example:
 /// Why a command line can't be run.
 #[derive(Debug, thiserror::Error)]
 pub enum UsageError {
-    /// It is wrong, or asks for help.
+    /// It is invalid, or asks for help.
     #[error(transparent)]
     Usage(#[from] clap::Error),
-    /// Its configuration file is wrong.
+    /// Its configuration file is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
 }
 
-/// The commands that are no clients.
+/// The commands that are not clients.
 const SERVERS: [&str; 6] = ["serve", "demo", "token", "migrate", "sim", "completions"];
 
-/// The command line's grammar. The client options are taken everywhere but shown only where they mean something.
+/// The command line's grammar. Client options are accepted everywhere but shown only where they have an effect.
 #[must_use]
 pub fn command() -> clap::Command {
     let command = Cli::command();
@@ -173,7 +173,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone> + Clone
 }
 
 impl Cli {
-    /// Whether what it fails with is to be a line of JSON, as its log is.
+    /// Whether a fatal error is to be printed as JSON, because the log is.
     #[must_use]
     pub fn fails_in_json(&self) -> bool {
         matches!(&self.command, Command::Serve(config) if config.log_format == LogFormat::Json)
@@ -188,7 +188,7 @@ impl Cli {
         }
     }
 
-    /// Starts logs and metrics as the command wants them.
+    /// Starts logs and metrics as the command needs them.
     fn start_telemetry(&self) -> anyhow::Result<()> {
         match &self.command {
             Command::Serve(config) => {
@@ -205,7 +205,7 @@ impl Cli {
     }
 }
 
-/// Whether a command line that can't be read asks for a log in JSON, as far as can be seen.
+/// Whether a command line that can't be parsed asks for a JSON log, as far as can be seen.
 #[must_use]
 pub fn asks_for_json(args: &[OsString]) -> bool {
     let words: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();

@@ -1,4 +1,4 @@
-//! What is printed on stdout, and numbers and spans as people read them.
+//! Output on stdout, and numbers and durations formatted for people.
 
 use std::{
     fmt::Display,
@@ -13,10 +13,10 @@ use super::{
     printable::{escaped, one_line, width},
 };
 
-/// The widest column: one long cell does not push all others out of sight.
+/// The widest column, so that one long cell does not push all others off the screen.
 const WIDEST: usize = 120;
 
-/// Prints a line. Unlike `println!` it does not panic when the reader has gone away; and nothing in it commands a terminal.
+/// Prints a line, without control characters. Unlike `println!` it does not panic if the reader has gone away.
 ///
 /// # Errors
 /// stdout can't be written.
@@ -26,7 +26,7 @@ pub fn line(text: impl Display) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Prints a text that is somebody's data: a pipe or a file gets it as it is.
+/// Prints text that is user data: a pipe or a file gets it unchanged.
 ///
 /// # Errors
 /// stdout can't be written.
@@ -39,7 +39,7 @@ pub fn data(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Prints rows in columns, each as wide as its widest cell, but for the last one.
+/// Prints rows in columns, each as wide as its widest cell, except the last.
 ///
 /// # Errors
 /// stdout can't be written.
@@ -60,7 +60,7 @@ fn columns<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
     rows.iter().map(render).collect::<Vec<_>>().join("\n")
 }
 
-/// A cell as wide as its column, or wider: nothing is cut off. Not by a format's width, which panics over 65,535.
+/// Pads a cell to its column's width. Nothing is cut off. (A format width would panic above 65,535.)
 fn padded(cell: &str, columns: usize) -> String {
     let missing = columns.saturating_sub(width(cell));
     format!("{cell}{}", " ".repeat(missing))
@@ -85,7 +85,7 @@ pub fn short(number: f64) -> String {
     format!("{scaled:.1}T")
 }
 
-/// A span in its two largest units: 45s, 3m 20s, 2h 5m, 3d 4h.
+/// A duration in its two largest units: 45s, 3m 20s, 2h 5m, 3d 4h.
 #[must_use]
 pub fn span(span: Duration) -> String {
     let seconds = span.as_secs().saturating_add(u64::from(span.subsec_nanos() >= 500_000_000));
@@ -98,7 +98,7 @@ pub fn span(span: Duration) -> String {
     }
 }
 
-/// A span in at most six characters or so, down to what a request takes: 85us, 1.4ms, 230ms, 4.2s, 3m 20s.
+/// A duration in about six characters, down to microseconds: 85us, 1.4ms, 230ms, 4.2s, 3m 20s.
 #[must_use]
 pub fn brief(time: Duration) -> String {
     let seconds = time.as_secs_f64();
@@ -114,13 +114,13 @@ pub fn brief(time: Duration) -> String {
     }
 }
 
-/// The share of prompts that a worker's prefix cache held, or a dash if it does not say.
+/// The hit rate of a worker's prefix cache, or a dash if it is not reported.
 #[must_use]
 pub fn hits(worker: &pb::Worker) -> String {
     worker.prefix_hit_rate.map_or_else(|| "-".into(), |rate| format!("{:.0}%", rate * 100.0))
 }
 
-/// A state in words: "in progress".
+/// A state's name in lower case with spaces: "in progress".
 #[must_use]
 pub fn words(name: &str) -> String {
     name.to_lowercase().replace('_', " ")
@@ -192,7 +192,7 @@ pub fn file(file: &pb::File) -> String {
     ])
 }
 
-/// Names and values, one a line, without those that are empty.
+/// Names and values, one per line, without empty values.
 fn fields(rows: &[(&str, String)]) -> String {
     let set: Vec<_> = rows.iter().filter(|(_, value)| !value.is_empty()).collect();
     let width = set.iter().map(|(name, _)| name.len()).max().unwrap_or(0);

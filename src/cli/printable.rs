@@ -1,5 +1,5 @@
-//! Text that somebody else wrote, as a terminal may show it. A name, a message or a model's answer may hold what terminals take
-//! for commands: clear the screen, set the title, write over the line before.
+//! Makes text from others safe for a terminal. A name, a message or a model's answer may contain terminal commands:
+//! clear the screen, set the title, overwrite the line before.
 
 use std::{
     borrow::Cow,
@@ -9,8 +9,7 @@ use std::{
 
 use unicode_width::UnicodeWidthChar as _;
 
-/// A text in which what commands a terminal is written as JSON escapes it (`\u001b`), so that JSON stays the same JSON. Line
-/// ends and tabs stay.
+/// Replaces control characters with JSON escapes (`\u001b`), so that JSON stays the same JSON. Line ends and tabs stay.
 #[must_use]
 pub fn escaped(text: &str) -> Cow<'_, str> {
     let commands = |char: char| is_command(char) && char != '\n' && char != '\t';
@@ -28,7 +27,7 @@ pub fn escaped(text: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// A text on one line, with a space for each character that is no text.
+/// The text on one line, with a space for each control character.
 #[must_use]
 pub fn one_line(text: String) -> String {
     if text.chars().any(is_command) {
@@ -38,18 +37,19 @@ pub fn one_line(text: String) -> String {
     }
 }
 
-/// How many columns of a terminal a text takes: an ideograph takes two, an accent of its own none.
+/// The number of terminal columns of a text: an ideograph takes two, a combining accent none.
 #[must_use]
 pub fn width(text: &str) -> usize {
     text.chars().map(|char| char.width().unwrap_or(0)).sum()
 }
 
-/// Control characters of all kinds, line separators, and those that turn the direction of the text after them.
+/// Whether this is a control character, a line separator, or changes the direction of the text.
 fn is_command(char: char) -> bool {
     char.is_control() || matches!(char, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Writes bytes to a terminal as [`escaped`] writes control characters; they come in any pieces.
+/// Writes bytes to a terminal and escapes control characters as [`escaped`] does, however the bytes are divided into
+/// writes.
 pub struct Escaping<W> {
     to: W,
     /// The last byte may begin a control character of two bytes.
@@ -60,7 +60,7 @@ pub struct Escaping<W> {
 const LEAD: u8 = 0xc2;
 
 impl<W: Write> Escaping<W> {
-    /// Writes to that.
+    /// A writer to `to`.
     pub fn new(to: W) -> Self {
         Self { to, begun: false }
     }

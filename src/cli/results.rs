@@ -1,4 +1,5 @@
-//! Results to a file or stdout: whole files that resume by offset, or lines as they come that resume by cursor.
+//! Writes results to a file or stdout: whole files, resumed by offset, or lines as they become durable, resumed by
+//! cursor.
 
 use std::{
     fs,
@@ -19,17 +20,18 @@ use super::{
 };
 use crate::{api::LONGEST_MESSAGE, pb};
 
-/// How often a download is resumed without a byte of progress before it fails.
+/// Times that a download is resumed without progress before it fails.
 const TRIES: u32 = 8;
-/// A wait between two results that is not worth a word.
+/// A wait between two results that is not reported.
 const USUAL: Duration = Duration::from_secs(30);
-/// Bytes gathered per write: a result line is mostly shorter.
+/// Bytes collected per write; most result lines are shorter.
 const BUFFER: usize = 128 * 1024;
 
-/// Where results go. A file gets its name when it is whole; until then, and after a failure, what was there stays.
+/// A destination for results. A file gets its name when it is complete; until then, and after a failure, the old file
+/// stays.
 pub struct Output {
     to: BufWriter<Box<dyn Write + Send>>,
-    /// The file's name and that of the part that has come so far.
+    /// The final name, and the temporary name until the file is complete.
     rename: Option<(PathBuf, PathBuf)>,
 }
 
@@ -45,7 +47,7 @@ impl Output {
                 if stdout.is_terminal() { Box::new(Escaping::new(stdout)) } else { Box::new(stdout) };
             return Ok(Self { to: BufWriter::with_capacity(BUFFER, to), rename: None });
         };
-        // A pipe or a device is written to, not replaced.
+        // Pipes and devices are written to directly.
         let special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
         let part = part_of(path);
         let (open, rename) =
@@ -66,7 +68,7 @@ impl Output {
         self.to.flush()
     }
 
-    /// All is there.
+    /// Completes the output.
     ///
     /// # Errors
     /// It can't be written.
@@ -82,7 +84,7 @@ impl Output {
 impl Drop for Output {
     fn drop(&mut self) {
         if let Some((part, _)) = self.rename.take() {
-            // What is left of a failed download; nothing is lost if it stays.
+            // Removes what a failed download left; if that fails, nothing is lost.
             let _ = fs::remove_file(part);
         }
     }
@@ -95,16 +97,15 @@ impl Drop for Output {
 pub fn ensure_different(output: &Path, errors: &Path) -> anyhow::Result<()> {
     ensure!(
         !is_same_file(output, errors),
-        "--output and --errors name the same file, {}: the failed lines would replace the others; name two files",
+        "--output and --errors name the same file, {}; name two different files",
         errors.display()
     );
     Ok(())
 }
 
-/// Whether two paths lead to one file, by whatever links and spellings; also whether one is the name under which the other
-/// is written until it is whole.
+/// Whether two paths lead to one file, by links or spelling, or whether one is the temporary name of the other.
 fn is_same_file(one: &Path, other: &Path) -> bool {
-    // A device or a pipe takes both.
+    // A device or a pipe accepts both.
     let file = |path: &Path| fs::metadata(path).ok();
     if let (Some(one), Some(other)) = (file(one), file(other)) {
         let regular = one.is_file() && other.is_file();
@@ -114,7 +115,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     one == other || part_of(&one) == other || one == part_of(&other)
 }
 
-/// A path without links and detours, also of a file that is not there yet.
+/// A path with links and `..` resolved, also for a file that does not exist yet.
 fn resolved(path: &Path) -> PathBuf {
     /// More links than any system follows.
     const LINKS: usize = 40;
@@ -133,14 +134,14 @@ fn resolved(path: &Path) -> PathBuf {
     path
 }
 
-/// The name that a file has until it is whole.
+/// The temporary name of a file until it is complete.
 fn part_of(path: &Path) -> PathBuf {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     part.into()
 }
 
-/// Downloads a file whole, resuming where a connection was lost.
+/// Downloads a whole file, resuming after lost connections.
 ///
 /// # Errors
 /// There is no such file, the server stays away, or `output` can't be written.
@@ -167,7 +168,7 @@ pub async fn download(client: &Client, file_id: &str, mut output: Output) -> any
     output.finish().context("writing the file")
 }
 
-/// One stream of the file from `offset` on, which it moves. The outer error: `output` can't be written.
+/// Reads one stream of the file from `offset`, which it advances. The outer error means that `output` can't be written.
 async fn piece(
     client: &Client,
     file_id: &str,
@@ -195,15 +196,15 @@ async fn piece(
     }
 }
 
-/// Where streamed results go.
+/// Destinations of streamed results.
 pub struct Sinks {
     /// The lines that succeeded.
     pub output: Output,
-    /// The others; None: they are only counted.
+    /// The failed lines. `None`: they are only counted.
     pub errors: Option<Output>,
     /// Whether to write every result, failed ones too, as a JSON object to `output`.
     pub json: bool,
-    /// How many failed.
+    /// The number of failed lines so far.
     pub failed: u64,
 }
 
@@ -229,8 +230,8 @@ impl Sinks {
     }
 }
 
-/// Writes results as they become durable, until the batch ends; resumes behind the last line after a lost connection,
-/// however long the server is away.
+/// Writes results as they become durable, until the batch ends. After a lost connection it resumes after the last line,
+/// however long the server is unreachable.
 ///
 /// # Errors
 /// There is no such batch, or a sink can't be written.
@@ -248,21 +249,21 @@ pub async fn stream(client: &Client, batch_id: &str, sinks: &mut Sinks) -> anyho
     }
 }
 
-/// Once for each loss of the connection, and not for a short one.
+/// Reports a lost connection once, and not a short loss.
 fn say_away(status: &Status, attempt: u32) {
     if attempt == 2 {
-        meter::note(&format!("the server is away ({}), trying again", error::brief(status)));
+        meter::note(&format!("the server can't be reached ({}), trying again", error::brief(status)));
     }
 }
 
 fn quiet(batch_id: &str, waited: Duration) -> String {
     format!(
-        "no result for {} s: `tidemill batch get {batch_id}` tells what the batch waits for; Ctrl-C leaves it running",
+        "no result for {} s: `tidemill batch get {batch_id}` says what the batch waits for; Ctrl-C leaves it running",
         waited.as_secs()
     )
 }
 
-/// One stream of results from `cursor` on, which it moves.
+/// Reads one stream of results from `cursor`, which it advances.
 async fn lines(
     client: &Client,
     batch_id: &str,
@@ -280,7 +281,7 @@ async fn lines(
         Err(status) => return Ok(Err(status)),
     };
     loop {
-        // What has come is shown before waiting for more, but not line by line while more is there.
+        // Flushed before waiting for more, but not after every line.
         let next = match results.message().now_or_never() {
             Some(next) => next,
             None => {

@@ -15,10 +15,10 @@ use crate::{
     store::Store,
 };
 
-/// Which database to migrate.
+/// Arguments of `migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
-    /// TOML file of settings, as for serve.
+    /// TOML file with settings, as for serve.
     #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Directory of the SQLite database.
@@ -28,21 +28,21 @@ pub struct MigrateArgs {
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
         allow_hyphen_values = true, value_parser = SecretParser(parse_database_url))]
     database_url: Option<Secret>,
-    /// Change nothing; only show which migrations are applied.
+    /// Only show which migrations are applied; change nothing.
     #[arg(long)]
     status: bool,
 }
 
-/// What the simulated worker is like.
+/// Arguments of `sim`.
 #[derive(Debug, Args)]
 pub struct SimArgs {
     /// Address to serve on. Port 0: any free one.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000", value_parser = parse_address)]
     listen: SocketAddr,
-    /// The models that it says it serves, comma-separated.
+    /// The models that it lists, comma-separated.
     #[arg(long, value_name = "MODEL,…", value_delimiter = ',', default_value = "sim-7b")]
     models: Vec<String>,
-    /// Milliseconds to the first token.
+    /// Time to the first token, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 50)]
     latency_ms: u64,
     /// Tokens per second of one request; 0: all at once.
@@ -51,10 +51,10 @@ pub struct SimArgs {
     /// Share of requests that fail, 0 to 1.
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
     error_rate: f64,
-    /// Of its randomness: the same seed, the same answers.
+    /// Seed of the randomness: the same seed gives the same answers.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Most requests that run at once; more wait, as in vLLM.
+    /// The most requests that run at once; further ones wait, as in vLLM.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
     max_num_seqs: usize,
 }
@@ -71,7 +71,7 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     descriptors::raise();
     if let (Database::Postgres(_), BlobStore::Directory(directory)) = (config.database(), config.blob_store()) {
         tracing::warn!(
-            "the database is PostgreSQL but objects are in {}: another server can't start without --blobs",
+            "the database is PostgreSQL but objects are in {}: this server can be the only one; for more, set --blobs",
             directory.display()
         );
     }
@@ -81,16 +81,16 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     let shutdown = signals::on_signal(Some(config.drain_timeout + FAREWELL))?;
     let started = tokio::select! {
         started = App::start(config) => started?,
-        // While it waits for the database or migrates it: nothing has been claimed yet.
+        // While waiting for the database or migrating it, nothing has been claimed yet.
         () = shutdown.cancelled() => {
-            tracing::info!("stopped before it served");
+            tracing::info!("stopped during the start");
             return Ok(());
         }
     };
     Ok(started.run_until(shutdown).await?)
 }
 
-/// The standard library would say it in words of its own between the lines of JSON.
+/// The standard library would print it in its own format between the lines of JSON.
 fn log_panics() {
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(ToString::to_string);

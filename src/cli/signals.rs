@@ -1,7 +1,7 @@
-//! What ends a server: SIGTERM and Ctrl-C in order, a second one at once, and the clock if the order takes too long.
+//! What ends a server: SIGTERM or Ctrl-C in order, a second one at once, and a timer if the order takes too long.
 //!
-//! Signals are heard on a thread of their own. It works also when nothing else does: when every thread of the runtime
-//! waits for a disk that hangs, or for somebody to read the log.
+//! Signals are handled on a thread of their own, which also works when every thread of the runtime is blocked by a disk
+//! that hangs or a log that nobody reads.
 
 use std::{io, process, sync::mpsc, thread, time::Duration};
 
@@ -14,17 +14,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::meter::note;
 
-/// What a shell reports of a process that SIGINT has ended.
+/// The exit code of a process that SIGINT ended, as shells report it.
 const INTERRUPTED: i32 = 130;
-/// Before the limit: the process itself takes a moment to end.
+/// Subtracted from the limit, because exiting takes a moment.
 const MARGIN: Duration = Duration::from_millis(300);
-/// How long a last word may take: nobody may read it.
+/// Time for a last message: nobody may read it.
 const WORD: Duration = Duration::from_millis(100);
-/// For a server without a limit: an hour is for ever.
+/// Stands for no limit.
 const FOR_EVER: Duration = Duration::from_secs(3_600);
 
-/// A token that SIGTERM or Ctrl-C cancels. A second signal ends the process at once. With a `limit` the first one ends
-/// it after that time, whatever the process does, and SIGHUP does nothing.
+/// Returns a token that SIGTERM or Ctrl-C cancels. A second signal ends the process at once. With a `limit`, the
+/// process ends that long after the first signal whatever it does, and SIGHUP has no effect.
 ///
 /// # Errors
 /// The system refuses signal handlers or a thread.
@@ -69,7 +69,7 @@ async fn listen(
             }
             () = overdue => {
                 if end_at.is_some() {
-                    say(|| tracing::error!("did not stop in time and ends now; leases give back what it had"));
+                    say(|| tracing::error!("did not stop in time and ends now; its work is released when its leases end"));
                     process::exit(1);
                 }
                 continue;
@@ -91,7 +91,7 @@ async fn hung_up(hangup: &mut Option<tokio::signal::unix::Signal>) {
     }
 }
 
-/// Says something, unless nobody takes it.
+/// Runs `word`, which prints a message, but does not wait if nobody reads it.
 fn say(word: impl FnOnce() + Send + 'static) {
     let (said, is_said) = mpsc::sync_channel(1);
     thread::spawn(move || {

@@ -16,7 +16,7 @@ use crate::{
     pb::{self, create_batch_request::Input},
 };
 
-/// What follows the command's help.
+/// Exit codes and examples at the end of the command's help.
 pub const HELP: &str = "\
 Exit codes: 0 submitted, or with --watch completed; 3 completed, but some lines failed; 4 failed, expired or cancelled; \
 1 any other error.
@@ -27,50 +27,50 @@ Examples:
   id=$(tidemill batch submit requests.jsonl)
   tidemill batch watch $id && tidemill batch results $id > out.jsonl";
 
-/// A new batch.
+/// Arguments of `batch submit`.
 #[derive(Debug, Args)]
 pub struct SubmitArgs {
-    /// JSONL file of requests, "-" for stdin, or the id of a file that has been uploaded: file-…
+    /// JSONL file of requests, "-" for stdin, or the id of an uploaded file: file-…
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Follow the batch to its end.
     #[arg(long)]
     pub watch: bool,
-    /// The url of the requests. Default: as in the file.
+    /// The requests' url. Default: as in the file.
     #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
     endpoint: String,
-    /// How long the batch may take, 1h to 14d [default: 24h].
+    /// The completion window, 1h to 14d [default: 24h].
     #[arg(long, value_name = "SPAN", value_parser = window)]
     window: Option<Duration>,
-    /// -1, 0 or 1: higher goes first.
+    /// Priority: -1, 0 or 1; a higher one goes first.
     #[arg(long, value_name = "N", default_value_t = 0, allow_hyphen_values = true,
         value_parser = clap::value_parser!(i32).range(-1..=1))]
     priority: i32,
-    /// A pair to keep with the batch. Repeatable, up to 16.
+    /// Metadata to store with the batch. Repeatable, up to 16.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
-    /// Makes submitting again safe: the same id gives the same batch, even if the file has changed.
+    /// Makes the command safe to repeat: the same id returns the same batch, even if the file has changed.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
     #[command(flatten)]
     webhook: WebhookArgs,
 }
 
-/// Where the batch's webhooks go.
+/// Webhook arguments of `batch submit`.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Webhook")]
 pub struct WebhookArgs {
-    /// Tell this URL how the batch ends.
+    /// Send webhooks to this URL.
     #[arg(long, value_name = "URL", conflicts_with = "webhook_endpoint")]
     webhook_url: Option<String>,
     /// Sign the webhooks with this secret.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", hide_env_values = true,
         allow_hyphen_values = true, value_parser = SecretParser(parse_webhook_secret))]
     webhook_secret: Option<Secret>,
-    /// Which events: completed, failed, progress, cancelled, expired. Default: all but progress.
+    /// Events to send: completed, failed, progress, cancelled, expired. Default: all but progress.
     #[arg(long, value_name = "EVENT,…", value_delimiter = ',', requires = "webhook_url")]
     webhook_events: Vec<String>,
-    /// Tell a registered endpoint.
+    /// Send webhooks to this registered endpoint: we_…
     #[arg(long, value_name = "ENDPOINT")]
     webhook_endpoint: Option<String>,
 }
@@ -104,7 +104,7 @@ pub async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<pb::Bat
     Ok(retry(|| async { client.batches().create_batch(request.clone()).await }).await?)
 }
 
-/// `--window` on the wire.
+/// `--window` as a protobuf duration.
 ///
 /// # Errors
 /// It is longer than any duration there.
@@ -112,7 +112,7 @@ pub fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Durati
     span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
 }
 
-/// `--window`: said here, not after the file has been uploaded.
+/// Parses `--window`, so that an error is reported before the file is uploaded.
 ///
 /// # Errors
 /// It is no time span, or not 1 hour to 14 days.

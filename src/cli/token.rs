@@ -1,4 +1,4 @@
-//! `tidemill token …`: makes access tokens. The server's file holds their hashes only.
+//! `tidemill token …`: makes access tokens. The server's file holds only their hashes.
 
 use std::io::Read as _;
 
@@ -14,29 +14,29 @@ use super::{
 };
 use crate::domain::Weight;
 
-/// Random bytes in a token: far beyond guessing, so that a plain hash suffices.
+/// Random bytes in a token: enough that a plain hash is safe.
 const TOKEN_BYTES: usize = 32;
 
-/// What to do with tokens.
+/// Commands for tokens.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token: prints the line for the server's --tokens file and, once only, the token itself: on stderr, or with
-    /// --json in the one object on stdout.
+    /// Make a token. Prints the line for the server's --tokens file, and the token itself, which is shown only once: on
+    /// stderr, or with --json in the object on stdout.
     #[command(after_help = "Example:\n  tidemill token new --name search-team --role submit >> tokens.txt\n  \
                             tidemill serve --listen 0.0.0.0:4080 --tokens tokens.txt")]
     New {
-        /// Who will use it: 1 to 64 letters, digits, "-", "_" and ".".
+        /// The owner's name: 1 to 64 letters, digits, "-", "_" and ".".
         #[arg(long, value_parser = name)]
         name: String,
-        /// What it allows.
+        /// What the token allows.
         #[arg(long, default_value = "submit")]
         role: Role,
-        /// How large its share of the workers is beside those of other names while both have work: 1 to 1000. Three times
-        /// the weight is three times the share. All tokens of a name have the same.
+        /// The owner's share of the workers, 1 to 1000, while several owners have work: three times the weight is three
+        /// times the share. All tokens of a name have the same weight.
         #[arg(long, value_name = "N", default_value = "1")]
         weight: Weight,
     },
-    /// Print the hash of a token that is read from stdin, as the server's --tokens file holds it.
+    /// Read a token from stdin and print its hash, as in the server's --tokens file.
     Hash,
 }
 
@@ -49,7 +49,7 @@ pub enum Role {
     Admin,
 }
 
-/// Runs a command. With `json` the token itself is on stdout too.
+/// Runs a command. With `json` the token itself is printed on stdout too.
 ///
 /// # Errors
 /// What went wrong, for people.
@@ -63,7 +63,7 @@ pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
                 return Ok(out::line(json!({"name": name, "token": token, "line": line}))?);
             }
             out::line(line)?;
-            // On stderr, so that stdout can go straight into the file.
+            // On stderr, so that stdout can be appended to the file.
             note(&format!("the token, shown only now: {token}"));
         }
         TokenCommand::Hash => {
@@ -89,7 +89,7 @@ fn file_line(name: &str, role: Role, weight: Weight, token: &str) -> String {
     format!("{name} {role} {}{weight}", hash(token))
 }
 
-/// As the server's tokens file holds it.
+/// The hash of a token as in the server's tokens file.
 fn hash(token: &str) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(token)))
 }

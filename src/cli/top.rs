@@ -17,9 +17,9 @@ use tonic::Status;
 use super::{client::Client, error, json, out};
 use crate::{config::parse_span, pb};
 
-/// The most batches that are asked for.
+/// The most batches to list.
 const BATCHES: i32 = 200;
-/// Samples that the curve remembers.
+/// Samples in the curve.
 const HISTORY: usize = 240;
 
 pub(super) const HELP: &str = "\
@@ -27,23 +27,23 @@ Keys: q, Esc or Ctrl-C ends it.
 
 Examples:
   tidemill top                     live, until q
-  tidemill top --once              one look, as text
+  tidemill top --once              the current state, as text
   tidemill top --json --interval 10s | jq '[.workers[].output_tokens_per_second] | add'
 
-Where stdout is no terminal, each look is printed as text. A worker's IN FLIGHT (of the limit), REQ/S, TOK/S and TIME (of \
-a request, from sending it to its answer) are those of the server that is asked; RUNNING, WAITING, KV and HITS (the share of \
+If stdout is not a terminal, each update is printed as text. A worker's IN FLIGHT (of the limit), REQ/S, TOK/S and TIME (of \
+a request, from sending it to its answer) are measured by the server that answers; RUNNING, WAITING, KV and HITS (the share of \
 prompt tokens that its prefix cache held lately) are the worker's own, whoever sends to it.
 
-\"a request takes\" says where the time goes at the server that is asked: in line in its segment, being sent, at the worker, \
-and until its answer is durable.";
+\"a request takes\" says where the time goes on that server: waiting in its segment, being sent, at the worker, and until \
+its answer is durable.";
 
-/// How often, and how many times.
+/// Arguments of `top`.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// Time between two looks, 100ms to 1h.
+    /// Time between two updates, 100ms to 1h.
     #[arg(long, value_name = "SPAN", default_value = "1s", value_parser = interval)]
     interval: Duration,
-    /// Look once and print it.
+    /// Print the current state once and exit.
     #[arg(long)]
     once: bool,
 }
@@ -57,15 +57,15 @@ fn interval(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// What one look has found.
+/// The state of workers and batches at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Look {
     pub workers: Vec<pb::Worker>,
-    /// Where the time of requests goes.
+    /// How long requests spend in each stage.
     pub stages: pb::RequestStages,
     /// Unfinished ones, in the order in which they are served.
     pub batches: Vec<pb::Batch>,
-    /// There are more than were asked for.
+    /// There are more batches than listed.
     pub more: bool,
 }
 
@@ -87,7 +87,7 @@ impl Look {
             more: !batches.next_page_token.is_empty(),
             batches: batches.batches,
         };
-        // Newest first as listed; whose turn it is comes first here.
+        // They are listed newest first; the order of serving is the reverse.
         look.batches.reverse();
         look.batches.sort_by_key(|batch| batch.progress.as_ref().map_or(0, |progress| progress.queue_position));
         Ok(look)
@@ -101,7 +101,7 @@ impl Look {
         })
     }
 
-    /// Where the time of requests goes, in words; none if nothing was measured yet.
+    /// The stages in words. `None` if nothing has been measured yet.
     fn split(&self) -> Option<String> {
         let stages = [
             ("in line", &self.stages.queue),
@@ -155,11 +155,11 @@ impl std::fmt::Display for Totals {
     }
 }
 
-/// What is on the screen.
+/// The content of the screen.
 #[derive(Debug, Default)]
 pub(super) struct View {
     pub look: Look,
-    /// Why the last look failed; then `look` is an older one.
+    /// Why the last update failed; `look` is then an older state.
     pub away: Option<String>,
     /// Requests per second of all workers, newest last.
     pub history: VecDeque<u64>,
@@ -228,7 +228,7 @@ async fn live(
             _ = ticks.tick() => view.take(Look::at(client).await)?,
             key = keys.recv() => match key {
                 Some(Event::Key(key)) if ends(key) => return Ok(()),
-                // Another size: drawn anew.
+                // The size has changed: draw again.
                 Some(_) => {}
                 None => return Ok(()),
             }
@@ -236,7 +236,7 @@ async fn live(
     }
 }
 
-/// What is typed. The thread ends with the process: a read of the terminal can't be called off.
+/// Keys typed. The thread ends with the process, because a read of the terminal can't be cancelled.
 fn keys() -> mpsc::UnboundedReceiver<Event> {
     let (sender, keys) = mpsc::unbounded_channel();
     let read = move || {

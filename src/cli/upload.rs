@@ -1,4 +1,4 @@
-//! Uploads a file in chunks, so that it may be tried again after a lost connection.
+//! Uploads a file in chunks, and repeats the upload after a lost connection.
 
 use std::{
     fs::File,
@@ -26,15 +26,15 @@ const CHUNK: usize = 512 * 1024;
 
 /// A file on its way to the server.
 pub struct Upload {
-    /// The file, or a nameless one of what came from a pipe: however this process ends, nothing is left of it.
+    /// The file, or for a pipe an unlinked temporary file, which vanishes with the process.
     file: Arc<File>,
     filename: String,
     bytes: u64,
 }
 
 impl Upload {
-    /// Opens a file; "-" is stdin. What comes from a pipe is spooled to a temporary file first, so that the upload can be
-    /// tried again.
+    /// Opens a file; "-" is stdin. Data from a pipe is first written to a temporary file, so that the upload can be
+    /// repeated.
     ///
     /// # Errors
     /// The file can't be read.
@@ -61,7 +61,7 @@ impl Upload {
         let mut to = tokio::fs::File::from_std(spooled.try_clone().context("temporary file")?);
         let copying = patiently(tokio::io::copy(&mut from, &mut to), |waited| {
             meter::note(&format!(
-                "still reading {filename}, {} s: it is uploaded once it has come to its end",
+                "still reading {filename}, {} s: it is uploaded when it has been read to its end",
                 waited.as_secs()
             ));
         });
@@ -70,7 +70,7 @@ impl Upload {
         Ok(Self { file: Arc::new(spooled), filename, bytes })
     }
 
-    /// Gives the file another name on the server.
+    /// Sets the file's name on the server.
     #[must_use]
     pub fn named(self, filename: Option<String>) -> Self {
         Self { filename: filename.unwrap_or(self.filename), ..self }
@@ -95,14 +95,14 @@ impl Upload {
             client.batches().upload_file(chunks).await
         };
         let sent = retry_and_say(upload, |_| {
-            // Where there is a bar, it says all of it.
+            // A visible bar says all of this.
             if bar.is_hidden() {
                 meter::note(&format!("uploading {}: {} of {} bytes sent", self.filename, bar.position(), self.bytes));
             }
         })
         .await;
         bar.finish_and_clear();
-        // A file that could not be read to its end looks to the server like an upload that broke off.
+        // If the file can't be read to its end, the server sees an upload that breaks off.
         if let Some(error) = read_error.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error).with_context(|| format!("reading {}", self.filename));
         }
@@ -139,8 +139,8 @@ fn chunks(
     }
 }
 
-/// The chunk at that place, full unless it is the last one. Two tries of an upload may read at the same time, so the file's own
-/// position is not used.
+/// The chunk at byte `at`, full unless it is the last. Two tries of an upload may read at the same time, so the file's
+/// own position is not used.
 fn chunk(file: &File, at: u64) -> io::Result<Bytes> {
     let mut chunk = vec![0; CHUNK];
     let mut filled = 0;

@@ -8,13 +8,13 @@ use tonic::Status;
 use super::{client::Client, error, json, meter::Meter, meter::View, out};
 use crate::pb::{self, BatchStatus, batch_event::Event};
 
-/// How often a batch that this command has not seen yet is asked for before the server counts as not there.
+/// Attempts to read a batch that this command has not seen yet before the server counts as unreachable.
 const FIRST_TRIES: u32 = 4;
-/// A stream that says nothing for so long is dead: a live one has a heartbeat every 15 s.
+/// A stream that is silent for this long is dead: a live one has a heartbeat every 15 s.
 const SILENCE: Duration = Duration::from_secs(50);
 
-/// The exit code that tells a batch's end: 0 completed, 3 completed with failed lines, 4 failed, expired or cancelled.
-/// None: it has not ended.
+/// The exit code for a batch's end: 0 completed, 3 completed with failed lines, 4 failed, expired or cancelled. `None`:
+/// it has not ended.
 #[must_use]
 pub fn exit_code(batch: &pb::Batch) -> Option<u8> {
     let failed = batch.request_counts.unwrap_or_default().failed;
@@ -30,8 +30,8 @@ pub fn exit_code(batch: &pb::Batch) -> Option<u8> {
     }
 }
 
-/// Follows a batch and shows its progress. `exists`: the server has already told of it, so however long it is away, it is
-/// waited for. Returns the batch in its terminal state.
+/// Follows a batch and shows its progress. `exists`: the server is known to have the batch, so the command waits
+/// however long the server is unreachable. Returns the batch in its terminal state.
 ///
 /// # Errors
 /// There is no such batch, the caller may not see it, or a server never answered.
@@ -47,7 +47,7 @@ struct Follower<'a> {
     batch_id: &'a str,
     meter: &'a mut Meter,
     view: View,
-    /// Of the last event: where to resume.
+    /// The last event's revision, where to resume.
     revision: i64,
 }
 
@@ -65,13 +65,13 @@ impl Follower<'_> {
                 return Err(lost.into());
             }
             if attempt == 2 {
-                self.meter.say(&format!("the server is away ({}), trying again", error::brief(&lost)));
+                self.meter.say(&format!("the server can't be reached ({}), trying again", error::brief(&lost)));
             }
             tokio::time::sleep(error::delay(&lost, attempt, rand::random())).await;
         }
     }
 
-    /// One stream to its end: the batch's, or the stream's own. The outer error: stdout is gone.
+    /// Reads one stream until the batch or the stream ends. The outer error means that stdout is gone.
     async fn stream(&mut self) -> anyhow::Result<Result<pb::Batch, Status>> {
         let request = pb::WatchBatchRequest {
             batch_id: self.batch_id.to_owned(),
@@ -97,7 +97,7 @@ impl Follower<'_> {
         }
     }
 
-    /// Takes an event in. Returns the batch if it has ended.
+    /// Applies an event. Returns the batch if it has ended.
     fn take(&mut self, event: &pb::BatchEvent) -> anyhow::Result<Option<pb::Batch>> {
         self.revision = self.revision.max(event.revision);
         let Some(what) = &event.event else { return Ok(None) };
@@ -114,10 +114,10 @@ impl Follower<'_> {
 }
 
 fn silent() -> Status {
-    Status::unavailable(format!("it has said nothing for {} s", SILENCE.as_secs()))
+    Status::unavailable(format!("it has sent nothing for {} s", SILENCE.as_secs()))
 }
 
-/// What is said of a batch that has ended.
+/// The summary of a batch that has ended.
 #[must_use]
 pub fn summary(batch: &pb::Batch) -> String {
     let counts = batch.request_counts.unwrap_or_default();

@@ -22,16 +22,16 @@ use crate::{
     pb,
 };
 
-/// The most that `listen` takes of a body.
+/// The most bytes of a body that `listen` accepts.
 const MAX_BODY: usize = 1024 * 1024;
 
-/// What to do with webhooks.
+/// Commands for webhooks.
 #[derive(Debug, Subcommand)]
 pub enum WebhooksCommand {
     /// Webhooks that could not be delivered.
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
-    /// Every event for every receiver, and what came of it.
+    /// Every event for every receiver, with its outcome.
     #[command(subcommand)]
     Deliveries(DeliveriesCommand),
     /// Registered receivers.
@@ -40,7 +40,7 @@ pub enum WebhooksCommand {
     /// Check a request's signature: headers from a file, the body from a file or stdin.
     #[command(after_help = "Example:\n  tidemill webhooks verify --headers headers.txt --secret whsec_… < body.json")]
     Verify(VerifyArgs),
-    /// Run a small receiver that verifies and prints what comes, for trying things out.
+    /// Run a small receiver that verifies and prints webhooks, for trying things out.
     #[command(
         after_help = "Example:\n  tidemill webhooks listen --secret whsec_… &\n  tidemill batch submit in.jsonl \
                             --webhook-url http://127.0.0.1:9000/ --webhook-secret whsec_…"
@@ -48,43 +48,43 @@ pub enum WebhooksCommand {
     Listen(ListenArgs),
 }
 
-/// What to do with dead letters.
+/// Commands for dead letters.
 #[derive(Debug, Subcommand)]
 pub enum DeadLettersCommand {
-    /// List them, newest first.
+    /// List dead letters, newest first.
     List(DeadLetterFilter),
-    /// Show one, with all attempts.
+    /// Show a dead letter with all its attempts.
     Get(Id),
-    /// Send one again, now, once.
+    /// Send a dead letter again, once, now.
     Retry {
-        /// The dead letter: dl_…
+        /// The dead letter's id: dl_…
         #[arg(value_name = "ID")]
         id: String,
-        /// Also if an earlier retry has delivered it.
+        /// Send it even if an earlier retry has delivered it.
         #[arg(long)]
         force: bool,
     },
     /// Delete one.
     Delete(Id),
-    /// Send all that match again, in the background.
+    /// Send all matching dead letters again, in the background.
     RetryAll {
         #[command(flatten)]
         filter: DeadLetterFilter,
-        /// Only count them.
+        /// Only count the matching dead letters.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Delete all that are older than a span.
+    /// Delete dead letters by age.
     Purge {
-        /// Such as 30d.
+        /// Delete those older than this, such as 30d.
         #[arg(long, value_name = "SPAN", value_parser = parse_span)]
         older_than: Duration,
     },
-    /// Show how far a retry-all is.
+    /// Show the progress of a retry-all.
     Job(Id),
 }
 
-/// Which dead letters.
+/// Filters for dead letters.
 #[derive(Debug, Args)]
 pub struct DeadLetterFilter {
     /// Only those of this batch.
@@ -98,72 +98,72 @@ pub struct DeadLetterFilter {
     host: String,
 }
 
-/// What to do with deliveries.
+/// Commands for deliveries.
 #[derive(Debug, Subcommand)]
 pub enum DeliveriesCommand {
-    /// List the newest.
+    /// List the newest deliveries.
     List {
         /// Only those of this batch.
         #[arg(long, value_name = "BATCH", default_value = "", hide_default_value = true)]
         batch: String,
     },
-    /// Show one, with its body and all attempts.
+    /// Show a delivery with its body and all attempts.
     Get(Id),
 }
 
-/// What to do with endpoints.
+/// Commands for registered endpoints.
 #[derive(Debug, Subcommand)]
 pub enum EndpointsCommand {
-    /// Register one. Its secret is printed once, now.
+    /// Register an endpoint. Its secret is printed only once.
     Create {
-        /// Where it is.
+        /// The endpoint's URL.
         url: String,
-        /// What it wants to hear of. Default: every end of a batch.
+        /// The events to send. Default: every end of a batch.
         #[arg(long, value_name = "EVENT,…", value_delimiter = ',')]
         events: Vec<String>,
     },
-    /// List them.
+    /// List endpoints.
     List,
-    /// Show one.
+    /// Show an endpoint.
     Get(Id),
-    /// Hold everything back that is for one.
+    /// Suspend sending to an endpoint; its deliveries wait.
     Disable {
-        /// The endpoint: we_…
+        /// The endpoint's id: we_…
         #[arg(value_name = "ID")]
         id: String,
-        /// Why.
+        /// The reason, for people.
         #[arg(long, default_value = "", hide_default_value = true)]
         reason: String,
     },
-    /// Send to one again, at once what waited.
+    /// Resume sending to an endpoint, with the waiting deliveries at once.
     Enable(Id),
-    /// Delete one that nothing waits for.
+    /// Delete an endpoint. Fails while deliveries wait for it.
     Delete(Id),
-    /// Give one a new secret, printed once, now. The old one signs too for a while.
+    /// Give an endpoint a new secret, which is printed only once. The old one also signs for a while.
     RotateSecret {
-        /// The endpoint: we_…
+        /// The endpoint's id: we_…
         #[arg(value_name = "ID")]
         id: String,
-        /// How long the old one signs too. 0s if it was stolen.
+        /// How long the old secret also signs. 0s if it was stolen.
         #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = parse_span)]
         overlap: Duration,
     },
-    /// Send one a test event.
+    /// Send an endpoint a test event.
     Test(Id),
 }
 
-/// Which one.
+/// Selects a record.
 #[derive(Debug, Args)]
 pub struct Id {
-    /// Its id.
+    /// The id.
     #[arg(value_name = "ID")]
     id: String,
 }
 
-/// What to verify.
+/// Arguments of `verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// File with the request's headers, one "name: value" a line.
+    /// File with the request's headers, one "name: value" per line.
     #[arg(long, value_name = "FILE")]
     headers: PathBuf,
     /// File with the body, byte for byte. Default: stdin.
@@ -178,13 +178,13 @@ pub struct VerifyArgs {
     at: Option<i64>,
 }
 
-/// Where to listen.
+/// Arguments of `listen`.
 #[derive(Debug, Args)]
 pub struct ListenArgs {
-    /// The address.
+    /// The address to listen on.
     #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_address)]
     listen: SocketAddr,
-    /// The secret. Without one nothing is verified.
+    /// The secret. Without one, signatures are not verified.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", hide_env_values = true, allow_hyphen_values = true,
         value_parser = SecretParser(parse_webhook_secret))]
     secret: Option<Secret>,
@@ -241,7 +241,7 @@ async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::R
             out::line(pretty(&dead_letter(&hooks.get_dead_letter(request).await?.into_inner()))?)?;
         }
         DeadLettersCommand::Retry { id, force } => {
-            // A lost answer must not send it twice.
+            // The id makes a repeated call after a lost answer harmless.
             let request_id = uuid::Uuid::new_v4().to_string();
             let request = pb::RetryDeadLetterRequest { dead_letter_id: id, force, request_id };
             let came = retry(|| async { client.webhooks().retry_dead_letter(request.clone()).await }).await?;
@@ -249,7 +249,7 @@ async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::R
                 "http_status": came.http_status, "error_message": came.error_message});
             out::line(shown)?;
             if !came.retry_success {
-                bail!("the receiver did not take it: {}", came.error_message);
+                bail!("the receiver did not accept it: {}", came.error_message);
             }
         }
         DeadLettersCommand::Delete(Id { id }) => {
@@ -338,7 +338,7 @@ async fn endpoints(command: EndpointsCommand, client: &Client) -> anyhow::Result
             out::line(json!({"success": came.success, "http_status": came.http_status,
                 "error_message": came.error_message, "delivery_id": came.delivery_id}))?;
             if !came.success {
-                bail!("the endpoint did not take it: {}", came.error_message);
+                bail!("the endpoint did not accept it: {}", came.error_message);
             }
         }
     }
@@ -371,21 +371,21 @@ fn check(args: &VerifyArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One header a line; lines without a colon, such as the request's first, are passed over.
+/// One header per line; lines without a colon, such as the request line, are skipped.
 fn headers_of(text: &str) -> anyhow::Result<HeaderMap> {
     let mut headers = HeaderMap::new();
     for (at, line) in text.lines().enumerate() {
         let Some((name, value)) = line.split_once(':') else { continue };
         let (Ok(name), Ok(value)) = (name.trim().parse::<HeaderName>(), HeaderValue::from_str(value.trim())) else {
-            bail!("line {} is no header: expected \"name: value\"", at + 1);
+            bail!("line {} is not a header: expected \"name: value\"", at + 1);
         };
         headers.insert(name, value);
     }
     Ok(headers)
 }
 
-/// Verifies a request. Editors, `echo` and here-documents end a file with a line feed: if that alone is why nothing
-/// matches, the error says so.
+/// Verifies a request. Editors, `echo` and here-documents append a line feed; if only that prevents a match, the error
+/// says so.
 fn judge(secret: &Secret, headers: &HeaderMap, body: &[u8], now: i64) -> anyhow::Result<Verified> {
     let secrets = std::slice::from_ref(secret);
     let refused = match verify(secrets, headers, body, now) {
@@ -397,8 +397,8 @@ fn judge(secret: &Secret, headers: &HeaderMap, body: &[u8], now: i64) -> anyhow:
         && verify(secrets, headers, cut, now).is_ok()
     {
         bail!(
-            "no signature matches, but one does without the line feed (newline) at the end of the body: it was not sent; an \
-             editor or echo has added it to the file"
+            "no signature matches, but one does without the line feed (newline) at the end of the body; an editor \
+             or echo may have added it to the file"
         );
     }
     Err(refused.into())
@@ -436,7 +436,7 @@ async fn receive(State(secret): State<Option<Secret>>, headers: HeaderMap, body:
     let (event, id, attempt) = (header("x-webhook-event"), header("webhook-id"), header("x-webhook-attempt"));
     let printed = out::line(format!("{event} {id} attempt {attempt}: {verdict}"))
         .and_then(|()| out::data(&String::from_utf8_lossy(&body)));
-    // Whoever sent it must not learn that this terminal is gone.
+    // The sender must not notice that this terminal is gone.
     let _ = printed;
     if bad { StatusCode::UNAUTHORIZED } else { StatusCode::NO_CONTENT }
 }

@@ -8,29 +8,30 @@ use super::{
 };
 use crate::pb;
 
-/// What to do with workers.
+/// Commands for workers.
 #[derive(Debug, Subcommand)]
 pub enum WorkersCommand {
-    /// List workers and how they are. HITS is the share of prompt tokens that a worker's prefix cache held lately.
+    /// List workers with their state and load. HITS is the share of prompt tokens that a worker's prefix cache held
+    /// recently.
     List,
     /// Add a worker, or end the draining of one.
     #[command(
         after_help = "Example:\n  vllm serve MODEL --port 8000 &\n  tidemill workers register http://127.0.0.1:8000"
     )]
     Register {
-        /// Its base URL, such as http://10.0.0.5:8000.
+        /// The worker's base URL, such as http://10.0.0.5:8000.
         url: String,
     },
-    /// Send a worker nothing new. What it has in flight finishes.
+    /// Send a worker no further requests. Its requests in flight finish.
     Drain(Id),
-    /// Forget a worker. What it has in flight runs elsewhere.
+    /// Remove a worker. Its requests in flight run elsewhere.
     Remove(Id),
 }
 
-/// Which worker.
+/// Selects a worker.
 #[derive(Debug, Args)]
 pub struct Id {
-    /// The worker: worker_…
+    /// The worker's id: worker_…
     #[arg(value_name = "WORKER")]
     id: String,
 }
@@ -53,7 +54,7 @@ pub async fn run(command: WorkersCommand, client: &Client) -> anyhow::Result<()>
             vec![retry(|| async { client.workers().drain_worker(request.clone()).await }).await?]
         }
         WorkersCommand::Remove(Id { id }) => {
-            // Not repeated: after a lost answer the second call would not find the worker.
+            // Not repeated, because after a lost answer the second call would not find the worker.
             client.workers().remove_worker(pb::RemoveWorkerRequest { worker_id: id }).await?;
             return Ok(());
         }

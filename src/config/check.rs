@@ -1,4 +1,4 @@
-//! What settings must be like, beyond their own form.
+//! Validation of settings beyond their form.
 
 use std::{path::Path, time::Duration};
 
@@ -8,7 +8,7 @@ use super::{ConfigError, DATA_DIR, Database, Role, ServeConfig};
 use crate::delivery::schedule::Schedule;
 
 impl ServeConfig {
-    /// Refuses settings that can't work or would open the server to anybody without saying so.
+    /// Refuses settings that can't work, and settings that would open the server to everybody unintentionally.
     ///
     /// # Errors
     /// [`ConfigError::Refused`], naming the setting and the ways out.
@@ -28,7 +28,7 @@ impl ServeConfig {
             (Some(_), None, _) => refuse("--tls-cert", "needs --tls-key with the certificate's private key"),
             (None, Some(_), _) => refuse("--tls-key", "needs --tls-cert with the key's certificate chain"),
             (None, None, Some(_)) => {
-                refuse("--tls-client-ca", "needs --tls-cert and --tls-key: client certificates come over TLS")
+                refuse("--tls-client-ca", "needs --tls-cert and --tls-key: client certificates require TLS")
             }
             (Some(_), Some(_), _) | (None, None, None) => Ok(()),
         }
@@ -42,10 +42,10 @@ impl ServeConfig {
         refuse(
             "--listen",
             format!(
-                "{} can be reached from other machines, and nothing would say who may use it. Do one of these:\n  \
-                 give access tokens:                --tokens FILE (make them with `tidemill token new`)\n  \
-                 let in client certificates only:   --tls-cert FILE --tls-key FILE --tls-client-ca FILE\n  \
-                 let in everybody who can reach it: --insecure-allow-anonymous",
+                "{} is reachable from other machines, and nothing would restrict who may use it. Do one of these:\n  \
+                 require access tokens:             --tokens FILE (make them with `tidemill token new`)\n  \
+                 require client certificates:       --tls-cert FILE --tls-key FILE --tls-client-ca FILE\n  \
+                 admit everybody who can reach it:  --insecure-allow-anonymous",
                 self.listen
             ),
         )
@@ -58,7 +58,7 @@ impl ServeConfig {
         }
         refuse(
             "--roles",
-            "a SQLite database has one node, and it must do everything: leave --roles out, or share PostgreSQL with other nodes by --database-url",
+            "with SQLite there is only one node, which must have all roles: leave --roles out, or share a PostgreSQL database with other nodes by --database-url",
         )
     }
 
@@ -69,7 +69,8 @@ impl ServeConfig {
         Ok(())
     }
 
-    /// Servers that share a database must share the objects; a directory that nobody has named is nobody's but this server's.
+    /// Servers that share a database must share the objects. A directory that was not set explicitly belongs to this
+    /// server alone.
     fn check_objects(&self) -> Result<(), ConfigError> {
         let named = self.blobs.is_some() || self.data_dir != Path::new(DATA_DIR);
         if named || matches!(self.database(), Database::Sqlite(_)) {
@@ -78,10 +79,10 @@ impl ServeConfig {
         refuse(
             "--blobs",
             format!(
-                "with PostgreSQL, say where the objects are: all servers of a database need the same. Do one of these:\n  \
+                "with PostgreSQL, set where the objects are stored, because all servers of a database must share them. Do one of these:\n  \
                  --blobs s3://bucket/prefix  (or gs://…, az://…): an object store\n  \
                  --blobs file:///a/shared/path  a directory that every server has, on a network file system for instance\n  \
-                 --data-dir /a/path  a directory other than {DATA_DIR}: this server is the only one, and keeps them there"
+                 --data-dir /a/path  a directory other than {DATA_DIR}: for a single server, which stores them there"
             ),
         )
     }

@@ -81,7 +81,7 @@ impl ConfigFile {
 fn not_toml(error: &toml::de::Error, text: &str) -> String {
     let message = error.message().lines().next().unwrap_or_default();
     // Some of its messages repeat a value between backticks; none of the words around them is worth that.
-    let message = if message.contains('`') { "what stands there is not TOML" } else { message };
+    let message = if message.contains('`') { "this is not TOML" } else { message };
     let Some(at) = error.span().map(|span| span.start) else { return message.to_owned() };
     let before = &text[..text.floor_char_boundary(at)];
     let line = before.matches('\n').count() + 1;

@@ -72,7 +72,7 @@ pub enum ConfigError {
     },
 }
 
-/// How log lines look.
+/// The format of log lines: text, for people, or json, one object per line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people.
@@ -81,7 +81,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What a node does.
+/// A part of the work that a node can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Role {
     /// Answers clients.
@@ -93,7 +93,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// Its name, as in the setting.
+    /// The role's name in the setting.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -104,12 +104,12 @@ impl Role {
     }
 }
 
-/// What workers are asked for to see whether they are well.
+/// The path of the workers' health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthPath(Option<String>);
 
 impl HealthPath {
-    /// The path; none: only their list of models.
+    /// The path, or `None` to read only the list of models.
     #[must_use]
     pub fn path(&self) -> Option<&str> {
         self.0.as_deref()
@@ -131,7 +131,7 @@ impl std::str::FromStr for HealthPath {
     }
 }
 
-/// Which database.
+/// The database of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Database {
     /// A SQLite file: one node.
@@ -161,15 +161,15 @@ impl std::fmt::Display for BlobStore {
 /// The directory of data unless another one is named.
 const DATA_DIR: &str = "./data";
 
-/// Everything that can be set on a server.
+/// All settings of a server.
 #[derive(Clone, Debug, Args)]
 pub struct ServeConfig {
-    /// TOML file of settings: the flags' names with "_" for "-". The environment and flags win over it.
+    /// TOML file with settings: the flags' names with "_" instead of "-". The environment and flags take precedence.
     #[arg(long, env = "TIDEMILL_CONFIG", value_name = "FILE", help_heading = "General")]
     pub config: Option<PathBuf>,
 
-    /// Address for gRPC and HTTP, which share one port. Port 0: any free one. Anything but loopback needs --tokens,
-    /// --tls-client-ca or --insecure-allow-anonymous.
+    /// Address for gRPC and HTTP, which share one port. Port 0: any free port. An address other than loopback needs
+    /// --tokens, --tls-client-ca or --insecure-allow-anonymous.
     #[arg(
         long,
         env = "TIDEMILL_LISTEN",
@@ -180,8 +180,8 @@ pub struct ServeConfig {
     )]
     pub listen: SocketAddr,
 
-    /// What this node does, comma-separated: api (answers clients), scheduler (runs batches), delivery (sends webhooks).
-    /// Together the nodes of a PostgreSQL database must do all of it. Health and metrics are served by every node.
+    /// What this node does, comma-separated: api (answers clients), scheduler (runs batches), delivery (sends
+    /// webhooks). The nodes of a PostgreSQL database together must do all of it. Every node serves health and metrics.
     #[arg(
         long,
         env = "TIDEMILL_ROLES",
@@ -193,26 +193,26 @@ pub struct ServeConfig {
     pub roles: Vec<Role>,
 
     /// Base URL of a worker: a vLLM server or any server with OpenAI's HTTP API. Repeatable; comma-separated in the
-    /// environment. More can be added while the server runs: tidemill workers register.
+    /// environment. While the server runs, add workers with tidemill workers register.
     #[arg(long, env = "TIDEMILL_WORKER", value_name = "URL", value_delimiter = ',', help_heading = "Workers",
         value_parser = parse_worker)]
     pub worker: Vec<Url>,
 
-    /// Most requests that this node has in flight at one worker, fixed, 1 to 65536. Default: found for each worker by
-    /// watching it, so that it is full and few requests wait in it.
+    /// Fixed limit of the requests that this node has in flight at one worker, 1 to 65536. Default: found for each
+    /// worker by measuring, so that the worker is full and few requests wait in it.
     #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT", value_name = "N", help_heading = "Workers",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
     pub worker_max_in_flight: Option<u32>,
 
-    /// The highest limit that is found by watching, 1 to 65536; --worker-max-in-flight sets it aside.
+    /// Upper bound of the limit that is found by measuring, 1 to 65536. Has no effect with --worker-max-in-flight.
     #[arg(long, env = "TIDEMILL_WORKER_MAX_IN_FLIGHT_CAP", value_name = "N", default_value = "1024",
         help_heading = "Workers", value_parser = RangedU64ValueParser::<u32>::new().range(1..=65_536))]
     pub worker_max_in_flight_cap: u32,
 
-    /// How batch requests tell a vLLM with --scheduling-policy priority that others go first: lower goes first, and what
-    /// carries none, such as Infer calls, has 0. "auto": the header x-vllm-priority: 10, which every other worker ignores.
-    /// A number: as "priority" in the body, for vLLM before 0.32 and for embeddings and the like. "off": not at all. A
-    /// request with a priority of its own keeps it.
+    /// How batch requests let other requests go first in a vLLM with --scheduling-policy priority, where a lower number
+    /// goes first and requests without one, such as Infer calls, have 0. "auto": the header x-vllm-priority: 10, which
+    /// other workers ignore. A number: as "priority" in the body, for vLLM before 0.32 and for embeddings, scores and
+    /// reranks. "off": not at all. A request with its own priority keeps it.
     #[arg(
         long,
         env = "TIDEMILL_WORKER_PRIORITY",
@@ -223,15 +223,14 @@ pub struct ServeConfig {
     )]
     pub worker_priority: WorkerPriority,
 
-    /// Sent to every worker as a bearer token: what vllm serve --api-key was given. Better set by its variable or in the
-    /// file: a flag is seen by everybody on the machine.
+    /// Sent to every worker as a bearer token: the key given to vllm serve --api-key. Set it by its variable or in the
+    /// file, because others on the machine can see flags.
     #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",
         value_parser = SecretParser(parse_key), allow_hyphen_values = true)]
     pub worker_api_key: Option<Secret>,
 
-    /// What each worker is asked for to see whether it is well: a path below its base URL, or "none": then its list of
-    /// models has to do. A check that is answered too slowly, or that runs requests on models as a LiteLLM gateway's does,
-    /// is done without by itself.
+    /// Path of the workers' health check, below their base URL, or "none" to check only their list of models. A check
+    /// that answers too slowly, or that runs requests on models as a LiteLLM gateway's does, is skipped automatically.
     #[arg(
         long,
         env = "TIDEMILL_WORKER_HEALTH_PATH",
@@ -246,29 +245,29 @@ pub struct ServeConfig {
         help_heading = "Workers", value_parser = parse_span)]
     pub worker_health_interval: Duration,
 
-    /// How long one request to a worker may take, 1s to 7d.
+    /// Time limit of one request to a worker, 1s to 7d.
     #[arg(long, env = "TIDEMILL_REQUEST_TIMEOUT", value_name = "SPAN", default_value = "600s", help_heading = "Workers",
         value_parser = parse_span)]
     pub request_timeout: Duration,
 
-    /// Most bytes that answers of workers hold at this server, from their first byte until their result is durable, such
-    /// as 512MiB; 16 MiB or more. At the limit nothing more is sent or read for a while. One answer, 128 MiB at most, may
-    /// come on top.
+    /// Memory for the workers' answers at this server, from their first byte until their result is durable, such as
+    /// 512MiB; at least 16MiB. At the limit nothing more is sent or read until memory is free. One answer, at most 128
+    /// MiB, may come on top.
     #[arg(long, env = "TIDEMILL_WORKER_ANSWER_MEMORY", value_name = "SIZE", default_value = "512MiB",
         help_heading = "Workers", value_parser = parse_bytes)]
     pub worker_answer_memory: u64,
 
-    /// How often a request is tried in all before it ends in the error file, 1 to 100.
+    /// Tries of a request in all before it ends in the error file, 1 to 100.
     #[arg(long, env = "TIDEMILL_MAX_TRIES", value_name = "N", default_value = "5", help_heading = "Workers",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=100))]
     pub max_tries: u32,
 
-    /// Directory of the SQLite database and of the objects. One server at a time may use it.
+    /// Directory of the SQLite database and the objects. Only one server at a time may use it.
     #[arg(long, env = "TIDEMILL_DATA_DIR", value_name = "DIR", default_value = DATA_DIR, help_heading = "Storage")]
     pub data_dir: PathBuf,
 
-    /// PostgreSQL: postgres://user:password@host/database. Any number of servers may share it if they share --blobs
-    /// too. Default: SQLite in --data-dir.
+    /// PostgreSQL: postgres://user:password@host/database. Any number of servers may share it if they also share
+    /// --blobs. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
         value_parser = SecretParser(parse_database_url), allow_hyphen_values = true)]
     pub database_url: Option<Secret>,
@@ -278,71 +277,73 @@ pub struct ServeConfig {
         value_parser = RangedU64ValueParser::<u32>::new().range(2..=1_000))]
     pub database_connections: u32,
 
-    /// Where objects are kept: s3://bucket/prefix, gs://…, az://… (credentials as the cloud's own tools take them), or
-    /// file:///path. Default: a directory in --data-dir, which with PostgreSQL must be named.
+    /// Where objects are stored: s3://bucket/prefix, gs://…, az://… (with the same credentials as the cloud's own
+    /// tools), or file:///path. Default: a directory in --data-dir; with PostgreSQL --data-dir must then be set.
     #[arg(long, env = "TIDEMILL_BLOBS", value_name = "URL", help_heading = "Storage", value_parser = parse_blobs)]
     pub blobs: Option<String>,
 
-    /// Most requests in one file.
+    /// The most requests in one file, 1 to 1000000000.
     #[arg(long, env = "TIDEMILL_MAX_FILE_LINES", value_name = "N", default_value = "1000000", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u64>::new().range(1..=1_000_000_000))]
     pub max_file_lines: u64,
 
-    /// Most bytes in one file, such as 10GB or 4GiB.
+    /// The most bytes in one file, such as 10GB or 4GiB.
     #[arg(long, env = "TIDEMILL_MAX_FILE_BYTES", value_name = "SIZE", default_value = "10GB", help_heading = "Limits",
         value_parser = parse_bytes)]
     pub max_file_bytes: u64,
 
-    /// Most calls a second of one access token at this server; twice as many may come at once. 0: no limit.
+    /// The most calls per second of one access token at this server; up to twice as many may arrive at once. 0: no
+    /// limit.
     #[arg(long, env = "TIDEMILL_LIMIT_REQUESTS_PER_SECOND", value_name = "N", default_value = "0", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new().range(0..=1_000_000))]
     pub limit_requests_per_second: u32,
 
-    /// Most bytes that one access token may upload to this server in a day, such as 100GB. 0: no limit.
+    /// The most bytes that one access token may upload to this server in a day, such as 100GB. 0: no limit.
     #[arg(long, env = "TIDEMILL_LIMIT_BYTES_PER_DAY", value_name = "SIZE", default_value = "0", help_heading = "Limits",
         value_parser = parse_bytes)]
     pub limit_bytes_per_day: u64,
 
-    /// Most requests without a result in all batches of one access token, over all servers. 0: no limit.
+    /// The most requests without a result in all batches of one access token, over all servers. 0: no limit.
     #[arg(long, env = "TIDEMILL_LIMIT_QUEUED_LINES", value_name = "N", default_value = "0", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u64>::new())]
     pub limit_queued_lines: u64,
 
-    /// Most uploads at a time, of all clients together, 1 to 10000; the next ones wait for up to 30 s, those of tokens with
-    /// few uploads under way first. Each may hold 12 MB.
+    /// The most uploads at a time, of all clients together, 1 to 10000. Further ones wait for up to 30 s; tokens with
+    /// fewer uploads running go first. Each may use 12 MB of memory.
     #[arg(long, env = "TIDEMILL_LIMIT_CONCURRENT_UPLOADS", value_name = "N", default_value = "64", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=10_000))]
     pub limit_concurrent_uploads: u32,
 
-    /// Most Infer calls that one access token has under way at this server; the next ones are refused. Without tokens: of
+    /// The most Infer calls of one access token at a time at this server; further ones are refused. Without tokens: of
     /// one client address. 0: no limit.
     #[arg(long, env = "TIDEMILL_LIMIT_INFER_CALLS", value_name = "N", default_value = "1000", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new())]
     pub limit_infer_calls: u32,
 
-    /// Most streams that one access token watches batches with at this server; the next ones are refused. Each costs some
-    /// 10 KiB. Without tokens: of one client address. 0: no limit.
+    /// The most streams with which one access token watches batches at this server; further ones are refused. Each uses
+    /// about 10 KiB of memory. Without tokens: of one client address. 0: no limit.
     #[arg(long, env = "TIDEMILL_LIMIT_WATCHES", value_name = "N", default_value = "10000", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new())]
     pub limit_watches: u32,
 
-    /// Most downloads and result streams, over gRPC and HTTP, that one access token has under way at this server; the next
+    /// The most downloads and result streams, over gRPC and HTTP, of one access token at a time at this server; further
     /// ones are refused. Without tokens: of one client address. 0: no limit.
     #[arg(long, env = "TIDEMILL_LIMIT_DOWNLOADS", value_name = "N", default_value = "200", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<u32>::new())]
     pub limit_downloads: u32,
 
-    /// How long a server that has stopped answering keeps its work before another takes it over, 3s to 1d.
+    /// Time after which other servers take over the work of a server that has stopped answering, 3s to 1d.
     #[arg(long, env = "TIDEMILL_LEASE", value_name = "SPAN", default_value = "30s", help_heading = "Durability",
         value_parser = parse_span)]
     pub lease: Duration,
 
-    /// Longest time until a finished request is durable and counted: what a crash costs at most. 10ms to half of --lease.
+    /// Longest time until a finished request is durable and counted, 10ms to half of --lease. After a crash, requests
+    /// that finished within it run again.
     #[arg(long, env = "TIDEMILL_FLUSH_INTERVAL", value_name = "SPAN", default_value = "2s", help_heading = "Durability",
         value_parser = parse_span)]
     pub flush_interval: Duration,
 
-    /// PEM certificate chain: serves TLS. With --tls-key.
+    /// PEM certificate chain; the server then serves TLS. Needs --tls-key.
     #[arg(long, env = "TIDEMILL_TLS_CERT", value_name = "FILE", help_heading = "Security")]
     pub tls_cert: Option<PathBuf>,
 
@@ -350,28 +351,29 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_TLS_KEY", value_name = "FILE", help_heading = "Security")]
     pub tls_key: Option<PathBuf>,
 
-    /// PEM certificates of the authorities whose client certificates are let in; nobody else is. With --tls-cert.
+    /// PEM certificates of the authorities whose client certificates are admitted; clients without one are refused.
+    /// Needs --tls-cert.
     #[arg(long, env = "TIDEMILL_TLS_CLIENT_CA", value_name = "FILE", help_heading = "Security")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// File of access tokens, one line each, as tidemill token new prints them: nobody without one is let in.
+    /// File of access tokens, one per line, as tidemill token new prints them; callers without a token are refused.
     #[arg(long, env = "TIDEMILL_TOKENS", value_name = "FILE", help_heading = "Security")]
     pub tokens: Option<PathBuf>,
 
-    /// Lets anybody who reaches a non-loopback --listen address do everything.
+    /// Lets everybody who can reach a non-loopback --listen address do everything.
     #[arg(long, env = "TIDEMILL_INSECURE_ALLOW_ANONYMOUS", help_heading = "Security",
         value_parser = BoolishValueParser::new())]
     pub insecure_allow_anonymous: bool,
 
-    /// Host name by which clients may call a server without access tokens and TLS, such as batch.example.com, and whose web
-    /// pages may use this server. Addresses, localhost and names without a dot are always taken; "*" takes all. Repeatable;
-    /// comma-separated in the environment. Default: none.
+    /// Further host name that a server without access tokens and TLS answers to, such as batch.example.com, and whose
+    /// web pages may use this server. Addresses, localhost and names without a dot are always accepted; "*" accepts all
+    /// names. Repeatable; comma-separated in the environment. Default: none.
     #[arg(long, env = "TIDEMILL_PUBLIC_HOST", value_name = "NAME", value_delimiter = ',', help_heading = "Security",
         value_parser = parse_host)]
     pub public_host: Vec<String>,
 
-    /// Network whose addresses webhooks may go to although they are private, such as 10.0.0.0/8. Repeatable;
-    /// comma-separated in the environment. Default: none.
+    /// Private network that webhooks may go to, such as 10.0.0.0/8. Repeatable; comma-separated in the environment.
+    /// Default: none, so that webhooks go to public addresses only.
     #[arg(
         long,
         env = "TIDEMILL_WEBHOOK_ALLOW_CIDR",
@@ -381,77 +383,77 @@ pub struct ServeConfig {
     )]
     pub webhook_allow_cidr: Vec<IpNet>,
 
-    /// Sends webhooks over https only, and refuses other URLs.
+    /// Sends webhooks over https only and refuses other URLs.
     #[arg(long, env = "TIDEMILL_WEBHOOK_HTTPS_ONLY", help_heading = "Security", value_parser = BoolishValueParser::new())]
     pub webhook_https_only: bool,
 
-    /// Signs the webhooks of batches that have no secret of their own. Better in the environment: others can see command
-    /// lines. Default: those go unsigned.
+    /// Signs the webhooks of batches that have no secret of their own. Set it in the environment, because others can
+    /// see command lines. Default: such webhooks are not signed.
     #[arg(long, env = "TIDEMILL_WEBHOOK_SECRET", value_name = "SECRET", help_heading = "Security", hide_env_values = true,
         value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true)]
     pub webhook_secret: Option<WebhookSecret>,
 
-    /// Webhooks in flight at this server at a time, 8 to 10000. One access token gets at most half of those that are free,
-    /// and receivers that have not answered lately at most a fifth.
+    /// The most webhooks in flight at this server, 8 to 10000. One access token gets at most half of the places that
+    /// are free, receivers that have not answered lately at most a fifth.
     #[arg(long, env = "TIDEMILL_WEBHOOK_MAX_IN_FLIGHT", value_name = "N", default_value = "256", help_heading = "Limits",
         value_parser = RangedU64ValueParser::<usize>::new().range(8..=10_000))]
     pub webhook_max_in_flight: usize,
 
-    /// The waits between the attempts of a webhook, such as 5s,30s,2m: each 1ms to 7days, a fifth more or less by chance. With
-    /// more attempts than that the last wait is repeated.
+    /// The waits between the attempts of a webhook, such as 5s,30s,2m: each 1ms to 7days, and up to a fifth longer or
+    /// shorter at random. If there are more attempts, the last wait is repeated.
     #[arg(long, env = "TIDEMILL_WEBHOOK_RETRY_SCHEDULE", value_name = "SPANS", value_delimiter = ',',
         default_value = "5s,30s,2m,10m,30m,1h,2h,4h,8h", help_heading = "Durability", value_parser = parse_span)]
     pub webhook_retry_schedule: Vec<Duration>,
 
-    /// Seals webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Better in the
-    /// environment or a file. Default: they are stored as they are.
+    /// Encrypts webhook secrets in the database: 32 bytes in base64, as `openssl rand -base64 32` prints. Set it in the
+    /// environment or in a file. Default: secrets are stored unencrypted.
     #[arg(long, env = "TIDEMILL_MASTER_KEY", value_name = "BASE64", help_heading = "Security", hide_env_values = true,
         value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true, conflicts_with = "master_key_file")]
     pub master_key: Option<WebhookSecret>,
 
-    /// File that holds the master key.
+    /// File with the master key, instead of --master-key.
     #[arg(long, env = "TIDEMILL_MASTER_KEY_FILE", value_name = "FILE", help_heading = "Security")]
     pub master_key_file: Option<PathBuf>,
 
-    /// The master key before this one: opens what it sealed, while the key is being replaced.
+    /// The previous master key: decrypts the secrets that it encrypted, while the key is being replaced.
     #[arg(long, env = "TIDEMILL_PREVIOUS_MASTER_KEY", value_name = "BASE64", help_heading = "Security",
         hide_env_values = true, value_parser = SecretParser(parse_webhook_secret), allow_hyphen_values = true)]
     pub previous_master_key: Option<WebhookSecret>,
 
-    /// How long a client's connection may last before it is asked to reconnect, so that load balancers can rebalance. 1s to
-    /// 365d.
+    /// Age at which a client's connection is asked to reconnect, so that load balancers can rebalance, 1s to 365d.
     #[arg(long, env = "TIDEMILL_MAX_CONNECTION_AGE", value_name = "SPAN", default_value = "30m", help_heading = "Connections",
         value_parser = parse_span)]
     pub max_connection_age: Duration,
 
-    /// Most client connections at a time, 1 to 1000000; beyond it the longest idle one is closed for a new one. Default:
-    /// half of the files that the process may have open, at most 10000; never more than that half.
+    /// The most client connections at a time, 1 to 1000000. At the limit a new connection replaces the longest idle
+    /// one. Default: half of the files that the process may have open, at most 10000. A value above that half has no
+    /// effect.
     #[arg(long, env = "TIDEMILL_MAX_CONNECTIONS", value_name = "N", help_heading = "Connections",
         value_parser = RangedU64ValueParser::<u32>::new().range(1..=1_000_000))]
     pub max_connections: Option<u32>,
 
-    /// How long calls, requests and webhooks in flight may take to finish after SIGTERM, 0s to 1d. At most 5 s later the
-    /// process ends.
+    /// Time for calls, requests and webhooks in flight to finish after SIGTERM, 0s to 1d. The process ends at most 5 s
+    /// later.
     #[arg(long, env = "TIDEMILL_DRAIN_TIMEOUT", value_name = "SPAN", default_value = "10s", help_heading = "Connections",
         value_parser = parse_span)]
     pub drain_timeout: Duration,
 
-    /// How log lines look.
+    /// The format of log lines: text, for people, or json, one object per line.
     #[arg(long, env = "TIDEMILL_LOG_FORMAT", value_name = "FORMAT", default_value = "text", help_heading = "Logs")]
     pub log_format: LogFormat,
 
-    /// What is logged: a level, or levels by module, such as warn,tidemill=debug.
+    /// What to log: a level, or levels by module, such as warn,tidemill=debug.
     #[arg(long, env = "TIDEMILL_LOG", value_name = "FILTER", default_value = "info", help_heading = "Logs")]
     pub log: String,
 }
 
 impl ServeConfig {
-    /// The settings as a command of their own.
+    /// The settings as a separate command.
     fn command() -> Command {
         Self::augment_args(Command::new("serve").no_binary_name(true))
     }
 
-    /// From flags and, if given, a file; the environment is left aside. Not validated.
+    /// Reads flags and, if given, a file, but not the environment. Does not validate.
     ///
     /// # Errors
     /// What clap has to say.
@@ -482,7 +484,7 @@ impl ServeConfig {
         roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(",")
     }
 
-    /// Which database.
+    /// The database of a server.
     #[must_use]
     pub fn database(&self) -> Database {
         Database::of(self.database_url.as_ref(), &self.data_dir)

@@ -110,7 +110,7 @@ pub fn parse_webhook_secret(text: &str) -> Result<WebhookSecret, String> {
 /// What is wrong with it. Says nothing of user, password, host or database.
 pub fn parse_database_url(text: &str) -> Result<Secret, String> {
     const EXPECTED: &str = "expected postgres://user:password@host/database, or leave it out for SQLite in --data-dir";
-    const ENCODE: &str = "a user name or password in it seems to hold a character that means something else in a URL: write \
+    const ENCODE: &str = "its user name or password seems to contain a character that has another meaning in a URL: write \
                           % as %25, @ as %40, : as %3A, / as %2F, ? as %3F, # as %23, [ as %5B and ] as %5D";
     // The text stays out of every message: it may hold a password.
     let Some((scheme, rest)) = text.split_once(':') else {
@@ -172,11 +172,10 @@ fn holds_a_raw_password(rest: &str) -> bool {
 fn refused(text: &str, encoded: bool) -> String {
     let about = text.to_lowercase();
     if about.contains("ssl_mode") || about.contains("sslmode") {
-        return "its sslmode is not known; expected disable, allow, prefer, require, verify-ca or verify-full"
-            .to_owned();
+        return "its sslmode is not one of disable, allow, prefer, require, verify-ca or verify-full".to_owned();
     }
     if encoded && about.contains("utf") {
-        return "what is percent-encoded in it is not UTF-8".to_owned();
+        return "its percent-encoded part is not UTF-8".to_owned();
     }
     "the PostgreSQL driver does not understand one of its options (those behind the ?)".to_owned()
 }
@@ -213,7 +212,7 @@ mod tests {
 
     #[test]
     fn database_urls_are_refused_in_words_that_hold_nothing_of_them() {
-        let encode = "a character that means something else in a URL";
+        let encode = "a character that has another meaning in a URL";
         for (url, why) in [
             ("postgres://us3r:pa#ss@h0st/d4ta", encode),
             ("postgres://us3r:pa/ss@h0st/d4ta", encode),
@@ -222,7 +221,7 @@ mod tests {
             ("postgres://us3r:1234/pa@h0st/d4ta", encode),
             ("postgres://us3r:1234?pa@h0st/d4ta", encode),
             ("postgres://us3r:p4ss@h0st:port/d4ta", "its port is not a number"),
-            ("postgres://us3r:p4ss@h0st/d4ta?sslmode=n0nsense", "its sslmode is not known"),
+            ("postgres://us3r:p4ss@h0st/d4ta?sslmode=n0nsense", "its sslmode is not one of"),
             ("postgres:us3r@h0st", "it does not begin with postgres://"),
             ("us3r:p4ss@h0st/d4ta", "it does not begin with postgres://"),
             ("mysql://us3r:p4ss@h0st/d4ta", "mysql: is not supported; expected postgres://"),

@@ -101,7 +101,7 @@ async fn ctrl_c_ends_the_command_and_not_the_batch_and_says_so() {
         while let Some(line) = lines.next_line().await.unwrap() {
             text.push_str(&(line + "\n"));
         }
-        assert!(text.contains("the batch goes on without this command"), "{arguments:?}: {text}");
+        assert!(text.contains("the batch continues without this command"), "{arguments:?}: {text}");
         let told = text.lines().find_map(|line| line.split_once("tidemill batch watch ")).expect("how to come back").1;
         assert!(text.contains(&format!("tidemill batch cancel {told}")), "{text}");
         assert!(known.is_none_or(|known| known == told), "{told}");

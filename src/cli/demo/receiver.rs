@@ -1,4 +1,4 @@
-//! The demo's webhook receiver: on a loopback port, it believes nothing that is not signed.
+//! The demo's webhook receiver, on a loopback port. It accepts only webhooks with a valid signature.
 
 use std::time::Duration;
 
@@ -12,15 +12,14 @@ use crate::{
     domain::{Timestamp, webhook::Secret},
 };
 
-/// How long the webhook may take. It is written with the batch's end, so it leaves at once; some seconds are for a machine
-/// that is busy and a retry.
+/// Time to wait for the webhook. It is sent as soon as the batch ends; the rest allows for a busy machine and a retry.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// What did not verify is not worth remembering more often.
+/// Unverified webhooks remembered at most.
 const REMEMBERED: usize = 16;
 
-/// A webhook that came.
+/// A webhook that has arrived.
 pub(super) struct Received {
-    /// The `X-Webhook-Event`: untrusted, shown only.
+    /// The `X-Webhook-Event` header: not verified, only printed.
     event: String,
     id: String,
     verdict: Result<(), String>,
@@ -39,7 +38,7 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    /// Listens, with a secret of its own.
+    /// Starts listening, with a new secret.
     pub(super) async fn start() -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("webhook receiver")?;
         let url = format!("http://{}/webhook", listener.local_addr()?);
@@ -59,18 +58,21 @@ impl Receiver {
         &self.secret
     }
 
-    /// Waits for the first webhook and tells what it was.
+    /// Waits for the first webhook and describes it.
     ///
     /// # Errors
     /// None came in time, or what came is not what the secret has signed.
     pub(super) async fn wait(&mut self) -> anyhow::Result<String> {
         let Ok(received) = timeout(PATIENCE, self.received.recv()).await else {
-            bail!("no webhook came within {} s; `--log info` on a server of your own says why", PATIENCE.as_secs());
+            bail!(
+                "no webhook arrived within {} s; start your own server with `--log info` to see why",
+                PATIENCE.as_secs()
+            );
         };
         let Received { event, id, verdict } = received.context("the webhook receiver has stopped")?;
         match verdict {
             Ok(()) => Ok(format!("webhook {event} received, signature verified (webhook-id {id})")),
-            Err(why) => bail!("a webhook came that can't be trusted ({event}, webhook-id {id}): {why}"),
+            Err(why) => bail!("a webhook could not be verified ({event}, webhook-id {id}): {why}"),
         }
     }
 
@@ -88,7 +90,7 @@ async fn receive(State(door): State<std::sync::Arc<Door>>, headers: HeaderMap, b
         Err(error) => Err(error.to_string()),
     };
     let status = if verdict.is_ok() { StatusCode::NO_CONTENT } else { StatusCode::UNAUTHORIZED };
-    // Full: the demo has seen enough.
+    // If the channel is full, the demo has seen enough.
     let _ = door.received.try_send(Received { event: text("x-webhook-event"), id: text(STANDARD_ID), verdict });
     status
 }

@@ -1,4 +1,4 @@
-//! The picture of `tidemill top`.
+//! Draws the screen of `tidemill top`.
 
 use ratatui::{
     Frame,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{cli::meter, pb};
 
-/// Lines that the curve takes.
+/// Height of the curve in lines.
 const CURVE: u16 = 3;
 /// Characters of a progress bar.
 const BAR: u64 = 16;
@@ -46,7 +46,7 @@ pub fn batch(batch: &pb::Batch) -> [String; 7] {
     let mut view = meter::View::default();
     view.apply(&pb::batch_event::Event::StateChanged(batch.clone()));
     let (done, total) = (view.done(), u64::try_from(view.counts.total).unwrap_or(0));
-    // Said in a column of its own.
+    // It has a column of its own.
     let failed = std::mem::take(&mut view.counts.failed);
     let filled = done.saturating_mul(BAR).checked_div(total).unwrap_or(0);
     [
@@ -60,7 +60,7 @@ pub fn batch(batch: &pb::Batch) -> [String; 7] {
     ]
 }
 
-/// Draws all of it.
+/// Draws the whole screen.
 pub fn draw(frame: &mut Frame, view: &View, server: &str) {
     let workers = u16::try_from(view.look.workers.len()).unwrap_or(u16::MAX).saturating_add(2);
     let split = view.look.split();
@@ -95,13 +95,13 @@ pub fn draw(frame: &mut Frame, view: &View, server: &str) {
     frame.render_widget(Table::new(rows, widths).header(header(WORKERS)).column_spacing(2), upper);
     draw_batches(frame, view, lower);
     let foot_line = match &view.away {
-        Some(why) => Line::styled(shown(&format!("the server is away ({why}), trying again")), Color::Red),
+        Some(why) => Line::styled(shown(&format!("the server can't be reached ({why}), trying again")), Color::Red),
         None => Line::styled("q: quit", Modifier::DIM),
     };
     frame.render_widget(foot_line, foot);
 }
 
-/// Requests per second of the last looks, the newest at the right.
+/// Requests per second at the last updates, the newest at the right.
 fn draw_curve(frame: &mut Frame, view: &View, area: Rect) {
     let shown = view.history.len().saturating_sub(area.width.into());
     let samples: Vec<u64> = view.history.iter().skip(shown).copied().collect();
@@ -116,7 +116,7 @@ fn draw_batches(frame: &mut Frame, view: &View, area: Rect) {
         frame.render_widget(Paragraph::new("no unfinished batches").style(Modifier::DIM), area);
         return;
     }
-    // A line each for the header and for what does not fit.
+    // One line each for the header and for the count of what does not fit.
     let room = usize::from(area.height.saturating_sub(2));
     let widths = [
         Constraint::Max(46),
@@ -138,7 +138,7 @@ fn draw_batches(frame: &mut Frame, view: &View, area: Rect) {
     }
 }
 
-/// A cell as far as any screen shows it: the library counts columns in 16 bits.
+/// A cell cut to the width of any screen: the library counts columns in 16 bits.
 fn shown(cell: &str) -> String {
     const MOST: usize = 500;
     let end = cell.char_indices().nth(MOST).map_or(cell.len(), |(at, _)| at);
@@ -254,7 +254,7 @@ mod tests {
         assert!(line("a request takes").contains("1.0s until it is durable"), "{text}");
         assert!(line("q: quit").contains("q: quit"));
         view.away = Some("connection refused".into());
-        assert!(drawn(&view, 160, 24).contains("the server is away"));
+        assert!(drawn(&view, 160, 24).contains("the server can't be reached"));
         view.look = Look::default();
         assert!(drawn(&view, 160, 24).contains("no unfinished batches"));
     }
