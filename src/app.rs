@@ -4,7 +4,7 @@
 //! top down: calls and segments first, then webhooks, then the watch over the workers, at last the node's own row.
 //! Every step has its share of one deadline, so that the whole ends in time whatever hangs.
 
-use std::{fs::File, io, net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+use std::{fs::File, io, net::SocketAddr, path::PathBuf, pin::pin, time::Duration};
 
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     access::{CallerLimits, Tokens, TokensError},
-    api::{self, ServeError, ServerOptions, Services, TlsFiles},
+    api::{self, ServeError, ServerOptions, TlsFiles},
     blobs::{self, BlobError, Blobs},
     config::{BlobStore, Database, Role, ServeConfig},
     delivery::{
@@ -34,9 +34,10 @@ use crate::{
     progress::Hub,
     results::Reader,
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
+    service::{Parts, Service},
     store::{Store, StoreError},
     supervise::{Died, Part, Supervisor},
-    telemetry, words,
+    words,
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -213,7 +214,7 @@ impl App {
         let deliverer = run_if(config.has_role(Role::Delivery), Part::Webhooks, &delivering, deliverer.run().boxed());
 
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
-        let services = Services {
+        let parts = Parts {
             store: store.clone(),
             blobs: blobs.clone(),
             ingest: Ingest::new(store.clone(), blobs.clone(), limits, config.data_dir.join("tmp")),
@@ -222,10 +223,11 @@ impl App {
             fleet,
             stages,
             webhooks,
-            metrics: Arc::new(telemetry::render),
         };
+        let weights = options.tokens.as_ref().map(Tokens::weights).unwrap_or_default();
+        let service = Service::new(parts, caller_limits(&config), weights, serving.clone());
         let tls = options.tls.is_some();
-        let server = api::serve(listener, services, options, serving.clone());
+        let server = api::serve(listener, service, options, serving.clone());
         let server = supervisor.spawn(Part::Api, &serving, async move {
             fault::panic_in(Part::Api);
             server.await
@@ -380,6 +382,19 @@ fn scheduler_options(config: &ServeConfig, tokens: Option<&Tokens>) -> Scheduler
     }
 }
 
+fn caller_limits(config: &ServeConfig) -> CallerLimits {
+    CallerLimits {
+        requests_per_second: config.limit_requests_per_second,
+        bytes_per_day: config.limit_bytes_per_day,
+        queued_lines: config.limit_queued_lines,
+        concurrent_uploads: config.limit_concurrent_uploads,
+        infer_calls: config.limit_infer_calls,
+        watches: config.limit_watches,
+        downloads: config.limit_downloads,
+        ..CallerLimits::default()
+    }
+}
+
 fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
     let tokens = match &config.tokens {
         None => None,
@@ -400,16 +415,6 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
         tokens,
         max_connection_age: Some(config.max_connection_age),
         drain_timeout: config.drain_timeout,
-        limits: CallerLimits {
-            requests_per_second: config.limit_requests_per_second,
-            bytes_per_day: config.limit_bytes_per_day,
-            queued_lines: config.limit_queued_lines,
-            concurrent_uploads: config.limit_concurrent_uploads,
-            infer_calls: config.limit_infer_calls,
-            watches: config.limit_watches,
-            downloads: config.limit_downloads,
-            ..CallerLimits::default()
-        },
         max_connections: config.max_connections,
         public_hosts: config.public_host.clone(),
     })

@@ -19,7 +19,8 @@
 //! - [`delivery`]: webhooks: which event to whom, signed, retried, dead-lettered.
 //! - [`progress`]: durable changes in, event streams out.
 //! - [`access`]: who calls, and how much they may ask.
-//! - [`api`]: gRPC and HTTP: request to domain call to response.
+//! - [`service`]: the use cases, whichever door they come through: every rule, and one error.
+//! - [`api`]: gRPC and HTTP, two doors to the service.
 //! - [`app`]: wires all of it and stops it in order.
 //! - [`sim`]: a simulated vLLM worker for the demo, tests and benchmarks.
 //! - [`cli`]: the command line, a client of the same gRPC API.
@@ -40,6 +41,7 @@ pub mod objects;
 pub mod progress;
 pub mod results;
 pub mod scheduler;
+pub mod service;
 pub mod sim;
 pub mod store;
 pub mod supervise;

@@ -167,6 +167,7 @@ pub struct Admitted {
 
 impl Limiter {
     #[allow(clippy::cast_precision_loss)] // limits, not accounts
+    /// Nobody has used anything of these limits.
     #[must_use]
     /// Nothing of these limits is used yet.
     pub fn new(limits: CallerLimits) -> Self {

@@ -122,8 +122,8 @@ pub struct Place {
 
 impl Place {
     /// Waits until the upload has to make place for somebody else.
-    pub async fn gives_way(&self) {
-        self.give_way.cancelled().await;
+    pub fn gives_way(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.give_way.clone().cancelled_owned()
     }
 }
 

@@ -5,28 +5,19 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use axum::{Router, middleware};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::{codec::CompressionEncoding, service::Routes};
-use tonic_health::{ServingStatus, pb::health_server::HealthServer, server::HealthReporter};
-use tonic_web::GrpcWebLayer;
+use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
-    LONGEST_MESSAGE, MESSAGE_LIMIT, Services,
-    gate::{self, Gate},
-    health::{self, Healthy},
-    hosts::{self, Hosts},
-    http,
-    listener::{self, Listener},
-    panics,
-    service::Api,
-    webhook_admin::Admin,
-    workers::Workers,
+    gate::Gate,
+    grpc::{self, health},
+    http::{
+        self,
+        hosts::{self, Hosts},
+        listener::{self, Listener},
+        panics,
+    },
 };
-use crate::access::{CallerLimits, Limiter, Tokens};
-use crate::pb::{
-    self, batch_service_server::BatchServiceServer, webhook_admin_server::WebhookAdminServer,
-    worker_admin_server::WorkerAdminServer,
-};
-use crate::words;
+use crate::{access::Tokens, service::Service, words};
 
 /// How long connections that were cut have to notice.
 const CUT: Duration = Duration::from_secs(1);
@@ -57,8 +48,6 @@ pub struct ServerOptions {
     pub max_connection_age: Option<Duration>,
     /// How long a shutdown waits for RPCs to end.
     pub drain_timeout: Duration,
-    /// How much one caller may ask.
-    pub limits: CallerLimits,
     /// Connections at a time; none: half of the descriptors that the process may have, at most 10,000.
     pub max_connections: Option<u32>,
     /// Names, besides addresses and local names, by which clients may call a server without access tokens.
@@ -73,7 +62,6 @@ impl Default for ServerOptions {
             tokens: None,
             max_connection_age: Some(Duration::from_secs(30 * 60)),
             drain_timeout: Duration::from_secs(10),
-            limits: CallerLimits::default(),
             max_connections: None,
             public_hosts: Vec::new(),
         }
@@ -125,13 +113,13 @@ pub enum ServeError {
 /// [`ServeError`].
 pub async fn serve(
     socket: TcpListener,
-    services: Services,
+    service: Service,
     options: ServerOptions,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let reporter = HealthReporter::new();
     let not_serving = CancellationToken::new();
-    let routes = routes(services, &options, &reporter, &not_serving, &shutdown)?;
+    let routes = routes(service, &options, &reporter, &not_serving, &shutdown)?;
     let tls = match &options.tls {
         Some(files) => Some(listener::tls::acceptor(files).await?),
         None => None,
@@ -161,56 +149,17 @@ pub async fn serve(
 
 /// Everything on the port.
 fn routes(
-    services: Services,
+    service: Service,
     options: &ServerOptions,
     reporter: &HealthReporter,
     not_serving: &CancellationToken,
     shutdown: &CancellationToken,
 ) -> Result<Router, ServeError> {
-    /// Every service takes and gives gzip and zstd, and has the same limit.
-    macro_rules! sized {
-        ($service:expr) => {
-            $service
-                .accept_compressed(CompressionEncoding::Zstd)
-                .accept_compressed(CompressionEncoding::Gzip)
-                .send_compressed(CompressionEncoding::Zstd)
-                .send_compressed(CompressionEncoding::Gzip)
-                .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(MESSAGE_LIMIT)
-        };
-    }
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-    };
     metrics::describe_counter!("tidemill_calls_crashed_total", "calls that ended with a panic: bugs");
-    let tokens = options.tokens.clone();
-    let limits = Arc::new(Limiter::new(options.limits));
-    let batches = Api::new(services.clone(), tokens.as_ref(), limits.clone(), shutdown.clone());
-    let gate = Arc::new(Gate::new(tokens, limits.clone()));
-    let workers = Workers { fleet: services.fleet.clone(), stages: services.stages.clone() };
-    let hooks = Admin { webhooks: services.webhooks.clone() };
-    let mut grpc = Routes::new(HealthServer::new(Healthy::new(reporter.clone(), not_serving.clone())));
-    if options.rpcs {
-        grpc = grpc
-            // Results as long as the client wants them; all else is cut or refused before it is sent.
-            .add_service(sized!(BatchServiceServer::new(batches)).max_encoding_message_size(LONGEST_MESSAGE))
-            .add_service(sized!(WorkerAdminServer::new(workers)))
-            .add_service(sized!(WebhookAdminServer::new(hooks)));
-    }
-    let grpc = grpc
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
-        .into_axum_router()
-        .reset_fallback()
-        .layer(middleware::from_fn(panics::caught))
-        .layer(middleware::from_fn_with_state(gate.clone(), gate::pass))
-        // Outside the gate, so that a browser is told of refusals in its own way.
-        .layer(GrpcWebLayer::new())
-        .layer(middleware::from_fn(gate::only_grpc));
+    let gate = Arc::new(Gate::new(options.tokens.clone(), service.limits().clone()));
+    let health = (reporter.clone(), not_serving.clone());
+    let grpc = grpc::routes(service.clone(), gate.clone(), options.rpcs, health)?;
+    let http = http::routes(service, gate, shutdown.clone()).layer(middleware::from_fn(panics::caught));
     let hosts = Hosts::new(&options.public_hosts, options.tokens.is_some(), options.tls.is_some());
-    let http = http::routes(services, gate, limits, shutdown.clone()).layer(middleware::from_fn(panics::caught));
-    let all = grpc.merge(http);
-    Ok(all.layer(middleware::from_fn_with_state(Arc::new(hosts), hosts::pass)))
+    Ok(grpc.merge(http).layer(middleware::from_fn_with_state(Arc::new(hosts), hosts::pass)))
 }

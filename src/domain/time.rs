@@ -31,11 +31,4 @@ impl Timestamp {
     pub fn unix_seconds(self) -> i64 {
         self.0.div_euclid(1_000_000)
     }
-
-    /// On the wire.
-    #[must_use]
-    pub fn to_proto(self) -> prost_types::Timestamp {
-        let micros = i32::try_from(self.0.rem_euclid(1_000_000)).unwrap_or(0);
-        prost_types::Timestamp { seconds: self.unix_seconds(), nanos: micros * 1_000 }
-    }
 }

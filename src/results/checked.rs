@@ -29,7 +29,7 @@ pub(super) struct Block {
 }
 
 /// A segment, for people.
-pub(super) fn name_of(whose: impl std::fmt::Display, span: &SegmentSpan) -> String {
+pub(crate) fn name_of(whose: impl std::fmt::Display, span: &SegmentSpan) -> String {
     let last = span.first_line + i64::from(span.line_span) - 1;
     format!("segment {} of {whose} (its input lines {} to {last})", span.index.0, span.first_line)
 }

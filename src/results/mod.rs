@@ -5,8 +5,8 @@ mod line;
 mod merge;
 mod part;
 mod reader;
-pub mod retry;
 
+pub(crate) use checked::name_of;
 pub use line::{Line, Reply, render_answer, render_error, request_id};
 pub use merge::merge;
 pub use part::{PartBuilder, finished};

@@ -27,8 +27,8 @@ use crate::{
     support::{CHAT, Server, chunk, expect, get, inline, lines, of_file, spec, upload},
 };
 
-fn limited(limits: CallerLimits) -> ServerOptions {
-    ServerOptions { limits, ..ServerOptions::default() }
+async fn limited(limits: CallerLimits) -> Server {
+    Server::limited(limits, ServerOptions::default()).await
 }
 
 #[tokio::test]
@@ -61,7 +61,7 @@ async fn uploads_are_told_when_the_blob_store_fails_and_leave_nothing() {
 
 #[tokio::test]
 async fn calls_past_the_rate_are_refused_with_when_to_try_again() {
-    let server = Server::with(limited(CallerLimits { requests_per_second: 5, ..CallerLimits::default() })).await;
+    let server = limited(CallerLimits { requests_per_second: 5, ..CallerLimits::default() }).await;
     let mut client = server.client().await;
     let mut refused = None;
     for _ in 0..40 {
@@ -82,7 +82,7 @@ async fn calls_past_the_rate_are_refused_with_when_to_try_again() {
 async fn bytes_and_lines_have_their_limits() {
     let size = lines(10).len() as u64;
     let limits = CallerLimits { bytes_per_day: 2 * size, queued_lines: 15, ..CallerLimits::default() };
-    let server = Server::with(limited(limits)).await;
+    let server = limited(limits).await;
     let mut client = server.client().await;
     let file = upload(&mut client, lines(10)).await;
     client.create_batch(of_file(&file)).await.unwrap();
@@ -100,7 +100,7 @@ async fn bytes_and_lines_have_their_limits() {
 async fn retries_and_inline_requests_pass_the_same_limits_as_batches() {
     let size: u64 = 10 * r#"{"model":"m"}"#.len() as u64;
     let limits = CallerLimits { queued_lines: 15, bytes_per_day: 40 * size, ..CallerLimits::default() };
-    let server = Server::with(limited(limits)).await;
+    let server = limited(limits).await;
     let mut client = server.client().await;
     let batch = client.create_batch(inline(10)).await.unwrap().into_inner();
     expect(client.create_batch(inline(6)).await, Code::ResourceExhausted, "TOO_MANY_QUEUED_LINES");
@@ -119,7 +119,7 @@ async fn retries_and_inline_requests_pass_the_same_limits_as_batches() {
 #[tokio::test]
 async fn retries_count_their_bytes() {
     let size: u64 = 10 * r#"{"model":"m"}"#.len() as u64;
-    let server = Server::with(limited(CallerLimits { bytes_per_day: size + 100, ..CallerLimits::default() })).await;
+    let server = limited(CallerLimits { bytes_per_day: size + 100, ..CallerLimits::default() }).await;
     let mut client = server.client().await;
     let batch = client.create_batch(inline(10)).await.unwrap().into_inner();
     server.run_batch(&batch.id, 0).await;
@@ -132,7 +132,7 @@ async fn one_callers_streams_are_limited_and_not_anothers() {
     let [ana, bob] = ["ana", "bob"].map(hash_token);
     let tokens = Tokens::parse(&format!("ana submit {ana}\nbob submit {bob}\n")).unwrap();
     let limits = CallerLimits { watches: 3, downloads: 2, ..CallerLimits::default() };
-    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    let server = Server::limited(limits, ServerOptions { tokens: Some(tokens), ..ServerOptions::default() }).await;
     let (mut ana, mut bob) = (server.client_of(Some("ana")).await, server.client_of(Some("bob")).await);
     let batch = ana.create_batch(inline(1)).await.unwrap().into_inner();
     let watch = || pb::WatchBatchRequest { batch_id: batch.id.clone(), ..Default::default() };
@@ -240,7 +240,7 @@ async fn one_callers_trickling_uploads_make_place_for_another() {
     let [ana, bob] = ["ana", "bob"].map(hash_token);
     let tokens = Tokens::parse(&format!("ana submit {ana}\nbob submit {bob}\n")).unwrap();
     let limits = CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() };
-    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    let server = Server::limited(limits, ServerOptions { tokens: Some(tokens), ..ServerOptions::default() }).await;
     // Eight that run and eight that wait, each at 2 KiB/s: enough not to be idle.
     let client = server.client_of(Some("ana")).await;
     let trickling: Vec<_> = (0..16)
@@ -289,7 +289,7 @@ async fn one_callers_trickling_uploads_make_place_for_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_uploads_at_once_take_turns() {
-    let server = Server::with(limited(CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() })).await;
+    let server = limited(CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() }).await;
     let clients: Vec<_> = join_all((0..4).map(|_| server.client())).await;
     let uploads = (0..400).map(|at| {
         let mut client = clients[at % clients.len()].clone();

@@ -1,10 +1,10 @@
 //! A server on a port of its own, and clients of it.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use tidemill::{
-    access::{Tokens, hash_token},
-    api::{ServeError, ServerOptions, Services, serve},
+    access::{CallerLimits, Tokens, hash_token},
+    api::{ServeError, ServerOptions, serve},
     blobs::Blobs,
     delivery::{
         Options, Webhooks,
@@ -21,6 +21,7 @@ use tidemill::{
     progress::Hub,
     results::Reader,
     scheduler::{Stages, Troubles},
+    service::{Parts, Service},
     store::{Commit, FinalObject, Store},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -87,6 +88,18 @@ impl Server {
     }
 
     pub async fn with_blobs(options: ServerOptions, blobs: impl FnOnce(&std::path::Path) -> Blobs) -> Self {
+        Self::build(options, CallerLimits::default(), blobs).await
+    }
+
+    pub async fn limited(limits: CallerLimits, options: ServerOptions) -> Self {
+        Self::build(options, limits, |folder| Blobs::directory(&folder.join("blobs")).unwrap()).await
+    }
+
+    async fn build(
+        options: ServerOptions,
+        limits: CallerLimits,
+        blobs: impl FnOnce(&std::path::Path) -> Blobs,
+    ) -> Self {
         // As the binary does: the one TLS provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = tempfile::tempdir().unwrap();
@@ -99,7 +112,7 @@ impl Server {
             let hub = hub.clone();
             async move { hub.run().await }
         });
-        let services = Services {
+        let parts = Parts {
             store: store.clone(),
             blobs: blobs.clone(),
             ingest: Ingest::new(store.clone(), blobs.clone(), Limits::default(), folder.path().to_owned()),
@@ -108,11 +121,12 @@ impl Server {
             fleet,
             stages: Stages::default(),
             webhooks: webhooks(&store),
-            metrics: Arc::new(|| "tidemill_up 1\n".to_owned()),
         };
+        let weights = options.tokens.as_ref().map(Tokens::weights).unwrap_or_default();
+        let service = Service::new(parts, limits, weights, shutdown.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let running = tokio::spawn(serve(listener, services, options, shutdown.clone()));
+        let running = tokio::spawn(serve(listener, service, options, shutdown.clone()));
         Self { address, store, blobs, folder, shutdown, running }
     }
 

@@ -4,32 +4,28 @@
 
 use std::panic::AssertUnwindSafe;
 
+use crate::{api::grpc, supervise::message, telemetry::seldom};
 use axum::{
     extract::Request,
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use futures::FutureExt;
-use http::{StatusCode, header};
-use tonic::Code;
-
-use super::status::error;
-use crate::{supervise::message, telemetry::seldom};
+use http::StatusCode;
 
 const MESSAGE: &str = "the server has met a bug in this call; its log says more";
 
 /// Answers for a handler that panics.
-pub(super) async fn caught(request: Request, next: Next) -> Response {
+pub(in crate::api) async fn caught(request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    let grpc = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    let is_grpc = grpc::is_grpc(&request);
     match AssertUnwindSafe(next.run(request)).catch_unwind().await {
         Ok(response) => response,
         Err(panic) => {
             metrics::counter!("tidemill_calls_crashed_total").increment(1);
             seldom!(error, path, panic = message(&*panic), "a call has crashed, which is a bug");
-            if grpc {
-                error(Code::Internal, "INTERNAL", MESSAGE).into_http()
+            if is_grpc {
+                grpc::crashed(MESSAGE)
             } else {
                 (StatusCode::INTERNAL_SERVER_ERROR, format!("{MESSAGE}\n")).into_response()
             }
@@ -40,6 +36,7 @@ pub(super) async fn caught(request: Request, next: Next) -> Response {
 #[cfg(test)]
 mod tests {
     use axum::{Router, body::Body, middleware, routing::get};
+    use http::header;
     use tower::ServiceExt;
 
     use super::*;

@@ -1,24 +1,36 @@
 //! Domain types to wire types.
 
+use std::time::Duration;
+
 use tonic::Status;
 
-use super::{
-    status,
-    webhooks::{span, webhook_to_proto},
-};
+use super::webhooks::webhook_to_proto;
 use crate::{
-    access::Caller,
-    delivery::Webhooks,
     domain::{Batch, BatchStatus, Counts, File, Timestamp, TokenUsage, WebhookEndpointId},
     fleet::{WorkerState, WorkerView},
     pb,
     progress::{Event, EventKind, Progress},
     results::ResultLine,
     scheduler::{Stage, Stages},
+    service::{Code, Service, ServiceError, batches::Shown},
 };
 
-fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
-    at.map(Timestamp::to_proto)
+/// A point in time on the wire.
+pub(super) fn timestamp(of: Timestamp) -> prost_types::Timestamp {
+    let micros = i32::try_from(of.0.rem_euclid(1_000_000)).unwrap_or(0);
+    prost_types::Timestamp { seconds: of.unix_seconds(), nanos: micros * 1_000 }
+}
+
+pub(super) fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
+    at.map(timestamp)
+}
+
+/// A span on the wire.
+pub(super) fn span(of: Duration) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: i64::try_from(of.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(of.subsec_nanos()).unwrap_or(0),
+    }
 }
 
 pub(super) fn file(of: File) -> pb::File {
@@ -29,7 +41,7 @@ pub(super) fn file(of: File) -> pb::File {
         bytes: of.bytes,
         line_count: of.line_count,
         models: of.models,
-        create_time: Some(of.created_at.to_proto()),
+        create_time: Some(timestamp(of.created_at)),
         expire_time: time(of.expires_at),
         endpoint: of.endpoint.map(|endpoint| endpoint.path().to_owned()).unwrap_or_default(),
     }
@@ -74,9 +86,14 @@ fn progress(of: Progress) -> pb::BatchProgress {
     }
 }
 
+/// A batch with its progress.
+pub(super) fn shown(of: Shown, service: &Service) -> pb::Batch {
+    batch(of.batch, Some(of.progress), service)
+}
+
 /// A batch. Without `known` progress, what its own numbers say.
-pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> pb::Batch {
-    let webhook = of.webhook.as_ref().map(|webhook| webhook_to_proto(webhook, webhooks));
+fn batch(of: Batch, known: Option<Progress>, service: &Service) -> pb::Batch {
+    let webhook = of.webhook.as_ref().map(|webhook| webhook_to_proto(webhook, service));
     let known = known.unwrap_or_else(|| Progress { counts: of.counts, usage: of.usage, ..Progress::default() });
     let text = |id: Option<crate::domain::FileId>| id.map(crate::domain::FileId::into_string).unwrap_or_default();
     pb::Batch {
@@ -102,7 +119,7 @@ pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> 
         metadata: of.metadata,
         priority: of.priority.value(),
         completion_window: Some(span(of.completion_window)),
-        create_time: Some(of.created_at.to_proto()),
+        create_time: Some(timestamp(of.created_at)),
         in_progress_time: time(of.times.in_progress),
         finalizing_time: time(of.times.finalizing),
         completed_time: time(of.times.completed),
@@ -110,7 +127,7 @@ pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> 
         expired_time: time(of.times.expired),
         cancelling_time: time(of.times.cancelling),
         cancelled_time: time(of.times.cancelled),
-        expire_time: Some(of.expires_at.to_proto()),
+        expire_time: Some(timestamp(of.expires_at)),
         waiting_reason: known.waiting_reason.clone().unwrap_or_default(),
         progress: Some(progress(known)),
         webhook,
@@ -119,19 +136,18 @@ pub(super) fn batch(of: Batch, known: Option<Progress>, webhooks: &Webhooks) -> 
     }
 }
 
-pub(super) fn event(of: Event, caller: &Caller, webhooks: &Webhooks) -> pb::BatchEvent {
+pub(super) fn event(of: Event, service: &Service) -> pb::BatchEvent {
     use pb::batch_event::Event as Wire;
-    let shown = |progress: Box<Progress>| super::batches::shown(caller, *progress);
     pb::BatchEvent {
         batch_id: of.batch.map(crate::domain::BatchId::into_string).unwrap_or_default(),
         revision: of.revision.0,
-        event_time: Some(of.at.to_proto()),
+        event_time: Some(timestamp(of.at)),
         sequence: of.sequence.0,
         event: Some(match of.kind {
             EventKind::StateChanged { batch: of, progress } => {
-                Wire::StateChanged(batch(*of, progress.map(shown), webhooks))
+                Wire::StateChanged(batch(*of, progress.map(|progress| *progress), service))
             }
-            EventKind::Progress(of) => Wire::Progress(progress(shown(of))),
+            EventKind::Progress(of) => Wire::Progress(progress(*of)),
             EventKind::Heartbeat => Wire::Heartbeat(pb::Heartbeat {}),
         }),
     }
@@ -147,8 +163,9 @@ pub(super) fn result(of: ResultLine, most: usize) -> Result<pb::BatchResult, Sta
             of.line_number,
             of.line.len()
         );
-        let facts = [("cursor", cursor), ("custom_id", of.custom_id)];
-        return Err(status::with_facts(tonic::Code::ResourceExhausted, "RESULT_TOO_LARGE", message, &facts));
+        let facts = vec![("cursor", cursor), ("custom_id", of.custom_id)];
+        let error = ServiceError::new(Code::ResourceExhausted, "RESULT_TOO_LARGE", message);
+        return Err(ServiceError { facts, ..error }.into());
     }
     Ok(pb::BatchResult {
         custom_id: of.custom_id,
@@ -157,11 +174,6 @@ pub(super) fn result(of: ResultLine, most: usize) -> Result<pb::BatchResult, Sta
         succeeded: of.succeeded,
         line: of.line,
     })
-}
-
-/// A worker as somebody may see it who is no admin: not where it is, nor what it answers.
-pub(super) fn public_worker(of: WorkerView) -> pb::Worker {
-    pb::Worker { url: String::new(), last_error: String::new(), ..worker(of) }
 }
 
 pub(super) fn worker(of: WorkerView) -> pb::Worker {
@@ -188,7 +200,7 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
         output_tokens_per_second: of.output_tokens_per_second,
         requests_per_second: of.requests_per_second,
         last_error: last_error.unwrap_or_default(),
-        create_time: Some(of.created_at.to_proto()),
+        create_time: Some(timestamp(of.created_at)),
         reports_metrics: of.load.is_some(),
         prefix_hit_rate: of.prefix_hit_rate,
         request_time: of.request_time.map(span),

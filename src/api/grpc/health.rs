@@ -9,13 +9,13 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use super::status::shutting_down;
+use crate::service::ServiceError;
 
 /// The names that health is asked for: the server as a whole, and each service.
 const NAMES: [&str; 4] = ["", "tidemill.v1.BatchService", "tidemill.v1.WorkerAdmin", "tidemill.v1.WebhookAdmin"];
 
 /// Sets the health of every name.
-pub(super) async fn set(reporter: &HealthReporter, status: ServingStatus) {
+pub(in crate::api) async fn set(reporter: &HealthReporter, status: ServingStatus) {
     for name in NAMES {
         reporter.set_service_status(name, status).await;
     }
@@ -51,7 +51,7 @@ impl Health for Healthy {
                     // The last status first.
                     biased;
                     next = inner.next() => next,
-                    () = stopped.cancelled() => Some(Err(shutting_down())),
+                    () = stopped.cancelled() => Some(Err(ServiceError::shutting_down().into())),
                 };
                 let Some(next) = next else { break };
                 yield next?;

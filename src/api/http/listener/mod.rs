@@ -9,7 +9,7 @@ mod activity;
 mod connection;
 mod crowd;
 mod limit;
-pub(super) mod tls;
+pub(in crate::api) mod tls;
 mod watched;
 
 #[cfg(test)]
@@ -58,17 +58,17 @@ const QUIET: Duration = Duration::from_secs(10);
 const GUESTS: usize = 16;
 
 /// How connections are treated.
-pub(super) struct Options {
+pub(in crate::api) struct Options {
     /// Connections at a time; none: as many as the descriptors allow, at most 10,000.
-    pub(super) max_connections: Option<u32>,
+    pub(in crate::api) max_connections: Option<u32>,
     /// After which time a connection is asked to end.
-    pub(super) max_age: Option<Duration>,
+    pub(in crate::api) max_age: Option<Duration>,
     /// None: no TLS.
-    pub(super) tls: Option<TlsAcceptor>,
+    pub(in crate::api) tls: Option<TlsAcceptor>,
 }
 
 /// Takes connections and knows those that are open.
-pub(super) struct Listener {
+pub(in crate::api) struct Listener {
     service: Router,
     server: connection::Http,
     options: Options,
@@ -125,7 +125,7 @@ impl Drop for Guest {
 }
 
 impl Listener {
-    pub(super) fn new(service: Router, options: Options) -> Arc<Self> {
+    pub(in crate::api) fn new(service: Router, options: Options) -> Arc<Self> {
         metrics::describe_gauge!(CONNECTIONS, "client connections that are open");
         metrics::describe_counter!(CLOSED, "client connections that the server ended or refused, by reason");
         metrics::describe_counter!(ACCEPT_ERRORS, "connections that could not be taken for want of file descriptors");
@@ -143,7 +143,7 @@ impl Listener {
     }
 
     /// Takes connections until `stop`. Then no more are taken, and those that are open are asked to end.
-    pub(super) async fn run(self: &Arc<Self>, listener: TcpListener, stop: CancellationToken) {
+    pub(in crate::api) async fn run(self: &Arc<Self>, listener: TcpListener, stop: CancellationToken) {
         let (mut pause, said) = (PAUSE, Seldom::every(QUIET));
         loop {
             let accepted = tokio::select! {
@@ -193,12 +193,12 @@ impl Listener {
     }
 
     /// Waits until all connections have ended.
-    pub(super) async fn ended(&self) {
+    pub(in crate::api) async fn ended(&self) {
         self.tasks.wait().await;
     }
 
     /// Ends what is left at once.
-    pub(super) fn cut(&self) {
+    pub(in crate::api) fn cut(&self) {
         self.cut.cancel();
     }
 

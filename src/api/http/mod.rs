@@ -1,5 +1,16 @@
 //! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus, and for files. Every request passes a gate as
 //! every RPC does: who calls, a span, a count and a time.
+//!
+//! - `listener` takes the connections and ends them. `hosts`: by which names the server may be called, and from which web
+//!   pages. `panics`: what a handler answers that panics. `counted`: how much of a request has come.
+//! - `downloads`: files. `told`: errors in HTTP's words.
+
+pub(super) mod counted;
+mod downloads;
+pub(super) mod hosts;
+pub(super) mod listener;
+pub(super) mod panics;
+mod told;
 
 use std::{
     pin::Pin,
@@ -20,17 +31,16 @@ use bytes::Bytes;
 use http::{StatusCode, header};
 use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 use tracing::{Instrument, Span};
 
 use super::{
-    Services, downloads,
-    gate::{Gate, TraceId, trace_id, unknown_method},
-    service::Api,
+    gate::{Gate, TraceId, trace_id},
+    grpc,
 };
 use crate::{
-    access::{Account, Caller, Held, Limiter, Peer},
-    telemetry::seldom,
+    access::{Account, Caller, Held, Peer},
+    service::{Service, ServiceError},
+    telemetry,
 };
 
 /// How long the database may take to answer before this node counts as not ready.
@@ -44,65 +54,44 @@ const NOTHING: &str = "this is tidemill, a batch server with a gRPC API. It does
                        tidemill CLI or a gRPC client. Over plain HTTP there are /healthz, /readyz, /metrics, \
                        /v1/files/FILE/content, /v1/batches/BATCH/results and /v1/batches/BATCH/errors, all for GET\n";
 
-struct Http {
-    services: Services,
-    shutdown: CancellationToken,
-}
-
 /// The routes, and what answers where there is none.
-pub(super) fn routes(services: Services, gate: Arc<Gate>, limits: Arc<Limiter>, shutdown: CancellationToken) -> Router {
+pub(super) fn routes(service: Service, gate: Arc<Gate>, shutdown: CancellationToken) -> Router {
     metrics::describe_counter!(REQUESTS, "HTTP requests that have ended, by route and status");
     metrics::describe_histogram!(
         SECONDS,
         metrics::Unit::Seconds,
         "how long HTTP requests took, downloads to their end"
     );
-    let api = Api::new(services.clone(), None, limits, shutdown.clone());
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .fallback(nothing)
-        .with_state(Arc::new(Http { services, shutdown: shutdown.clone() }))
-        .merge(downloads::routes(api))
+        .with_state(Arc::new(service.clone()))
+        .merge(downloads::routes(service))
         .method_not_allowed_fallback(async || (StatusCode::METHOD_NOT_ALLOWED, NOTHING))
         .layer(middleware::from_fn_with_state((gate, shutdown), pass))
 }
 
 /// Whether this node can take work.
-async fn ready(State(http): State<Arc<Http>>) -> Response {
-    if http.shutdown.is_cancelled() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n").into_response();
-    }
-    if http.services.blobs.foreign().is_some() {
-        return (StatusCode::SERVICE_UNAVAILABLE, "the blob store is not the one of the database\n").into_response();
-    }
-    match tokio::time::timeout(READY_WITHIN, http.services.store.ping()).await {
-        Ok(Ok(())) => "ready\n".into_response(),
-        Ok(Err(error)) => {
-            seldom!(warn, %error, "not ready: the database failed");
-            (StatusCode::SERVICE_UNAVAILABLE, "the database is not available\n").into_response()
-        }
-        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n").into_response(),
+async fn ready(State(service): State<Arc<Service>>) -> Response {
+    match service.ready(READY_WITHIN).await {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
     }
 }
 
-async fn metrics(State(http): State<Arc<Http>>, Extension(caller): Extension<Caller>) -> Response {
-    if let Err(refused) = caller.require_admin() {
-        return downloads::tell(&super::status::denied(refused));
+async fn metrics(Extension(caller): Extension<Caller>) -> Response {
+    if let Err(denied) = caller.require_admin() {
+        return told::tell(&denied.into());
     }
-    let text = (http.services.metrics)();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry::render()).into_response()
 }
 
 /// A gRPC client is told in gRPC's way.
 async fn nothing(request: Request) -> Response {
-    let grpc = request
-        .headers()
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
-    if grpc {
-        return unknown_method().into_http();
+    if grpc::is_grpc(&request) {
+        return grpc::unknown_method();
     }
     (StatusCode::NOT_FOUND, NOTHING).into_response()
 }
@@ -143,7 +132,7 @@ async fn pass(
     let (route, kind) = route_of(request.uri().path());
     let caller = match kind {
         Kind::Open => Ok(Caller::anonymous()),
-        Kind::Known | Kind::Download if shutdown.is_cancelled() => Err(super::status::shutting_down()),
+        Kind::Known | Kind::Download if shutdown.is_cancelled() => Err(ServiceError::shutting_down()),
         Kind::Known | Kind::Download => gate.caller(request.headers()),
     };
     let trace: Arc<str> = trace_id(request.headers()).into();
@@ -159,7 +148,7 @@ async fn pass(
     let entered = caller.and_then(|caller| {
         let account = Account::of(&caller, peer.as_ref());
         let held = if kind == Kind::Download { Some(gate.download(&account)?) } else { None };
-        Ok::<_, Status>((caller, account, held))
+        Ok::<_, ServiceError>((caller, account, held))
     });
     let (response, held) = match entered {
         Ok((caller, account, held)) => {
@@ -169,7 +158,7 @@ async fn pass(
             extensions.insert(TraceId(trace));
             (next.run(request).instrument(span).await, held)
         }
-        Err(refused) => (downloads::tell(&refused), None),
+        Err(refused) => (told::tell(&refused), None),
     };
     record.status = Some(response.status());
     response.map(|body| {

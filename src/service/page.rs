@@ -2,9 +2,8 @@
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest, Sha256};
-use tonic::Status;
 
-use super::status::invalid_field;
+use super::ServiceError;
 use crate::domain::text::is_storable;
 
 /// The first byte of a token: its format.
@@ -14,9 +13,18 @@ const HASH: usize = 8;
 /// How many items a page has where nothing is said, and at most.
 const DEFAULT_SIZE: i32 = 50;
 const MAX_SIZE: i32 = 1_000;
-/// The most bytes of items in a page: the response must stay under the 4 MiB of a message. A page that this cuts short has
-/// a next one.
+/// The most bytes of items in a page, as its door writes them: gRPC's message is 4 MiB at most. A page that this cuts short
+/// has a next one.
 const BYTES: usize = 3 * 1024 * 1024;
+
+/// What a list has found: one item more than the page has, if there are as many.
+#[derive(Debug)]
+pub struct Found<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// Cuts them to the page, once it is known how large they are.
+    pub page: Page,
+}
 
 /// Which page of which list.
 #[derive(Debug)]
@@ -32,12 +40,17 @@ impl Page {
     /// Reads a request's page fields. `filters` are all others of its fields that choose what is listed, and who asks.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT`.
-    pub fn parse(size: i32, token: &str, filters: &[&str]) -> Result<Self, Status> {
+    /// [`ServiceError`].
+    pub fn parse(size: i32, token: &str, filters: &[&str]) -> Result<Self, ServiceError> {
         let size = match size {
             0 => DEFAULT_SIZE,
             1..=MAX_SIZE => size,
-            _ => return Err(invalid_field("page_size", format!("must be 1 to {MAX_SIZE}, or 0 for {DEFAULT_SIZE}"))),
+            _ => {
+                return Err(ServiceError::field(
+                    "page_size",
+                    format!("must be 1 to {MAX_SIZE}, or 0 for {DEFAULT_SIZE}"),
+                ));
+            }
         };
         let filters = hash(filters);
         let after = if token.is_empty() { None } else { Some(read(token, filters)?) };
@@ -45,13 +58,13 @@ impl Page {
     }
 
     /// Cuts the items that were found, one more than `size` of them if there are as many, to the page, and makes the token
-    /// of the next.
-    pub fn finish<T: prost::Message>(&self, items: Vec<T>, id: impl Fn(&T) -> &str) -> (Vec<T>, String) {
+    /// of the next. `bytes`: how large an item is as the door writes it.
+    pub fn finish<T>(&self, items: Vec<T>, bytes: impl Fn(&T) -> usize, id: impl Fn(&T) -> &str) -> (Vec<T>, String) {
         let found = items.len();
         let mut room = BYTES;
         let mut page: Vec<T> = Vec::with_capacity(found);
         for item in items {
-            let bytes = item.encoded_len();
+            let bytes = bytes(&item);
             if page.len() as u64 == self.size || (bytes > room && !page.is_empty()) {
                 break;
             }
@@ -73,8 +86,8 @@ impl Page {
     }
 }
 
-fn read(token: &str, filters: [u8; HASH]) -> Result<String, Status> {
-    let bad = |what: &str| invalid_field("page_token", what);
+fn read(token: &str, filters: [u8; HASH]) -> Result<String, ServiceError> {
+    let bad = |what: &str| ServiceError::field("page_token", what);
     let none = || bad("is not a next_page_token of this server");
     let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| none())?;
     let (version, rest) = bytes.split_first().ok_or_else(none)?;
@@ -103,16 +116,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::pb;
 
-    fn file(id: &str, filler: usize) -> pb::File {
-        pb::File { id: id.into(), filename: "x".repeat(filler), ..Default::default() }
+    fn file(id: &str, filler: usize) -> (String, usize) {
+        (id.to_owned(), filler)
+    }
+
+    fn finish(page: &Page, items: Vec<(String, usize)>) -> (Vec<(String, usize)>, String) {
+        page.finish(items, |(_, bytes)| *bytes, |(id, _)| id)
     }
 
     #[test]
     fn a_token_goes_on_with_the_same_filters_only() {
         let page = Page::parse(1, "", &["files", "me"]).unwrap();
-        let (items, token) = page.finish(vec![file("a", 0), file("b", 0)], |file| &file.id);
+        let (items, token) = finish(&page, vec![file("a", 0), file("b", 0)]);
         assert_eq!(items.len(), 1);
         assert_eq!(Page::parse(1, &token, &["files", "me"]).unwrap().after.as_deref(), Some("a"));
         for other in [&["files", "you"][..], &["file", "sme"], &["files"]] {
@@ -123,8 +139,8 @@ mod tests {
     #[test]
     fn the_last_page_has_no_token() {
         let page = Page::parse(2, "", &[]).unwrap();
-        assert_eq!(page.finish(vec![file("a", 0), file("b", 0)], |file| &file.id).1, "");
-        assert_eq!(page.finish(Vec::<pb::File>::new(), |file| &file.id).1, "");
+        assert_eq!(finish(&page, vec![file("a", 0), file("b", 0)]).1, "");
+        assert_eq!(finish(&page, Vec::new()).1, "");
         assert!(Page::parse(-1, "", &[]).is_err() && Page::parse(1_001, "", &[]).is_err());
         assert_eq!(Page::parse(0, "", &[]).unwrap().size, 50);
     }
@@ -133,10 +149,10 @@ mod tests {
     fn a_page_stays_under_the_message_limit() {
         let page = Page::parse(1_000, "", &[]).unwrap();
         let items: Vec<_> = (0..100).map(|_| file("a", 100_000)).collect();
-        let (items, token) = page.finish(items, |file| &file.id);
+        let (items, token) = finish(&page, items);
         assert!(items.len() > 20 && items.len() < 40 && !token.is_empty());
         // One that is too large alone is for the message limit to refuse, not to be skipped for ever.
-        assert_eq!(page.finish(vec![file("a", 5_000_000), file("b", 0)], |file| &file.id).0.len(), 1);
+        assert_eq!(finish(&page, vec![file("a", 5_000_000), file("b", 0)]).0.len(), 1);
     }
 
     proptest! {

@@ -1,21 +1,30 @@
-//! A new input file from the lines of a batch that ended in its error file.
+//! A batch's failed requests once more: a new batch of a new input file, of the lines that ended in its error file.
 
 use bytes::{BufMut, BytesMut};
 
-use super::checked::name_of;
+use super::{
+    Code, Service, ServiceError, Span,
+    batches::Shown,
+    error::{self, Violations, damaged, line_name},
+    rules,
+};
 use crate::{
+    access::{Account, Caller, Work},
     blobs::{BlobError, Blobs},
-    domain::{Batch, File, LineSet, Owner, Scope, SegmentIndex, SegmentRef, request_line},
+    domain::{Batch, File, LineSet, NewBatch, Owner, Scope, SegmentIndex, SegmentRef, request_line},
     ingest::{Begun, Ingest, IngestError, NewUpload},
+    results::name_of,
     store::{SegmentRecord, Store, StoreError},
 };
 
+/// Keys of batches' files of failed lines. Clients' keys have no control characters.
+const RETRY_KEY: &str = "\u{1}retry:";
 /// Segments asked for at a time.
 const SEGMENT_PAGE: u64 = 256;
 
 /// Why there is no file of failed lines.
 #[derive(Debug, thiserror::Error)]
-pub enum RetryError {
+enum RetryError {
     /// The batch is still running: more lines may fail.
     #[error("the batch has not ended; wait for it or cancel it")]
     NotEnded,
@@ -42,12 +51,81 @@ pub enum RetryError {
     Blob(#[from] BlobError),
 }
 
+impl From<RetryError> for ServiceError {
+    fn from(error: RetryError) -> Self {
+        let refused = |reason| Self::new(Code::FailedPrecondition, reason, error.to_string());
+        match error {
+            RetryError::NotEnded => refused("BATCH_NOT_ENDED"),
+            RetryError::NothingFailed => refused("NO_FAILED_REQUESTS"),
+            RetryError::InputGone => refused("INPUT_FILE_GONE"),
+            RetryError::ResultsDeleted => refused("RESULTS_DELETED"),
+            RetryError::Corrupt(what) => damaged(&what),
+            RetryError::Ingest(error) => error::ingest(error, line_name),
+            RetryError::Store(error) => error.into(),
+            RetryError::Blob(error) => error.into(),
+        }
+    }
+}
+
+impl Service {
+    /// Creates a batch of the requests of an ended one that failed. The same request id again answers the batch that it has
+    /// made.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn retry_failed(
+        &self,
+        caller: &Caller,
+        account: &Account,
+        id: &str,
+        completion_window: Option<Span>,
+        request_id: String,
+    ) -> Result<Shown, ServiceError> {
+        let id = rules::batch_id(id)?;
+        let mut wrong = Violations::default();
+        let window = rules::window(completion_window, &mut wrong);
+        let request_id = rules::request_id(request_id, &mut wrong, "request_id");
+        wrong.finish()?;
+        if let Some(existing) = self.by_request_id(caller, request_id.as_deref()).await? {
+            return self.show(caller, existing).await;
+        }
+        let batch = self.find_batch(caller, &id).await?;
+        let _admitted = self.admit(caller, account, batch.counts.failed, self.copied(&batch).await?).await?;
+        let key = request_id.as_ref().map(|id| format!("{RETRY_KEY}{id}"));
+        let parts = &self.parts;
+        let file =
+            failed_lines_file(&parts.ingest, &parts.store, &parts.blobs, &batch, &caller.owner, key.as_deref()).await?;
+        let new = NewBatch {
+            owner: caller.owner.clone(),
+            input_file_id: file.id,
+            endpoint: batch.endpoint,
+            completion_window: window,
+            priority: batch.priority,
+            metadata: batch.metadata,
+            request_id,
+            // Whoever waits for the lines waits for these too.
+            webhook: batch.webhook,
+            webhook_endpoint_id: batch.webhook_endpoint_id,
+        };
+        self.insert(caller, new, true).await
+    }
+
+    /// The work of writing a batch's failed lines again: about so many bytes, as if all its lines were equally long.
+    async fn copied(&self, batch: &Batch) -> Result<Work, ServiceError> {
+        let input = self.parts.store.file(&batch.input_file_id, &Scope::All).await?;
+        let bytes = input.map_or(0, |file| u128::try_from(file.bytes).unwrap_or(0));
+        let share = |lines: i64| u128::try_from(lines).unwrap_or(0);
+        let bytes = bytes * share(batch.counts.failed) / share(batch.counts.total).max(1);
+        Ok(Work::Lines(u64::try_from(bytes).unwrap_or(u64::MAX)))
+    }
+}
+
 /// Makes an input file of exactly the lines that failed, byte for byte and in input order, a segment in memory at a time.
 /// It is `owner`'s. The same `request_id` for the same batch gives the same file.
 ///
 /// # Errors
 /// [`RetryError`]: then there is no new file.
-pub async fn failed_lines_file(
+async fn failed_lines_file(
     ingest: &Ingest,
     store: &Store,
     blobs: &Blobs,

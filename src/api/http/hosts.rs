@@ -11,16 +11,17 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use crate::{
+    api::grpc,
+    service::{Code, ServiceError, short},
+    telemetry::Seldom,
+};
 use axum::{
     extract::{Request, State},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use tonic::{Code, Status};
-
-use super::status::{error, short};
-use crate::telemetry::Seldom;
 
 /// What a page may send and read. gRPC-Web needs these.
 const ALLOWED_HEADERS: &str = "authorization, content-type, grpc-timeout, traceparent, x-grpc-web, x-user-agent";
@@ -61,7 +62,7 @@ impl Authority {
 
 /// Which names and origins are let in.
 #[derive(Clone, Debug)]
-pub(super) struct Hosts {
+pub(in crate::api) struct Hosts {
     /// `--public-host`, in lower case.
     public: Vec<String>,
     /// This machine's own name.
@@ -76,7 +77,7 @@ pub(super) struct Hosts {
 }
 
 impl Hosts {
-    pub(super) fn new(public: &[String], tokens: bool, tls: bool) -> Self {
+    pub(in crate::api) fn new(public: &[String], tokens: bool, tls: bool) -> Self {
         let public: Vec<String> = public.iter().map(|name| name.to_ascii_lowercase()).collect();
         let anybody = public.iter().any(|name| name == "*");
         Self {
@@ -104,7 +105,7 @@ impl Hosts {
     }
 
     /// Refuses a request whose name is a stranger's.
-    fn check_host(&self, request: &Request) -> Result<(), Status> {
+    fn check_host(&self, request: &Request) -> Result<(), ServiceError> {
         if !self.checks_host {
             return Ok(());
         }
@@ -120,7 +121,7 @@ impl Hosts {
                      use it through a name of theirs; call it by its address or as localhost, or start it with \
                      --public-host {host}"
                 );
-                return Err(error(Code::PermissionDenied, "HOST_NOT_ALLOWED", message));
+                return Err(ServiceError::new(Code::PermissionDenied, "HOST_NOT_ALLOWED", message));
             }
         }
         Ok(())
@@ -146,7 +147,7 @@ impl Hosts {
     }
 
     /// Refuses a request of another site's page that is more than reading.
-    fn check_origin(&self, request: &Request) -> Result<(), Status> {
+    fn check_origin(&self, request: &Request) -> Result<(), ServiceError> {
         let reads = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
         let Some(origin) = request.headers().get(header::ORIGIN) else { return Ok(()) };
         let allowed = origin.to_str().is_ok_and(|origin| self.allows_origin(origin, request));
@@ -158,7 +159,7 @@ impl Hosts {
             "a page of {origin:?} may not use this tidemill, which has no access tokens; if it is yours, start tidemill \
              with --public-host and the page's host name"
         );
-        Err(error(Code::PermissionDenied, "ORIGIN_NOT_ALLOWED", message))
+        Err(ServiceError::new(Code::PermissionDenied, "ORIGIN_NOT_ALLOWED", message))
     }
 
     /// The origin that may read the answer: the page's if it is let in, else this server's own.
@@ -174,19 +175,19 @@ impl Hosts {
     }
 
     /// A gRPC client reads the status in gRPC's way, everybody else the sentence.
-    fn refuse(&self, request: &Request, status: Status, code: StatusCode) -> Response {
+    fn refuse(&self, request: &Request, error: ServiceError, code: StatusCode) -> Response {
         const KIND: HeaderName = header::CONTENT_TYPE;
         if let Some(unlogged) = self.refusals.may() {
-            tracing::warn!(reason = status.message(), unlogged, "a request was refused at the door");
+            tracing::warn!(reason = error.message, unlogged, "a request was refused at the door");
         }
         let kind = request.headers().get(KIND).filter(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         match kind.cloned() {
             Some(kind) => {
-                let mut response: Response = status.into_http();
+                let mut response = grpc::response(error);
                 response.headers_mut().insert(KIND, kind);
                 response
             }
-            None => (code, format!("{}\n", status.message())).into_response(),
+            None => (code, format!("{}\n", error.message)).into_response(),
         }
     }
 }
@@ -199,15 +200,15 @@ fn called(request: &Request) -> Option<Authority> {
 }
 
 /// The check, as a layer around everything on the port.
-pub(super) async fn pass(State(hosts): State<Arc<Hosts>>, request: Request, next: Next) -> Response {
-    if let Err(status) = hosts.check_host(&request) {
-        return hosts.refuse(&request, status, StatusCode::MISDIRECTED_REQUEST);
+pub(in crate::api) async fn pass(State(hosts): State<Arc<Hosts>>, request: Request, next: Next) -> Response {
+    if let Err(error) = hosts.check_host(&request) {
+        return hosts.refuse(&request, error, StatusCode::MISDIRECTED_REQUEST);
     }
     if is_preflight(&request) {
         return preflight(&hosts, &request);
     }
-    if let Err(status) = hosts.check_origin(&request) {
-        return hosts.refuse(&request, status, StatusCode::FORBIDDEN);
+    if let Err(error) = hosts.check_origin(&request) {
+        return hosts.refuse(&request, error, StatusCode::FORBIDDEN);
     }
     let readable_by = hosts.readable_by(&request);
     let mut response = next.run(request).await;

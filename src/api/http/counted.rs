@@ -12,7 +12,7 @@ use hyper::body::{Frame, SizeHint};
 use crate::access::Received;
 
 /// The body, counted in `received`.
-pub(super) fn count(body: Body, received: Received) -> Body {
+pub(in crate::api) fn count(body: Body, received: Received) -> Body {
     Body::new(Counted { body, received })
 }
 

@@ -1,0 +1,467 @@
+//! What a use case refuses or can't do, for every door: each knows only how to say it in its own protocol.
+//!
+//! No message holds a path, a query or a secret: what an operator needs goes to the log.
+
+use std::time::Duration;
+
+use super::text::short;
+use crate::{
+    access::{Denied, LimitReached},
+    blobs::BlobError,
+    delivery::{AcceptError, RetryError, TestError},
+    domain::{BatchId, FileId},
+    fleet::{FleetError, InferError},
+    ingest::{IngestError, LineReport},
+    progress::WatchError,
+    results::{BadCursor, ReadError},
+    store::StoreError,
+    telemetry::seldom,
+    words,
+};
+
+/// How long to wait before trying again what failed because something is briefly away.
+const SOON: Duration = Duration::from_secs(1);
+/// How long to wait for a worker to come.
+const LATER: Duration = Duration::from_secs(5);
+/// The longest description of one bad line in a message, in characters: the longest there is, with a `custom_id` as
+/// [`short`] makes it.
+const DESCRIPTION_LIMIT: usize = 280;
+
+/// What kind of failure it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// The request can't be right, whatever the state of the server.
+    InvalidArgument,
+    /// No such thing, or it is not the caller's.
+    NotFound,
+    /// The request id has made something else before.
+    AlreadyExists,
+    /// The caller may not do this.
+    PermissionDenied,
+    /// The caller is unknown.
+    Unauthenticated,
+    /// Not in the state that the thing is in.
+    FailedPrecondition,
+    /// Somebody else was at it at the same time.
+    Aborted,
+    /// Beyond the end.
+    OutOfRange,
+    /// A limit is used up.
+    ResourceExhausted,
+    /// Something is away; the same call may work in a moment.
+    Unavailable,
+    /// It took too long.
+    DeadlineExceeded,
+    /// The client has gone.
+    Cancelled,
+    /// Stored data is lost or damaged.
+    DataLoss,
+    /// A bug, or what only the server's log explains.
+    Internal,
+}
+
+/// What is wrong with one field of a request, or with one line of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The field, or `line 7`.
+    pub field: String,
+    /// What is wrong with it.
+    pub description: String,
+}
+
+/// Why a use case did not end well.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ServiceError {
+    /// What kind of failure it is.
+    pub code: Code,
+    /// A stable name, for programs.
+    pub reason: &'static str,
+    /// What happened and what to do, for people.
+    pub message: String,
+    /// What is wrong with which field. Only with [`Code::InvalidArgument`].
+    pub violations: Vec<Violation>,
+    /// The violations are bad lines of a file, and there are so many in all. A door that can't tell all violations says with
+    /// [`bad_lines`] how many it leaves out.
+    pub bad_lines: Option<u64>,
+    /// When to try again, where that may help.
+    pub retry_after: Option<Duration>,
+    /// Facts for programs.
+    pub facts: Vec<(&'static str, String)>,
+}
+
+impl ServiceError {
+    /// An error with a reason.
+    pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason,
+            message: message.into(),
+            violations: Vec::new(),
+            bad_lines: None,
+            retry_after: None,
+            facts: Vec::new(),
+        }
+    }
+
+    /// An error that goes away by itself.
+    pub fn retry(code: Code, reason: &'static str, message: impl Into<String>, after: Duration) -> Self {
+        Self { retry_after: Some(after), ..Self::new(code, reason, message) }
+    }
+
+    /// Bad input: what is wrong with which field.
+    pub fn invalid(reason: &'static str, message: impl Into<String>, violations: Vec<Violation>) -> Self {
+        Self { violations, ..Self::new(Code::InvalidArgument, reason, message) }
+    }
+
+    /// One field of the request is wrong.
+    pub fn field(field: &str, description: impl Into<String>) -> Self {
+        let description = description.into();
+        let message = format!("{field}: {description}");
+        Self::invalid("INVALID_REQUEST", message, vec![Violation { field: field.to_owned(), description }])
+    }
+
+    /// The server stops; another one, or this one in a moment, goes on.
+    #[must_use]
+    pub fn shutting_down() -> Self {
+        let message = "the server is shutting down; go on where you were in a moment";
+        Self::retry(Code::Unavailable, "SHUTTING_DOWN", message, SOON)
+    }
+}
+
+/// There is no such batch, or it is not the caller's.
+pub(super) fn no_batch(id: &BatchId) -> ServiceError {
+    ServiceError::new(Code::NotFound, "BATCH_NOT_FOUND", format!("no batch {:?}", short(id.as_str())))
+}
+
+/// There is no such file, or it is not the caller's.
+pub(super) fn no_file(id: &FileId) -> ServiceError {
+    ServiceError::new(Code::NotFound, "FILE_NOT_FOUND", format!("no file {:?}", short(id.as_str())))
+}
+
+/// There is no such dead letter, or it is not the caller's.
+pub(super) fn no_dead_letter(id: &str) -> ServiceError {
+    ServiceError::new(Code::NotFound, "DEAD_LETTER_NOT_FOUND", format!("no dead letter {:?}", short(id)))
+}
+
+/// There is no such endpoint, or it is not the caller's.
+pub(super) fn no_endpoint(id: &str) -> ServiceError {
+    ServiceError::new(Code::NotFound, "ENDPOINT_NOT_FOUND", format!("no webhook endpoint {:?}", short(id)))
+}
+
+/// What is wrong inside goes to the log only.
+fn internal(error: &dyn std::error::Error) -> ServiceError {
+    seldom!(error, %error, "internal error");
+    let message = "the server has met an error that it can't handle; its log says more";
+    ServiceError::new(Code::Internal, "INTERNAL", message)
+}
+
+/// Bytes in the blob store are not those that were written. `what` names the segment.
+pub(super) fn damaged(what: &str) -> ServiceError {
+    seldom!(error, what, "stored data is damaged");
+    ServiceError::new(Code::DataLoss, "DATA_DAMAGED", format!("damaged in the blob store: {what}"))
+}
+
+impl From<Denied> for ServiceError {
+    fn from(why: Denied) -> Self {
+        let (code, reason) = match why {
+            Denied::TokenMissing => (Code::Unauthenticated, "TOKEN_MISSING"),
+            Denied::TokenUnknown => (Code::Unauthenticated, "TOKEN_UNKNOWN"),
+            Denied::AdminOnly => (Code::PermissionDenied, "ADMIN_ONLY"),
+        };
+        Self::new(code, reason, why.to_string())
+    }
+}
+
+impl From<LimitReached> for ServiceError {
+    fn from(reached: LimitReached) -> Self {
+        Self::retry(Code::ResourceExhausted, reached.reason(), reached.to_string(), reached.retry_after())
+    }
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        let full = error.full_disk();
+        match error {
+            StoreError::Unavailable(error) => {
+                let why = full.map(|why| format!(" ({why})")).unwrap_or_default();
+                seldom!(error, %error, "the database failed{why}");
+                let message = format!("the database is not available now{why}; try again");
+                Self::retry(Code::Unavailable, "DATABASE_UNAVAILABLE", message, SOON)
+            }
+            StoreError::Rejected(_) | StoreError::Corrupt(_) | StoreError::Open(_) => internal(&error),
+        }
+    }
+}
+
+impl From<BlobError> for ServiceError {
+    fn from(error: BlobError) -> Self {
+        match error {
+            BlobError::Failed(_) | BlobError::Open(_) => {
+                seldom!(error, %error, "the blob store failed");
+                let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
+                let message = format!("the blob store is not available now{why}; try again");
+                Self::retry(Code::Unavailable, "BLOB_STORE_UNAVAILABLE", message, SOON)
+            }
+            BlobError::Refused(_) | BlobError::Foreign(_) => {
+                seldom!(error, %error, "the blob store can't be used");
+                let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
+                let message = format!(
+                    "the blob store can't be used{why}: trying again does not help before whoever runs the server has mended that"
+                );
+                Self::new(Code::FailedPrecondition, "BLOB_STORE_REFUSED", message)
+            }
+            BlobError::Missing(_) => {
+                seldom!(error, %error, "an object is gone");
+                let message = "an object that holds this data is gone from the blob store";
+                Self::new(Code::DataLoss, "OBJECT_MISSING", message)
+            }
+        }
+    }
+}
+
+impl From<ReadError> for ServiceError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Store(error) => error.into(),
+            ReadError::Blob(error) => error.into(),
+            ReadError::Deleted(_) => Self::new(Code::FailedPrecondition, "RESULTS_DELETED", error.to_string()),
+            ReadError::Damaged(what) => damaged(&what),
+            ReadError::Corrupt(_) => {
+                seldom!(error, %error, "results can't be read");
+                let message = "the stored results are damaged; the server's log says more";
+                Self::new(Code::DataLoss, "RESULTS_CORRUPT", message)
+            }
+        }
+    }
+}
+
+impl From<BadCursor> for ServiceError {
+    fn from(error: BadCursor) -> Self {
+        Self::field("cursor", error.to_string())
+    }
+}
+
+impl From<FleetError> for ServiceError {
+    fn from(error: FleetError) -> Self {
+        match error {
+            FleetError::BadUrl(message) => Self::field("url", message),
+            FleetError::NotFound(id) => {
+                Self::new(Code::NotFound, "WORKER_NOT_FOUND", format!("no worker {:?}", short(id.as_str())))
+            }
+            FleetError::FromConfig(_) => Self::new(Code::FailedPrecondition, "WORKER_FROM_CONFIG", error.to_string()),
+            FleetError::Client(_) => internal(&error),
+            FleetError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<InferError> for ServiceError {
+    fn from(error: InferError) -> Self {
+        match error {
+            InferError::NoWorker(_) => Self::retry(Code::Unavailable, "NO_WORKER", error.to_string(), LATER),
+            InferError::Timeout(_) => Self::new(Code::DeadlineExceeded, "WORKER_TIMEOUT", error.to_string()),
+            InferError::Failed(_) => Self::retry(Code::Unavailable, "WORKER_FAILED", error.to_string(), SOON),
+        }
+    }
+}
+
+impl From<TestError> for ServiceError {
+    fn from(error: TestError) -> Self {
+        match error {
+            TestError::Store(error) => error.into(),
+            TestError::Stopped => Self::shutting_down(),
+        }
+    }
+}
+
+/// Why a batch can't be watched. `field` is the one that says after what.
+pub(super) fn watch(error: WatchError, field: &'static str) -> ServiceError {
+    match error {
+        WatchError::NotFound(id) => no_batch(&id),
+        WatchError::Ahead { newest, .. } => {
+            let message = format!("lies ahead of the newest, {newest}: it is not from this server's database");
+            ServiceError::field(field, message)
+        }
+        WatchError::ShuttingDown => ServiceError::shutting_down(),
+        WatchError::Store(error) => error.into(),
+    }
+}
+
+/// Why a webhook was not accepted. `prefix` goes before the fields' names.
+pub(super) fn accept(refused: AcceptError, prefix: &str) -> ServiceError {
+    match refused {
+        AcceptError::Store(error) => error.into(),
+        AcceptError::Invalid(fields) => {
+            let violations = fields
+                .iter()
+                .map(|invalid| Violation {
+                    field: format!("{prefix}{}", invalid.field),
+                    description: invalid.message.clone(),
+                })
+                .collect();
+            let message = fields.first().map(|first| format!("{prefix}{first}")).unwrap_or_default();
+            ServiceError::invalid("INVALID_WEBHOOK", message, violations)
+        }
+    }
+}
+
+/// Why a dead letter was not retried.
+pub(super) fn dead_letter(refused: RetryError, id: &str) -> ServiceError {
+    let message = refused.to_string();
+    match refused {
+        RetryError::NotFound => no_dead_letter(id),
+        RetryError::AlreadyDelivered => {
+            ServiceError::new(Code::FailedPrecondition, "DEAD_LETTER_ALREADY_DELIVERED", message)
+        }
+        RetryError::Busy => ServiceError::new(Code::Aborted, "DEAD_LETTER_BUSY", message),
+        RetryError::EndpointDeleted => ServiceError::new(Code::FailedPrecondition, "ENDPOINT_DELETED", message),
+        RetryError::LeaseLost => ServiceError::new(Code::Aborted, "RETRY_RESULT_LOST", message),
+        RetryError::Stopped => ServiceError::shutting_down(),
+        RetryError::Store(error) => error.into(),
+    }
+}
+
+/// Why there is no file. `name` names a line's field in the violations.
+pub(crate) fn ingest(error: IngestError, name: fn(u64) -> String) -> ServiceError {
+    match error {
+        IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
+        IngestError::NotJsonl(_) => ServiceError::invalid("INVALID_FILE", error.to_string(), Vec::new()),
+        IngestError::TooManyLines { .. } => {
+            ServiceError::new(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", error.to_string())
+        }
+        IngestError::TooManyBytes { .. } => {
+            ServiceError::new(Code::ResourceExhausted, "FILE_TOO_LARGE", error.to_string())
+        }
+        IngestError::Empty => ServiceError::invalid("FILE_EMPTY", "the file holds no request", Vec::new()),
+        IngestError::SizeMismatch { .. } => {
+            let violation = Violation { field: "spec.total_bytes".to_owned(), description: error.to_string() };
+            ServiceError::invalid("FILE_SIZE_MISMATCH", error.to_string(), vec![violation])
+        }
+        IngestError::Interrupted => ServiceError::shutting_down(),
+        IngestError::Store(error) => error.into(),
+        IngestError::Blob(error) => error.into(),
+        IngestError::Scratch(error) => {
+            seldom!(error, error = words::file(&error), "the scratch directory failed");
+            let message = match words::full_disk(&error) {
+                Some(_) => "the server's disk for temporary files is full: its operator must make room; then try again",
+                None => "the server can't write temporary files now; try again",
+            };
+            ServiceError::retry(Code::Unavailable, "SCRATCH_UNAVAILABLE", message, LATER)
+        }
+    }
+}
+
+/// Names a line of a file.
+pub(crate) fn line_name(line: u64) -> String {
+    format!("line {line}")
+}
+
+/// The bad lines, each in full; the message counts them all.
+fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> ServiceError {
+    let describe = |error: &LineReport| match &error.custom_id {
+        Some(id) => format!("{} (custom_id {:?})", error.message, short(id)),
+        None => error.message.clone(),
+    };
+    let violations: Vec<Violation> =
+        errors.iter().map(|error| Violation { field: name(error.line), description: describe(error) }).collect();
+    let message = bad_lines(total, violations.len(), violations.first());
+    ServiceError { bad_lines: Some(total), ..ServiceError::invalid("INVALID_FILE", message, violations) }
+}
+
+/// The message of an error that names bad lines of a file, of which so many are listed beside it.
+#[must_use]
+pub fn bad_lines(total: u64, listed: usize, first: Option<&Violation>) -> String {
+    let first = first.map(|first| format!("; {}: {}", first.field, shortened(&first.description, DESCRIPTION_LIMIT)));
+    let summary = match total {
+        1 => "1 bad line".to_owned(),
+        total => format!("{total} bad lines"),
+    };
+    let more = match total - listed as u64 {
+        0 => String::new(),
+        more => format!("; {more} more than are listed here"),
+    };
+    format!("{summary}{more}{}", first.unwrap_or_default())
+}
+
+/// A description in at most that many characters.
+#[must_use]
+pub fn shortened(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    text.chars().take(most - 1).chain(['…']).collect()
+}
+
+/// Collects what is wrong with a request, field by field.
+#[derive(Debug, Default)]
+pub(super) struct Violations(Vec<Violation>);
+
+impl Violations {
+    pub(super) fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.0.push(Violation { field: field.into(), description: description.into() });
+    }
+
+    /// Adds one unless `good`.
+    pub(super) fn check(&mut self, good: bool, field: &str, description: impl Into<String>) {
+        if !good {
+            self.add(field, description);
+        }
+    }
+
+    /// An error if there are any, reason `INVALID_REQUEST`.
+    pub(super) fn finish(self) -> Result<(), ServiceError> {
+        let Some(first) = self.0.first() else { return Ok(()) };
+        let message = format!("{}: {}", first.field, first.description);
+        Err(ServiceError::invalid("INVALID_REQUEST", message, self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::DbErr;
+
+    use super::*;
+
+    #[test]
+    fn secrets_stay_in_the_log() {
+        let secret = "SELECT secret FROM /var/lib/tidemill";
+        let all: [ServiceError; 8] = [
+            StoreError::Unavailable(DbErr::Custom(secret.into())).into(),
+            StoreError::Rejected(DbErr::Custom(secret.into())).into(),
+            StoreError::Corrupt(secret.into()).into(),
+            StoreError::Open(secret.into()).into(),
+            BlobError::Missing(secret.into()).into(),
+            BlobError::Open(secret.into()).into(),
+            ReadError::Corrupt(secret.into()).into(),
+            ingest(IngestError::Scratch(std::io::Error::other(secret)), line_name),
+        ];
+        for error in all {
+            assert!(!format!("{error:?}").contains("SELECT"), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_learns_that_the_databases_disk_is_full() {
+        use sea_orm::ConnectionTrait;
+        let database = sea_orm::Database::connect("sqlite::memory:").await.unwrap();
+        let fill = "PRAGMA max_page_count = 3; CREATE TABLE a (b BLOB); INSERT INTO a VALUES (zeroblob(100000))";
+        let error = ServiceError::from(StoreError::from(database.execute_unprepared(fill).await.unwrap_err()));
+        assert_eq!((error.code, error.reason), (Code::Unavailable, "DATABASE_UNAVAILABLE"));
+        assert!(error.message.contains("no space is left"), "{error:?}");
+        assert!(!error.message.contains("INSERT"), "{error:?}");
+    }
+
+    #[test]
+    fn what_helps_is_said() {
+        let error = ServiceError::from(StoreError::Unavailable(DbErr::Custom("away".into())));
+        assert_eq!((error.code, error.reason), (Code::Unavailable, "DATABASE_UNAVAILABLE"));
+        assert_eq!(error.retry_after, Some(Duration::from_secs(1)));
+        let error = ServiceError::from(StoreError::Rejected(DbErr::Custom("no NUL".into())));
+        assert_eq!((error.code, error.reason), (Code::Internal, "INTERNAL"));
+        assert!(error.retry_after.is_none(), "it would be refused again");
+        let error = ServiceError::from(InferError::NoWorker("m".into()));
+        assert_eq!((error.code, error.reason), (Code::Unavailable, "NO_WORKER"));
+        assert!(error.retry_after.is_some());
+    }
+}

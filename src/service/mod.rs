@@ -1,0 +1,137 @@
+//! The use cases: what a caller can ask of a server, whichever door the request comes through. Domain types go in and come
+//! out, and one [`ServiceError`] says why not; a door only translates. Every rule is here: what a request may say, who sees
+//! what, idempotency, quotas.
+//!
+//! - [`files`]: upload, show, list, delete, read. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
+//!   requests once more. [`infer`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
+//! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
+//! - `rules`: what fields may hold. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
+
+pub mod batches;
+mod error;
+pub mod files;
+pub mod infer;
+pub mod page;
+pub mod results;
+pub mod retry;
+mod rules;
+mod text;
+pub mod watch;
+pub mod webhooks;
+pub mod workers;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+
+#[cfg(test)]
+pub(crate) use self::error::{ingest as ingest_error, line_name};
+pub use self::{
+    error::{Code, ServiceError, Violation, bad_lines, shortened},
+    page::{Found, Page},
+    rules::{NotASpan, Span},
+    text::short,
+};
+use crate::{
+    access::{Account, Admitted, Caller, CallerLimits, Limiter, Work},
+    blobs::Blobs,
+    delivery::Webhooks,
+    domain::Weights,
+    fleet::Fleet,
+    ingest::Ingest,
+    progress::Hub,
+    results::Reader,
+    scheduler::Stages,
+    store::Store,
+    telemetry::seldom,
+};
+
+/// The parts of a server that the use cases work with.
+#[derive(Clone)]
+pub struct Parts {
+    /// The database.
+    pub store: Store,
+    /// The objects.
+    pub blobs: Blobs,
+    /// Takes uploads.
+    pub ingest: Ingest,
+    /// Reads files and results.
+    pub reader: Reader,
+    /// Tells how far batches are.
+    pub hub: Hub,
+    /// The workers.
+    pub fleet: Fleet,
+    /// Where the time of this process's requests goes.
+    pub stages: Stages,
+    /// Whom to tell of batches.
+    pub webhooks: Webhooks,
+}
+
+/// The use cases of one server. Cheap to clone.
+#[derive(Clone)]
+pub struct Service {
+    parts: Parts,
+    limits: Arc<Limiter>,
+    /// How large the callers' shares of the workers are.
+    weights: Weights,
+    /// Ends streams that would not end by themselves.
+    shutdown: CancellationToken,
+}
+
+impl Service {
+    /// `shutdown` must be the token that ends the hub's streams, or a parent of it.
+    #[must_use]
+    pub fn new(parts: Parts, limits: CallerLimits, weights: Weights, shutdown: CancellationToken) -> Self {
+        Self { parts, limits: Arc::new(Limiter::new(limits)), weights, shutdown }
+    }
+
+    /// How much callers may ask, for the gates.
+    #[must_use]
+    pub fn limits(&self) -> &Arc<Limiter> {
+        &self.limits
+    }
+
+    /// Whether this server can take work now: why not, if it can't.
+    ///
+    /// # Errors
+    /// In words for people.
+    pub async fn ready(&self, within: Duration) -> Result<(), &'static str> {
+        if self.shutdown.is_cancelled() {
+            return Err("shutting down");
+        }
+        if self.parts.blobs.foreign().is_some() {
+            return Err("the blob store is not the one of the database");
+        }
+        match tokio::time::timeout(within, self.parts.store.ping()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                seldom!(warn, %error, "not ready: the database failed");
+                Err("the database is not available")
+            }
+            Err(_) => Err("the database does not answer"),
+        }
+    }
+
+    /// The waits between the attempts of a webhook's delivery that has so many, and from its first to its last.
+    #[must_use]
+    pub fn webhook_schedule(&self, max_attempts: i32) -> (Vec<Duration>, Duration) {
+        (self.parts.webhooks.schedule(max_attempts), self.parts.webhooks.horizon(max_attempts))
+    }
+
+    /// Lets a call make work, which every way to make some passes: its lines, bytes and turn count as those of an upload and
+    /// a batch. What is not allowed is refused before anything is written; [`Self::insert`] counts the lines once more, with
+    /// the batch, so that batches created at the same moment can't pass the limit together.
+    async fn admit(
+        &self,
+        caller: &Caller,
+        account: &Account,
+        lines: i64,
+        work: Work,
+    ) -> Result<Admitted, ServiceError> {
+        if lines > 0 && self.limits.most_lines().is_some() {
+            let queued = self.parts.store.queued_lines(&caller.owner).await?;
+            self.limits.lines(queued, lines)?;
+        }
+        Ok(self.limits.admit(&caller.owner, account, work).await?)
+    }
+}

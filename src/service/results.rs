@@ -1,0 +1,74 @@
+//! The results of a batch, one by one, and its result files.
+
+use futures::{StreamExt, stream::BoxStream};
+
+use super::{Code, Service, ServiceError, rules};
+use crate::{
+    access::Caller,
+    domain::File,
+    results::{Cursor, ResultLine},
+};
+
+impl Service {
+    /// The results of a batch, in input order, after a cursor; empty: from the first on. `follow`: also those that are still
+    /// to come.
+    ///
+    /// # Errors
+    /// [`ServiceError`], at once or on the way. The client resumes by the cursor of the last line that it got.
+    pub async fn results(
+        &self,
+        caller: &Caller,
+        id: &str,
+        cursor: &str,
+        follow: bool,
+    ) -> Result<BoxStream<'static, Result<ResultLine, ServiceError>>, ServiceError> {
+        let id = rules::batch_id(id)?;
+        let cursor = match cursor {
+            "" => None,
+            text => Some(Cursor::parse(text, &id)?),
+        };
+        self.find_batch(caller, &id).await?;
+        if self.shutdown.is_cancelled() {
+            return Err(ServiceError::shutting_down());
+        }
+        let lines = self.parts.reader.results(&id, cursor, follow).await?;
+        let shutdown = self.shutdown.clone();
+        let lines = async_stream::try_stream! {
+            let mut lines = std::pin::pin!(lines);
+            loop {
+                let line = tokio::select! {
+                    biased;
+                    () = shutdown.cancelled() => Some(Err(ServiceError::shutting_down())),
+                    line = lines.next() => line.map(|line| line.map_err(ServiceError::from)),
+                };
+                let Some(line) = line else { break };
+                yield line?;
+            }
+        };
+        Ok(lines.boxed())
+    }
+
+    /// The file of a batch's answers.
+    ///
+    /// # Errors
+    /// [`ServiceError`]: there is no such batch, or no such file yet.
+    pub async fn output_file(&self, caller: &Caller, batch: &str) -> Result<File, ServiceError> {
+        let batch = self.find_batch(caller, &rules::batch_id(batch)?).await?;
+        let id = batch.output_file_id.ok_or_else(|| no_file_yet("OUTPUT_FILE_NOT_FOUND", "output"))?;
+        self.find_file(caller, &id).await
+    }
+
+    /// The file of a batch's errors.
+    ///
+    /// # Errors
+    /// [`ServiceError`]: there is no such batch, or no such file yet.
+    pub async fn error_file(&self, caller: &Caller, batch: &str) -> Result<File, ServiceError> {
+        let batch = self.find_batch(caller, &rules::batch_id(batch)?).await?;
+        let id = batch.error_file_id.ok_or_else(|| no_file_yet("ERROR_FILE_NOT_FOUND", "error"))?;
+        self.find_file(caller, &id).await
+    }
+}
+
+fn no_file_yet(reason: &'static str, which: &str) -> ServiceError {
+    ServiceError::new(Code::NotFound, reason, format!("the batch has no {which} file, or not yet"))
+}
