@@ -6,8 +6,11 @@ mod batches;
 #[path = "../support/faulty.rs"]
 mod faulty;
 mod files;
+mod foreign;
 mod http;
 mod overload;
+#[path = "../support/raw.rs"]
+mod raw;
 mod shutdown;
 mod streams;
 mod support;

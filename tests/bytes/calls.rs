@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use bytes::{Buf, BufMut};
 use futures::StreamExt;
 use http::HeaderValue;
 use prost::Message;
@@ -12,15 +11,13 @@ use prost_reflect::{
 use rand::{RngExt, rngs::StdRng, seq::IndexedRandom};
 use tidemill::pb;
 use tokio::time::timeout;
-use tonic::{
-    Code, Request, Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    metadata::MetadataMap,
-    transport::Channel,
-};
+use tonic::{Code, Request, Status, metadata::MetadataMap, transport::Channel};
 use tonic_types::StatusExt;
 
-use crate::Known;
+use crate::{
+    Known,
+    raw::{Raw, call, path_of},
+};
 
 /// No call takes so long.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -91,7 +88,7 @@ pub async fn all_fields(channel: &Channel, known: &Known, random: &mut StdRng) -
     let answers = futures::stream::iter(calls).map(|(method, path, text)| async move {
         let what = format!("{} with {text:.80?} in {}", method.full_name(), names(&path));
         let messages = messages(&method, &path, &text, known);
-        let answers = timeout(ANSWER, call(channel.clone(), &method, messages)).await;
+        let answers = timeout(ANSWER, call(channel.clone(), &method, None, messages)).await;
         let answers = answers.unwrap_or_else(|_| panic!("no answer to {what}"));
         match answers {
             Ok(answers) => answers,
@@ -249,71 +246,4 @@ fn spoilt(mut message: Vec<u8>) -> Vec<u8> {
         }
     }
     message
-}
-
-fn path_of(method: &MethodDescriptor) -> http::uri::PathAndQuery {
-    format!("/{}/{}", method.parent_service().full_name(), method.name()).parse().unwrap()
-}
-
-/// Calls, and takes the first answers.
-async fn call(channel: Channel, method: &MethodDescriptor, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Status> {
-    let mut grpc = tonic::client::Grpc::new(channel);
-    grpc.ready().await.map_err(|error| Status::internal(error.to_string()))?;
-    let (path, requests) = (path_of(method), futures::stream::iter(messages));
-    if !method.is_server_streaming() {
-        return Ok(vec![grpc.client_streaming(Request::new(requests), path, Raw).await?.into_inner()]);
-    }
-    let mut answers = grpc.streaming(Request::new(requests), path, Raw).await?.into_inner();
-    let mut taken = Vec::new();
-    // A watch goes on for ever: what comes at once is enough.
-    while taken.len() < 3 {
-        match timeout(Duration::from_millis(300), answers.message()).await {
-            Ok(answer) => match answer? {
-                Some(answer) => taken.push(answer),
-                None => break,
-            },
-            Err(_) => break,
-        }
-    }
-    Ok(taken)
-}
-
-/// Messages as they are on the wire.
-#[derive(Clone, Copy)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Vec<u8>;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
-        let mut message = vec![0; from.remaining()];
-        from.copy_to_slice(&mut message);
-        Ok(Some(message))
-    }
 }

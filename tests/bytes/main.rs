@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod calls;
+#[path = "../support/raw.rs"]
+mod raw;
 mod strangers;
 #[path = "../support/mod.rs"]
 mod support;
