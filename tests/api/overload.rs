@@ -171,7 +171,7 @@ async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
     let [root, ana, bob] = ["root", "ana", "bob"].map(hash_token);
     let tokens = Tokens::parse(&format!("root admin {root}\nana submit {ana}\nbob submit {bob}\n")).unwrap();
     let limits = CallerLimits { infer_calls: 2, ..CallerLimits::default() };
-    let server = Server::with(ServerOptions { tokens: Some(tokens), limits, ..ServerOptions::default() }).await;
+    let server = Server::limited(limits, ServerOptions { tokens: Some(tokens), ..ServerOptions::default() }).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let sim = Sim::new(SimConfig { models: vec!["m".into()], ..SimConfig::default() }).unwrap();
@@ -216,7 +216,7 @@ async fn an_upload_has_a_longest_time_however_fast_it_comes() {
     assert_eq!(CallerLimits::default().longest_upload, Duration::from_secs(24 * 60 * 60));
     let limits =
         CallerLimits { longest_upload: Duration::from_secs(2), concurrent_uploads: 1, ..CallerLimits::default() };
-    let server = Server::with(limited(limits)).await;
+    let server = limited(limits).await;
     let mut client = server.client().await;
     // 80 KiB/s, without an end.
     let pieces = stream::iter(0..).then(async |at: u64| {
