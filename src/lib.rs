@@ -1,10 +1,10 @@
 //! tidemill: self-hosted batch inference. A file of LLM requests (OpenAI Batch JSONL) goes in, every vLLM worker is kept
 //! full, and exactly one answer per request comes out, whatever crashes on the way.
 //!
-//! The modules, in the order in which data flows; each knows only those above it in [`domain`]'s direction:
+//! The modules; each knows only those above it in this list (`tests/house.rs` holds them to that):
 //!
 //! - [`words`]: what libraries report, in words for people.
-//! - [`domain`]: ids, the batch lifecycle, request lines, counts. No IO, no async.
+//! - [`domain`]: ids, owners and scopes, the batch lifecycle, request lines, counts. No IO, no async.
 //! - [`config`]: the one typed configuration: file, environment, flags.
 //! - [`telemetry`]: logs and metrics.
 //! - [`fault`]: where tests have the process die.
@@ -19,8 +19,9 @@
 //! - [`delivery`]: webhooks: which event to whom, signed, retried, dead-lettered.
 //! - [`progress`]: durable changes in, event streams out.
 //! - [`access`]: who calls, and how much they may ask.
-//! - [`service`]: the use cases, whichever door they come through: every rule, and one error.
-//! - [`api`]: gRPC and HTTP, two doors to the service.
+//! - [`service`]: the use cases, whichever door they come through: every rule, and one error. What a new call does goes
+//!   here.
+//! - [`api`]: gRPC and HTTP, two doors to the service: they translate and decide nothing. A new protocol goes here.
 //! - [`app`]: wires all of it and stops it in order.
 //! - [`sim`]: a simulated vLLM worker for the demo, tests and benchmarks.
 //! - [`cli`]: the command line, a client of the same gRPC API.

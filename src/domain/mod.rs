@@ -10,6 +10,7 @@ pub mod lifecycle;
 pub mod line_set;
 pub mod owner;
 pub mod request_line;
+pub mod result_keys;
 pub mod segment;
 pub mod text;
 pub mod time;

@@ -18,10 +18,7 @@ use super::{
     entity::{batch, garbage, leftover, part, segment},
     now,
 };
-use crate::{
-    domain::{BatchId, Timestamp},
-    results,
-};
+use crate::domain::{BatchId, Timestamp, result_keys::segment_of};
 
 /// How long after the end of a batch its folder is looked through. A server that was cut off or frozen may write an object
 /// that late; one that is frozen for longer notes its batch once more when it finds that it has lost its lease.
@@ -99,11 +96,8 @@ impl Store {
             Some(_) | None => return Ok(Vec::new()),
         }
         // What has another name was not written by a run.
-        let found: Vec<(String, i32)> = found
-            .into_iter()
-            .filter_map(|key| Some((results::segment_of(of, &key)?, key)))
-            .map(|(i, k)| (k, i))
-            .collect();
+        let found: Vec<(String, i32)> =
+            found.into_iter().filter_map(|key| Some((segment_of(of, &key)?, key))).map(|(i, k)| (k, i)).collect();
         let mut segments: Vec<i32> = found.iter().map(|(_, index)| *index).collect();
         segments.dedup();
         let mut named: Vec<String> = Vec::new();
