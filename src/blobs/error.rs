@@ -6,7 +6,7 @@ use object_store::client::{HttpError, HttpErrorKind};
 
 use crate::words::{self, Peer};
 
-/// What stores say of a bucket that is not there. That one object is not there is no reason to think that all are lost.
+/// The error codes for a missing bucket. A missing object is another matter: the bucket may be fine.
 const NO_BUCKET: [&str; 2] = ["NoSuchBucket", "ContainerNotFound"];
 
 /// Why an object could not be written or read.

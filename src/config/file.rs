@@ -1,5 +1,5 @@
-//! The TOML file: its values become the flags' defaults, so a value means the same wherever it is given, and the
-//! environment and flags win over it by clap's own rules.
+//! The TOML file. Its values become the flags' defaults, so a value means the same wherever it is given, and the
+//! environment and flags take precedence by clap's own rules.
 
 use std::{collections::BTreeMap, error::Error as _, fmt, fs, path::Path};
 
@@ -7,17 +7,17 @@ use clap::{ArgAction, Command};
 
 use super::{ConfigError, ServeConfig};
 
-/// How alike (Jaro-Winkler, 0 to 1) a valid name must be to be offered for an unknown one.
+/// The similarity (Jaro-Winkler, 0 to 1) from which a valid name is suggested for an unknown one.
 const ALIKE: f64 = 0.75;
 
-/// A configuration file that has been read: every key is a setting and every value one that it takes.
+/// A parsed configuration file: every key is a setting and every value is valid for it.
 #[derive(Clone)]
 pub struct ConfigFile {
     values: BTreeMap<String, Vec<String>>,
 }
 
 impl fmt::Debug for ConfigFile {
-    /// Its keys: some of the values are secrets.
+    /// Only the keys, because some values are secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.values.keys()).finish()
     }
@@ -77,7 +77,7 @@ impl ConfigFile {
     }
 }
 
-/// What is wrong and where. The reader's own text also shows the line, which may hold a secret.
+/// The error and its place. The reader's own text also shows the line, which may contain a secret.
 fn not_toml(error: &toml::de::Error, text: &str) -> String {
     let message = error.message().lines().next().unwrap_or_default();
     // Some of its messages repeat a value between backticks; none of the words around them is worth that.

@@ -1,4 +1,4 @@
-//! Settings that are, or may hold, a password: how they are read, and that nothing prints them.
+//! Settings that are or may contain a password: how they are read, and that nothing prints them.
 
 use std::{ffi::OsStr, fmt};
 
@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use crate::{domain::webhook::Secret as WebhookSecret, words};
 
-/// Schemes that a refusal may name: whatever else stands before the colon may be a part of a password.
+/// Schemes that an error message may name; any other text before the colon may be a part of a password.
 const KNOWN_SCHEMES: [&str; 12] = [
     "cockroachdb",
     "file",
@@ -24,12 +24,12 @@ const KNOWN_SCHEMES: [&str; 12] = [
     "sqlserver",
 ];
 
-/// A setting that is, or may hold, a password. Wiped from memory when dropped, and never printed.
+/// A setting that is or may contain a password. Wiped from memory when dropped, and never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Takes a text as it is.
+    /// Takes a text unchanged.
     #[must_use]
     pub fn new(text: impl Into<String>) -> Self {
         Self(Zeroizing::new(text.into()))
@@ -48,8 +48,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Reads a secret from a flag, a variable or the file. clap's own parsers repeat a value that they refuse; this one says
-/// why it is refused and nothing of it. The line feed that `echo` and many secret stores leave at the end is dropped.
+/// Reads a secret from a flag, a variable or the file. clap's own parsers repeat a value that they refuse; this one
+/// only says why it is refused. The line feed that `echo` and many secret stores append is removed.
 #[derive(Clone)]
 pub struct SecretParser<T: 'static>(pub fn(&str) -> Result<T, String>);
 
@@ -68,7 +68,7 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for SecretParser<T> {
     }
 }
 
-/// How the refusal of a secret names its setting.
+/// The name of a secret's setting in error messages.
 fn label(arg: &Arg) -> String {
     match arg.get_env() {
         Some(variable) => format!("{arg} (or {})", variable.to_string_lossy()),
@@ -168,7 +168,7 @@ fn holds_a_raw_password(rest: &str) -> bool {
         || (!authority.contains('@') && query.contains('@') && !query.contains('='))
 }
 
-/// What the driver refuses, by what its text is about: the text itself may repeat a part of the URL.
+/// Explains the driver's error by its topic; the error's own text may repeat a part of the URL.
 fn refused(text: &str, encoded: bool) -> String {
     let about = text.to_lowercase();
     if about.contains("ssl_mode") || about.contains("sslmode") {

@@ -30,7 +30,7 @@ pub enum RetryError {
     /// An earlier retry has delivered it.
     #[error("an earlier retry has delivered this dead letter; force=true sends it again all the same")]
     AlreadyDelivered,
-    /// Somebody else is retrying it.
+    /// Another retry is running.
     #[error("somebody else is retrying this dead letter")]
     Busy,
     /// Its endpoint was deleted.

@@ -1,19 +1,20 @@
-//! Whose delivery is sent next: sends go round the owners, then round each one's hosts, then round each host's targets. Pure:
-//! time is an argument.
+//! Decides whose delivery is sent next: sends rotate over owners, then over each owner's hosts, then over each host's
+//! targets. Pure: time is an argument.
 //!
-//! **Shares.** Who takes many places leaves some to others, however many take many: an owner may have as many sends in flight
-//! as are free, so one alone gets half of all places, of two each gets a third, and so on. Of that an owner's host gets as
-//! much as it leaves to the owner's other hosts. Receivers that have not taken a delivery lately may be slow, or hang: an owner
-//! gets a quarter of what is free for all of those together, a fifth of all places if it is alone. So whoever has only
-//! receivers that hang, on however many hosts and paths, holds up neither others nor its own receivers that answer. A target
-//! that fails again and again is only probed.
+//! **Shares.** An owner may have as many sends in flight as there are free places, so a single owner gets half of all
+//! places, two get a third each, and so on. A host gets as many of the owner's places as it leaves to the owner's other
+//! hosts. Receivers that have not accepted a delivery lately may be slow or hang: together they get a quarter of what
+//! is free for an owner, a fifth of all places if there is no other owner. So an owner whose receivers all hang, on
+//! however many hosts and paths, delays neither other owners nor its own receivers that answer. A target that fails
+//! repeatedly is only probed.
 //!
-//! **Line.** A delivery is claimed before it is sent, and a claim is a transaction. So that sends don't wait for the database,
-//! some are claimed ahead and stand in line for a free send. How many follows what was delivered lately: as much as is gone in
-//! a moment. A target that answers slowly, fails or is new has nothing in line but what can be sent at once.
+//! **Line.** A delivery is claimed before it is sent, and a claim is a transaction. So that sends don't wait for the
+//! database, some deliveries are claimed in advance and wait in line for a free place. Their number follows recent
+//! throughput: what is sent within a moment. For a target that answers slowly, fails or is new, only what can be sent
+//! at once is claimed.
 //!
-//! A delivery passes through here as: [`shares`](Fairness::shares) (to be claimed), [`claimed`](Fairness::claimed) (in line) or
-//! [`give_back`](Fairness::give_back), [`next`](Fairness::next) (in flight) or [`unsent`](Fairness::unsent), then
+//! The life of a delivery here: [`shares`](Fairness::shares) (to be claimed), [`claimed`](Fairness::claimed) (in line)
+//! or [`give_back`](Fairness::give_back), [`next`](Fairness::next) (in flight) or [`unsent`](Fairness::unsent), then
 //! [`succeeded`](Fairness::succeeded) or [`failed`](Fairness::failed).
 
 mod owner;
@@ -29,64 +30,64 @@ use std::{
 use self::{owner::Owner, plan::Plan, target::Target};
 use super::pace::Pace;
 
-/// Sends in flight to one target of one owner.
+/// The most sends in flight to one target of one owner.
 pub const PER_TARGET: usize = 4;
-/// Sends in flight in all, where nobody sets another number.
+/// The default of the most sends in flight in all.
 pub const IN_FLIGHT: usize = 256;
-/// Deliveries in line in all, at most: those of some 30 ms at full speed, which is what a commit may take. And never more than
+/// The most deliveries in line: those of about 30 ms at full speed, which is the time of a commit. Also limited to
 /// twice what was delivered in the last moment ([`super::pace`]), or a few hundred.
 pub const AHEAD: usize = 1_024;
-/// The longest that a claimed delivery stands in line; then it is given back. Its lease is longer than its attempt's timeout
-/// by 30 s, in which this and writing down what came of it must have room.
+/// The longest time that a claimed delivery waits in line; then it is released. Its lease is 30 s longer than its
+/// attempt's timeout, which must cover this wait and recording the result.
 pub const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Failures in a row after which a target is only probed.
 pub const FAILURES_BEFORE_PROBING: u32 = 5;
 /// The first and the longest wait between two probes.
 pub const PROBE_WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// A target that has taken a delivery within this time, and has not failed since, is likely to take the next.
+/// A target that has accepted a delivery within this time, and has not failed since, is likely to accept the next.
 pub const LATELY: Duration = Duration::from_secs(30);
 
 /// A target with deliveries that are due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Due {
-    /// Whose they are.
+    /// The owner.
     pub owner: String,
-    /// Its key.
+    /// The target's key.
     pub target: String,
-    /// Its host and port: what targets share.
+    /// The target's host and port, which several targets may share.
     pub host: String,
-    /// How many are due, or more if that is not known.
+    /// The number of due deliveries, or an upper bound.
     pub count: usize,
-    /// Some of them may stand in line.
+    /// Whether some of them may wait in line.
     pub ahead: bool,
 }
 
 /// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Share {
-    /// Whose they are.
+    /// The owner.
     pub owner: String,
-    /// Its key.
+    /// The target's key.
     pub target: String,
-    /// At least one.
+    /// The number of deliveries to claim, at least one.
     pub count: usize,
-    /// So many of them are sent as soon as the target has its turn. Only these may be the last attempt of a delivery: a crash
-    /// would have used it up in line.
+    /// The number of them that can be sent at the target's next turn. Only these may be a delivery's last attempt,
+    /// because a crash uses up the attempts of those in line.
     pub at_once: usize,
 }
 
-/// What is taken of an owner or of one of its hosts.
+/// The counts of an owner or of one of its hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
-    /// Sends in flight; in a plan also what is ahead of them.
+    /// Sends in flight; in a plan also those planned.
     sends: usize,
-    /// Of the sends in flight, those to targets that have not answered lately.
+    /// The sends in flight to targets that have not answered lately.
     unsure: usize,
-    /// Asked for or in line.
+    /// Deliveries being claimed or in line.
     ahead: usize,
 }
 
-/// Whether one more send may be, with so many of `limit` taken in all.
+/// Whether there is room for one more send, if `taken` of `limit` are in flight in all.
 fn has_room(limit: usize, taken: usize, owner: Counts, host: Counts, is_sure: bool) -> bool {
     let free = limit.saturating_sub(taken);
     if host.sends >= free.saturating_sub(owner.sends) {
@@ -95,7 +96,7 @@ fn has_room(limit: usize, taken: usize, owner: Counts, host: Counts, is_sure: bo
     is_sure || host.unsure < (free / 4).max(1).saturating_sub(owner.unsure)
 }
 
-/// The state of all owners and targets that are not at rest, with what is claimed of each and not yet sent.
+/// The state of all owners and targets that are not idle, with the deliveries that are claimed and not yet sent.
 pub struct Fairness<T> {
     per_target: usize,
     in_flight_limit: usize,
@@ -103,12 +104,12 @@ pub struct Fairness<T> {
     /// Owners with something in line, in the order of their turns.
     turns: VecDeque<Arc<str>>,
     in_flight: usize,
-    /// Asked for or in line.
+    /// Deliveries being claimed or in line.
     ahead: usize,
     pace: Pace,
-    /// Not to be sent any more.
+    /// Deliveries that are not to be sent now.
     unsent: Vec<T>,
-    /// Counts what was asked for: whoever was served longest ago is asked first.
+    /// Counts claims: the owner that was served longest ago is next.
     clock: u64,
 }
 
@@ -119,7 +120,7 @@ impl<T> Default for Fairness<T> {
 }
 
 impl<T> Fairness<T> {
-    /// With these limits on sends in flight.
+    /// Starts with these limits on sends in flight.
     #[must_use]
     pub fn new(per_target: usize, in_flight_limit: usize) -> Self {
         Self {
@@ -135,20 +136,20 @@ impl<T> Fairness<T> {
         }
     }
 
-    /// Sends that may be started now, by whomever.
+    /// The number of sends that may be started now.
     #[must_use]
     pub fn free(&self) -> usize {
         self.in_flight_limit - self.in_flight
     }
 
-    /// What is to be claimed or is claimed, and is not in flight yet.
+    /// Deliveries being claimed or claimed, and not in flight yet.
     #[must_use]
     pub fn ahead(&self) -> usize {
         self.ahead
     }
 
-    /// Whether it is time to claim: a send is free with nobody to take it, or half of the line is empty. Later would be too late,
-    /// and sooner would be many small claims instead of a large one.
+    /// Whether it is time to claim: a place is free and nothing is in line for it, or half of the line is empty.
+    /// Claiming later would leave places free, claiming sooner would mean many small claims.
     #[must_use]
     pub fn is_low(&self, now: Instant) -> bool {
         self.free() > self.ahead || self.ahead <= self.line_limit(now) / 2
@@ -170,14 +171,14 @@ impl<T> Fairness<T> {
         shares.into_iter().map(|(_, share)| share).collect()
     }
 
-    /// One that was asked for is there, and stands in line.
+    /// Adds a claimed delivery to the line.
     pub fn claimed(&mut self, owner: &str, target: &str, one: T, now: Instant) {
         let Some(of) = self.owners.get_mut(owner) else {
             self.unsent.push(one);
             return;
         };
         let Some(state) = of.targets.get_mut(target).filter(|state| state.asked > 0) else {
-            // Nobody asked for it.
+            // It was not asked for.
             self.unsent.push(one);
             return;
         };
@@ -186,7 +187,7 @@ impl<T> Fairness<T> {
         self.give_turn(owner, target);
     }
 
-    /// So many that were asked for are not there.
+    /// Returns places for deliveries that could not be claimed.
     pub fn give_back(&mut self, owner: &str, target: &str, count: usize) {
         if let Some(of) = self.owners.get_mut(owner)
             && let Some(state) = of.targets.get_mut(target)
@@ -199,7 +200,8 @@ impl<T> Fairness<T> {
         }
     }
 
-    /// The next to be sent, counted as in flight from now on. None: all sends are busy, or nothing in line may be sent.
+    /// The next delivery to send, which from now on counts as in flight. `None`: all places are taken, or nothing in
+    /// line may be sent.
     pub fn next(&mut self, now: Instant) -> Option<T> {
         for _ in 0..self.turns.len() {
             if self.in_flight >= self.in_flight_limit {
@@ -222,17 +224,18 @@ impl<T> Fairness<T> {
         None
     }
 
-    /// What is not to be sent now after all, to be given back: it has stood in line for too long, or its target is held back.
+    /// Takes deliveries that are not to be sent now and must be released: they have waited in line too long, or their
+    /// target is held.
     pub fn unsent(&mut self, now: Instant) -> Vec<T> {
         self.leave_line(|state, since| state.is_held(now) || now.saturating_duration_since(since) > MAX_WAIT)
     }
 
-    /// Everything in line, to be given back.
+    /// Takes everything in line, to be released.
     pub fn drain(&mut self) -> Vec<T> {
         self.leave_line(|_, _| true)
     }
 
-    /// A send has ended well.
+    /// Records a successful send.
     pub fn succeeded(&mut self, owner: &str, target: &str, now: Instant) {
         self.finish(owner, target);
         self.pace.count(now);
@@ -241,7 +244,7 @@ impl<T> Fairness<T> {
         }
     }
 
-    /// A send has failed. The receiver may have asked for a pause: it holds back the whole target.
+    /// Records a failed send. If the receiver asked for a pause, the whole target is held.
     pub fn failed(&mut self, owner: &str, target: &str, retry_after: Option<Duration>, now: Instant) {
         self.finish(owner, target);
         if let Some(state) = self.target_mut(owner, target) {
@@ -249,20 +252,20 @@ impl<T> Fairness<T> {
         }
     }
 
-    /// When this target may be sent to again, if it is held back.
+    /// Until when this target is held. `None` if it is not held.
     #[must_use]
     pub fn held_until(&self, owner: &str, target: &str, now: Instant) -> Option<Instant> {
         self.owners.get(owner)?.targets.get(target)?.not_before.filter(|at| *at > now)
     }
 
-    /// Targets that are held back or only probed.
+    /// The number of targets that are held or only probed.
     #[must_use]
     pub fn held(&self, now: Instant) -> usize {
         let targets = self.owners.values().flat_map(|owner| owner.targets.values());
         targets.filter(|state| state.is_probed() || state.is_held(now)).count()
     }
 
-    /// Forgets targets at rest, so that memory does not grow with the number of targets ever seen. One that only ever
+    /// Forgets idle targets, so that memory does not grow with the number of targets ever seen. A target that only ever
     /// failed is forgotten an hour after its last send.
     pub fn forget_idle(&mut self, now: Instant) {
         self.owners.retain(|_, owner| {
@@ -271,7 +274,7 @@ impl<T> Fairness<T> {
         });
     }
 
-    /// How many may stand in line. None while all sends are busy and none ends.
+    /// The most deliveries that may wait in line. `None` while all places are taken and no send ends.
     fn line_limit(&self, now: Instant) -> usize {
         let recent = self.pace.recent(now);
         let least = (self.in_flight_limit * 4).min(AHEAD / 4);
@@ -292,7 +295,7 @@ impl<T> Fairness<T> {
         self.owners.get_mut(owner)?.targets.get_mut(target)
     }
 
-    /// The target is among those that are sent to next, if it has something in line.
+    /// Gives the target a turn if it has something in line.
     fn give_turn(&mut self, owner: &str, target: &str) {
         let Some((key, _)) = self.owners.get_key_value(owner) else { return };
         let key = key.clone();

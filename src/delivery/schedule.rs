@@ -1,13 +1,13 @@
-//! When the next attempt is due.
+//! The waits between the attempts of a webhook.
 
 use std::time::{Duration, SystemTime};
 
 use rand::{Rng, RngExt};
 
-/// The longest that a receiver's `Retry-After` is honoured.
+/// The longest `Retry-After` of a receiver that is honoured.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(3_600);
 
-/// The waits of a webhook whose operator sets none: some 16 hours in all.
+/// The default waits: about 16 hours in all.
 pub const DEFAULT_WAITS: [Duration; 9] = [
     Duration::from_secs(5),
     Duration::from_secs(30),
@@ -21,23 +21,23 @@ pub const DEFAULT_WAITS: [Duration; 9] = [
 ];
 /// The shortest and the longest wait in a schedule.
 pub const WAIT_RANGE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(7 * 24 * 3_600));
-/// By so much of itself a wait may be shorter or longer, so that what failed together does not come back together.
+/// The fraction by which a wait is shortened or lengthened at random, so that webhooks that failed together are not
+/// retried together.
 const JITTER: f64 = 0.2;
 
-/// The waits between the attempts of a delivery, give or take a fifth. Whoever has more attempts than that waits before each
-/// further one as long as before the last.
+/// The waits between the attempts of a delivery, without jitter. If there are more attempts, the last wait is repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     waits: Vec<Duration>,
 }
 
-/// Why these waits are no schedule.
+/// Why waits are not a valid schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadSchedule {
-    /// There is none.
+    /// There are no waits.
     #[error("a schedule has at least one wait")]
     Empty,
-    /// One is nothing, or longer than anybody waits.
+    /// A wait is outside of [`WAIT_RANGE`].
     #[error("a wait is 1 ms to 7 days")]
     Range,
 }
@@ -49,7 +49,7 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// A schedule of these waits.
+    /// Makes a schedule of these waits.
     ///
     /// # Errors
     /// [`BadSchedule`].
@@ -71,34 +71,34 @@ impl Schedule {
         self.waits.get(at).or_else(|| self.waits.last()).copied().unwrap_or_default()
     }
 
-    /// The wait after `attempts` failed attempts. What the receiver asked for wins if it is longer.
+    /// The wait after `attempts` failed attempts, with jitter, or the receiver's `Retry-After` if that is longer.
     pub fn wait<R: Rng>(&self, attempts: i32, retry_after: Option<Duration>, random: &mut R) -> Duration {
         let spread = random.random_range(-1.0..=1.0) * JITTER;
         let wait = self.nominal(attempts).mul_f64(1.0 + spread);
         wait.max(retry_after.unwrap_or_default().min(MAX_RETRY_AFTER))
     }
 
-    /// The waits between `max_attempts` attempts, without jitter, when every one fails at once.
+    /// The waits between `max_attempts` attempts, without jitter, if each attempt fails at once.
     #[must_use]
     pub fn waits(&self, max_attempts: i32) -> Vec<Duration> {
         (1..max_attempts).map(|attempts| self.nominal(attempts)).collect()
     }
 
-    /// From the first attempt to the last one, without jitter, when every one fails at once: a receiver that is away for
-    /// longer than this and the attempts' own time misses the event.
+    /// The time from the first attempt to the last, without jitter, if each attempt fails at once. A receiver that is
+    /// down for longer than this plus the attempts' own time misses the event.
     #[must_use]
     pub fn horizon(&self, max_attempts: i32) -> Duration {
         self.waits(max_attempts).iter().sum()
     }
 }
 
-/// What a `Retry-After` header asks for (RFC 9110, section 10.2.3): seconds, or a date. At most an hour; none if it is
-/// neither, or in the past.
+/// The wait that a `Retry-After` header asks for (RFC 9110, section 10.2.3), in seconds or as a date; at most an hour.
+/// `None` if it is neither or in the past.
 #[must_use]
 pub fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More digits than a number can have: a long time.
+        // More digits than fit into a number: the longest wait.
         value.parse().map_or(MAX_RETRY_AFTER, Duration::from_secs)
     } else {
         httpdate::parse_http_date(value).ok()?.duration_since(now).ok()?

@@ -1,9 +1,9 @@
-//! A worker's answer, read in one pass and without a tree: whether its endpoint answers so, whether the engine finished
-//! it, and how many tokens it cost. Pure.
+//! Reads a worker's answer in one pass without building a tree: whether it is an answer of its endpoint, whether the
+//! engine finished it, and its token counts. Pure.
 //!
-//! Clients rely on one field of each endpoint's answers, `choices` for a chat. A success without that field is an error
-//! in disguise. A success whose text the engine cut off says so in `finish_reason` or `status`; vLLM answers `abort` to
-//! all requests that it has when it is stopped or put to sleep.
+//! Clients rely on one field of each endpoint's answers, such as `choices` for a chat. A success without that field is
+//! really an error. If the engine cut the text off, `finish_reason` or `status` says so; vLLM answers `abort` to all
+//! running requests when it is stopped or put to sleep.
 
 mod broken;
 mod fields;
@@ -20,7 +20,7 @@ use super::{Endpoint, TokenUsage};
 /// A body that is JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
-    /// The token counts; what is missing or odd counts as 0.
+    /// The token counts; missing or invalid ones are 0.
     pub usage: TokenUsage,
     /// Whether it is an answer.
     pub verdict: Verdict,
@@ -29,18 +29,18 @@ pub struct Reading {
 /// Whether a body is an answer of its endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is.
+    /// It is an answer.
     Answer(Ending),
-    /// The engine stopped before the text was complete: why, in words.
+    /// The engine stopped before the text was complete; says why.
     CutOff(String),
-    /// It is not: why, in words.
+    /// It is not an answer; says why.
     Bad(String),
 }
 
 /// What an answer says about how its text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It names a reason that leaves the text complete, or as long as the request allows.
+    /// A reason that leaves the text complete, or as long as the request allows.
     Named,
     /// The field is `null`.
     Null,
@@ -73,7 +73,7 @@ fn verdict(endpoint: Endpoint, fields: &Fields<'_>) -> Verdict {
     match endpoint {
         Endpoint::ChatCompletions | Endpoint::Completions => match (&fields.choices, fields.content) {
             (Some(choices), _) if choices.list == Field::Filled => of_choices(choices),
-            // As Anthropic's API and llama.cpp's own answer.
+            // The form of Anthropic's API and llama.cpp's own.
             (_, Some(Field::Empty | Field::Filled | Field::Text)) => of_reason("stop_reason", fields.stop_reason),
             (choices, _) => lacks("choices", choices.as_ref().map(|choices| choices.list), fields),
         },
@@ -105,7 +105,7 @@ fn lacks(name: &str, found: Option<Field>, fields: &Fields<'_>) -> Verdict {
     })
 }
 
-/// One choice that was cut off spoils the answer, since the request asked for all of them.
+/// One choice that was cut off makes the whole answer incomplete, because the request asked for all of them.
 fn of_choices(choices: &Choices<'_>) -> Verdict {
     if choices.has_piece {
         return Verdict::Bad("it is one piece of a stream".into());
@@ -127,8 +127,8 @@ fn of_choices(choices: &Choices<'_>) -> Verdict {
     }
 }
 
-/// Reads a `finish_reason`, a `stop_reason` or a `status`. A word that is not known is taken for a fair end: there are
-/// more of them every year.
+/// Reads a `finish_reason`, a `stop_reason` or a `status`. An unknown word counts as a normal end, because new ones
+/// appear every year.
 fn of_reason(name: &str, value: Option<&RawValue>) -> Verdict {
     let Some(value) = value else { return Verdict::Answer(Ending::Missing) };
     let Some(word) = fields::word_of(value) else { return Verdict::Answer(Ending::Null) };

@@ -1,4 +1,4 @@
-//! A batch as the whole of tidemill sees it.
+//! A batch, as all of tidemill uses it.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,37 +7,37 @@ use super::{
     lifecycle::Ending, webhook::WebhookTarget,
 };
 
-/// The least and the most that a completion window may be.
+/// The shortest and the longest completion window.
 pub const WINDOW_RANGE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(14 * 24 * 3_600));
-/// The completion window where none is given.
+/// The default completion window.
 pub const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
-/// Whether a batch goes before others: higher first.
+/// The priority of a batch; a higher one goes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Priority(i8);
 
 impl Priority {
-    /// -1, 0 or 1.
+    /// A priority from -1, 0 or 1; `None` for any other number.
     #[must_use]
     pub fn new(value: i32) -> Option<Self> {
         i8::try_from(value).ok().filter(|value| (-1..=1).contains(value)).map(Self)
     }
 
-    /// As given.
+    /// The number: -1, 0 or 1.
     #[must_use]
     pub fn value(self) -> i32 {
         self.0.into()
     }
 }
 
-/// How many requests.
+/// Numbers of requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// In the input.
+    /// Requests in the input.
     pub total: i64,
-    /// In the output file.
+    /// Requests with a line in the output file.
     pub completed: i64,
-    /// In the error file.
+    /// Requests with a line in the error file.
     pub failed: i64,
 }
 
@@ -46,11 +46,11 @@ pub struct Counts {
 pub struct BatchError {
     /// A stable word.
     pub code: String,
-    /// For people.
+    /// An explanation for people.
     pub message: String,
-    /// The input line, from 1; 0 for none in particular.
+    /// The number of the input line, from 1. 0: it concerns no single line.
     pub line: i64,
-    /// The field concerned.
+    /// The field concerned. Empty: no single field.
     pub param: String,
 }
 
@@ -74,7 +74,7 @@ pub struct StateTimes {
 }
 
 impl StateTimes {
-    /// As they were when `status` had been entered at `at`: what came later is not known yet.
+    /// The times as they were when `status` was entered at `at`, without later ones.
     #[must_use]
     pub fn until(self, at: Timestamp, status: BatchStatus) -> Self {
         let known = |time: Option<Timestamp>| time.filter(|time| *time <= at);
@@ -92,26 +92,26 @@ impl StateTimes {
     }
 }
 
-/// What a client asks for.
+/// A new batch, as a client describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewBatch {
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// The input.
+    /// The input file.
     pub input_file_id: FileId,
     /// The url of its requests.
     pub endpoint: Endpoint,
-    /// How long it may take.
+    /// The completion window.
     pub completion_window: Duration,
-    /// Whether it goes before others.
+    /// The priority.
     pub priority: Priority,
-    /// The client's own.
+    /// The client's metadata.
     pub metadata: BTreeMap<String, String>,
     /// The client's idempotency key.
     pub request_id: Option<String>,
-    /// Where its webhooks go.
+    /// The target of its webhooks, if it has one of its own.
     pub webhook: Option<WebhookTarget>,
-    /// Or the registered endpoint that they go to.
+    /// The registered endpoint of its webhooks.
     pub webhook_endpoint_id: Option<WebhookEndpointId>,
 }
 
@@ -120,33 +120,33 @@ pub struct NewBatch {
 pub struct Batch {
     /// Its id.
     pub id: BatchId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
     /// Its state.
     pub status: BatchStatus,
-    /// How it is to end, once its lines are no longer to be run.
+    /// How it is to end, once its remaining lines are not to run any more.
     pub ending: Option<Ending>,
     /// The url of its requests.
     pub endpoint: Endpoint,
     /// The models that its requests name, in the input file's order.
     pub models: Vec<String>,
-    /// The input.
+    /// The input file.
     pub input_file_id: FileId,
-    /// The successful lines, at the end.
+    /// The file with the successful lines, after the end.
     pub output_file_id: Option<FileId>,
-    /// The other lines, at the end.
+    /// The file with the other lines, after the end.
     pub error_file_id: Option<FileId>,
-    /// How many requests.
+    /// Numbers of requests.
     pub counts: Counts,
-    /// How many tokens.
+    /// Numbers of tokens.
     pub usage: TokenUsage,
     /// Why it failed.
     pub errors: Vec<BatchError>,
-    /// The client's own.
+    /// The client's metadata.
     pub metadata: BTreeMap<String, String>,
-    /// Whether it goes before others.
+    /// The priority.
     pub priority: Priority,
-    /// How long it may take.
+    /// The completion window.
     pub completion_window: Duration,
     /// When it was created.
     pub created_at: Timestamp,
@@ -158,10 +158,10 @@ pub struct Batch {
     pub segments: i32,
     /// Segments whose results are final.
     pub segments_done: i32,
-    /// Where its webhooks go.
+    /// The target of its webhooks, if it has one of its own.
     pub webhook: Option<WebhookTarget>,
-    /// Or the registered endpoint that they go to.
+    /// The registered endpoint of its webhooks.
     pub webhook_endpoint_id: Option<WebhookEndpointId>,
-    /// Grows with every durable change.
+    /// Increases with every durable change.
     pub revision: Revision,
 }

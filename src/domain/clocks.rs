@@ -1,21 +1,21 @@
-//! Notices a clock that was set back. Pure: both clocks are arguments.
+//! Detects that the database's clock was set back. Pure: both clocks are arguments.
 
 use std::time::{Duration, Instant};
 
 use super::Timestamp;
 
-/// By so much the database's clock may be behind without anybody minding: what is due comes late by no more.
+/// A step back of the database's clock up to this length is ignored: due work is late by no more than this.
 const TOLERATED: Duration = Duration::from_secs(1);
 
-/// What two clocks said when they were looked at last: this process's, which never goes back, and the database's.
+/// The last readings of two clocks: this process's, which never goes back, and the database's.
 #[derive(Debug, Default)]
 pub struct Clocks {
     last: Option<(Instant, Timestamp)>,
 }
 
 impl Clocks {
-    /// Whether the database's clock may have been set back since the last look. It said `said` at some moment between `asked` and
-    /// `answered`. The first time nobody knows.
+    /// Whether the database's clock may have been set back since the last call. It read `said` at some moment between
+    /// `asked` and `answered`. False at the first call.
     pub fn may_be_back(&mut self, asked: Instant, answered: Instant, said: Timestamp) -> bool {
         let Some((since, before)) = self.last.replace((answered, said)) else { return true };
         said.plus(TOLERATED) < before.plus(asked.saturating_duration_since(since))

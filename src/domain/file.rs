@@ -14,7 +14,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    /// OpenAI's word for it.
+    /// The file's purpose in OpenAI's terms.
     #[must_use]
     pub fn purpose(&self) -> &'static str {
         match self {
@@ -29,26 +29,26 @@ impl FileKind {
 pub struct File {
     /// Its id.
     pub id: FileId,
-    /// Who may see it.
+    /// The owner.
     pub owner: Owner,
-    /// What it is for.
+    /// The kind of file.
     pub kind: FileKind,
     /// A name for people.
     pub filename: String,
     /// Size in bytes.
     pub bytes: i64,
-    /// Requests or results in it.
+    /// The number of requests or results.
     pub line_count: i64,
     /// The models that its requests name, in order of first use: bit `i` of a segment's mask is model `i`.
     pub models: Vec<String>,
-    /// The one url of its requests; none for results.
+    /// The url of all its requests. `None` for results.
     pub endpoint: Option<Endpoint>,
     /// When it was complete.
     pub created_at: Timestamp,
-    /// When it will be deleted.
+    /// When it will be deleted automatically. `None`: never.
     pub expires_at: Option<Timestamp>,
-    /// The object that holds it; results are spread over their batch's segments instead.
+    /// The object with its bytes. `None` for results, which are spread over their batch's segments.
     pub object_key: Option<String>,
-    /// The CRC-32C of an input's bytes; none for results, and if an earlier version took the upload.
+    /// The CRC-32C of an input's bytes. `None` for results, and for uploads to an earlier version.
     pub crc32c: Option<u32>,
 }

@@ -17,18 +17,18 @@ macro_rules! text_id {
                 Self(format!(concat!($prefix, "{}"), Uuid::now_v7().simple()))
             }
 
-            /// An id that came from outside. Any text is taken: one that names nothing is simply not found.
+            /// An id from outside. Any text is accepted: an id that names nothing is simply not found.
             pub fn from_text(text: impl Into<String>) -> Self {
                 Self(text.into())
             }
 
-            /// As on the wire.
+            /// The id as text.
             #[must_use]
             pub fn as_str(&self) -> &str {
                 &self.0
             }
 
-            /// As on the wire, owned.
+            /// The id as an owned text.
             #[must_use]
             pub fn into_string(self) -> String {
                 self.0
@@ -100,22 +100,22 @@ macro_rules! number {
 }
 
 number!(
-    /// How many times a segment has been claimed: the fencing token of everything its owner writes.
+    /// The number of claims of a segment: the fencing token of every write by its holder.
     Epoch,
     i64
 );
 number!(
-    /// Grows with every durable change of one batch.
+    /// Increases with every durable change of one batch.
     Revision,
     i64
 );
 number!(
-    /// Grows with every state change of any batch.
+    /// Increases with every state change of any batch.
     Sequence,
     i64
 );
 number!(
-    /// A segment's place in its file, from 0.
+    /// A segment's index in its file, from 0.
     SegmentIndex,
     i32
 );
@@ -125,7 +125,7 @@ number!(
 pub struct SegmentRef {
     /// The batch.
     pub batch: BatchId,
-    /// Which of its segments.
+    /// The index of the segment.
     pub index: SegmentIndex,
 }
 

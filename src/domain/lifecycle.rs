@@ -1,4 +1,4 @@
-//! The batch's life as one pure function: `(state, input) -> (state, ...)`, or a refusal.
+//! The lifecycle of a batch as one pure function: `(state, input) -> (state, ...)`, or a refusal.
 
 /// The states of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -7,11 +7,11 @@ pub enum BatchStatus {
     Validating,
     /// Its requests wait or run.
     InProgress,
-    /// No request will be sent any more; results are being made final.
+    /// No further request is sent; the results are being completed.
     Finalizing,
     /// Ended: every request has its line.
     Completed,
-    /// Ended: it could not be run at all.
+    /// Ended: it could not be run.
     Failed,
     /// Ended: its window closed first.
     Expired,
@@ -34,7 +34,7 @@ impl BatchStatus {
         Self::Cancelled,
     ];
 
-    /// OpenAI's word for it, as stored.
+    /// The state's name in OpenAI's terms, as stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -55,7 +55,7 @@ impl BatchStatus {
         Self::ALL.into_iter().find(|status| status.as_str() == text)
     }
 
-    /// Whether nothing will ever change again.
+    /// Whether the state is final.
     #[must_use]
     pub fn is_terminal(self) -> bool {
         match self {
@@ -65,7 +65,7 @@ impl BatchStatus {
     }
 }
 
-/// How a batch ends when its lines are no longer to be run: what is left of them is written as errors.
+/// How a batch ends whose remaining lines are not to run: they are written as errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ending {
     /// The client cancelled it.
@@ -103,11 +103,11 @@ impl Ending {
 /// What can happen to a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// Its input is in order.
+    /// Its input is valid.
     Validated,
-    /// Its input can't be run at all, or what comes of it can't be stored.
+    /// Its input can't be run, or its results can't be stored.
     Unrunnable,
-    /// The client wants it cancelled.
+    /// The client has asked to cancel it.
     CancelRequested,
     /// Its window has closed.
     WindowClosed,
@@ -115,12 +115,12 @@ pub enum Input {
     AllLinesDone,
 }
 
-/// Where an input leads.
+/// The result of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
-    /// The states entered, in order: none if the input changes nothing, and each is an event of its own.
+    /// The states entered, in order; empty if the input changes nothing. Each one is an event of its own.
     pub entered: &'static [BatchStatus],
-    /// How the batch is to end, if this input decided it.
+    /// How the batch is to end, if this input has decided it.
     pub ending: Option<Ending>,
 }
 
@@ -134,7 +134,7 @@ pub struct Refused {
     pub input: Input,
 }
 
-/// The batch's state machine. `ending` is how the batch was already decided to end.
+/// The state machine of a batch. `ending` is how the batch was already decided to end.
 ///
 /// # Errors
 /// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
@@ -149,7 +149,8 @@ pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<
         (InProgress | Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::Validated) => refused,
 
         (Validating | InProgress, Input::Unrunnable) => enter(&[Failed]),
-        // Without its input the unrun lines can't even be written as cancelled: what is known is kept, and it has failed.
+        // Without the input the remaining lines can't even be written as cancelled, so the batch has failed; finished
+        // results are kept.
         (Finalizing | Cancelling, Input::Unrunnable) => enter(&[Failed]),
         (Completed | Failed | Expired | Cancelled, Input::Unrunnable) => refused,
 
@@ -162,7 +163,7 @@ pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<
         (Validating | InProgress, Input::WindowClosed) => {
             Ok(Transition { entered: &[Finalizing], ending: Some(Ending::Expired) })
         }
-        // Already on its way to an end: closing the window adds nothing.
+        // It is ending already, so a closed window adds nothing.
         (Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::WindowClosed) => Ok(UNCHANGED),
 
         (InProgress, Input::AllLinesDone) => enter(&[Finalizing, Completed]),
@@ -250,7 +251,7 @@ mod tests {
                 };
                 prop_assert!(allowed.contains(&step[1]), "{:?}", step);
             }
-            // A decided ending is kept.
+            // The first decision about the ending is kept.
             if path.last() == Some(&Expired) { prop_assert_eq!(ending, Some(Ending::Expired)); }
             if path.last() == Some(&Cancelled) { prop_assert_eq!(ending, Some(Ending::Cancelled)); }
         }

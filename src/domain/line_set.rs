@@ -1,19 +1,19 @@
-//! A set of a segment's lines, as compact as a database column wants it.
+//! A set of a segment's lines, in the compact form of a database column.
 
-/// Which lines of a segment: bit `i` is line `first_line + i`. Stored as bytes, lowest bit first.
+/// A set of lines of a segment: bit `i` is line `first_line + i`. Stored as bytes, lowest bit first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LineSet {
     bits: Vec<u8>,
 }
 
 impl LineSet {
-    /// From stored bytes.
+    /// Reads stored bytes.
     #[must_use]
     pub fn from_bytes(bits: Vec<u8>) -> Self {
         Self { bits }
     }
 
-    /// To be stored.
+    /// The bytes to store.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bits
@@ -30,7 +30,7 @@ impl LineSet {
         new
     }
 
-    /// Whether it has a line.
+    /// Whether it contains a line.
     #[must_use]
     pub fn contains(&self, line: u32) -> bool {
         self.bits.get(line as usize / 8).is_some_and(|byte| byte & (1 << (line % 8)) != 0)
@@ -46,13 +46,13 @@ impl LineSet {
         }
     }
 
-    /// How many lines.
+    /// The number of lines.
     #[must_use]
     pub fn len(&self) -> usize {
         self.bits.iter().map(|byte| byte.count_ones() as usize).sum()
     }
 
-    /// Whether there are none.
+    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.bits.iter().all(|byte| *byte == 0)

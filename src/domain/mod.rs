@@ -1,4 +1,4 @@
-//! What tidemill is about, without IO: ids, owners, the batch and its lifecycle, request lines, counts, time.
+//! The domain without IO: ids, owners, the batch and its lifecycle, request lines, counts, time.
 
 pub mod answer;
 pub mod batch;

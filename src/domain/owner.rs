@@ -1,10 +1,10 @@
-//! Whose a file, a batch or an endpoint is, and whose of them somebody may see.
+//! Owners of files, batches and endpoints, and which owners' rows a caller may see.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The name of the access token that made a thing. A server without tokens writes the empty name: nobody's.
+/// An owner: the name of the access token that created something. On a server without tokens it is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner(String);
 
@@ -14,13 +14,13 @@ impl Owner {
         Self(name.into())
     }
 
-    /// What a server without tokens writes.
+    /// The owner on a server without tokens.
     #[must_use]
     pub fn nobody() -> Self {
         Self::default()
     }
 
-    /// Whether this is what a server without tokens writes.
+    /// Whether this is the owner on a server without tokens.
     #[must_use]
     pub fn is_nobody(&self) -> bool {
         self.0.is_empty()
@@ -57,20 +57,21 @@ impl fmt::Display for Owner {
     }
 }
 
-/// Whose rows a call may read and change. Every query for a tenant's row takes one, so that none forgets to ask.
+/// The owners whose rows a call may read and change. Every query for a tenant's row takes a scope, so that no query can
+/// omit the check.
 ///
-/// Stored, where it must outlive the call that it comes from, as the owner's name or null.
+/// Where it must outlive its call it is stored, as the owner's name or null.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(from = "Option<String>", into = "Option<String>")]
 pub enum Scope {
-    /// Everybody's: an admin's calls, and the engine itself.
+    /// All owners' rows: for admins and for the engine itself.
     All,
-    /// One owner's, and nobody else's.
+    /// One owner's rows only.
     Of(Owner),
 }
 
 impl Scope {
-    /// Whether this owner's rows are within.
+    /// Whether the scope includes this owner's rows.
     #[must_use]
     pub fn sees(&self, owner: &Owner) -> bool {
         match self {
@@ -79,7 +80,7 @@ impl Scope {
         }
     }
 
-    /// The only owner within, if there is only one.
+    /// The only owner in the scope. `None`: all owners.
     #[must_use]
     pub fn owner(&self) -> Option<&Owner> {
         match self {

@@ -22,7 +22,7 @@ pub const MAX_MODEL_BYTES: usize = 1_024;
 pub struct RequestLine<'a> {
     /// The client's name for the request, escapes decoded.
     pub custom_id: Cow<'a, str>,
-    /// The same as the client wrote it: a JSON string with its quotes, for the result line.
+    /// The `custom_id` as the client wrote it: a JSON string with its quotes, for the result line.
     pub custom_id_json: &'a str,
     /// Its `url`.
     pub endpoint: Endpoint,
@@ -30,23 +30,23 @@ pub struct RequestLine<'a> {
     pub model: Cow<'a, str>,
     /// The body, a JSON object, byte for byte.
     pub body: &'a str,
-    /// Of the body, what says in which order and how to send it.
+    /// Facts of the body that affect how and in which order it is sent.
     pub hints: Hints<'a>,
 }
 
-/// What a body says of itself that no rule depends on: nothing in it is checked.
+/// Facts of a body that no rule depends on and that are not validated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hints<'a> {
-    /// The JSON of what the model reads: `messages`, `prompt` or `input`; empty if there is none of them.
+    /// The JSON of what the model reads: `messages`, `prompt` or `input`. Empty if there is none.
     pub prompt: &'a str,
-    /// The most tokens that the answer may have, as far as it says.
+    /// The most tokens of the answer, if the body says so.
     pub max_tokens: Option<u32>,
-    /// It has a `priority` of its own.
+    /// Whether it has a `priority` of its own.
     pub has_priority: bool,
 }
 
-/// Reads a line, with or without its line end. Fields that no rule knows are accepted and ignored. Takes time and memory
-/// in proportion to the line, however it is nested.
+/// Parses a line, with or without its line end. Unknown fields are accepted and ignored. Takes time and memory in
+/// proportion to the line, however it is nested.
 ///
 /// # Errors
 /// [`LineError`]: the first thing that is wrong with it.
@@ -55,7 +55,7 @@ pub fn parse(line: &[u8]) -> Result<RequestLine<'_>, LineError> {
     scan::request(text)
 }
 
-/// Checks a request body that came without a line and returns its model: the same rules as for a line's `body`.
+/// Validates a request body without a line and returns its model, by the rules of a line's `body`.
 ///
 /// # Errors
 /// [`Problem`].

@@ -5,23 +5,24 @@ use super::ids::SegmentIndex;
 /// The most models that one file may name: each is a bit of a segment's `models` mask.
 pub const MAX_MODELS_PER_FILE: usize = 32;
 
-/// A run of consecutive lines of an input file, known by its byte range.
+/// A range of consecutive lines of an input file, with its byte range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentSpan {
-    /// Its place in the file.
+    /// Its index in the file.
     pub index: SegmentIndex,
-    /// The number of its first line in the file, from 1, blank lines counted. That line holds a request.
+    /// The number of its first line in the file, from 1, counting blank lines. That line holds a request.
     pub first_line: i64,
-    /// How many lines it spans, blank ones counted: line `first_line + i` is bit `i` of a [`super::LineSet`].
+    /// The number of lines that it spans, counting blank ones: line `first_line + i` is bit `i` of a
+    /// [`super::LineSet`].
     pub line_span: i32,
-    /// How many requests it holds: at least one.
+    /// The number of requests, at least one.
     pub requests: i32,
-    /// Where it starts in the file, in bytes.
+    /// The offset of its first byte in the file.
     pub offset: i64,
-    /// How long it is, in bytes.
+    /// Its length in bytes.
     pub length: i64,
-    /// Bit `i`: some request names the file's model `i`.
+    /// Bit `i` is set if a request names the file's model `i`.
     pub models: i64,
-    /// The CRC-32C of its bytes; none if an earlier version took the upload.
+    /// The CRC-32C of its bytes. `None` for uploads to an earlier version.
     pub crc32c: Option<u32>,
 }

@@ -1,4 +1,4 @@
-//! What a text that comes from outside may be, if it is kept: one rule for every door.
+//! Rules for text from outside that is stored, the same for every way in.
 
 use url::{ParseError, Url};
 
@@ -8,38 +8,38 @@ pub fn is_storable(text: &str) -> bool {
     !text.contains('\0')
 }
 
-/// Whether it is a name on one line, fit for logs and terminals: it has no control character, and so is storable.
+/// Whether it is a name on one line, safe for logs and terminals: it has no control character, and so is storable.
 #[must_use]
 pub fn is_plain(text: &str) -> bool {
     !text.contains(char::is_control)
 }
 
-/// Why a text is no URL of a server.
+/// Why a text is not the URL of a server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadUrl {
-    /// Nothing is there.
+    /// It is empty.
     #[error("a URL is needed, such as https://example.com/path")]
     Empty,
-    /// A browser would leave the character out or change it, and so call another URL than the one that was written.
+    /// It has a character that a browser would drop or change, and so call another URL than the one written.
     #[error("a URL can't have the character {}: write it percent-encoded, or leave it out", .0.escape_debug())]
     Character(char),
-    /// Another scheme, or none, or not two slashes after it.
+    /// It has another scheme than http and https, or none, or not two slashes after it.
     #[error("a URL begins with http:// or https://, and the host comes next")]
     Scheme,
-    /// A user name or a password in it.
+    /// It has a user name or a password.
     #[error("a URL can't have a user name or password")]
     Credentials,
-    /// No port.
+    /// Its port is not valid.
     #[error("the port of a URL is a number from 1 to 65535")]
     Port,
-    /// No host.
+    /// Its host is not valid.
     #[error("the host of this URL is neither a name nor an address")]
     Host,
 }
 
-/// Reads the URL of a server over HTTP. Its text is the one form in which such a URL is kept and shown. What a browser
-/// would repair without a word is refused, because another reader would not repair it: then two readers of one text would
-/// call two servers.
+/// Parses the URL of an HTTP server into the one form in which such a URL is stored and shown. A URL that a browser
+/// would silently repair is refused, because another reader would not repair it, and the two would call different
+/// servers.
 ///
 /// # Errors
 /// [`BadUrl`].

@@ -1,4 +1,4 @@
-//! Tokens, as workers report them.
+//! Token counts, as workers report them.
 
 use std::ops::AddAssign;
 
@@ -7,13 +7,13 @@ use std::ops::AddAssign;
 pub struct TokenUsage {
     /// Prompt tokens.
     pub input: i64,
-    /// Those of them that came from the prefix cache.
+    /// Prompt tokens that came from the prefix cache.
     pub cached_input: i64,
     /// Generated tokens.
     pub output: i64,
-    /// Those of them spent on reasoning.
+    /// Generated tokens that were spent on reasoning.
     pub reasoning: i64,
-    /// Input and output.
+    /// Input and output tokens.
     pub total: i64,
 }
 

@@ -1,29 +1,29 @@
-//! How large the shares of those are who share the workers.
+//! The weights by which owners share the workers.
 
 use std::{collections::BTreeMap, str::FromStr};
 
 use super::Owner;
 
-/// How large an owner's share is beside those of others: three times the weight, three times the share.
+/// An owner's weight: three times the weight is three times the share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Weight(u16);
 
-/// A weight that is none.
+/// Not a valid weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected a weight from 1 to {}", Weight::MAX)]
 pub struct BadWeight;
 
 impl Weight {
-    /// The largest. More than a worker has places, so that no ratio is missed; the smallest share is still more than none.
+    /// The largest weight. It exceeds a worker's usual number of slots, so that any ratio can be expressed.
     pub const MAX: u16 = 1_000;
 
-    /// 1 to [`Weight::MAX`].
+    /// A weight from 1 to [`Weight::MAX`]; `None` for any other number.
     #[must_use]
     pub fn new(value: u16) -> Option<Self> {
         (1..=Self::MAX).contains(&value).then_some(Self(value))
     }
 
-    /// As given.
+    /// The number.
     #[must_use]
     pub fn get(self) -> u16 {
         self.0
@@ -31,7 +31,7 @@ impl Weight {
 }
 
 impl Default for Weight {
-    /// 1.
+    /// The default weight, 1.
     fn default() -> Self {
         Self(1)
     }
@@ -45,12 +45,12 @@ impl FromStr for Weight {
     }
 }
 
-/// The weights of owners, by name. Who is not named weighs 1.
+/// The weights of owners. An owner that is not listed has weight 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Weights(BTreeMap<Owner, Weight>);
 
 impl Weights {
-    /// An owner's.
+    /// The weight of an owner.
     #[must_use]
     pub fn of(&self, owner: &Owner) -> Weight {
         self.0.get(owner).copied().unwrap_or_default()

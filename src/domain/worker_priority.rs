@@ -1,16 +1,16 @@
-//! What batch requests tell their worker of their urgency.
+//! The priority of batch requests inside their worker.
 
 use std::str::FromStr;
 
-/// How batch requests say to their worker that others go first.
+/// How batch requests tell their worker that others go first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WorkerPriority {
-    /// In a header that vLLM knows and others ignore.
+    /// In a header that vLLM reads and others ignore.
     #[default]
     Auto,
     /// Not at all.
     Off,
-    /// With this `priority` in their body. Lower goes first.
+    /// As this `priority` in their body. A lower number goes first.
     Body(i32),
 }
 

@@ -1,15 +1,17 @@
-//! Who gets which worker's next free slot: the pure core of dispatch. No clock, no locks, no IO.
+//! Decides who gets a worker's next free slot. Pure: no clock, no locks, no IO.
 //!
-//! A slot is one request that a worker may have in flight. Whoever wants one names a model and a [`Rank`]; free slots go to
-//! the best rank first, then to who asked first or was given slots longest ago, and among the workers that serve the model to
-//! the least loaded one.
+//! A slot is the right to have one request in flight at a worker. A [`Want`] names a model and a [`Rank`]. Free slots
+//! go to the best rank first, among equals to the one that has waited longest since it asked or was last given slots;
+//! among the workers that serve the model the least loaded one is used.
 //!
-//! Within a priority, and among interactive calls, tenants share: the next slot goes to the one that has the fewest of the model's slots for its weight
-//! ([`shares`]). So each gets its share while it has enough to send, a small batch is not stuck behind a large one of
-//! somebody else, and what one does not use the others have. A tenant's own batches go by their deadlines.
+//! Within a priority, and among interactive calls, tenants share: the next slot goes to the tenant with the fewest of
+//! the model's slots per weight ([`shares`]). So each gets its share while it has enough to send, a small batch does
+//! not wait behind a large one of another tenant, and unused slots go to the others. A tenant's own batches go by their
+//! deadlines.
 //!
-//! A request that may be what kills workers is sent alone: it gets a worker that has nothing else in flight, and nothing
-//! else goes there until it is back. If all are at work, one of them is reserved: it gets nothing new until it is idle.
+//! A request that may be what kills workers is sent alone: it gets a worker that has nothing else in flight, and
+//! nothing else goes there until it is back. If all workers are busy, one of them is reserved: it gets nothing new
+//! until it is idle.
 
 mod shares;
 
@@ -26,11 +28,11 @@ use super::names;
 use crate::domain::{Priority, Timestamp, Weight};
 use shares::Shares;
 
-/// Which worker, on this node, for as long as this process knows it.
+/// Identifies a worker on this node, for as long as this process knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerKey(pub u32);
 
-/// Whose work it is: a fingerprint of the owner's name, for the board need not know the name; and how large its share is.
+/// The owner of work: a hash of the owner's name, because the board does not need the name, and its weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tenant {
     name: u64,
@@ -38,26 +40,27 @@ pub struct Tenant {
 }
 
 impl Tenant {
-    /// The tenant of that name. It weighs 1.
+    /// The tenant of that name, with weight 1.
     #[must_use]
     pub fn named(owner: &str) -> Self {
         Self { name: foldhash::quality::FixedState::default().hash_one(owner), weight: Weight::default() }
     }
 
-    /// The same, with another weight. A name has the same one wherever it is used on a board.
+    /// The same tenant with another weight. On one board, a name has the same weight everywhere.
     #[must_use]
     pub fn weighing(self, weight: Weight) -> Self {
         Self { weight, ..self }
     }
 
-    /// How large its share is.
+    /// Its weight.
     #[must_use]
     pub fn weight(self) -> Weight {
         self.weight
     }
 }
 
-/// Who goes first: interactive calls, then higher priority, then the earlier deadline; between tenants see [`Board`].
+/// The order of requests: interactive calls, then higher priority, then the earlier deadline. Between tenants see
+/// [`Board`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     batch: bool,
@@ -67,7 +70,7 @@ pub struct Rank {
 }
 
 impl Rank {
-    /// Ahead of all batch work.
+    /// The rank of interactive calls, ahead of all batches.
     #[must_use]
     pub fn interactive() -> Self {
         Self {
@@ -78,48 +81,49 @@ impl Rank {
         }
     }
 
-    /// A batch's.
+    /// The rank of a batch's requests.
     #[must_use]
     pub fn batch(priority: Priority, expires_at: Timestamp) -> Self {
         Self { batch: true, priority: Reverse(priority), expires_at, tenant: Tenant::default() }
     }
 
-    /// The same, of a tenant.
+    /// The same rank for a tenant.
     #[must_use]
     pub fn of(self, tenant: Tenant) -> Self {
         Self { tenant, ..self }
     }
 
-    /// Whose it is.
+    /// The tenant.
     #[must_use]
     pub fn tenant(self) -> Tenant {
         self.tenant
     }
 
-    /// Whether it goes before the other whoever's they are.
+    /// Whether it goes before the other, whatever the tenants.
     #[must_use]
     pub fn is_before_any(self, other: Self) -> bool {
         (self.batch, self.priority) < (other.batch, other.priority)
     }
 }
 
-/// A wish for a slot.
+/// What a request needs of a slot.
 #[derive(Clone, Debug)]
 pub struct Want {
     /// The model that the worker must serve.
     pub model: Arc<str>,
-    /// Who goes first.
+    /// Its place in the order of requests.
     pub rank: Rank,
-    /// Workers that have failed this request: taken only if no other serves the model.
+    /// Workers that have failed this request. Used only if no other worker serves the model.
     pub avoid: SmallVec<[WorkerKey; 4]>,
-    /// The worker must have nothing else in flight meanwhile.
+    /// Whether the worker must have nothing else in flight meanwhile.
     pub alone: bool,
 }
 
-/// One in so many workers, and at least one, may be kept free for requests that must be alone.
+/// One in this many workers, and at least one, may be reserved for requests that must be alone.
 const ISOLATION_SHARE: usize = 4;
 
-/// What a slot counts for: a tenant's share of a model, for interactive calls and for batches apart.
+/// What a slot in use counts towards: a tenant's share of a model, counted separately for interactive calls and
+/// batches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Holder {
     batch: bool,
@@ -128,69 +132,70 @@ pub struct Holder {
 }
 
 impl Want {
-    /// Who holds the slot that it gets.
+    /// The holder of the slot that it gets.
     #[must_use]
     pub fn holder(&self) -> Holder {
         Holder { batch: self.rank.batch, tenant: self.rank.tenant, model: self.model.clone() }
     }
 }
 
-/// A waiting [`Want`].
+/// Identifies a waiting [`Want`].
 pub type Ticket = (Rank, u64);
 
-/// What waits under a ticket.
+/// A waiting [`Want`].
 #[derive(Clone, Debug)]
 struct Wish {
     want: Want,
-    /// How many slots it still waits for, 1 or more.
+    /// The slots it still waits for, 1 or more.
     slots: u32,
-    /// When it has its turn among those of the same rank: the smaller first.
+    /// Its turn among wishes of the same rank; the smallest goes first.
     turn: u64,
 }
 
-/// What the board knows of a worker.
+/// The board's knowledge of a worker.
 #[derive(Clone, Debug, Default)]
 struct Desk {
-    /// As listed, patterns too.
+    /// The models as listed, including patterns.
     models: BTreeSet<Arc<str>>,
-    /// Those of them that are patterns.
+    /// The listed patterns.
     patterns: Vec<Arc<str>>,
-    /// Healthy and not draining: it is worth waiting for.
+    /// Whether it is healthy and not draining, so that it is worth waiting for.
     serving: bool,
-    /// Serving, and not held back for the moment.
+    /// Whether it is serving and not held.
     open: bool,
     limit: u32,
     in_flight: u32,
-    /// The limit was reached since somebody asked last.
+    /// Whether the limit was reached since the last call of [`Board::was_full`].
     was_full: bool,
-    /// What is in flight there must be there alone.
+    /// Whether its request in flight must be alone.
     alone: bool,
-    /// It is on trial: it gets requests to find out whether it answers again.
+    /// Set while it is on trial: it gets a few requests that find out whether it answers again.
     trial: Option<Trial>,
-    /// Who gets it as soon as nothing is in flight there.
+    /// The ticket that gets it as soon as nothing is in flight there.
     reserved: Option<Ticket>,
 }
 
-/// How many requests a worker on trial gets.
+/// The requests of a worker on trial: how many are allowed in all, and how many it was given.
 #[derive(Clone, Copy, Debug)]
 struct Trial {
     allowed: u32,
     given: u32,
 }
 
-/// All workers and all who wait for one.
+/// All workers and all waiting wishes.
 #[derive(Debug, Default)]
 pub struct Board {
     desks: BTreeMap<WorkerKey, Desk>,
     waiting: BTreeMap<Ticket, Wish>,
-    /// Models that batches want, for those that list patterns.
+    /// The models that batches need, matched against patterns.
     wanted: BTreeSet<Arc<str>>,
     shares: Shares,
     next: u64,
 }
 
 impl Board {
-    /// Takes a free slot at once. None if there is none, or if somebody of the same or a better rank waits for that model.
+    /// Takes a free slot at once. `None` if there is none, or if a wish of the same or a better rank waits for the
+    /// model.
     pub fn take(&mut self, want: &Want) -> Option<WorkerKey> {
         let fits = |desk: &Desk| if want.alone { desk.trial.is_none() && desk.idle(None) } else { desk.free() };
         if !self.desks.values().any(fits) {
@@ -207,12 +212,12 @@ impl Board {
         self.seat(want, None)
     }
 
-    /// Who waits, whose turn it is first.
+    /// The tickets in the order in which they get slots.
     fn in_turn(&self) -> SmallVec<[Ticket; 16]> {
         let mut tenants = self.waiting.keys().map(|(rank, _)| rank.tenant);
         let first = tenants.next();
         if tenants.all(|tenant| Some(tenant) == first) {
-            // One tenant's go by their ranks.
+            // A single tenant's wishes go by rank.
             let mut tickets: SmallVec<[Ticket; 16]> = self.waiting.keys().copied().collect();
             tickets.sort_unstable_by_key(|ticket| (ticket.0, self.waiting[ticket].turn));
             return tickets;
@@ -220,7 +225,7 @@ impl Board {
         self.shares.in_turn(self.waiting())
     }
 
-    /// Who waits, and when it has its turn among its equals.
+    /// The waiting wishes with their turns.
     fn waiting(&self) -> impl Iterator<Item = (Ticket, &Want, u64)> {
         self.waiting.iter().map(|(ticket, wish)| (*ticket, &wish.want, wish.turn))
     }
@@ -231,13 +236,14 @@ impl Board {
         self.waiting.contains_key(&ticket)
     }
 
-    /// Waits for a slot: [`Board::grant`] will name the ticket.
+    /// Waits for a slot: [`Board::grant`] will return the ticket.
     pub fn queue(&mut self, want: Want) -> Ticket {
         self.queue_for(want, 1)
     }
 
-    /// Waits for so many slots, 1 or more: [`Board::grant`] will name the ticket for each. Whoever has many to wait for
-    /// does so at once: who asked again after each would be passed over by those who are quicker, whatever the shares.
+    /// Waits for this many slots, at least 1: [`Board::grant`] returns the ticket once for each. A caller that needs
+    /// many slots must ask for all of them at once: if it asked again after each, quicker callers would overtake it
+    /// regardless of the shares.
     pub fn queue_for(&mut self, want: Want, slots: u32) -> Ticket {
         let ticket = (want.rank, self.next);
         self.next += 1;
@@ -246,14 +252,14 @@ impl Board {
         ticket
     }
 
-    /// Waits for one slot more under a ticket that still waits.
+    /// Adds a slot to a wish that still waits.
     pub fn more(&mut self, ticket: Ticket) {
         if let Some(wish) = self.waiting.get_mut(&ticket) {
             wish.slots += 1;
         }
     }
 
-    /// Waits for one slot less, and no more if that was the last. Returns whether slots have become free by that.
+    /// Removes a slot from a wish, and the wish if that was its last. Returns whether that has freed slots.
     pub fn fewer(&mut self, ticket: Ticket) -> bool {
         match self.waiting.get_mut(&ticket) {
             Some(wish) if wish.slots > 1 => {
@@ -264,14 +270,14 @@ impl Board {
         }
     }
 
-    /// Waits no more. Returns whether slots have become free by that.
+    /// Removes a wish. Returns whether that has freed slots.
     pub fn leave(&mut self, ticket: Ticket) -> bool {
         let Some(Wish { want, .. }) = self.waiting.remove(&ticket) else { return false };
         self.note_idle(&want.holder());
         want.alone && self.unreserve(ticket)
     }
 
-    /// Gives a slot back: of that worker, and of who had it.
+    /// Returns a holder's slot at a worker.
     pub fn release(&mut self, worker: WorkerKey, holder: &Holder) {
         if self.shares.give_back(holder) {
             self.note_idle(holder);
@@ -282,7 +288,7 @@ impl Board {
         }
     }
 
-    /// Notes whether a tenant has no wish for a model's slots.
+    /// Marks the holder as idle if its tenant has no wish for the model.
     fn note_idle(&mut self, holder: &Holder) {
         let wishes = |want: &Want| {
             (want.rank.batch, want.rank.tenant, &want.model) == (holder.batch, holder.tenant, &holder.model)
@@ -292,12 +298,12 @@ impl Board {
         }
     }
 
-    /// Gives free slots to those who wait, best first, until nothing fits.
+    /// Gives free slots to waiting wishes, best first, until no free slot fits a wish.
     pub fn grant(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
         let mut granted = self.grant_trials();
         granted.extend(self.grant_in_turn());
-        // The next are for others of the same rank first: segments of a batch go on side by side, each in a task of its own,
-        // so that all cores have something to do.
+        // Other wishes of the same rank go next: the segments of a batch advance side by side, each in a task of its
+        // own, so that all cores have work.
         for (ticket, _) in &granted {
             if let Some(wish) = self.waiting.get_mut(ticket) {
                 wish.turn = self.next;
@@ -307,8 +313,8 @@ impl Board {
         granted
     }
 
-    /// Requests that find out whether a worker answers again are taken from those who wait in turns, whatever their rank
-    /// among batches: those of the first may be what it fails, and must not be in the way of all others.
+    /// Gives trial slots. Trial requests come from all waiting wishes in turn, whatever their rank among batches: the
+    /// first wish's requests may be what the worker fails, and must not block the others.
     fn grant_trials(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
         let mut granted = SmallVec::new();
         let on_trial: SmallVec<[WorkerKey; 2]> =
@@ -333,7 +339,7 @@ impl Board {
         granted
     }
 
-    /// Whose request finds out next whether a worker answers again.
+    /// The wish whose request goes to a worker on trial next.
     fn next_on_trial(&self, key: WorkerKey) -> Option<(Ticket, Want)> {
         let desk = self.desks.get(&key)?;
         let fits = |ticket: &Ticket, want: &Want| {
@@ -366,9 +372,9 @@ impl Board {
                     };
                     granted.push((ticket, worker));
                     self.serve(ticket);
-                    // Another worker was kept free for it: that is for the others now.
+                    // A worker that was reserved for it is free for others now.
                     let freed = want.alone && self.unreserve(ticket);
-                    // It has one more now: it may be another tenant's turn.
+                    // Its share has grown, so another tenant may be next.
                     let others = self.waiting.keys().any(|(rank, _)| rank.tenant != want.rank.tenant);
                     if freed || others {
                         again = true;
@@ -380,7 +386,7 @@ impl Board {
         granted
     }
 
-    /// One slot of those that a ticket waits for is there.
+    /// Takes one slot off a wish.
     fn serve(&mut self, ticket: Ticket) {
         if let Some(wish) = self.waiting.get_mut(&ticket) {
             wish.slots -= 1;
@@ -390,8 +396,7 @@ impl Board {
         }
     }
 
-    /// Keeps a worker free for a request that must be alone, unless enough of them are kept free already: most of the
-    /// fleet goes on with everything else.
+    /// Reserves a worker for a request that must be alone, unless enough are reserved: most of the fleet keeps working.
     fn reserve(&mut self, ticket: Ticket, want: &Want) {
         if self.desks.values().any(|desk| desk.reserved == Some(ticket)) {
             return;
@@ -406,13 +411,13 @@ impl Board {
         }
     }
 
-    /// Returns whether a worker was kept free for it.
+    /// Ends a reservation. Returns whether there was one.
     fn unreserve(&mut self, ticket: Ticket) -> bool {
         let kept = self.desks.values_mut().find(|desk| desk.reserved == Some(ticket));
         kept.map(|desk| desk.reserved = None).is_some()
     }
 
-    /// Says what a worker serves, whether it takes requests at all and at the moment, and how many at a time.
+    /// Sets a worker's models, whether it takes requests in general and at the moment, and its limit.
     pub fn set(
         &mut self,
         worker: WorkerKey,
@@ -435,15 +440,15 @@ impl Board {
         desk.reserved = desk.reserved.filter(stays);
     }
 
-    /// Changes how many requests a worker takes at a time. Those that are more than that stay out until they come back.
-    /// Returns whether there are more slots than before.
+    /// Changes a worker's limit. Slots in use above it stay in use until they are returned. Returns whether there are
+    /// more slots than before.
     pub fn relimit(&mut self, worker: WorkerKey, limit: u32) -> bool {
         let Some(desk) = self.desks.get_mut(&worker) else { return false };
         std::mem::replace(&mut desk.limit, limit) < limit
     }
 
-    /// Puts a worker on trial: it gets so many requests in all until it is closed or no longer on trial, whatever it still
-    /// has of before. None: it is not on trial. Returns whether it may have free slots now.
+    /// Puts a worker on trial: it gets this many requests in all until it is closed or no longer on trial, regardless
+    /// of earlier ones still in flight. `None` ends the trial. Returns whether it may have free slots now.
     pub fn trial(&mut self, worker: WorkerKey, requests: Option<u32>) -> bool {
         let Some(desk) = self.desks.get_mut(&worker) else { return false };
         let given = desk.trial.map_or(0, |trial| trial.given);
@@ -451,12 +456,12 @@ impl Board {
         desk.open
     }
 
-    /// What is in flight at a worker need not be there alone any longer. Returns whether that frees slots.
+    /// Allows other requests next to one that was alone at a worker. Returns whether that frees slots.
     pub fn join(&mut self, worker: WorkerKey) -> bool {
         self.desks.get_mut(&worker).is_some_and(|desk| std::mem::take(&mut desk.alone))
     }
 
-    /// Whether all slots of a worker were out at some time since the last call.
+    /// Whether all slots of a worker were in use at some time since the last call.
     pub fn was_full(&mut self, worker: WorkerKey) -> bool {
         let Some(desk) = self.desks.get_mut(&worker) else { return false };
         let full = desk.in_flight >= desk.limit;
@@ -489,18 +494,18 @@ impl Board {
         self.desks.get(&worker).is_some_and(|desk| desk.serving)
     }
 
-    /// Forgets a worker. Slots that are still out come back to nobody.
+    /// Removes a worker. Returning its slots in use has no effect then.
     pub fn remove(&mut self, worker: WorkerKey) {
         self.desks.remove(&worker);
     }
 
-    /// Slots out and slots in all of a worker.
+    /// A worker's slots in use, and its slots in all.
     #[must_use]
     pub fn load(&self, worker: WorkerKey) -> (u32, u32) {
         self.desks.get(&worker).map_or((0, 0), |desk| (desk.in_flight, desk.limit))
     }
 
-    /// How many requests for a model can be in flight at once. 0: nobody serves it now.
+    /// The number of requests for a model that can be in flight at once. 0: no worker serves it now.
     #[must_use]
     pub fn capacity(&self, model: &str) -> u32 {
         self.desks.values().filter(|desk| desk.serving && desk.lists(model)).map(|desk| desk.limit).sum()
@@ -529,13 +534,13 @@ impl Board {
         self.serving(model).next().is_some()
     }
 
-    /// Whether a worker that serves lists patterns.
+    /// Whether any serving worker lists patterns.
     #[must_use]
     pub fn lists_patterns(&self) -> bool {
         self.desks.values().any(|desk| desk.serving && !desk.patterns.is_empty())
     }
 
-    /// Says which models are wanted. Returns whether those are others than before.
+    /// Sets the models that batches need. Returns whether they changed.
     pub fn want(&mut self, models: BTreeSet<Arc<str>>) -> bool {
         let changed = self.wanted != models;
         self.wanted = models;
@@ -553,14 +558,14 @@ impl Board {
     /// The least loaded worker for a request, of those that fit.
     fn best(&mut self, want: &Want, fits: impl Fn(&Desk) -> bool) -> Option<(WorkerKey, &mut Desk)> {
         let serves = |desk: &Desk| desk.open && desk.lists(&want.model);
-        // A worker that failed the request is better than none, but only if there is no other that serves the model.
+        // A worker that failed the request is used only if no other serves the model.
         let fresh = self.desks.iter().any(|(key, desk)| serves(desk) && !want.avoid.contains(key));
         let (key, desk) = self
             .desks
             .iter_mut()
             .filter(|(key, desk)| serves(desk) && fits(desk) && !(fresh && want.avoid.contains(key)))
             .min_by(|(_, a), (_, b)| {
-                // in_flight / limit, without dividing.
+                // Compares in_flight / limit without dividing.
                 (u64::from(a.in_flight) * u64::from(b.limit)).cmp(&(u64::from(b.in_flight) * u64::from(a.limit)))
             })?;
         Some((*key, desk))
@@ -568,16 +573,16 @@ impl Board {
 }
 
 impl Desk {
-    /// Whether it lists the model, or a pattern that stands for it.
+    /// Whether it lists the model or a matching pattern.
     fn lists(&self, model: &str) -> bool {
         self.models.contains(model) || self.patterns.iter().any(|pattern| names::stands_for(pattern, model))
     }
 
-    /// It gets one request more.
+    /// Adds a request in flight.
     fn give(&mut self, alone: bool) {
         self.in_flight += 1;
         match &mut self.trial {
-            // On trial it has as few as it is given, whatever its limit.
+            // On trial the allowance counts, not the limit.
             Some(trial) => trial.given += 1,
             None => self.was_full |= self.in_flight >= self.limit,
         }
@@ -591,7 +596,7 @@ impl Desk {
         self.trial.is_none() && self.has_place() && !self.alone && self.reserved.is_none()
     }
 
-    /// On trial, what is left of before may hang and must not be in the way.
+    /// On trial, earlier requests may hang and must not block.
     fn has_place(&self) -> bool {
         self.open
             && match self.trial {
@@ -600,7 +605,7 @@ impl Desk {
             }
     }
 
-    /// Nothing is in flight there, and it is not kept free for anybody else.
+    /// Whether nothing is in flight there and it is not reserved for another ticket.
     fn idle(&self, ticket: Option<Ticket>) -> bool {
         self.has_place()
             && self.in_flight == 0

@@ -1,8 +1,8 @@
-//! The workers: which there are, how they are, and one HTTP request to one of them.
+//! The workers: their state, their slots, and one HTTP request to one of them.
 //!
-//! [`board`] decides who gets which worker's next slot, [`limit`] how many it has, [`health`] when it is down, [`outage`]
-//! when it is at fault for what fails, [`load`] reads its metrics: all pure. [`probe`], [`adapt`] and [`dispatch`] talk to
-//! workers, [`judge`] tells them what came of requests; this file holds them together.
+//! [`board`] decides who gets a worker's next slot, [`limit`] how many slots it has, [`health`] when it is down,
+//! [`outage`] when it is at fault for failures, [`load`] reads its metrics: all pure. [`probe`], [`adapt`] and
+//! [`dispatch`] talk to workers, [`judge`] passes on the outcomes of requests; this file connects them.
 
 mod adapt;
 #[doc(hidden)]

@@ -3,41 +3,41 @@
 use super::LineReport;
 use crate::{blobs::BlobError, store::StoreError};
 
-/// Why there is no file. Nothing is left behind.
+/// Why an upload made no file. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
-    /// Lines are bad.
+    /// There are bad lines.
     #[error("{total} bad line(s){}", first(.errors))]
     Invalid {
-        /// The lowest bad lines, in order.
+        /// The first bad lines, in order.
         errors: Vec<LineReport>,
-        /// How many bad lines there are in all.
+        /// The number of bad lines in all.
         total: u64,
     },
-    /// Not text in UTF-8 at all: what it is, and what to do.
+    /// A file of another format; the text says which, and what to do.
     #[error("the file is not JSONL: {0}")]
     NotJsonl(&'static str),
-    /// Too many lines.
+    /// It has more requests than allowed.
     #[error("more than {max} requests; split the file")]
     TooManyLines {
         /// The limit.
         max: u64,
     },
-    /// Too large.
+    /// It has more bytes than allowed.
     #[error("more than {max} bytes; split the file")]
     TooManyBytes {
         /// The limit.
         max: u64,
     },
-    /// No request in it.
+    /// It contains no request.
     #[error("no request; expected at least one line of JSON")]
     Empty,
-    /// Not the size that was announced: bytes were lost on the way, or are too many.
-    #[error("{received} bytes came, {expected} were announced; upload the file again")]
+    /// It has another size than announced: bytes were lost, or there are too many.
+    #[error("received {received} bytes of {expected}; upload the file again")]
     SizeMismatch {
-        /// As announced.
+        /// The announced size in bytes.
         expected: u64,
-        /// As received.
+        /// The number of bytes received.
         received: u64,
     },
     /// The database failed.
@@ -46,7 +46,7 @@ pub enum IngestError {
     /// The blob store failed.
     #[error(transparent)]
     Blob(#[from] BlobError),
-    /// The scratch folder can't be written: it is full, most likely.
+    /// The scratch folder can't be written; most likely it is full.
     #[error("scratch space: {}", crate::words::file(.0))]
     Scratch(#[source] std::io::Error),
     /// The server is stopping.

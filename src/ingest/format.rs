@@ -1,15 +1,15 @@
-//! What a file is whose first bytes are no JSONL: people upload compressed files and what Windows' tools write.
+//! Recognises files of other formats by their first bytes: people upload compressed files and files from Windows tools.
 
-/// So many first bytes tell.
+/// The number of bytes needed.
 pub(super) const HEAD: usize = 6;
 
-/// What the first bytes, all of a shorter file, are of, and what to do with such a file. None: it may be JSONL.
+/// The format that a file's first bytes (all of a shorter file) belong to, with what to do. `None`: it may be JSONL.
 pub(super) fn other_than_jsonl(head: &[u8]) -> Option<&'static str> {
     let begins = |magic: &[u8]| head.starts_with(magic);
     if begins(b"\xff\xfe\0\0") || begins(b"\0\0\xfe\xff") {
         return Some("it is UTF-32; convert it to UTF-8, such as by iconv -f UTF-32 -t UTF-8");
     }
-    // Without its mark: every other byte of an ASCII text is zero.
+    // Without a byte order mark: every other byte of an ASCII text is zero.
     let zero = |at: usize| head.get(at) == Some(&0);
     let unmarked = head.len() >= 4 && ((zero(1) && zero(3) && !zero(0)) || (zero(0) && zero(2) && !zero(1)));
     if begins(b"\xff\xfe") || begins(b"\xfe\xff") || unmarked {

@@ -1,4 +1,4 @@
-//! Requests that come inside a call instead of a file: they become a file all the same.
+//! Inline requests of a call: they are written to an input file too.
 
 use bytes::Bytes;
 
@@ -7,20 +7,20 @@ use crate::domain::{Endpoint, File, request_line};
 
 /// The most inline requests of a batch.
 pub const INLINE_MAX_REQUESTS: usize = 1_000;
-/// The most bytes of their ids and bodies together: with the rest of the call it stays below gRPC's 4 MiB a message.
+/// The most bytes of their ids and bodies together, so that the call stays below gRPC's 4 MiB per message.
 pub const INLINE_MAX_BYTES: usize = 3 * 1024 * 1024;
 
-/// A request without a line.
+/// An inline request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InlineRequest {
-    /// As in a line.
+    /// The custom_id, with the rules of a line's.
     pub custom_id: String,
-    /// The JSON object. Reaches the worker byte for byte, except that line ends between its tokens become spaces.
+    /// The JSON object. It reaches the worker byte for byte, except that line ends between its tokens become spaces.
     pub body: Bytes,
 }
 
 impl Ingest {
-    /// Makes an input file of some requests. Errors name requests by their numbers, from 1.
+    /// Makes an input file of inline requests. Errors name requests by number, from 1.
     ///
     /// # Errors
     /// As of an upload; [`IngestError::TooManyLines`] and [`IngestError::TooManyBytes`] by the limits of this way.
@@ -44,7 +44,8 @@ impl Ingest {
         let mut lines = Vec::with_capacity(bytes + requests.len() * 128);
         let mut bad = Vec::new();
         for (number, request) in (1..).zip(requests) {
-            // Alone, before it is part of a line: a body may not bring fields of the line with it.
+            // The body is checked alone, before it becomes part of a line, so that it can't smuggle in fields of the
+            // line.
             match request_line::model_of(&request.body) {
                 Ok(_) => write_line(&mut lines, endpoint, request),
                 Err(problem) => bad.push((number, request.custom_id.clone(), problem.to_string())),
@@ -61,7 +62,7 @@ fn write_line(lines: &mut Vec<u8>, endpoint: Endpoint, request: &InlineRequest) 
     let custom_id = serde_json::Value::from(request.custom_id.as_str()).to_string();
     let head = format!("{{\"custom_id\":{custom_id},\"method\":\"POST\",\"url\":\"{endpoint}\",\"body\":");
     lines.extend_from_slice(head.as_bytes());
-    // In valid JSON a line feed can only stand between tokens, where a space means the same.
+    // In valid JSON a line feed occurs only between tokens, where a space means the same.
     lines.extend(request.body.trim_ascii().iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
     lines.push(b'}');
 }

@@ -1,8 +1,8 @@
-//! Uploads: validated line by line while they stream in, and cut into segments, in memory that does not grow with the
+//! Uploads: validated line by line while they stream in and cut into segments, in memory that does not grow with the
 //! file.
 //!
-//! [`Validator`] is the synchronous core: chunks in, the segment index or the bad lines out. [`Upload`] runs it beside
-//! the object's write, away from the async threads, and makes the file's row at the end.
+//! [`Validator`] is the synchronous core: chunks in, the segment index or the bad lines out. [`Upload`] runs it in
+//! parallel with writing the object, off the async threads, and inserts the file's row at the end.
 
 mod error;
 mod format;
@@ -21,14 +21,15 @@ pub use segments::{SEGMENT_BYTES, SEGMENT_LINES, SEGMENT_REQUESTS};
 pub use upload::{Begun, Ingest, NewUpload, Upload};
 pub use validator::{Validated, Validator};
 
-/// How large a file may be.
+/// The limits of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Lines that are not blank. Default: 1 million.
+    /// The most lines that are not blank. Default: 1 million.
     pub max_lines: u64,
-    /// Bytes. Default: 10 GB.
+    /// The most bytes. Default: 10 GB.
     pub max_bytes: u64,
-    /// Bytes of one line, without its line feed. Default: 8 MiB, the most of it that an upload keeps in memory.
+    /// The most bytes of one line without its line feed. Default: 8 MiB, which is the most of a line that an upload
+    /// keeps in memory.
     pub max_line_bytes: usize,
 }
 

@@ -1,14 +1,14 @@
-//! What is wrong with a file, line by line: the lowest lines are told, all are counted.
+//! The bad lines of a file: the first ones are described, all are counted.
 
 use std::collections::BinaryHeap;
 
-/// How many bad lines are reported.
+/// The most bad lines that are described.
 pub const MAX_REPORTS: usize = 100;
 
-/// What is wrong with a line.
+/// A description of a bad line.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LineReport {
-    /// Its number, from 1, blank lines counted.
+    /// The line number, from 1, counting blank lines.
     pub line: u64,
     /// The request's `custom_id` if it could be read.
     pub custom_id: Option<String>,
@@ -16,16 +16,16 @@ pub struct LineReport {
     pub message: String,
 }
 
-/// The reports of the lowest lines.
+/// The reports of the first bad lines.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
-    /// The highest line on top, to make room for a lower one.
+    /// The highest line number on top, to be replaced by a lower one.
     lowest: BinaryHeap<LineReport>,
     total: u64,
 }
 
 impl Reports {
-    /// Reports a line. Duplicates are found last, so lines come in any order; each comes once.
+    /// Reports a line, once. Lines come in any order, because duplicates are found last.
     pub(super) fn add(&mut self, line: u64, custom_id: Option<String>, message: impl FnOnce() -> String) {
         self.total += 1;
         if self.lowest.len() == MAX_REPORTS {
@@ -37,12 +37,12 @@ impl Reports {
         self.lowest.push(LineReport { line, custom_id, message: message() });
     }
 
-    /// How many lines are bad.
+    /// The number of bad lines.
     pub(super) fn total(&self) -> u64 {
         self.total
     }
 
-    /// The reports, lowest line first, and how many bad lines there are in all.
+    /// The reports in the order of lines, and the number of bad lines in all.
     pub(super) fn into_sorted(self) -> (Vec<LineReport>, u64) {
         (self.lowest.into_sorted_vec(), self.total)
     }

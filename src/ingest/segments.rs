@@ -4,27 +4,27 @@ use crate::domain::{SegmentIndex, SegmentSpan};
 
 /// The most requests of a segment.
 pub const SEGMENT_REQUESTS: i32 = 1_000;
-/// The most bytes of a segment, but for a single longer line.
+/// The most bytes of a segment, except that a longer line has a segment of its own.
 pub const SEGMENT_BYTES: u64 = 4 * 1024 * 1024;
-/// The most lines that a segment spans, blank ones counted: keeps its line sets at 8 KiB whatever the file looks like.
+/// The most lines that a segment spans, counting blank ones, so that its line sets are at most 8 KiB.
 pub const SEGMENT_LINES: u64 = 65_536;
 
 /// A line that holds a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RequestAt<'a> {
-    /// Its number in the file, from 1.
+    /// The line number, from 1.
     pub(super) line: u64,
-    /// Where it starts in the file.
+    /// The offset of its first byte in the file.
     pub(super) start: u64,
-    /// Where it ends, its line feed included.
+    /// The offset after its line feed.
     pub(super) end: u64,
-    /// Which of the file's models.
+    /// The index of its model in the file's list.
     pub(super) model: usize,
-    /// Its text, without its line feed.
+    /// Its text, without the line feed.
     pub(super) text: &'a [u8],
 }
 
-/// Puts requests into segments, as they come.
+/// Divides requests into segments as they arrive.
 #[derive(Debug, Default)]
 pub(super) struct Segments {
     done: Vec<SegmentSpan>,
@@ -39,9 +39,9 @@ struct Open {
     end: u64,
     requests: i32,
     models: i64,
-    /// The checksum of its bytes.
+    /// The CRC-32C of its bytes.
     crc: u32,
-    /// The same with the blank lines that have come since: they belong to it if another request does.
+    /// The CRC-32C including the blank lines since, which belong to the segment if another request does.
     ahead: u32,
 }
 
@@ -76,7 +76,7 @@ impl Segments {
         });
     }
 
-    /// A blank line of so many bytes, its line feed included.
+    /// Adds a blank line.
     pub(super) fn blank(&mut self, text: &[u8], length: u64) {
         if let Some(open) = &mut self.open {
             open.ahead = checksum_on(open.ahead, text, length);
@@ -105,7 +105,7 @@ impl Segments {
     }
 }
 
-/// The checksum with one more line: `length` counts its line feed, if it has one.
+/// The checksum with one more line. `length` counts its line feed, if it has one.
 fn checksum_on(crc: u32, text: &[u8], length: u64) -> u32 {
     let crc = crc32c::crc32c_append(crc, text);
     if length > text.len() as u64 { crc32c::crc32c_append(crc, b"\n") } else { crc }
@@ -135,7 +135,7 @@ mod tests {
         let mib = 1024 * 1024;
         let by_size = cut((0..6).map(|i| (i + 1, i * mib, i * mib + mib, 31)));
         assert_eq!(by_size, [(1, 4, 4, 0, 4 << 20, 1 << 31), (5, 2, 2, 4 << 20, 2 << 20, 1 << 31)]);
-        // A line that alone is too much has a segment of its own.
+        // A line that alone exceeds the limit has a segment of its own.
         assert_eq!(cut([(1, 0, 9, 0), (2, 9, 9 + 8 * mib, 0), (3, 9 + 8 * mib, 10 + 8 * mib, 0)]).len(), 3);
         let by_span = cut([(1, 0, 5, 0), (65_536, 70_000, 70_005, 0), (65_537, 70_005, 70_010, 0)]);
         assert_eq!(by_span, [(1, 65_536, 2, 0, 70_005, 1), (65_537, 1, 1, 70_005, 5, 1)]);

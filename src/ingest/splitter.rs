@@ -1,31 +1,31 @@
-//! Lines out of chunks that end anywhere.
+//! Splits chunks that end anywhere into lines.
 
 /// A line of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Line<'a> {
-    /// Without its line feed. None: longer than allowed.
+    /// Its text without the line feed. `None`: longer than allowed.
     pub(super) text: Option<&'a [u8]>,
-    /// Where it starts in the file.
+    /// The offset of its first byte in the file.
     pub(super) start: u64,
-    /// Where it ends, its line feed included.
+    /// The offset after its line feed.
     pub(super) end: u64,
 }
 
-/// Cuts a file into lines. A line that lies in one chunk is not copied; one that is too long is not kept.
+/// Splits a file into lines. A line within one chunk is not copied; one that is too long is dropped.
 #[derive(Debug)]
 pub(super) struct Splitter {
     max_line: usize,
-    /// The start of a line whose end has not come yet.
+    /// The beginning of a line whose end has not arrived yet.
     carry: Vec<u8>,
-    /// That line is too long already: what of it still comes is dropped.
+    /// Whether that line is already too long, so that the rest of it is dropped.
     dropping: bool,
-    /// Where that line starts.
+    /// The offset of that line.
     start: u64,
-    /// Where the next chunk starts.
+    /// The offset of the next chunk.
     position: u64,
 }
 
-/// What a carry buffer may keep for the next line.
+/// The most capacity that the buffer keeps for the next line.
 const KEPT_CAPACITY: usize = 256 * 1024;
 
 impl Splitter {
@@ -33,12 +33,12 @@ impl Splitter {
         Self { max_line, carry: Vec::new(), dropping: false, start: 0, position: 0 }
     }
 
-    /// How many bytes have come.
+    /// The number of bytes received.
     pub(super) fn position(&self) -> u64 {
         self.position
     }
 
-    /// Takes the next chunk and hands out the lines that it ends.
+    /// Takes the next chunk and passes on the lines that end in it.
     pub(super) fn push<E>(&mut self, chunk: &[u8], mut line: impl FnMut(Line<'_>) -> Result<(), E>) -> Result<(), E> {
         let chunk_start = self.position;
         self.position += chunk.len() as u64;
@@ -61,7 +61,7 @@ impl Splitter {
         Ok(())
     }
 
-    /// Hands out the last line if the file does not end with a line feed.
+    /// Passes on the last line if the file does not end with a line feed.
     pub(super) fn finish<E>(mut self, mut line: impl FnMut(Line<'_>) -> Result<(), E>) -> Result<(), E> {
         if self.start == self.position {
             return Ok(());

@@ -1,8 +1,8 @@
-//! Whether every `custom_id` of a file is there once: exact, in memory that does not grow with the file.
+//! Checks that every `custom_id` of a file is unique: exactly, in memory that does not grow with the file.
 //!
-//! Each id becomes a keyed 64-bit hash with the place of its text in a log. Hashes are sorted in runs of bounded size,
-//! which go to a file as they fill up, and are merged at the end: the same id twice means the same hash twice, and for
-//! those the texts are compared. Both files are temporary and have no name, so nothing can be left behind.
+//! Each id becomes a keyed 64-bit hash with the position of its text in a log. Hashes are sorted in runs of bounded
+//! size, which are written to a file when full and merged at the end. Equal ids have equal hashes, and for equal hashes
+//! the texts are compared. Both files are temporary and have no name, so nothing is left behind.
 
 use std::{
     cmp::Reverse,
@@ -17,16 +17,16 @@ use foldhash::quality::RandomState;
 
 /// Entries of a run: 2 MiB. Ten million ids are 77 runs.
 const RUN: usize = 128 * 1024;
-/// Bytes of texts that are kept in memory before they go to the file.
+/// Bytes of texts kept in memory before they are written to the file.
 const TEXTS: usize = 1024 * 1024;
-/// Memory for reading all runs at once when they are merged, but for the least of 4 KiB a run.
+/// Memory for reading all runs during the merge; each run gets at least 4 KiB.
 const MERGE: usize = 4 * 1024 * 1024;
-/// Of an entry in a run file.
+/// Bytes of an entry in a run file.
 const ENTRY_BYTES: usize = 16;
-/// Of a record in the log, before its text: line number and length.
+/// Bytes of a record in the log before its text: line number and length.
 const RECORD_HEAD: usize = 10;
 
-/// An id that an earlier line has as well.
+/// An id that an earlier line already has.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Duplicate {
     pub(super) line: u64,
@@ -45,7 +45,7 @@ pub(super) struct UniqueIds {
     texts: Texts,
 }
 
-/// Ordered by hash, then by place in the log, which is the order of lines.
+/// Ordered by hash, then by position in the log, which is the order of lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Entry {
     hash: u64,
@@ -53,7 +53,7 @@ struct Entry {
 }
 
 impl UniqueIds {
-    /// Temporary files, once they are needed, will be in `scratch`.
+    /// Starts without ids. Temporary files are made in `scratch` when they are needed.
     pub(super) fn new(scratch: PathBuf) -> Self {
         Self::with_sizes(scratch, RUN, TEXTS)
     }
@@ -69,7 +69,7 @@ impl UniqueIds {
         }
     }
 
-    /// Adds the id of a line. Lines come in order; an id has at most 65,535 bytes.
+    /// Adds the id of a line, at most 65,535 bytes. Lines come in order.
     pub(super) fn insert(&mut self, custom_id: &str, line: u64) -> io::Result<()> {
         self.insert_hashed(self.hasher.hash_one(custom_id), custom_id, line)
     }
@@ -94,7 +94,7 @@ impl UniqueIds {
         Ok(())
     }
 
-    /// Hands out each line whose id an earlier line has, in no particular order.
+    /// Passes on each line whose id an earlier line has, in no particular order.
     pub(super) fn finish(mut self, mut duplicate: impl FnMut(Duplicate)) -> io::Result<()> {
         if self.runs.is_some() && !self.entries.is_empty() {
             self.spill()?;
@@ -113,7 +113,7 @@ impl UniqueIds {
     }
 }
 
-/// Looks at entries in order and compares the texts of those with the same hash.
+/// Takes entries in order and compares the texts of those with the same hash.
 struct SameHash {
     texts: Texts,
     first: Option<Entry>,
@@ -147,14 +147,14 @@ impl SameHash {
     }
 }
 
-/// The log of ids with their lines: its end in memory, what comes before in a file once there is much.
+/// The log of ids with their lines: the end in memory, the rest in a file once there is much.
 #[derive(Debug)]
 struct Texts {
     scratch: PathBuf,
     limit: usize,
     memory: Vec<u8>,
     file: Option<File>,
-    /// Bytes that are in the file.
+    /// The number of bytes in the file.
     in_file: u64,
 }
 
@@ -183,7 +183,7 @@ impl Texts {
         Ok(())
     }
 
-    /// A text and its line. After the first call nothing is appended any more.
+    /// Reads a text and its line. After the first call nothing is appended any more.
     fn read(&mut self, position: u64) -> io::Result<(String, u64)> {
         let mut head = [0; RECORD_HEAD];
         self.read_at(position, &mut head)?;
@@ -197,7 +197,7 @@ impl Texts {
 
     fn read_at(&mut self, position: u64, into: &mut [u8]) -> io::Result<()> {
         let torn = || io::Error::from(io::ErrorKind::UnexpectedEof);
-        // A record is written at once: it never lies in both.
+        // A record is written at once, so it is never split between memory and file.
         if let Some(at) = position.checked_sub(self.in_file) {
             let at = usize::try_from(at).map_err(|_| torn())?;
             into.copy_from_slice(self.memory.get(at..at + into.len()).ok_or_else(torn)?);
@@ -213,7 +213,7 @@ impl Texts {
 #[derive(Debug)]
 struct Runs {
     file: File,
-    /// In entries.
+    /// The lengths of the runs in entries.
     lengths: Vec<usize>,
 }
 
@@ -229,7 +229,7 @@ impl Runs {
         Ok(())
     }
 
-    /// Hands out all entries in order.
+    /// Passes on all entries in order.
     fn merge(mut self, mut take: impl FnMut(Entry) -> io::Result<()>) -> io::Result<()> {
         let buffer = (MERGE / self.lengths.len().max(1) / ENTRY_BYTES).max(256);
         let mut start = 0;
@@ -262,10 +262,10 @@ impl Runs {
 
 /// A run being read.
 struct Source {
-    /// Where in the file the next read begins.
+    /// The offset of the next read.
     next: u64,
     end: u64,
-    /// Entries to come, the next one last.
+    /// The entries read, the next one last.
     buffer: Vec<Entry>,
 }
 

@@ -1,4 +1,4 @@
-//! One upload: the object is written while its lines are checked.
+//! One upload: its object is written while its lines are checked.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -13,13 +13,13 @@ use crate::{
     store::{InsertedFile, Store},
 };
 
-/// Bytes that are checked in one go. Large enough that handing them to another thread costs nothing beside, small enough
-/// to be no matter for memory.
+/// Bytes checked at a time: enough that handing them to another thread costs little, and few enough to need little
+/// memory.
 const CHECK_BYTES: usize = 256 * 1024;
-/// Bytes that may wait while others are checked; then the client waits.
+/// Bytes that may wait while others are checked; beyond that the client waits.
 const AHEAD_BYTES: usize = 2 * 1024 * 1024;
 
-/// Takes uploads. Cheap to clone.
+/// Accepts uploads. Cheap to clone.
 #[derive(Clone)]
 pub struct Ingest {
     inner: Arc<Inner>,
@@ -32,36 +32,36 @@ struct Inner {
     scratch: PathBuf,
 }
 
-/// What is to be uploaded.
+/// Describes a new upload.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewUpload {
-    /// Whose it is.
+    /// The owner of the file.
     pub owner: Owner,
     /// A name for people.
     pub filename: String,
-    /// Its size, if it is known beforehand: any other is refused.
+    /// The size in bytes, if it is announced. An upload of another size is refused.
     pub total_bytes: Option<u64>,
     /// The client's idempotency key.
     pub request_id: Option<String>,
 }
 
-/// The begin of an upload.
+/// The result of beginning an upload.
 pub enum Begun {
-    /// The bytes may come.
+    /// A new upload, which takes the bytes.
     Upload(Box<Upload>),
-    /// The owner's request id had made this file before: there is nothing to do.
+    /// The file that an earlier upload with this request id made: there is nothing to upload.
     Existing(Box<File>),
 }
 
 impl Ingest {
     /// `scratch` is a folder for temporary files without names: up to about 30 bytes and the `custom_id` for each
-    /// request of the uploads under way.
+    /// request of the running uploads.
     #[must_use]
     pub fn new(store: Store, blobs: Blobs, limits: Limits, scratch: PathBuf) -> Self {
         Self { inner: Arc::new(Inner { store, blobs, limits, scratch }) }
     }
 
-    /// How large a file may be.
+    /// The limits of a file.
     #[must_use]
     pub fn limits(&self) -> Limits {
         self.inner.limits
@@ -83,9 +83,9 @@ impl Ingest {
         }
         let id = FileId::generate();
         let object_key = format!("inputs/{id}");
-        // From here on a killed process leaves an object that is known to be garbage.
+        // From here on, an object that a killed process leaves is recorded as garbage.
         store.begin_upload(&object_key).await?;
-        // Made before the object is begun, so that from then on whatever happens is cleaned up.
+        // Made before the object is begun, so that everything after it is cleaned up.
         let mut upload = Upload {
             inner: self.inner.clone(),
             spec,
@@ -103,35 +103,35 @@ impl Ingest {
     }
 }
 
-/// An upload under way. Dropped before [`Upload::finish`] has returned a file, it leaves nothing behind.
+/// A running upload. If it is dropped before [`Upload::finish`] has returned a file, it leaves nothing behind.
 pub struct Upload {
     inner: Arc<Inner>,
     spec: NewUpload,
     id: FileId,
     object_key: String,
-    /// None: given up, because a line is bad, or complete.
+    /// `None` after the upload has failed because of a bad line, or is complete.
     object: Option<ObjectWriter>,
     check: Checking,
-    /// Written, but not yet checked.
+    /// Chunks that are written but not yet checked.
     pending: Vec<Bytes>,
-    /// What they take.
+    /// Their size in bytes.
     pending_bytes: usize,
     received: u64,
-    /// No row names the object, and none will.
+    /// Whether the object is garbage: no row names it, and none will.
     garbage: bool,
 }
 
-/// Where the validator is. It works on a thread for blocking work, a few hundred kilobytes at a time: an upload whose
-/// client is slow holds no thread.
+/// Where the validator is. It runs on a thread for blocking work, a few hundred kilobytes at a time, so an upload with
+/// a slow client blocks no thread.
 enum Checking {
     Idle(Box<Validator>),
     Busy(JoinHandle<(Box<Validator>, Result<(), IngestError>)>),
-    /// It has ended the upload.
+    /// It has failed, and the upload with it.
     Gone,
 }
 
 impl Upload {
-    /// Takes the next bytes. Returns once there is room for more.
+    /// Takes the next bytes. Returns when there is room for more.
     ///
     /// # Errors
     /// [`IngestError`]: then the upload has ended. Bad lines are told by [`Upload::finish`].
@@ -141,22 +141,22 @@ impl Upload {
         if self.received > announced {
             return Err(IngestError::SizeMismatch { expected: announced, received: self.received });
         }
-        // A message of a single byte takes more than that.
+        // A message of a single byte takes more memory than that.
         self.pending_bytes += bytes.len() + size_of::<Bytes>();
         self.pending.push(bytes.clone());
         let busy = matches!(&self.check, Checking::Busy(running) if !running.is_finished());
         if self.pending_bytes >= if busy { AHEAD_BYTES } else { CHECK_BYTES } {
             self.check_pending().await?;
         }
-        // Meanwhile the lines are checked.
+        // The lines are checked meanwhile.
         if let Some(object) = &mut self.object {
             object.write(bytes).await?;
         }
         Ok(())
     }
 
-    /// Makes the file: its object is durable and its row is there when this returns. If the client's request id has made
-    /// a file meanwhile, that one is returned.
+    /// Completes the file. When this returns, its object is durable and its row exists. If another upload with the
+    /// client's request id has made a file meanwhile, that one is returned.
     ///
     /// # Errors
     /// [`IngestError`]: then there is no file and nothing is left behind.
@@ -188,9 +188,9 @@ impl Upload {
         let validated = validated.await.map_err(|_| IngestError::Interrupted)??;
         let object = self.object.take().ok_or(IngestError::Interrupted)?;
         let (file, segments) = self.file(validated);
-        // From here on it is not always known whether the object is there, nor, if a commit's answer is lost, whether a row
-        // names it. So the object is left alone: with its row it is the file's, without it the note of the begun upload
-        // still says that it is garbage.
+        // From here on it is not always known whether the object exists nor, if a commit's answer is lost, whether a
+        // row names it. So the object is left alone: if its row exists it belongs to the file, otherwise the garbage
+        // row of the upload still names it.
         self.garbage = false;
         object.finish().await?;
         fault::point(Fault::UploadObject);
@@ -222,7 +222,7 @@ impl Upload {
         (file, validated.segments)
     }
 
-    /// Has the pending bytes checked, without waiting for the result.
+    /// Starts the check of the pending bytes without waiting for the result.
     async fn check_pending(&mut self) -> Result<(), IngestError> {
         let mut validator = self.validator().await?;
         let object = if validator.is_doomed() { self.object.take() } else { None };
@@ -232,16 +232,16 @@ impl Upload {
             let checked = chunks.iter().try_for_each(|chunk| validator.push(chunk));
             (validator, checked)
         }));
-        // There will be no file: the rest is checked, to tell all bad lines, but no longer kept.
+        // There will be no file: the rest is checked, to report all bad lines, but not kept.
         if let Some(object) = object {
             object.abort().await?;
         }
         Ok(())
     }
 
-    /// The validator, once it has checked what it was given.
+    /// Waits until the validator has checked what it was given.
     async fn validator(&mut self) -> Result<Box<Validator>, IngestError> {
-        // Stays in place while it is awaited: this future may be dropped and another one come.
+        // Stays in place while it is awaited, because this future may be dropped and another one created.
         if let Checking::Busy(running) = &mut self.check {
             let (validator, checked) = running.await.map_err(|_| IngestError::Interrupted)?;
             self.check = Checking::Idle(validator);
@@ -259,7 +259,7 @@ impl Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        // Without a runtime there is no time left to clean up: the note of the begun upload remains.
+        // Without a runtime nothing can be cleaned up: the garbage row of the upload remains.
         if self.garbage
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -269,7 +269,7 @@ impl Drop for Upload {
     }
 }
 
-/// Lets go of an object that no row names. What fails here is done by the sweep of the begun upload's note.
+/// Deletes an object that no row names. If that fails, the garbage row of the upload remains.
 async fn abandon(inner: &Inner, object: Option<ObjectWriter>, key: &str) {
     if let Some(object) = object
         && let Err(error) = object.abort().await

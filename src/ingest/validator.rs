@@ -1,4 +1,5 @@
-//! The check of a whole file: chunks in, the segment index or the bad lines out. Blocks: it may write scratch files.
+//! Validates a whole file: chunks in, the segment index or the bad lines out. Blocks, because it may write scratch
+//! files.
 
 use std::path::PathBuf;
 
@@ -14,27 +15,27 @@ use crate::domain::{Endpoint, SegmentSpan, request_line, segment::MAX_MODELS_PER
 /// The byte order mark that some editors put at a file's start.
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// How much of a model's name a message repeats, in characters.
+/// Characters of a model's name that a message repeats.
 const SHOWN_MODEL: usize = 60;
 
-/// A valid file.
+/// The result of validating a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Validated {
-    /// Its size.
+    /// The size in bytes.
     pub bytes: u64,
-    /// How many requests.
+    /// The number of requests.
     pub requests: u64,
-    /// The url of all of them.
+    /// The url of all its requests.
     pub endpoint: Endpoint,
-    /// Their models, in order of first use.
+    /// The models, in the order of their first use.
     pub models: Vec<String>,
-    /// Where they are: every line that holds a request is in exactly one segment.
+    /// The segments: every line with a request is in exactly one.
     pub segments: Vec<SegmentSpan>,
     /// The CRC-32C of the whole file.
     pub crc32c: u32,
 }
 
-/// Checks a file as it comes.
+/// Validates a file while it arrives.
 #[derive(Debug)]
 pub struct Validator {
     splitter: Splitter,
@@ -46,7 +47,8 @@ pub struct Validator {
 }
 
 impl Validator {
-    /// Scratch files, for a file with many requests, are made in `scratch`; they have no names and go away by themselves.
+    /// Scratch files, which a file with many requests needs, are made in `scratch`; they have no names and vanish with
+    /// the process.
     #[must_use]
     pub fn new(limits: Limits, scratch: PathBuf) -> Self {
         Self {
@@ -68,7 +70,7 @@ impl Validator {
         }
     }
 
-    /// Takes the next bytes. Bad lines are told at the end, all of them.
+    /// Takes the next bytes. Bad lines are reported at the end.
     ///
     /// # Errors
     /// [`IngestError::NotJsonl`], [`IngestError::TooManyBytes`], [`IngestError::TooManyLines`] and [`IngestError::Scratch`]
@@ -88,7 +90,7 @@ impl Validator {
         self.splitter.push(chunk, |line| self.check.line(line))
     }
 
-    /// Ends the file.
+    /// Ends the file and returns the result.
     ///
     /// # Errors
     /// [`IngestError::Invalid`] with the bad lines, [`IngestError::Empty`], or as [`Validator::push`].
@@ -99,18 +101,18 @@ impl Validator {
         self.check.finish(bytes, self.crc)
     }
 
-    /// A file of another kind would have hundreds of bad lines, none of which says what it is.
+    /// A file of another format would have hundreds of bad lines, none of which would say what it is.
     fn check_head(&self) -> Result<(), IngestError> {
         format::other_than_jsonl(&self.head).map_or(Ok(()), |what| Err(IngestError::NotJsonl(what)))
     }
 
-    /// How many bytes have come.
+    /// The number of bytes received.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.splitter.position()
     }
 
-    /// Whether a bad line has been seen: there will be no file.
+    /// Whether a bad line has been seen, so that there will be no file.
     #[must_use]
     pub fn is_doomed(&self) -> bool {
         self.check.reports.total() > 0
@@ -126,11 +128,11 @@ impl Validator {
 struct Check {
     max_lines: u64,
     max_line_bytes: usize,
-    /// Lines so far, blank ones counted.
+    /// Lines so far, counting blank ones.
     lines: u64,
     /// Lines so far that are not blank.
     requests: u64,
-    /// The first valid line's, and its number.
+    /// The url and the number of the first valid line.
     endpoint: Option<(Endpoint, u64)>,
     models: Vec<String>,
     segments: Segments,
@@ -199,7 +201,7 @@ impl Check {
         self.ids.insert(&request.custom_id, line).map_err(IngestError::Scratch)
     }
 
-    /// The model's place among the file's models. None: they are too many.
+    /// The model's index in the file's list. `None`: there are too many.
     fn model(&mut self, name: &str) -> Option<usize> {
         if let Some(at) = self.models.iter().position(|known| known == name) {
             return Some(at);

@@ -1,4 +1,4 @@
-//! One watched batch: read once per change, shared by all that watch it.
+//! One watched batch, which is read once per change and shared by all its watchers.
 
 use std::{
     sync::{
@@ -19,7 +19,7 @@ use crate::{
     store::{StateEvent, Store, StoreError},
 };
 
-/// A batch is read at most this often.
+/// The shortest time between two reads of a batch.
 pub(super) const READ_GAP: Duration = Duration::from_millis(50);
 
 /// A batch as it was read at one moment.
@@ -33,7 +33,7 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    /// The newest revision that it knows of.
+    /// The newest revision in it.
     pub(super) fn newest(&self) -> Revision {
         self.events.last().map_or(self.batch.revision, |event| event.batch.revision.max(self.batch.revision))
     }
@@ -48,7 +48,7 @@ impl Snapshot {
         self.events.last().map_or(Sequence(0), |event| event.sequence)
     }
 
-    /// The batch and its events, as they are now. None: there is no such batch.
+    /// Reads the batch and its events. `None`: the batch does not exist.
     pub(super) async fn read(
         store: &Store,
         id: &BatchId,
@@ -65,18 +65,18 @@ impl Snapshot {
     }
 }
 
-/// What all watchers of one batch share.
+/// The state that all watchers of one batch share.
 pub(super) struct Feed {
     pub(super) id: BatchId,
-    /// The newest snapshot; none before the first.
+    /// The newest snapshot. `None` before the first read.
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
-    /// Changes only with a new state: what a watcher waits for while it may not send progress.
+    /// Changes only with a new state. A watcher waits for it while it may not send progress.
     states: watch::Sender<Revision>,
-    /// The batch has changed since the last read, or may have.
+    /// Whether the batch has or may have changed since the last read.
     dirty: AtomicBool,
-    /// A read is already on its way.
+    /// Whether a read is already scheduled.
     pub(super) scheduled: AtomicBool,
-    /// Readers take turns; when the last read began.
+    /// Held during a read, so that readers take turns. The time is the start of the last read.
     pub(super) turn: Mutex<Option<Instant>>,
 }
 
@@ -100,7 +100,7 @@ impl Feed {
         self.snapshots.receiver_count() > 0
     }
 
-    /// Whether the newest snapshot says that something has ended lately, which is true for some seconds only.
+    /// Whether the newest snapshot says that requests have ended lately, which holds only for some seconds.
     pub(super) fn is_moving(&self) -> bool {
         self.snapshots.borrow().as_ref().is_some_and(|snapshot| snapshot.progress.rates.moving())
     }
@@ -109,7 +109,7 @@ impl Feed {
         self.dirty.store(true, Ordering::Release);
     }
 
-    /// Whether the batch may have changed. The caller is going to read it.
+    /// Whether the batch may have changed. Resets that, because the caller is going to read it.
     pub(super) fn take_dirty(&self) -> bool {
         self.dirty.swap(false, Ordering::AcqRel)
     }
@@ -118,11 +118,11 @@ impl Feed {
         self.dirty.load(Ordering::Acquire)
     }
 
-    /// Shows a snapshot to all watchers. Returns whether it has a new state.
+    /// Publishes a snapshot to all watchers. Returns whether it has a new state.
     pub(super) fn publish(&self, snapshot: Snapshot) -> bool {
         let newest = snapshot.events.last().map_or(Revision(0), |event| event.batch.revision);
         self.snapshots.send_replace(Some(Arc::new(snapshot)));
-        // After the snapshot, so that who is woken finds the new state in it.
+        // After the snapshot, so that a woken watcher finds the new state in it.
         self.states.send_if_modified(|known| {
             let new = newest > *known;
             *known = newest.max(*known);
@@ -130,7 +130,7 @@ impl Feed {
         })
     }
 
-    /// Tells the watchers that the batch is no more.
+    /// Tells the watchers that the batch no longer exists.
     pub(super) fn close(&self) {
         self.snapshots.send_replace(None);
         self.states.send_modify(|known| *known = Revision(i64::MAX));
@@ -149,12 +149,12 @@ pub(super) struct Subscription {
 }
 
 impl Subscription {
-    /// The newest snapshot, marked as seen. None: the batch is no more.
+    /// The newest snapshot, which is marked as seen. `None`: the batch no longer exists.
     pub(super) fn take(&mut self) -> Option<Arc<Snapshot>> {
         self.snapshots.borrow_and_update().clone()
     }
 
-    /// The newest snapshot. None: the batch is no more.
+    /// The newest snapshot. `None`: the batch no longer exists.
     pub(super) fn peek(&self) -> Option<Arc<Snapshot>> {
         self.snapshots.borrow().clone()
     }

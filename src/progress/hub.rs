@@ -26,25 +26,25 @@ use crate::{
     supervise::Part,
 };
 
-/// How often the database is asked what has changed.
+/// The time between two polls of the database for changes.
 pub(super) const POLL: Duration = Duration::from_secs(1);
-/// Watched batches that are brought up to date every [`POLL`]; for each further so many it takes a [`POLL`] more, so that ten
-/// thousand of them that wait cost no more a second than one thousand. Those that run are always looked at.
+/// Watched batches that are refreshed every [`POLL`]; each further so many add one [`POLL`] to the interval, so that
+/// ten thousand waiting batches cost no more per second than one thousand. Running batches are refreshed at every poll.
 const REFRESHED: usize = 1_000;
-/// How much longer it takes while no batch has entered a state and no worker has changed: then a waiting batch's place and
-/// reason are the same as before, and this look is for what was missed only.
+/// The factor by which that interval grows while no batch enters a state and no worker changes. Then a waiting batch's
+/// place and reason stay the same, and the refresh only finds what was missed.
 const STILL: u32 = 10;
-/// The longest that it takes then.
+/// The longest such interval.
 const LONGEST_STILL: Duration = Duration::from_secs(60);
-/// Batches that are read for the first time in one go.
+/// Batches that are read for the first time at once.
 const FIRST_READS: usize = 500;
-/// Batches that nobody watches are read for their speed at most this many a [`POLL`]. More that change meanwhile are passed
-/// over: if they go on they change again.
+/// Unwatched batches that are read for their speed per [`POLL`]. Others that change meanwhile are skipped: if they go
+/// on, they change again.
 const UNWATCHED_READS: usize = 256;
-/// How long a feed waits after a failed read.
+/// The wait of a feed after a failed read.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Shows batches' progress to any number of watchers. Cheap to clone.
+/// Provides batches' progress to any number of watchers. Cheap to clone.
 #[derive(Clone)]
 pub struct Hub {
     inner: Arc<Inner>,
@@ -53,30 +53,30 @@ pub struct Hub {
 struct Inner {
     store: Store,
     fleet: Fleet,
-    /// What this node's runs are stuck on.
+    /// The runs of this node that are stuck, and on what.
     troubles: Troubles,
-    /// Ends every stream.
+    /// Ends all streams.
     shutdown: CancellationToken,
-    /// What [`Window`]s measure time from.
+    /// The start of the time that [`Window`]s use.
     started: Instant,
     feeds: Mutex<HashMap<BatchId, Arc<Feed>>>,
     /// The last seconds of unfinished batches, watched or not.
     windows: Mutex<HashMap<BatchId, Window>>,
-    /// Changed batches that nobody watches, to be read for their speed.
+    /// Changed batches without watchers, to be read for their speed.
     unwatched: Mutex<HashSet<BatchId>>,
-    /// Counts up whenever some batch may have entered a state.
+    /// Increases whenever some batch may have entered a state.
     states: watch::Sender<u64>,
 }
 
-/// What the hub remembers from one look into the database to the next.
+/// What the hub remembers from one poll to the next.
 pub(super) struct Asked {
-    /// The newest state change.
+    /// The sequence of the newest state change.
     sequence: Sequence,
-    /// The batches that ran.
+    /// The batches that were running.
     running: HashSet<BatchId>,
-    /// What all watched batches were brought up to date with.
+    /// The state of everything when all watched batches were last refreshed.
     known: (Sequence, Vec<Standing>),
-    /// When all watched batches may be brought up to date again, and when they are even if nothing seems to have changed.
+    /// When all watched batches may be refreshed again, and when they are even if nothing seems to have changed.
     refresh_at: Instant,
     refresh_by: Instant,
 }
@@ -94,7 +94,7 @@ impl Asked {
     }
 }
 
-/// What the reasons of waiting batches say of a worker.
+/// The facts about a worker that a waiting batch's reason may mention.
 #[derive(PartialEq)]
 struct Standing {
     url: String,
@@ -104,14 +104,14 @@ struct Standing {
     complaint: Option<Complaint>,
 }
 
-/// What all batches that don't move have in common.
+/// Facts that all batches without progress share.
 struct Around {
     running: HashSet<BatchId>,
     workers: Vec<WorkerView>,
 }
 
 impl Hub {
-    /// A hub over this node's database and workers. It shows nothing new until [`Hub::run`] runs; `shutdown` ends its
+    /// A hub over this node's database and workers. It is updated only while [`Hub::run`] runs; `shutdown` ends its
     /// streams with [`WatchError::ShuttingDown`].
     #[must_use]
     pub fn new(store: Store, fleet: Fleet, troubles: Troubles, shutdown: CancellationToken) -> Self {
@@ -138,7 +138,7 @@ impl Hub {
         }
     }
 
-    /// How far a batch is.
+    /// The progress of a batch.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -146,7 +146,7 @@ impl Hub {
         Ok(self.progresses(std::slice::from_ref(batch)).await?.pop().unwrap_or_default())
     }
 
-    /// How far each of these batches is: with the same few statements, however many they are.
+    /// The progress of each of these batches, with the same few statements for any number.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -200,7 +200,7 @@ impl Hub {
             progress.waiting_reason = waiting_reason(&situation);
             progress.public_reason = waiting_reason(&Situation { for_admins: false, ..situation });
         }
-        // A run that is stuck is the best reason of all, even if another segment has just ended.
+        // A run that is stuck is the best reason, even if another segment has just ended.
         if !batch.status.is_terminal()
             && let Some(trouble) = self.inner.troubles.of(&batch.id, Instant::now())
         {
@@ -209,7 +209,7 @@ impl Hub {
         progress
     }
 
-    /// Adds what the batch says to its window.
+    /// Adds the batch's counts to its window and returns its speed.
     fn sample(&self, batch: &Batch) -> Rates {
         let mut windows = lock(&self.inner.windows);
         if batch.status.is_terminal() {
@@ -230,12 +230,12 @@ impl Hub {
         &self.inner.shutdown
     }
 
-    /// Changes whenever some batch may have entered a state.
+    /// A receiver that changes whenever some batch may have entered a state.
     pub(super) fn states(&self) -> watch::Receiver<u64> {
         self.inner.states.subscribe()
     }
 
-    /// Begins to watch a batch. What the subscription shows is as new as what this node has heard of.
+    /// Starts to watch a batch. The subscription includes all changes that this node knows of.
     pub(super) async fn subscribe(&self, id: &BatchId) -> Result<Subscription, WatchError> {
         let subscription = {
             let mut feeds = lock(&self.inner.feeds);
@@ -250,7 +250,7 @@ impl Hub {
         Ok(subscription)
     }
 
-    /// Begins to watch many batches: those that nobody watches yet are read together. Batches that are not there are left out.
+    /// Starts to watch many batches. Those without watchers are read together. Batches that don't exist are left out.
     pub(super) async fn subscribe_all(&self, ids: &[BatchId]) -> Result<Vec<(BatchId, Subscription)>, StoreError> {
         let mut all = Vec::with_capacity(ids.len());
         for some in ids.chunks(FIRST_READS) {
@@ -268,9 +268,9 @@ impl Hub {
         Ok(all)
     }
 
-    /// Reads batches and shows them, but for those that have been read since somebody heard of a change.
+    /// Reads and publishes batches, except those that have been read since their last known change.
     async fn read_all(&self, mut feeds: Vec<&Feed>) -> Result<(), StoreError> {
-        // Whoever has several turns has got them in this order, so that nobody waits in a circle.
+        // Turns are taken in this order, so that there is no deadlock.
         feeds.sort_unstable_by(|one, other| one.id.cmp(&other.id));
         feeds.dedup_by(|one, other| one.id == other.id);
         let mut turns = Vec::with_capacity(feeds.len());
@@ -308,7 +308,7 @@ impl Hub {
         Ok(())
     }
 
-    /// Reads a batch and shows it. Without `again`, nothing is done if nobody has heard of a change since the last read.
+    /// Reads and publishes a batch. Without `again`, does nothing if no change is known since the last read.
     pub(super) async fn read(&self, feed: &Feed, again: bool) -> Result<(), StoreError> {
         let mut began = feed.turn.lock().await;
         let before = feed.current();
@@ -321,7 +321,7 @@ impl Hub {
                 return Ok(None);
             };
             let progress = match &before {
-                // Its place in the queue changes with others', and is brought up to date with theirs.
+                // Its place in the queue changes with others', and is refreshed with theirs.
                 Some(before) if self.sample(&batch).moving() => {
                     self.measure(&batch, before.progress.queue_position, &self.around(HashSet::new()))
                 }
@@ -347,21 +347,21 @@ impl Hub {
         }
     }
 
-    /// Has a feed read, soon, and as often as changes come but not more often than [`READ_GAP`].
+    /// Schedules a read of a feed, soon, and not more often than every [`READ_GAP`].
     fn schedule(&self, feed: &Arc<Feed>) {
         feed.set_dirty();
         if feed.scheduled.swap(true, Ordering::AcqRel) {
             return;
         }
         let (hub, feed) = (self.clone(), feed.clone());
-        // It ends with the next read, or with a wait before it.
+        // It ends after the next read, or after a wait before it.
         self.inner.fleet.supervisor().spawn_once(Part::HubRead, async move {
             fault::panic_in(Part::HubRead);
             let began = *feed.turn.lock().await;
             if let Some(began) = began {
                 tokio::time::sleep_until(began + READ_GAP).await;
             }
-            // From here on a change needs another read.
+            // Changes from here on need another read.
             feed.scheduled.store(false, Ordering::Release);
             if let Err(error) = hub.read(&feed, false).await {
                 tracing::warn!(batch = %feed.id, %error, "can't read a watched batch");
@@ -387,7 +387,7 @@ impl Hub {
                     feeds.iter().for_each(|feed| self.schedule(feed));
                     self.state_entered();
                 }
-                // The hub holds the store: this can't happen, and asking covers it.
+                // The hub holds the store, so this can't happen; polling would cover it.
                 Err(RecvError::Closed) => return std::future::pending().await,
             }
         }
@@ -403,7 +403,7 @@ impl Hub {
                 unwatched.insert(id);
             }
             drop(unwatched);
-            // It may be new.
+            // It may be a new batch.
             self.state_entered();
         }
     }
@@ -428,7 +428,7 @@ impl Hub {
             (feeds.len(), feeds.values().filter(|feed| feed.is_moving()).cloned().collect())
         };
         let streams = self.inner.states.receiver_count() > 0;
-        // Before everything else: what changes after it is seen at the next look.
+        // Read first, so that a change after it is seen at the next poll.
         let newest = match watched > 0 || streams {
             true => self.inner.store.last_sequence().await?,
             false => asked.sequence,
@@ -446,9 +446,10 @@ impl Hub {
         Ok(())
     }
 
-    /// Has the feeds of changed batches read, and brings up to date what changes without a change of the batch: its speed,
-    /// its place in the queue, and what it waits for. Batches that run or move, did at the last look, or are stuck, every time;
-    /// the others when some batch has entered a state or a worker has changed, as often as [`REFRESHED`] says.
+    /// Schedules reads of changed batches, and refreshes what changes without a change of the batch: its speed, its
+    /// place in the queue, and what it waits for. Batches that run or make progress, did at the last poll, or are
+    /// stuck, are refreshed every time; the others if some batch has entered a state or a worker has changed, as often
+    /// as [`REFRESHED`] allows.
     async fn refresh(&self, moving: Vec<Arc<Feed>>, newest: Sequence, asked: &mut Asked) -> Result<(), StoreError> {
         let began = Instant::now();
         let running = self.inner.store.running().await?;
@@ -497,7 +498,7 @@ impl Hub {
                 continue;
             }
             let _turn = feed.turn.lock().await;
-            // Unless it has been read in between.
+            // Unless it has been read meanwhile.
             if let Some(now) = feed.current()
                 && now.batch.revision == snapshot.batch.revision
             {
@@ -557,7 +558,7 @@ fn standings(workers: &[WorkerView]) -> Vec<Standing> {
     workers.iter().map(standing).collect()
 }
 
-/// None of the hub's locks is held across anything that can panic.
+/// The hub holds none of its locks across code that can panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,9 @@
 //! Progress: durable changes in, event streams out.
 //!
 //! The [`Hub`] reads a batch once per change, however many watch it, and shares what it read as an [`Arc`] in a
-//! [`tokio::sync::watch`] channel. Commits of this node are heard of at once, and those of other nodes too
-//! as long as PostgreSQL's word comes through; the database is asked for revisions every second. Asking is the guarantee,
-//! hearing only makes it quick.
+//! [`tokio::sync::watch`] channel. It learns of this node's commits at once, and of other nodes' by PostgreSQL's
+//! notifications; it also polls the database for revisions every second. Polling guarantees delivery; notifications
+//! only reduce latency.
 //!
 //! [`Arc`]: std::sync::Arc
 
@@ -28,65 +28,65 @@ use crate::{
     store::StoreError,
 };
 
-/// A heartbeat goes out after this much silence: some proxies cut streams that are idle for longer.
+/// A heartbeat is sent after this much silence, because some proxies cut streams that are idle for longer.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
-/// The least and the most that a watcher may ask for as the time between two progress events of a batch.
+/// The shortest and the longest time between two progress events of a batch that a watcher may ask for.
 pub const INTERVAL_RANGE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
-/// The time between two progress events where none is given.
+/// The default of the time between two progress events.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_millis(500);
-/// [`Hub::watch_all`] shows the progress of at most this many unfinished batches, the oldest; state changes of all.
+/// [`Hub::watch_all`] shows the progress of at most this many unfinished batches, the oldest, and state changes of all.
 pub const WATCH_ALL_LIMIT: u64 = 10_000;
 
-/// How far a batch is.
+/// How much of a batch is done.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
-    /// Durable so far.
+    /// Sums over the results that are durable so far.
     pub counts: Counts,
-    /// Durable so far.
+    /// Sums over the results that are durable so far.
     pub usage: TokenUsage,
-    /// Over the last seconds.
+    /// The speed over the last seconds.
     pub rates: Rates,
-    /// Until the end at the present speed; none while unknown.
+    /// The time until the batch ends at the present speed. `None` while it can't be estimated.
     pub eta: Option<Duration>,
-    /// How many unfinished batches go before it.
+    /// The number of unfinished batches ahead of it.
     pub queue_position: i64,
-    /// Why nothing moves; none while it does. For admins: it may name workers.
+    /// Why the batch makes no progress. `None` while it does. For admins, because it may name workers.
     pub waiting_reason: Option<String>,
-    /// The same for everybody else.
+    /// The same reason for other callers, without workers' addresses.
     pub public_reason: Option<String>,
 }
 
 impl Progress {
-    /// As it may be shown to somebody who is no admin.
+    /// The progress as callers who are not admins may see it.
     #[must_use]
     pub fn public(self) -> Self {
         Self { waiting_reason: self.public_reason.clone(), ..self }
     }
 }
 
-/// Something to tell a watcher.
+/// An event for a watcher.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// Of which batch; none in a heartbeat of [`Hub::watch_all`].
+    /// The batch. `None` in a heartbeat of [`Hub::watch_all`].
     pub batch: Option<BatchId>,
-    /// Resumes [`Hub::watch`] after it.
+    /// The revision from which [`Hub::watch`] resumes after this event.
     pub revision: Revision,
-    /// Resumes [`Hub::watch_all`] after it.
+    /// The sequence from which [`Hub::watch_all`] resumes after this event.
     pub sequence: Sequence,
     /// When it happened.
     pub at: Timestamp,
-    /// What happened.
+    /// The kind of an event.
     pub kind: EventKind,
 }
 
-/// What happened.
+/// The kind of an event.
 #[derive(Clone, Debug)]
 pub enum EventKind {
-    /// The batch entered a state, or this is the state it is in when the stream begins.
+    /// The batch entered a state, or this is its state when the stream begins.
     StateChanged {
-        /// As it was then.
+        /// The batch at that moment.
         batch: Box<Batch>,
-        /// How far it is, if that state is its present one.
+        /// Its progress, if that state is its present one.
         progress: Option<Box<Progress>>,
     },
     /// The newest progress.
@@ -95,21 +95,21 @@ pub enum EventKind {
     Heartbeat,
 }
 
-/// Why a batch can't be watched, or not any longer.
+/// Why a batch can't be watched, or no longer.
 #[derive(Debug, thiserror::Error)]
 pub enum WatchError {
     /// There is no such batch.
     #[error("no batch {0}")]
     NotFound(BatchId),
-    /// The client has seen what has not happened here.
+    /// The client asks to resume after an event that has not happened on this server.
     #[error("{asked} lies ahead of the newest, {newest}")]
     Ahead {
-        /// What the client has seen.
+        /// The revision or sequence that the client gave.
         asked: i64,
-        /// The newest there is.
+        /// The newest one.
         newest: i64,
     },
-    /// The server stops.
+    /// The server is stopping.
     #[error("the server is shutting down")]
     ShuttingDown,
     /// The database failed.

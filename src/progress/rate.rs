@@ -1,23 +1,24 @@
-//! How fast a batch goes, from what became durable when.
+//! The speed of a batch, computed from what became durable when.
 //!
 //! Durable counts are a step function of time: between two samples nothing happened. So the speed over the last
 //! [`SPAN`] is exactly what was counted at its end less what was counted at its start, over its length.
 
 use std::{collections::VecDeque, time::Duration};
 
-/// How far back speed is measured: several checkpoints (one every 2 s at most), and short enough to show a stall.
+/// The time over which speed is measured: several checkpoints (one every 2 s at most), and short enough to show a
+/// stall.
 pub const SPAN: Duration = Duration::from_secs(10);
-/// Speeds are never measured over less: two checkpoints at nearly the same time would make any number.
+/// The shortest time over which speed is measured, because two checkpoints close together would give any number.
 const LEAST_SPAN: Duration = Duration::from_secs(1);
-/// Samples closer than this are one: with [`SPAN`] it bounds how many are kept.
+/// Samples closer than this are merged; with [`SPAN`] this bounds how many are kept.
 const GRAIN: Duration = Duration::from_millis(100);
-/// The longest time to the end that is told.
+/// The longest ETA that is reported.
 const LONGEST_ETA: Duration = Duration::from_secs(365 * 24 * 3_600);
 
-/// How fast a batch goes.
+/// The speed of a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rates {
-    /// Requests that ended, well or not, per second.
+    /// Requests finished per second, successful or not.
     pub requests_per_second: f64,
     /// Tokens generated per second.
     pub output_tokens_per_second: f64,
@@ -30,7 +31,7 @@ impl Rates {
         self.requests_per_second > 0.0
     }
 
-    /// How long `remaining` requests take at this speed; none while nothing moves.
+    /// The time that `remaining` requests take at this speed. `None` while nothing finishes.
     #[must_use]
     pub fn eta(&self, remaining: i64) -> Option<Duration> {
         if !self.moving() {
@@ -42,7 +43,7 @@ impl Rates {
     }
 }
 
-/// What had become durable by some time.
+/// The durable counts at some time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Sample {
     at: Duration,
@@ -50,7 +51,7 @@ struct Sample {
     output_tokens: i64,
 }
 
-/// The last seconds of one batch. Times are read off any steady clock, as long as it is always the same.
+/// The last seconds of one batch. Times are from any steady clock, always the same one.
 #[derive(Clone, Debug, Default)]
 pub struct Window {
     /// Oldest first. All but the first are younger than [`SPAN`]; the first says what was durable at its start.
@@ -58,8 +59,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// Adds what had become durable by `at`. Counts that went back (results that were lost with their disk are run again)
-    /// begin the measurement anew.
+    /// Adds what had become durable by `at`. If counts have decreased (results that their disk lost run again), the
+    /// measurement starts again.
     pub fn record(&mut self, at: Duration, requests: i64, output_tokens: i64) {
         let new = Sample { at, requests, output_tokens };
         match self.samples.back() {
@@ -91,13 +92,13 @@ impl Window {
         }
     }
 
-    /// Whether nothing has changed for several [`SPAN`]s: then it is as good as a new one.
+    /// Whether nothing has changed for several [`SPAN`]s, so that a new window would give the same result.
     #[must_use]
     pub fn is_stale(&self, now: Duration) -> bool {
         self.samples.back().is_none_or(|last| last.at + 6 * SPAN < now)
     }
 
-    /// Drops samples that no later question needs.
+    /// Drops samples that are no longer needed.
     fn forget(&mut self, now: Duration) {
         let start = now.saturating_sub(SPAN);
         while self.samples.get(1).is_some_and(|second| second.at <= start) {

@@ -1,4 +1,4 @@
-//! Why a batch does not move, in words.
+//! Explains why a batch makes no progress.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -7,31 +7,31 @@ use crate::{
     fleet::{Complaint, WorkerState, WorkerView},
 };
 
-/// Workers that a reason names at most.
+/// The most workers that a reason names.
 const WORKERS_NAMED: usize = 5;
 
-/// What the reason follows from.
+/// The facts from which the reason follows.
 #[derive(Clone, Debug)]
 pub struct Situation<'a> {
     /// The batch's state.
     pub status: BatchStatus,
-    /// Something has ended in the last seconds.
+    /// Whether a request has ended in the last seconds.
     pub moving: bool,
-    /// A node runs one of its segments.
+    /// Whether a node runs one of its segments.
     pub running: bool,
-    /// Its models that no healthy worker serves.
+    /// The batch's models that no healthy worker serves.
     pub unserved: &'a [&'a str],
-    /// Its models.
+    /// The batch's models.
     pub models: &'a [String],
     /// All workers.
     pub workers: &'a [WorkerView],
-    /// Whether the reason may name workers and say what they answer: their addresses are for admins.
+    /// Whether the reason may name workers and quote their answers, which only admins may see.
     pub for_admins: bool,
-    /// How many unfinished batches go before it.
+    /// The number of unfinished batches ahead of it.
     pub queue_position: i64,
 }
 
-/// Why nothing moves; none if something does, or if there is nothing to wait for.
+/// Why the batch makes no progress. `None` if it does, or if there is nothing to wait for.
 #[must_use]
 pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
     match of.status {
@@ -70,13 +70,13 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
     }
     match of.queue_position {
         position if of.running || position <= 0 => None,
-        // What shows it says before it that the batch waits.
+        // Without a prefix: whoever shows the reason already says that the batch waits.
         1 => Some("behind 1 batch".into()),
         position => Some(format!("behind {position} batches")),
     }
 }
 
-/// The worker that is at fault for longest, if all that serve one of the batch's models are.
+/// The worker that has been at fault for longest, if all workers that serve one of the batch's models are.
 fn at_fault<'a>(of: &Situation<'a>) -> Option<(&'a WorkerView, &'a Complaint)> {
     let serves = |worker: &&WorkerView| {
         worker.state == WorkerState::Healthy && of.models.iter().any(|model| worker.serves(model))

@@ -9,7 +9,7 @@ use crate::{
     store::StateEvent,
 };
 
-/// Why a stream goes on.
+/// What woke a stream.
 enum Woken {
     Shutdown,
     /// There may be a new state, or progress that may be sent now.
@@ -18,9 +18,9 @@ enum Woken {
 }
 
 impl Hub {
-    /// A batch's events. With `after` 0 the first is the present state; otherwise every state change after that revision
-    /// comes first. State changes are never left out; progress is the newest there is, at most once an `interval`. The
-    /// stream ends after the event of the terminal state.
+    /// A batch's events. With `after` 0 the first is the present state; otherwise every state change after that
+    /// revision comes first. All state changes are delivered; progress events carry the newest values, at most one per
+    /// `interval`. The stream ends after the event of the terminal state.
     ///
     /// # Errors
     /// [`WatchError`].
@@ -40,7 +40,7 @@ impl Hub {
         };
         let mut first = subscription.peek().ok_or_else(&gone)?;
         if after > first.newest() {
-            // The client may have seen it on another node, of which this one has not heard yet.
+            // The client may have seen it on another node, whose commit this node has not read yet.
             self.read(&subscription.feed, true).await?;
             first = subscription.peek().ok_or_else(&gone)?;
             if after > first.newest() && !first.status().is_terminal() {
@@ -77,7 +77,8 @@ impl Hub {
                 if snapshot.status().is_terminal() {
                     return;
                 }
-                // Of the same snapshot: the client resumes after its revision, so every state up to it must have been told.
+                // From the same snapshot: the client resumes after its revision, so every state up to it must have been
+                // sent.
                 if due && snapshot.batch.revision >= last && told.as_ref() != Some(&snapshot.progress) {
                     let now = Instant::now();
                     (next_progress, heartbeat) = (now + interval, now + HEARTBEAT);
@@ -90,7 +91,8 @@ impl Hub {
                     biased;
                     () = shutdown.cancelled() => Woken::Shutdown,
                     _ = states.changed() => Woken::Look,
-                    // While no progress may be sent, none is waited for: thousands of watchers need not wake for each.
+                    // While no progress may be sent, the stream does not wait for any, so that thousands of watchers
+                    // need not wake for each.
                     () = async {
                         tokio::time::sleep_until(next_progress).await;
                         let _ = snapshots.changed().await;
@@ -116,7 +118,7 @@ impl Hub {
     }
 }
 
-/// The batch as it is.
+/// The event with the batch's present state.
 pub(super) fn present(of: &Snapshot) -> Event {
     Event {
         batch: Some(of.batch.id.clone()),
@@ -134,7 +136,7 @@ pub(super) fn present(of: &Snapshot) -> Event {
     }
 }
 
-/// A state that it entered.
+/// The event of a state change.
 pub(super) fn entered(event: &StateEvent, of: &Snapshot) -> Event {
     let newest = event.batch.status == of.batch.status;
     Event {
@@ -151,7 +153,7 @@ pub(super) fn entered(event: &StateEvent, of: &Snapshot) -> Event {
     }
 }
 
-/// How far it is.
+/// The event with the newest progress.
 pub(super) fn progress(of: &Snapshot) -> Event {
     Event {
         batch: Some(of.batch.id.clone()),

@@ -21,15 +21,15 @@ use crate::{
 /// State changes read at a time.
 const PAGE: u64 = 500;
 
-/// What one dashboard is told of one unfinished batch.
+/// What one dashboard has been sent about one unfinished batch.
 struct Shown {
     subscription: Subscription,
-    /// The newest state that it has been told.
+    /// The revision of the newest state sent.
     state: Revision,
     told: Option<Progress>,
 }
 
-/// Why a stream goes on.
+/// What woke a stream.
 enum Woken {
     Shutdown,
     States,
@@ -41,16 +41,16 @@ enum Woken {
 struct All {
     hub: Hub,
     scope: Scope,
-    /// Every state change up to here has been told.
+    /// Every state change up to this one has been sent.
     after: Sequence,
     shown: HashMap<BatchId, Shown>,
     states: watch::Receiver<u64>,
 }
 
 impl Hub {
-    /// The events of all batches, or of one owner's. With `after` 0 the present states of the unfinished ones come first;
-    /// otherwise every state change after that sequence. Progress is the newest there is, at most once an `interval` per
-    /// batch. Does not end by itself.
+    /// The events of all batches, or of one owner's. With `after` 0 the present states of the unfinished ones come
+    /// first; otherwise every state change after that sequence. Progress events carry the newest values, at most one
+    /// per `interval` and batch. The stream does not end by itself.
     ///
     /// # Errors
     /// [`WatchError`].
@@ -64,7 +64,8 @@ impl Hub {
             return Err(WatchError::ShuttingDown);
         }
         let states = self.states();
-        // Before the snapshots: what happens while they are read comes again as an event, nothing is left out.
+        // Read before the snapshots: changes that happen while they are read come again as events, and none is left
+        // out.
         let newest = self.store().last_sequence().await?;
         if after > newest {
             return Err(WatchError::Ahead { asked: after.0, newest: newest.0 });
@@ -100,7 +101,7 @@ impl Hub {
                             yield event;
                         }
                     }
-                    // Other owners' events are passed over.
+                    // Other owners' events are skipped.
                     all.after = reached;
                     look = reached != before;
                 }
@@ -111,14 +112,14 @@ impl Hub {
                 let woken = tokio::select! {
                     biased;
                     () = shutdown.cancelled() => Woken::Shutdown,
-                    // Before the states: on a busy node there is always word of some.
+                    // Before the states, because on a busy node there are always new ones.
                     () = tokio::time::sleep_until(due) => Woken::ProgressDue,
                     () = tokio::time::sleep_until(heartbeat) => Woken::Silence,
                     _ = all.states.changed() => Woken::States,
                 };
                 match woken {
                     Woken::Shutdown => Err(WatchError::ShuttingDown)?,
-                    // Changes come in bursts: one look for each.
+                    // Changes come in bursts: one read per burst.
                     Woken::States => {
                         tokio::time::sleep(READ_GAP).await;
                         look = true;
@@ -147,7 +148,7 @@ impl Hub {
 }
 
 impl All {
-    /// Begins to show the unfinished batches that are not shown yet. Returns which, oldest first.
+    /// Starts to show the unfinished batches that are not shown yet. Returns their ids, oldest first.
     async fn show_unfinished(&mut self) -> Result<Vec<BatchId>, WatchError> {
         let ids = self.hub.store().unfinished(&self.scope, WATCH_ALL_LIMIT).await?;
         let new: Vec<_> = ids.iter().filter(|id| !self.shown.contains_key(*id)).cloned().collect();
@@ -155,7 +156,7 @@ impl All {
         Ok(ids)
     }
 
-    /// Begins to show these batches, but for those that have been deleted in between.
+    /// Starts to show these batches, except those deleted meanwhile.
     async fn show(&mut self, new: &[BatchId]) -> Result<(), WatchError> {
         for (id, subscription) in self.hub.subscribe_all(new).await? {
             self.shown.insert(id, Shown { subscription, state: Revision(0), told: None });
@@ -163,7 +164,7 @@ impl All {
         Ok(())
     }
 
-    /// Begins to show the batches that are new in these events, as far as there is room.
+    /// Starts to show the batches that are new in these events, as far as the limit allows.
     async fn show_new(&mut self, events: &[StateEvent]) -> Result<(), WatchError> {
         let ended: HashSet<&BatchId> =
             events.iter().filter(|event| event.batch.status.is_terminal()).map(|event| &event.batch.id).collect();
@@ -189,12 +190,12 @@ impl All {
         Some(Event { sequence: self.after, ..present(&snapshot) })
     }
 
-    /// Reads the next state changes. Returns them, and up to where everything has been read.
+    /// Reads the next state changes. Returns them, and the sequence up to which everything has been read.
     async fn read_states(&self) -> Result<(Vec<StateEvent>, Sequence), StoreError> {
         self.hub.store().events_after(&self.scope, self.after, PAGE).await
     }
 
-    /// Tells a state change, unless the batch's first snapshot has already told it.
+    /// The event of a state change, unless the batch's first snapshot already included it.
     fn state(&mut self, of: StateEvent) -> Option<Event> {
         self.after = of.sequence;
         let id = &of.batch.id;
@@ -231,7 +232,7 @@ impl All {
     }
 }
 
-/// A state change of which no more is known.
+/// The event of a state change of a batch that is not shown.
 fn alone(of: StateEvent) -> Event {
     Event {
         batch: Some(of.batch.id.clone()),

@@ -1,9 +1,8 @@
-//! Bytes of objects, looked at on the way: what is not what was written is never the end of a stream.
+//! Reads bytes of objects and verifies them: a stream that ends without an error contains only what was written.
 //!
-//! A checksum is over a segment, so a segment is read from its beginning, also if only its end is asked for, and its last piece
-//! is handed out only when the checksum is right. So memory stays at two pieces, nothing is read twice, and a stream that ends
-//! well has handed out only what was written. A damaged segment ends it with an error that names the segment; of that segment
-//! earlier pieces may have been handed out.
+//! A checksum covers a segment, so a segment is read from its beginning, even if only its end is asked for, and its
+//! last piece is returned only after the checksum has been verified. So memory stays at two pieces and nothing is read
+//! twice. A damaged segment ends the stream with an error that names it; earlier pieces of it may have been returned.
 
 use std::ops::Range;
 
@@ -13,22 +12,22 @@ use futures::{Stream, StreamExt};
 use super::reader::ReadError;
 use crate::{blobs::Blobs, domain::SegmentSpan};
 
-/// What is read.
+/// A range to read.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
     /// The object.
     pub(super) object_key: String,
-    /// Where it lies in the object.
+    /// The range within the object.
     pub(super) range: Range<u64>,
-    /// What of that is handed out.
+    /// The part of that range to return.
     pub(super) wanted: Range<u64>,
-    /// The CRC-32C of the whole range; none: an earlier version has not noted it.
+    /// The CRC-32C of the whole range. `None`: an earlier version did not record it.
     pub(super) crc32c: Option<u32>,
-    /// What it is, for people.
+    /// Its name for people.
     pub(super) name: String,
 }
 
-/// A segment, for people.
+/// The name of a segment for people.
 pub(crate) fn name_of(whose: impl std::fmt::Display, span: &SegmentSpan) -> String {
     let last = span.first_line + i64::from(span.line_span) - 1;
     format!("segment {} of {whose} (its input lines {} to {last})", span.index.0, span.first_line)
@@ -36,7 +35,7 @@ pub(crate) fn name_of(whose: impl std::fmt::Display, span: &SegmentSpan) -> Stri
 
 /// Reads a block.
 pub(super) fn read(blobs: &Blobs, of: Block) -> impl Stream<Item = Result<Bytes, ReadError>> + Send + 'static + use<> {
-    // Without a checksum there is no use in reading more than is wanted.
+    // Without a checksum only the wanted part is read.
     let range = if of.crc32c.is_some() { of.range } else { of.wanted.clone() };
     let skip = of.wanted.start - range.start;
     let pieces = blobs.stream(of.object_key, range.clone());
@@ -44,7 +43,7 @@ pub(super) fn read(blobs: &Blobs, of: Block) -> impl Stream<Item = Result<Bytes,
     sealed(pieces, range.end - range.start, of.crc32c, skip..skip + keep, of.name)
 }
 
-/// Hands out some of these pieces, and the last of them only if all together are so long and have that checksum.
+/// Returns pieces, and the last of them only if all together have the expected length and checksum.
 pub(super) fn sealed<E: Into<ReadError> + Send + 'static>(
     pieces: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
     length: u64,
@@ -78,7 +77,7 @@ pub(super) fn sealed<E: Into<ReadError> + Send + 'static>(
     }
 }
 
-/// Checks bytes that have been read at once.
+/// Verifies bytes that have been read at once.
 pub(super) fn check(
     bytes: &[u8],
     length: u64,

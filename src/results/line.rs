@@ -1,17 +1,17 @@
-//! One line of an output or error file, exactly as OpenAI writes them.
+//! Renders one line of an output or error file in OpenAI's format.
 
 use bytes::Bytes;
 
 use crate::domain::{BatchId, answer};
 
-/// The `id` of a request's result: the same whenever and wherever it is made.
+/// The `id` of a request's result, which depends only on the batch and the line.
 #[must_use]
 pub fn request_id(batch: &BatchId, line_number: i64) -> String {
     let batch = batch.as_str();
     format!("batch_req_{}_{line_number}", batch.strip_prefix("batch_").unwrap_or(batch))
 }
 
-/// A line of this many bytes or more keeps the worker's bytes where they are instead of copying them.
+/// Lines of at least this many bytes refer to the worker's bytes instead of copying them.
 const LARGE: usize = 64 * 1024;
 
 /// A result line with its line feed.
@@ -24,19 +24,19 @@ pub struct Line {
 }
 
 impl Line {
-    /// Its bytes.
+    /// Its length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.head.len() + self.body.len() + self.tail.len()
     }
 
-    /// Whether it has none.
+    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Appends it to `object`.
+    /// Appends the line to `object`.
     pub fn write_to(&self, object: &mut Vec<u8>) {
         object.extend_from_slice(&self.head);
         object.extend_from_slice(&self.body);
@@ -61,7 +61,7 @@ impl From<Vec<u8>> for Line {
     }
 }
 
-/// A worker's body for a line, whatever it is: text that is not JSON becomes a JSON string.
+/// A worker's body as JSON: text that is not JSON becomes a JSON string.
 fn body_or_text(bytes: &Bytes) -> Bytes {
     if answer::is_json(bytes) {
         one_line(bytes)
@@ -70,7 +70,7 @@ fn body_or_text(bytes: &Bytes) -> Bytes {
     }
 }
 
-/// In valid JSON a line feed can only stand between tokens, where a space means the same.
+/// In valid JSON a line feed occurs only between tokens, where a space means the same.
 fn one_line(json: &Bytes) -> Bytes {
     let trimmed = json.trim_ascii();
     if memchr::memchr2(b'\n', b'\r', trimmed).is_none() {
@@ -79,22 +79,23 @@ fn one_line(json: &Bytes) -> Bytes {
     trimmed.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }).collect()
 }
 
-/// What a worker replied.
+/// A worker's response.
 #[derive(Clone, Copy, Debug)]
 pub struct Reply<'a> {
     /// HTTP status.
     pub status: u16,
-    /// The worker's `x-request-id`; the result's own id stands in for a missing one.
+    /// The worker's `x-request-id`. `None`: the result's own id is used.
     pub request_id: Option<&'a str>,
     /// The body.
     pub body: &'a Bytes,
-    /// The body is known to be JSON, and is not looked at again.
+    /// Whether the body is known to be JSON, so that it is not checked again.
     pub is_json: bool,
-    /// What is wrong with a reply that passes for an answer by its status: a code and a message.
+    /// What is wrong with a response whose status is a success: a code and a message.
     pub error: Option<(&'a str, &'a str)>,
 }
 
-/// The line of a request that a worker answered, with its line feed. `custom_id` is the JSON string as the client wrote it.
+/// Renders the line of a request with a response, with its line feed. `custom_id` is the JSON string as the client
+/// wrote it.
 #[must_use]
 pub fn render_answer(id: &str, custom_id: &[u8], reply: Reply<'_>) -> Line {
     let body = if reply.is_json { one_line(reply.body) } else { body_or_text(reply.body) };
@@ -128,7 +129,7 @@ fn error_object(code: &str, message: &str) -> String {
     serde_json::json!({ "code": code, "message": message }).to_string()
 }
 
-/// The line of a request that no worker answered, with its line feed.
+/// Renders the line of a request without a response, with its line feed.
 #[must_use]
 pub fn render_error(id: &str, custom_id: &[u8], code: &str, message: &str) -> Vec<u8> {
     let error = error_object(code, message);

@@ -1,4 +1,5 @@
-//! A segment's parts, merged once into its final object in input order, line by line: memory does not grow with the parts.
+//! Merges a segment's parts into its final object in input order, line by line, so that memory does not grow with the
+//! parts.
 
 use std::{cmp::Reverse, collections::BinaryHeap};
 
@@ -11,13 +12,13 @@ use crate::{
     store::{FinalObject, NewPart},
 };
 
-/// How much of each part is in memory at a time, but for longer lines.
+/// Bytes of each part in memory at a time, except for longer lines.
 const READ_AHEAD: u64 = 64 * 1024;
-/// The most that is read at once of a longer line: what is read too much stays in memory, for each part.
+/// The most bytes read at once for a longer line, because extra bytes stay in memory for each part.
 const READ_MOST: u64 = 1024 * 1024;
 
-/// Merges parts that together hold every line of a segment once. Their objects are deleted afterwards, so this is the last look
-/// at them: each must be what was written, by its checksum.
+/// Merges parts that together contain every line of a segment once. The parts' objects are deleted afterwards, so each
+/// is verified by its checksum here for the last time.
 ///
 /// # Errors
 /// [`ReadError`]; then there is no final object.
@@ -70,7 +71,7 @@ impl Merged {
         Ok(Sizes { output_bytes, error_bytes: self.bytes - output_bytes, output_lines, error_lines })
     }
 
-    /// How many lines that were, and each part's checksum up to here.
+    /// Returns the number of lines, and each part's checksum up to here.
     async fn section(&mut self, mut sections: Vec<Section>) -> Result<(u64, Vec<u32>), ReadError> {
         let mut next: BinaryHeap<_> = sections
             .iter()
@@ -95,21 +96,21 @@ impl Merged {
     }
 }
 
-/// The output or error lines of one part, read from front to back.
+/// The output or error lines of one part, read in order.
 struct Section {
     blobs: Blobs,
     object_key: String,
     position: u64,
     end: u64,
     buffer: BytesMut,
-    /// Of the part's bytes up to `position`.
+    /// The CRC-32C of the part's bytes up to `position`.
     crc: u32,
-    /// The lines still to come, the next one last.
+    /// The remaining lines, the next one last.
     lines: Vec<u32>,
 }
 
 impl Section {
-    /// `crc` is the checksum of the part's bytes before these.
+    /// `crc` is the checksum of the part's bytes before these lines.
     fn new(blobs: &Blobs, part: &NewPart, bytes: std::ops::Range<u64>, lines: &LineSet, crc: u32) -> Self {
         let mut lines: Vec<u32> = lines.iter().collect();
         lines.reverse();
@@ -131,7 +132,8 @@ impl Section {
             if let Some(at) = memchr::memchr(b'\n', &self.buffer[searched..]) {
                 let line = self.buffer.split_to(searched + at + 1).freeze();
                 if line.len() as u64 > READ_AHEAD {
-                    // The rest would keep the memory of the whole line, for each part until the last line is merged.
+                    // Without a copy, the rest would keep the whole read in memory for each part until its last line is
+                    // merged.
                     self.buffer = BytesMut::from(&self.buffer[..]);
                 }
                 return Ok(line);
@@ -152,7 +154,7 @@ impl Section {
         }
     }
 
-    /// After its last line: the checksum of the part up to here.
+    /// Returns the checksum of the part up to here. Called after the last line.
     fn finish(self) -> Result<u32, ReadError> {
         if self.position < self.end || !self.buffer.is_empty() {
             return Err(ReadError::Corrupt(format!("{} has more lines than its row says", self.object_key)));
@@ -217,7 +219,7 @@ mod tests {
         builder.complete(0, b"whole\n".to_vec(), TokenUsage::default());
         let (object, part) = builder.build("p".into());
         blobs.put("p", object.slice(0..3)).await.unwrap();
-        // Not as a blob store that is away: that would be tried again for ever.
+        // Not reported as an unreachable blob store, which would be retried for ever.
         assert!(matches!(merge(&blobs, &[&part], "final".into()).await, Err(ReadError::Corrupt(_))));
         assert!(blobs.get("final").await.is_err());
     }

@@ -1,4 +1,4 @@
-//! Results: the lines in OpenAI's format, parts, their merge in input order, and reading back.
+//! Results: lines in OpenAI's format, parts, their merge in input order, and reading back.
 
 mod checked;
 mod line;

@@ -1,4 +1,4 @@
-//! Finished lines, gathered until they are worth an object.
+//! Collects finished lines until they are worth an object.
 
 use bytes::Bytes;
 
@@ -8,7 +8,7 @@ use crate::{
     store::{FinalObject, NewPart},
 };
 
-/// Lines that have their result but are not durable yet.
+/// Lines with a result that are not durable yet.
 #[derive(Debug, Default)]
 pub struct PartBuilder {
     completed: Vec<(u32, Line)>,
@@ -18,7 +18,7 @@ pub struct PartBuilder {
 }
 
 impl PartBuilder {
-    /// Adds a line of the output file: `line` is its place in the segment, `text` ends with a line feed.
+    /// Adds a line of the output file. `line` is its index in the segment; `text` ends with a line feed.
     pub fn complete(&mut self, line: u32, text: impl Into<Line>, usage: TokenUsage) {
         let text = text.into();
         self.bytes += text.len();
@@ -33,13 +33,13 @@ impl PartBuilder {
         self.failed.push((line, text));
     }
 
-    /// How many lines it has.
+    /// The number of lines.
     #[must_use]
     pub fn lines(&self) -> usize {
         self.completed.len() + self.failed.len()
     }
 
-    /// How many bytes it has.
+    /// The number of bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -53,7 +53,7 @@ impl PartBuilder {
         let lines = |of: &[(u32, Line)]| of.iter().map(|(line, _)| *line).collect::<LineSet>();
         let (completed, failed) = (lines(&self.completed), lines(&self.failed));
         let mut object = Vec::with_capacity(self.bytes);
-        // Each line is freed as soon as it is copied: large ones are not in memory twice.
+        // Each line is freed when it is copied, so that large ones are not in memory twice.
         for (_, text) in self.completed {
             text.write_to(&mut object);
         }
@@ -74,7 +74,7 @@ impl PartBuilder {
     }
 }
 
-/// A segment's final object where one part has all of its lines: the part's own object, nothing is copied.
+/// The final object of a segment with a single part: the part's own object, without a copy.
 #[must_use]
 pub fn finished(part: &NewPart) -> FinalObject {
     FinalObject {

@@ -1,4 +1,4 @@
-//! Reading results back: whole files in input order, or lines as they become durable.
+//! Reads results back: whole files in input order, or lines as they become durable.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -20,14 +20,14 @@ use crate::{
     store::{Part, SegmentRecord, Store, StoreError},
 };
 
-/// Segments asked for at a time when a file is read.
+/// Segments queried at a time when a file is read.
 const SEGMENT_PAGE: u64 = 256;
-/// Parts asked for at a time when results are followed.
+/// Parts queried at a time when results are followed.
 const PART_PAGE: u64 = 32;
-/// Final objects that a stream of results keeps for the parts that are still to come of their segments: those read last, up to
-/// so many bytes, and one in any case.
+/// Bytes of final objects that a stream of results keeps for further parts of their segments: those read last, and at
+/// least one object.
 const KEPT_BYTES: usize = 16 * 1024 * 1024;
-/// How long a follower waits for word of a change before it looks for itself.
+/// The time that a follower waits for a notification before it polls.
 const POLL: Duration = Duration::from_secs(1);
 
 /// Why results can't be read.
@@ -39,10 +39,10 @@ pub enum ReadError {
     /// The blob store failed.
     #[error(transparent)]
     Blob(#[from] BlobError),
-    /// An object is not what its row says.
+    /// An object does not match its row.
     #[error("{0}")]
     Corrupt(String),
-    /// A segment's bytes are not those that were written. Says which segment.
+    /// A segment's bytes are not those that were written. Names the segment.
     #[error("{0}")]
     Damaged(String),
     /// The results have been deleted.
@@ -50,29 +50,29 @@ pub enum ReadError {
     Deleted(BatchId),
 }
 
-/// A place in a batch's stream of results: after a line.
+/// A position in a batch's stream of results, after a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cursor {
-    /// Tells batches apart: after another batch's cursor, results would be missing and nobody would know.
+    /// Identifies the batch: with another batch's cursor, results would silently be missing.
     batch: u32,
-    /// The part.
+    /// The number of the part.
     seq: i64,
-    /// Lines of it that have been delivered.
+    /// The lines of the part that have been delivered.
     lines: u32,
 }
 
-/// A text that is no cursor of the batch.
+/// Not a valid cursor of the batch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a cursor of this batch's results: {0:?}")]
 pub struct BadCursor(String);
 
 impl Cursor {
-    /// Before the first line.
+    /// The position before the first line.
     fn start(batch: &BatchId) -> Self {
         Self { batch: crc32c::crc32c(batch.as_str().as_bytes()), seq: 0, lines: 0 }
     }
 
-    /// Reads a cursor of a batch.
+    /// Parses a cursor of a batch.
     ///
     /// # Errors
     /// [`BadCursor`], also for another batch's.
@@ -110,15 +110,15 @@ impl FromStr for Cursor {
 /// One result.
 #[derive(Clone, Debug)]
 pub struct ResultLine {
-    /// The request's.
+    /// The request's custom_id, as in the input.
     pub custom_id: String,
-    /// Resumes after this line.
+    /// The position after this line.
     pub cursor: Cursor,
     /// The request's line in the input, from 1.
     pub line_number: i64,
-    /// A line of the output file, not of the error file.
+    /// Whether it is a line of the output file; otherwise it is one of the error file.
     pub succeeded: bool,
-    /// Without its line feed.
+    /// The JSON line without its line feed.
     pub line: Bytes,
 }
 
@@ -130,18 +130,18 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Over this node's database and blobs.
+    /// A reader over this node's database and blobs.
     #[must_use]
     pub fn new(store: Store, blobs: Blobs) -> Self {
         Self { store, blobs }
     }
 
-    /// A file's bytes from `offset` on, in pieces of at most 1 MiB. Every segment is checked against its checksum: a stream
-    /// that ends without an error has given what was written.
+    /// A file's bytes from `offset`, in pieces of at most 1 MiB. Every segment is verified by its checksum: a stream
+    /// that ends without an error contains only what was written.
     ///
     /// # Errors
     /// [`ReadError`].
-    // Async and fallible so that a missing file could be told before the stream begins.
+    // Async and fallible, so that a missing file could be reported before the stream begins.
     pub async fn download(
         &self,
         file: &File,
@@ -152,7 +152,7 @@ impl Reader {
             (FileKind::Input, Some(key)) => {
                 let offset = offset.min(size);
                 let pieces = self.input(file.id.clone(), key.clone(), size, offset);
-                // Lines between segments are blank, and still the file's.
+                // Lines between segments are blank, and part of the file.
                 let whole = file.crc32c.filter(|_| offset == 0);
                 checked::sealed(pieces, size - offset, whole, 0..size - offset, format!("the file {}", file.id)).boxed()
             }
@@ -169,7 +169,7 @@ impl Reader {
         Ok(stream)
     }
 
-    /// An input from `offset` on, segment by segment.
+    /// An input from `offset`, segment by segment.
     fn input(
         &self,
         id: FileId,
@@ -185,7 +185,7 @@ impl Reader {
                     Some(from) => store.file_segments_from(&id, from, SEGMENT_PAGE).await?,
                     None => Vec::new(),
                 };
-                // After the last segment come blank lines, if anything.
+                // After the last segment there may be blank lines.
                 from = page.last().map(|last| SegmentIndex(last.index.0 + 1));
                 let mut blocks = Vec::with_capacity(2 * page.len() + 1);
                 let plain = |range: Range<u64>| Block {
@@ -227,8 +227,8 @@ impl Reader {
         }
     }
 
-    /// One section of each of a batch's final objects, in order: `bytes` in all, from `skip` on. A checksum is over both
-    /// sections, so of a segment that has both, both are read.
+    /// One section of each of a batch's final objects, in order: `bytes` in all, from `skip`. A checksum covers both
+    /// sections, so if a segment has both, both are read.
     fn sections(
         &self,
         batch: BatchId,
@@ -242,7 +242,7 @@ impl Reader {
             let mut left = bytes.saturating_sub(skip);
             while left > 0 {
                 let page = store.segments(&batch, from, SEGMENT_PAGE).await?;
-                // The end would look like the end of the file.
+                // Without an error this would look like the end of the file.
                 let Some(last) = page.last() else { Err(ReadError::Deleted(batch.clone()))? };
                 from = SegmentIndex(last.span.index.0 + 1);
                 for segment in page {
@@ -270,8 +270,8 @@ impl Reader {
         }
     }
 
-    /// A batch's results in the order in which they became durable, after `cursor`. With `follow` the stream goes on until
-    /// the batch has ended.
+    /// A batch's results in the order in which they became durable, after `cursor`. With `follow` the stream continues
+    /// until the batch has ended.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -287,7 +287,7 @@ impl Reader {
         Ok(async_stream::try_stream! {
             let (mut segments, mut finals) = (HashMap::new(), Finals::default());
             loop {
-                // Read before the parts: a batch that has ended gets no more of them.
+                // Read before the parts, because a batch that has ended gets no more of them.
                 let ended = reader.store.batch(&batch, &Scope::All).await?.is_none_or(|batch| batch.status.is_terminal());
                 loop {
                     let parts = reader.store.parts_from(&batch, place.seq, PART_PAGE).await?;
@@ -314,10 +314,10 @@ impl Reader {
                     if !full {
                         break;
                     }
-                    // The next page starts behind the last part.
+                    // The next page starts after the last part.
                     place = Cursor { seq: place.seq + 1, lines: 0, ..place };
                 }
-                // Silence would look like a batch without results.
+                // An empty stream would look like a batch without results.
                 if ended && reader.store.segments(&batch, SegmentIndex(0), 1).await?.is_empty() {
                     Err(ReadError::Deleted(batch.clone()))?;
                 }
@@ -329,8 +329,8 @@ impl Reader {
         })
     }
 
-    /// A part's lines: its output lines, then its error lines. Once its segment is merged they are picked out of the final
-    /// object.
+    /// A part's lines: its output lines, then its error lines. After its segment has been merged they are taken from
+    /// the final object.
     async fn part_lines(
         &self,
         batch: &BatchId,
@@ -374,7 +374,7 @@ impl Reader {
         let object = self.blobs.get(&key).await?;
         let length = segment.output_bytes + segment.error_bytes;
         checked::check(&object, length, segment.crc32c, || name_of(batch, span))?;
-        // All parts of the segment together say which line of the object is which.
+        // All parts of the segment together tell which line of the object is which.
         let (mut completed, mut failed) = (LineSet::default(), LineSet::default());
         for part in self.store.parts_of(&of).await? {
             completed.union(&part.content.completed);
@@ -395,7 +395,7 @@ impl Reader {
         let of = SegmentRef { batch: batch.clone(), index };
         let segment = self.store.segment(&of).await?;
         let span = segment.ok_or_else(|| ReadError::Corrupt(format!("segment {of} is missing")))?.span;
-        // A batch has thousands of segments, a stream looks at a few at a time.
+        // A batch has thousands of segments; a stream needs a few at a time.
         if known.len() >= 1_000 {
             known.clear();
         }
@@ -404,7 +404,7 @@ impl Reader {
     }
 }
 
-/// A line, its place in its segment, and whether it is one of the output.
+/// The index of a line in its segment, whether it is an output line, and its text.
 type NumberedLine = (u32, bool, Bytes);
 
 /// The lines of an object: output lines, then error lines.
@@ -413,7 +413,8 @@ fn numbered(completed: &LineSet, failed: &LineSet, object: &Bytes) -> Vec<Number
     lines.zip(split(object)).map(|((line, succeeded), text)| (line, succeeded, text)).collect()
 }
 
-/// The lines of final objects that were read last. A slow segment has hundreds of parts, and each would read it again.
+/// The lines of the final objects read last. A slow segment has hundreds of parts, each of which would read its object
+/// again.
 #[derive(Default)]
 struct Finals {
     /// The newest last.
@@ -441,7 +442,7 @@ fn size_of_lines(lines: &[NumberedLine]) -> usize {
     lines.iter().map(|(_, _, text)| text.len() + size_of::<NumberedLine>()).sum()
 }
 
-/// Where a segment's lines are in its input.
+/// The byte range of a segment in its input.
 pub(super) fn bytes_of(span: &SegmentSpan) -> Range<u64> {
     let number = |value: i64| u64::try_from(value).unwrap_or(0);
     number(span.offset)..number(span.offset.saturating_add(span.length))
@@ -474,12 +475,12 @@ async fn wait_for(batch: &BatchId, changes: &mut tokio::sync::broadcast::Receive
             match changes.recv().await {
                 Ok(other) if other != *batch => {}
                 Ok(_) | Err(RecvError::Lagged(_)) => return,
-                // The store lives as long as the reader: this can't happen, and polling covers it.
+                // The store lives as long as the reader, so this can't happen; polling would cover it.
                 Err(RecvError::Closed) => return std::future::pending().await,
             }
         }
     };
-    // Polling is the guarantee, the word of a change only makes it quick.
+    // Polling guarantees progress; the notification only reduces latency.
     let _ = tokio::time::timeout(POLL, changed).await;
 }
 

@@ -1,4 +1,4 @@
-//! Which segments a node claims: pure.
+//! Decides which segments a node claims. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,32 +7,32 @@ use std::{
 
 use crate::fleet::{Rank, Tenant};
 
-/// Lines that a node wants at hand, at the least, for a model that is served: the next segment is there before the present
+/// The fewest lines that a node wants at hand for a served model, so that the next segment is there before the present
 /// one is sent, even with workers that answer at once.
 const AT_HAND: u32 = 2_000;
-/// Segments that one node runs at a time.
+/// The most segments that one node runs at a time.
 pub const MAX_SEGMENTS: usize = 512;
-/// Bytes of input that one node holds at a time; one segment is always allowed.
+/// The most bytes of input that one node holds at a time; one segment is always allowed.
 pub const MAX_BYTES: u64 = 96 * 1024 * 1024;
-/// One part in so many of both is kept for tenants that run nothing: their first segment starts at once, whatever others
-/// have taken.
+/// One part in this many of both is reserved for tenants that run nothing, so that their first segment starts at once,
+/// whatever others have taken.
 const KEPT: u64 = 8;
-/// A tenant may hold this many times what is still free, so that something stays free for whoever comes next: one tenant
-/// alone takes three quarters, and each further one three quarters of what the ones before have left.
+/// A tenant may hold this many times what is still free, so that something stays free for others: one tenant alone
+/// takes three quarters of what tenants share, each further one three quarters of what is left.
 const OF_FREE: u64 = 3;
 
-/// How many more lines of each served model this node wants at hand.
+/// The lines of each served model that this node still wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
     wanted: BTreeMap<Arc<str>, u64>,
-    /// How many tenants there are, and what they weigh together.
+    /// The number of tenants, and the sum of their weights.
     tenants: (u64, u64),
     at_hand: Vec<(Arc<str>, Rank, u64)>,
     running: Room,
     running_of: BTreeMap<Tenant, Room>,
 }
 
-/// What runs.
+/// Running segments and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Room {
     segments: usize,
@@ -53,37 +53,37 @@ impl Demand {
         Self::default()
     }
 
-    /// These tenants have lines for this node. Each is to have lines at hand, and all of them together not many more than
-    /// one alone.
+    /// Sets the tenants that have lines for this node. Each gets lines at hand, and together not many more than one
+    /// alone would get.
     pub fn share(&mut self, tenants: &BTreeSet<Tenant>) {
         self.tenants = (tenants.len() as u64, tenants.iter().map(|tenant| u64::from(tenant.weight().get())).sum());
     }
 
-    /// A tenant's part of what is for all of them: by its weight, and no less than if all weighed the same. One that is to
-    /// have few slots has lines at hand for all of them, should it soon be the only one.
+    /// A tenant's part: by its weight, and at least an even part. Even a tenant that is to have few slots has lines at
+    /// hand for all of them, because it may soon be the only one.
     fn part(&self, tenant: Tenant, of: u64) -> u64 {
         let (count, weight) = self.tenants;
         let by_weight = of.saturating_mul(tenant.weight().get().into()).div_ceil(weight.max(1));
         by_weight.max(of.div_ceil(count.max(1))).min(of)
     }
 
-    /// Workers can take `capacity` requests for a model at once.
+    /// Adds a served model whose workers can take `capacity` requests at once.
     pub fn serve(&mut self, model: Arc<str>, capacity: u32) {
         *self.wanted.entry(model).or_default() += u64::from(capacity.saturating_mul(2).max(AT_HAND));
     }
 
-    /// A segment of `bytes` of that tenant runs here.
+    /// Adds a running segment of `bytes` of a tenant.
     pub fn running(&mut self, tenant: Tenant, bytes: u64) {
         self.running.add(bytes);
         self.running_of.entry(tenant).or_default().add(bytes);
     }
 
-    /// `lines` of a model are at hand, with this rank.
+    /// Adds `lines` of a model at hand, with this rank.
     pub fn at_hand(&mut self, model: Arc<str>, rank: Rank, lines: usize) {
         self.at_hand.push((model, rank, lines as u64));
     }
 
-    /// Whether this node may run one more segment of somebody.
+    /// Whether this node may run one more segment of any tenant.
     #[must_use]
     pub fn has_room(&self) -> bool {
         self.running.segments == 0 || (self.running.segments < MAX_SEGMENTS && self.running.bytes < MAX_BYTES)
@@ -91,9 +91,9 @@ impl Demand {
 
     /// Whether this node may run one more segment of this tenant.
     ///
-    /// A tenant that runs nothing may always run one while there is room at all. Any other leaves [`KEPT`] to those, and may
-    /// hold no more than [`OF_FREE`] times what is free then. So nobody can fill a node: segments can't be taken back from
-    /// their workers, and whoever comes later would wait for the first of them to end.
+    /// A tenant that runs nothing may always run one segment while there is room at all. Others leave [`KEPT`] to
+    /// those, and may hold at most [`OF_FREE`] times what is then free. So nobody can fill a node: segments can't be
+    /// taken back from their workers, and later tenants would have to wait for the first one to end.
     #[must_use]
     pub fn has_room_for(&self, tenant: Tenant) -> bool {
         let Some(own) = self.running_of.get(&tenant) else { return self.has_room() };
@@ -103,7 +103,7 @@ impl Demand {
                 && fits(self.running.bytes, MAX_BYTES, own.bytes))
     }
 
-    /// How much a tenant may hold while so much is free: more if it weighs more than the others do on average.
+    /// The most that a tenant may hold while this much is free: more if its weight is above the average.
     fn threshold(&self, tenant: Tenant, free: u64) -> u64 {
         let (count, weight) = self.tenants;
         let even = free.saturating_mul(OF_FREE);
@@ -120,9 +120,9 @@ impl Demand {
         (running.segments as u64) < own(MAX_SEGMENTS as u64) && running.bytes < own(MAX_BYTES)
     }
 
-    /// Those of the models of which more lines of that rank are wanted, as a mask. What counts are the lines of its tenant
-    /// and of whoever has a better priority. Lines of a worse rank don't: a batch that is to go first need not wait until
-    /// what is at hand is used up; nor do those of another tenant, which has a share of its own.
+    /// The models of which more lines of that rank are wanted, as a mask. Lines of the same tenant and rank count, and
+    /// lines of any better priority. Lines of a worse rank don't count, so a batch that is to go first need not wait
+    /// until those are used up; nor do lines of another tenant, which has its own share.
     #[must_use]
     pub fn wanted(&self, models: &[String], rank: Rank) -> i64 {
         let wants = |model: &String| {
@@ -136,7 +136,7 @@ impl Demand {
     }
 }
 
-/// What is for tenants that run something already.
+/// The part of the room for tenants that already run something.
 fn shared(most: u64) -> u64 {
     most - most / KEPT
 }

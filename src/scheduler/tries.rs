@@ -1,28 +1,28 @@
-//! Whether a request that failed is tried again, when, and in whose company: pure.
+//! Decides whether a failed request is retried, when, and apart from which others. Pure.
 //!
-//! A failure has one of three causes. What the request itself may have caused (a time-out, a 500, nonsense) counts as a
-//! try. What the worker is at fault for (429, 503 with `Retry-After`, nobody there, an outage) counts as a pause: it uses
-//! up no try. And when a worker dies, every request that it had is lost, though at most one of them killed it:
+//! A failure has one of three causes. If the request itself may have caused it (a timeout, a 500, nonsense), it counts
+//! as a try. If the worker is at fault (429, 503 with `Retry-After`, unreachable, an outage), it counts as a pause and
+//! uses up no try. If a worker dies, every request that it had is lost, although at most one of them killed it:
 //! [`super::deaths`] finds out which, and only deaths that are a request's own end it.
 
 use std::time::Duration;
 
 use crate::fleet::FailureKind;
 
-/// Each wait is so many times the one before: a first failure costs little time, and five tries bridge some seconds.
+/// The factor between two waits: a first failure costs little time, and five tries bridge some seconds.
 const GROWS: u32 = 4;
-/// But the second is only so many times the first: what fails twice is as a rule not at fault, and may be all that its batch
-/// waits for.
+/// The factor between the first two waits: a request that fails twice is usually not at fault, and may be all that its
+/// batch waits for.
 const GROWS_AT_FIRST: u32 = 2;
-/// Deaths of workers, all in all, that a request is lost in before it is given up, however few tries there are.
+/// The fewest deaths of workers in which a request is lost before it ends, however few tries there are.
 const FEWEST_DEATHS: u32 = 3;
-/// What must speak against it besides: two deaths that were its own, or four that may have been.
+/// The evidence needed besides: two deaths that were its own, or four that may have been.
 const GUILT: u32 = 4;
 const OWN_DEATH: u32 = 2;
 const MAYBE_OWN_DEATH: u32 = 1;
 /// Tries of a request that is refused as if the key or the path was wrong.
 const REFUSALS: u32 = 2;
-/// The longest wait of a request whose worker has died, or is at fault: the worker is waited for anyway.
+/// The longest wait of a request whose worker has died or is at fault, because the request waits for a worker anyway.
 const WORKER_CAP: Duration = Duration::from_millis(500);
 
 /// Longer than a gateway's upstream takes to restart as a rule, and short enough for whoever tries out a request that can't work.
@@ -67,7 +67,7 @@ pub struct Tally {
     pauses: u32,
 }
 
-/// Whose failure it may be.
+/// The possible cause of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
     /// The request's own.
@@ -100,14 +100,14 @@ pub fn is_death(kind: FailureKind) -> bool {
     cause(kind) == Cause::Death
 }
 
-/// Whether what failed uses up a try.
+/// Whether this kind of failure uses up a try.
 #[must_use]
 pub fn is_a_try(kind: FailureKind) -> bool {
     matches!(cause(kind), Cause::Request | Cause::Refusal)
 }
 
 impl Tally {
-    /// How often the request was sent, or was to be.
+    /// How often the request was sent, or should have been.
     #[must_use]
     pub fn times(self) -> u32 {
         self.tries + self.deaths + self.pauses

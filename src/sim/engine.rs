@@ -1,5 +1,5 @@
-//! The engine behind the HTTP surface: how many sequences run at once, how long each takes, which fail, and what is counted.
-//! The decisions are functions of configuration, request and draw; only [`Engine::run`] waits.
+//! The engine behind the HTTP API: how many sequences run at once, how long each takes, which fail, and what is
+//! counted. Decisions are functions of configuration, request and draw; only [`Engine::run`] waits.
 
 use std::{
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -39,7 +39,7 @@ pub(super) struct Counters {
     pub(super) prefix_hits: AtomicU64,
 }
 
-/// What a request costs.
+/// The cost of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cost {
     pub(super) prompt_tokens: u64,
@@ -74,7 +74,7 @@ impl Engine {
         }
     }
 
-    /// Runs one request. Dropped half way, it gives its slot, or its place in the queue, back at once.
+    /// Runs one request. If dropped half way, it returns its slot or its place in the queue at once.
     pub(super) async fn run(&self, cost: Cost, slow_down: f64) -> Outcome {
         let slot = self.slot().await;
         self.count_prompt(cost);

@@ -1,4 +1,4 @@
-//! What a test can make go wrong, at run time, and what it can see: the handle to a running [`super::Sim`].
+//! Faults that a test can cause at run time, and what it can observe: the handle to a running [`super::Sim`].
 
 use std::{
     collections::VecDeque,
@@ -13,14 +13,14 @@ use axum::http::StatusCode;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-/// How an inference request is to go wrong.
+/// A fault of an inference request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Answer with this status and, in whole seconds, a `Retry-After` header.
     Fail {
         /// The answer's status.
         status: StatusCode,
-        /// The header, if any.
+        /// The `Retry-After` header. `None`: without it.
         retry_after: Option<Duration>,
     },
     /// Accept the request and never answer it.
@@ -33,11 +33,11 @@ pub enum Fault {
     CutOff(Option<&'static str>),
     /// Answer 200 with this content type and body.
     Body(&'static str, &'static [u8]),
-    /// Answer as usual, encoded so.
+    /// Answer as usual, with this encoding.
     Encoded(Coding),
     /// Answer as usual, with a field that makes the answer this many bytes longer.
     Big {
-        /// Bytes more.
+        /// The additional bytes.
         bytes: usize,
         /// Whether the head says how long the body is.
         sized: bool,
@@ -91,9 +91,9 @@ struct State {
 
 #[derive(Default)]
 struct Plan {
-    /// What happens to the next requests, one entry each.
+    /// The faults of the next requests, one entry each.
     next: VecDeque<Fault>,
-    /// What happens to all others.
+    /// The fault of all other requests.
     always: Option<Fault>,
 }
 
@@ -219,7 +219,7 @@ impl Faults {
         InFlight(state.clone())
     }
 
-    /// What is to happen to the request at hand.
+    /// The fault of the current request. `None`: none.
     pub(super) fn take(&self) -> Option<Fault> {
         if !self.state.armed.load(Ordering::Acquire) {
             return None;

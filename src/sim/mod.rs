@@ -49,7 +49,7 @@ use self::{
 };
 use crate::domain::{Endpoint, Timestamp};
 
-/// vLLM has no limit of its own; this one is far above any prompt.
+/// vLLM has no limit; this one is far above any prompt.
 const MAX_BODY: usize = 64 * 1024 * 1024;
 /// The most sequences at once: more than any engine runs, and few enough for the semaphore behind it.
 const MAX_NUM_SEQS: usize = 1_000_000;
@@ -58,18 +58,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// What a simulated worker is like.
+/// The configuration of a simulated worker.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SimConfig {
     /// The models that it serves, at least one; the first labels the metrics.
     pub models: Vec<String>,
-    /// What every request takes, whatever its tokens.
+    /// The time to the first token of every request.
     pub latency: Duration,
-    /// How fast each request's tokens are generated; 0: at once.
+    /// The speed of each request in tokens per second; 0: all at once.
     pub tokens_per_second: f64,
     /// The share of requests answered with status 500, 0 to 1.
     pub error_rate: f64,
-    /// Decides which requests fail, and what answers say.
+    /// The seed that decides which requests fail, and what answers say.
     pub seed: u64,
     /// Requests that run at once, 1 to 1,000,000; the others wait.
     pub max_num_seqs: usize,
@@ -89,10 +89,10 @@ impl Default for SimConfig {
     }
 }
 
-/// Why there can't be such a worker.
+/// Why a configuration is invalid.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SimConfigError {
-    /// It would serve nothing.
+    /// It has no model.
     #[error("a simulated worker needs at least one model, and no model's name may be empty")]
     NoModel,
     /// A name occurs twice.
@@ -110,7 +110,7 @@ pub enum SimConfigError {
 }
 
 impl SimConfig {
-    /// Whether there can be such a worker.
+    /// Validates the configuration.
     ///
     /// # Errors
     /// [`SimConfigError`] names the first value that is out of range.
@@ -148,12 +148,12 @@ struct Inner {
     started_at: Timestamp,
 }
 
-/// On a response whose connection [`Sim::serve`] is to close instead of sending it.
+/// Marks a response whose connection [`Sim::serve`] closes instead of sending it.
 #[derive(Clone, Copy)]
 struct CloseInstead;
 
 impl Sim {
-    /// A worker that nobody can reach yet.
+    /// Makes a worker, which is not served yet.
     ///
     /// # Errors
     /// [`SimConfigError`], as [`SimConfig::validate`].
@@ -164,13 +164,13 @@ impl Sim {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// What can be made to go wrong, and what can be seen.
+    /// The handle for faults and observations.
     #[must_use]
     pub fn faults(&self) -> Faults {
         self.inner.faults.clone()
     }
 
-    /// Requests that run, and requests that wait, now.
+    /// The numbers of running and of waiting requests.
     #[must_use]
     pub fn load(&self) -> (usize, usize) {
         (self.inner.engine.running(), self.inner.engine.waiting())
@@ -237,7 +237,7 @@ impl Sim {
             });
             let connection = http.serve_connection(TokioIo::new(stream), service);
             connections.spawn(async move {
-                // The peer sees what went wrong; nobody else need know.
+                // The peer sees the error; nobody else needs it.
                 let _ = connection.await;
             });
         }

@@ -1,11 +1,11 @@
-//! No call waits for ever for PostgreSQL. One that hangs, or a network that swallows what is sent, closes no connection and
-//! answers nothing, and no setting of the server or of the socket helps: so each statement is given up here after
-//! [`ANSWER`], and a connection that does not come to itself then is closed instead of going back to its pool.
+//! Bounds every call to PostgreSQL. A database that hangs, or a network that drops packets, closes no connection and
+//! answers nothing, and no setting of the server or the socket helps. So each statement ends here after [`ANSWER`], and
+//! a connection that does not recover after that is closed instead of returning to its pool.
 //!
-//! A transaction with a statement that was given up is never committed, except by the COMMIT that was given up itself:
-//! that one may or may not have happened, as with any answer that gets lost.
+//! A transaction with a statement that timed out is never committed. If the COMMIT itself timed out, it may or may not
+//! have happened, as with any lost answer.
 //!
-//! Calls wait for a connection in [`Turns`], for as long as the database answers others.
+//! Calls wait for a connection in [`Turns`], as long as the database answers others.
 
 use std::{
     future::Future,
@@ -26,15 +26,15 @@ use tokio::time::{Instant as Moment, timeout, timeout_at};
 
 use super::turns::{Turn, Turns};
 
-/// The longest that one statement may take; the wait for a connection counts from the database's last answer to anybody.
-/// Far above what any needs, and above the time for which a frozen node's transaction can hold a lock.
+/// Time limit of one statement. The wait for a connection counts from the database's last answer to any call. It is far
+/// longer than any statement needs, and longer than the time for which a frozen node's transaction can hold a lock.
 pub(super) const ANSWER: Duration = Duration::from_secs(15);
-/// How long a connection may take to come to itself when a statement on it was given up.
+/// Time for a connection to become usable again after a statement on it timed out.
 const RECOVERY: Duration = Duration::from_secs(5);
-/// For so long after a statement was given up, connections are looked at before they go back to their pool.
+/// After a statement has timed out, connections are checked before they return to their pool for this long.
 const SUSPICIOUS: Duration = Duration::from_secs(60);
 
-/// When a statement was last given up, by this node's clock.
+/// When a statement last timed out or was dropped, by this node's clock.
 #[derive(Clone, Debug)]
 pub(super) struct Silence {
     start: Instant,
@@ -60,8 +60,8 @@ impl Silence {
         last > 0 && Duration::from_millis(self.now().saturating_sub(last)) < SUSPICIOUS
     }
 
-    /// Has the pool close connections that stay silent. By itself it waits for them, each in a place of the pool, until TCP
-    /// gives them up: a quarter of an hour, or for ever if something on the way still says that it has got the bytes.
+    /// Makes the pool close connections that stay silent. By itself the pool waits for them, each in one of its places,
+    /// until TCP gives up: a quarter of an hour, or for ever if some device on the path still acknowledges packets.
     pub(super) fn watch(&self, pool: PgPoolOptions) -> PgPoolOptions {
         let silence = self.clone();
         pool.after_release(move |connection: &mut PgConnection, _| {
@@ -76,7 +76,7 @@ impl Silence {
     }
 }
 
-/// Notes a statement that is dropped before it has ended: given up here, or by its caller.
+/// Records a statement that is dropped before it has ended, because it timed out or its caller dropped it.
 struct Unfinished<'a>(Option<&'a Silence>);
 
 impl Drop for Unfinished<'_> {
@@ -87,7 +87,7 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// What bounds the calls to PostgreSQL. SQLite has none of it: a file does not hang.
+/// The bounds of calls to PostgreSQL. SQLite has none, because a file does not hang.
 #[derive(Clone, Debug)]
 pub(super) struct Bounds {
     pub(super) silence: Silence,
@@ -95,7 +95,7 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Waits for a statement until then.
+    /// Waits for a statement until that moment.
     async fn until<T>(&self, by: Moment, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
         let statement = pin!(timeout_at(by, statement));
         // Dropped before the statement, and so before its connection goes back to the pool.
@@ -114,7 +114,7 @@ impl Bounds {
     }
 }
 
-/// Waits for a statement on a connection that the caller has, at most [`ANSWER`].
+/// Waits at most [`ANSWER`] for a statement on a connection that the caller holds.
 async fn within<T>(
     bounds: Option<&Bounds>,
     statement: impl Future<Output = Result<T, DbErr>> + Send,
@@ -125,7 +125,7 @@ async fn within<T>(
     }
 }
 
-/// Waits for a connection's turn, then for a statement that takes the connection from the pool.
+/// Waits for a turn on a connection, then for a statement that takes the connection from the pool.
 async fn in_turn<T>(
     bounds: Option<&Bounds>,
     statement: impl Future<Output = Result<T, DbErr>> + Send,
@@ -140,7 +140,7 @@ async fn in_turn<T>(
 pub(super) struct Pool {
     inner: DatabaseConnection,
     bounds: Option<Bounds>,
-    /// How many statements have been sent, in transactions or not.
+    /// Statements sent so far, inside and outside of transactions.
     statements: Arc<AtomicU64>,
 }
 
@@ -154,7 +154,7 @@ impl Pool {
     }
 
     async fn bounded<T>(&self, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
-        // The turn ends here, after the statement.
+        // The turn ends after the statement.
         Ok(in_turn(self.bounds.as_ref(), statement).await?.0)
     }
 
@@ -167,25 +167,25 @@ impl Pool {
         Box::pin(self.bounded(self.inner.ping())).await
     }
 
-    /// Closes the connections, but waits for none that is in use for longer than [`RECOVERY`].
+    /// Closes the connections. Waits at most [`RECOVERY`] for one that is in use.
     pub(super) async fn close(&self) {
-        // Nothing is lost if closing fails: every answered write is committed.
+        // If closing fails nothing is lost, because every answered write is committed.
         let _ = timeout(RECOVERY, self.inner.close_by_ref()).await;
     }
 }
 
-/// A transaction. Dropped, it is undone.
+/// A transaction. Dropping it rolls it back.
 #[derive(Debug)]
 pub(super) struct DatabaseTransaction {
     inner: sea_orm::DatabaseTransaction,
     bounds: Option<Bounds>,
     statements: Arc<AtomicU64>,
-    /// After the transaction, so that the connection is back before the next turn begins.
+    /// Dropped after the transaction, so that the connection is back before the next turn begins.
     _turn: Option<Turn>,
 }
 
 impl DatabaseTransaction {
-    /// Without a bound: for migrations, which may take as long as they take.
+    /// The connections without time limits, for migrations.
     pub(super) fn unbounded(&self) -> &sea_orm::DatabaseTransaction {
         &self.inner
     }

@@ -1,4 +1,4 @@
-//! State changes: the one place where a batch enters a state, together with the event that tells of it.
+//! State changes: the only place where a batch enters a state, together with the event that reports it.
 
 use std::collections::HashMap;
 
@@ -27,7 +27,7 @@ const SEQUENCE: &str = "batch_events";
 /// A state that a batch entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateEvent {
-    /// Its place among all state changes of all batches.
+    /// Its sequence number among all state changes of all batches.
     pub sequence: Sequence,
     /// When it happened.
     pub at: Timestamp,
@@ -35,7 +35,7 @@ pub struct StateEvent {
     pub batch: Batch,
 }
 
-/// What an event keeps of the numbers that change between states.
+/// The numbers of a batch at the time of an event.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Snapshot {
     completed: i64,
@@ -45,17 +45,17 @@ struct Snapshot {
     error_file_id: Option<String>,
 }
 
-/// Whether a state's event is for the batch's webhook, too.
+/// Whether a state change also creates webhook deliveries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Telling {
-    /// As it is subscribed.
+    /// Yes, as the batch's webhook subscribes.
     Webhook,
-    /// It can't be written.
+    /// No, because the delivery can't be written.
     Nobody,
 }
 
-/// Lets `input` happen to the batch in `row`, which the transaction has locked: writes the new states, one event each, and
-/// at the end the result files. `row` is the row as it is then. Returns whether anything changed.
+/// Applies `input` to the batch in `row`, which the transaction has locked: writes the new states with one event each
+/// and, at the end, the result files. Updates `row`. Returns whether anything changed.
 pub(super) async fn transition(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
@@ -65,7 +65,7 @@ pub(super) async fn transition(
     change(tx, row, input, Telling::Webhook, at).await
 }
 
-/// As [`transition`], to the end of a batch that can't go on.
+/// As [`transition`], but ends a batch that can't continue as FAILED.
 pub(super) async fn fail(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
@@ -163,7 +163,7 @@ pub(super) async fn append(tx: &DatabaseTransaction, row: &batch::Model, at: Tim
     Ok(())
 }
 
-/// What the ended segments of a batch have together.
+/// Sums over the ended segments of a batch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ResultSizes {
     output_bytes: Option<i64>,
@@ -189,7 +189,7 @@ pub(super) async fn result_sizes(tx: &DatabaseTransaction, batch: &str) -> Resul
     Ok(ResultSizes { output_bytes, output_lines, error_bytes, error_lines })
 }
 
-/// The output and error files: rows that stand for the batch's segments in order. Nothing is copied.
+/// Writes the output and error files as rows that refer to the batch's segments in order. Nothing is copied.
 async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at: Timestamp) -> Result<(), StoreError> {
     let ResultSizes { output_bytes, output_lines, error_bytes, error_lines } = result_sizes(tx, &row.id).await?;
     let insert = async |kind: &str, bytes: Option<i64>, lines: Option<i64>| -> Result<Option<String>, StoreError> {
@@ -227,8 +227,8 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn history(&self, id: &BatchId) -> Result<Option<(Batch, Vec<StateEvent>)>, StoreError> {
-        // The events are read second: if the batch changes in between there are only more of them, and the newest of
-        // them is then ahead of the batch, never behind.
+        // The events are read second. If the batch changes in between, the newest event is ahead of the batch, never
+        // behind.
         let Some(row) = batch::Entity::find_by_id(id.as_str()).one(self.read()).await? else { return Ok(None) };
         let events = batch_event::Entity::find()
             .filter(batch_event::Column::BatchId.eq(id.as_str()))
@@ -240,7 +240,7 @@ impl Store {
         Ok(Some((batch, events)))
     }
 
-    /// Those of these batches that there are, each with all its state changes, oldest first.
+    /// Those of these batches that exist, each with all its state changes, oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -301,7 +301,7 @@ impl Store {
         Ok((events.collect(), reached))
     }
 
-    /// The newest state change there is.
+    /// The sequence of the newest state change.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -311,7 +311,7 @@ impl Store {
     }
 }
 
-/// The batch as it was at an event, from the batch as it is.
+/// Reconstructs the batch at the time of an event from the batch as it is now.
 #[allow(clippy::needless_pass_by_value)] // the event is used up
 fn state_event(now: &Batch, event: batch_event::Model) -> Result<StateEvent, StoreError> {
     let snapshot: Snapshot = convert::json("event snapshot", &event.snapshot)?;

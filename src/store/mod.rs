@@ -1,5 +1,5 @@
-//! The database: SQLite by default, PostgreSQL for many nodes. Every query and every transaction of tidemill is below
-//! this module; what callers see are domain types.
+//! The database: SQLite by default, PostgreSQL for many nodes. Every query and every transaction of tidemill is in this
+//! module; callers see domain types only.
 //!
 //! SQLite has one writer at a time: write transactions take turns on one connection and begin IMMEDIATE (a deferred one
 //! that reads and then writes fails with SQLITE_BUSY whatever the busy timeout); readers have connections of their own
@@ -69,32 +69,32 @@ use turns::Turns;
 
 use crate::domain::{BatchId, Timestamp};
 
-/// How long a SQLite statement waits for another process's lock, such as `tidemill migrate`'s.
+/// Time that a SQLite statement waits for another process's lock, such as that of `tidemill migrate`.
 const SQLITE_BUSY: Duration = Duration::from_secs(30);
-/// How long a call waits for its turn on a connection to SQLite. A file is never away: others are at it, and a call that
-/// fails would only come again. Its client's deadline ends it earlier.
+/// Time that a call waits for its turn on a connection to SQLite. A file is never unreachable: the wait means that
+/// other calls are running, and a call that failed would only be repeated. Its client's deadline may end it earlier.
 const SQLITE_TURN: Duration = Duration::from_secs(600);
-/// How many rows of an answer may be ahead of who reads them. With fewer SQLite's thread and the reader wait for each other in
-/// turns: a claim of the outbox has several hundred.
+/// Rows of a result that may be buffered ahead of the reader. With fewer, SQLite's thread and the reader wait for each
+/// other in turns: a claim of the outbox has several hundred rows.
 const SQLITE_ROWS: usize = 1_024;
-/// Page caches, in SQLite's terms: so many KiB at most. The writer's holds what a large transaction changes, so that it need
-/// not be written twice; the readers' is as large as by default.
+/// Sizes of the page caches in SQLite's terms (negative: KiB). The writer's holds the pages that a large transaction
+/// changes, so that they are not written twice; the readers' has the default size.
 const SQLITE_WRITE_CACHE: &str = "-16384";
 const SQLITE_READ_CACHE: &str = "-2000";
-/// Between two tries to open a SQLite file that another process has for itself for the moment.
+/// Wait between two attempts to open a SQLite file that another process has locked.
 const SQLITE_RETRY: Duration = Duration::from_millis(20);
-/// How long a call waits for a connection to PostgreSQL while the database answers nobody: it is away, or all connections
-/// are in use and stand still.
+/// Time that a call waits for a connection to PostgreSQL while the database answers no call: it is unreachable, or all
+/// connections are in use and blocked.
 const ACQUIRE: Duration = Duration::from_secs(5);
-/// Changes that a slow listener may lag behind before it is told to look at everything again.
+/// Changes that a slow listener may lag behind before it must read everything again.
 const CHANGES: usize = 4_096;
 
 tokio::task_local! {
-    /// A simulation's database clock, in microseconds since 1970.
+    /// The database clock of a simulation, in microseconds since 1970.
     static CLOCK: Arc<AtomicI64>;
 }
 
-/// Runs `of` with SQLite's clock replaced by this one, in microseconds since 1970: simulations move it as they like.
+/// Runs `of` with this clock instead of SQLite's, in microseconds since 1970. Simulations move it as they need.
 #[doc(hidden)]
 pub async fn with_clock<F: Future>(clock: Arc<AtomicI64>, of: F) -> F::Output {
     CLOCK.scope(clock, of).await
@@ -109,18 +109,18 @@ pub struct Store {
 struct Inner {
     read: Pool,
     write: Pool,
-    /// Batches that a commit changed: of this node, and on PostgreSQL of any.
+    /// Ids of batches that a commit changed: by this node, and on PostgreSQL by any node.
     changes: broadcast::Sender<BatchId>,
     /// Tells this store's commits from others'.
     origin: String,
-    /// Hears of other nodes' commits.
+    /// The task that receives notifications of other nodes' commits.
     listener: OnceLock<AbortOnDropHandle<()>>,
-    /// Why it hears nothing any more.
+    /// Why the listener has died. `None` while it runs.
     listener_died: watch::Sender<Option<String>>,
 }
 
 impl Store {
-    /// Opens the SQLite file, makes it if it is not there, and migrates it.
+    /// Opens the SQLite file, creates it if it does not exist, and migrates it.
     ///
     /// # Errors
     /// [`StoreError`] if it can't be opened or migrated.
@@ -128,14 +128,13 @@ impl Store {
         Self::sqlite_busy_after(file, SQLITE_BUSY).await
     }
 
-    /// As [`Store::sqlite`], with another time after which a lock of another process is no longer waited for but tried again:
-    /// tests can't hold one for half a minute.
+    /// As [`Store::sqlite`], with another time limit for waiting on another process's lock, for tests.
     #[doc(hidden)]
     pub async fn sqlite_busy_after(file: &Path, busy: Duration) -> Result<Self, StoreError> {
         Self::open_sqlite(file, busy).await?.migrated().await
     }
 
-    /// Opens the SQLite file and makes it if it is not there: good for [`Store::migrations`] only.
+    /// Opens the SQLite file, or creates it, without migrating: for [`Store::migrations`] only.
     ///
     /// # Errors
     /// [`StoreError`] if it can't be opened.
@@ -145,11 +144,11 @@ impl Store {
 
     async fn open_sqlite(file: &Path, busy: Duration) -> Result<Self, StoreError> {
         let connect = |connections: u32, cache: &'static str| {
-            // The file is not named in the URL: there a `%` or a `?` in its path would mean something else.
+            // The path is not put into the URL, where a `%` or a `?` would have another meaning.
             let mut options = ConnectOptions::new("sqlite://");
             let file = file.to_owned();
             options.max_connections(connections).min_connections(1).sqlx_logging(false).acquire_timeout(SQLITE_TURN);
-            // A connection to a file does not break: the test would be a second trip to its thread for each query.
+            // A connection to a file does not break, and the test would cost a second trip to its thread per query.
             options.test_before_acquire(false);
             options.map_sqlx_sqlite_opts(move |sqlite| {
                 sqlite
@@ -162,8 +161,8 @@ impl Store {
                     .pragma("cache_size", cache)
                     .row_buffer_size(SQLITE_ROWS)
             });
-            // Whoever turns a new file into a WAL one has it for itself, and SQLite answers others SQLITE_BUSY then at once,
-            // whatever the busy timeout: waiting would be a deadlock if both had begun.
+            // The process that turns a new file into WAL mode needs it exclusively. SQLite answers others SQLITE_BUSY
+            // at once, whatever the busy timeout, because waiting could be a deadlock.
             async move {
                 let by = tokio::time::Instant::now() + SQLITE_BUSY;
                 loop {
@@ -198,7 +197,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Connects to PostgreSQL: good for [`Store::migrations`] only.
+    /// Connects to PostgreSQL without migrating: for [`Store::migrations`] only.
     ///
     /// # Errors
     /// [`StoreError`] if it can't be reached.
@@ -213,7 +212,7 @@ impl Store {
             .map_sqlx_postgres_opts(reach::plain);
         options.map_sqlx_postgres_pool_opts(move |pool| reach::settle(watch.watch(pool)));
         reach::wait_for(url, ACQUIRE).await?;
-        // The pool's own error does not say for what it has waited.
+        // The pool's error does not say what it has waited for.
         let pool = Database::connect(options).await.map_err(|error| match error {
             DbErr::Conn(_) | DbErr::ConnectionAcquire(_) => StoreError::Open(format!(
                 "no connection to PostgreSQL within {} s: is the database URL right, and does the server accept connections? \
@@ -240,8 +239,8 @@ impl Store {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Batches that commits change, as they do: of this node, and on PostgreSQL of all nodes, though word from others may get
-    /// lost. A listener that lags must look at everything again.
+    /// A stream of the ids of batches that commits change: on this node, and on PostgreSQL on all nodes, though
+    /// notifications may get lost. A listener that lags must read everything again.
     #[must_use]
     pub fn changes(&self) -> broadcast::Receiver<BatchId> {
         self.inner.changes.subscribe()
@@ -265,7 +264,8 @@ impl Store {
         self.inner.read.close().await;
     }
 
-    /// How many statements this store has sent: tests see by it that what is asked for many costs no more than for one.
+    /// The number of statements that this store has sent. Tests use it to check that a query for many costs no more
+    /// than a query for one.
     #[doc(hidden)]
     #[must_use]
     pub fn statements(&self) -> u64 {
@@ -290,9 +290,9 @@ impl Store {
         Ok(self.inner.write.begin(options).await?)
     }
 
-    /// Tells the listeners of [`Store::changes`].
+    /// Notifies the listeners of [`Store::changes`].
     fn changed(&self, batch: &BatchId) {
-        // No listener is fine.
+        // There may be no listener.
         let _ = self.inner.changes.send(batch.clone());
     }
 }
@@ -304,7 +304,7 @@ fn is_no_database(error: &DbErr) -> bool {
     error.code().is_some_and(|code| code == "26" || code == "11")
 }
 
-/// SQLITE_BUSY, in whichever of its forms.
+/// SQLITE_BUSY, in any of its forms.
 fn is_locked(error: &DbErr) -> bool {
     let (DbErr::Conn(RuntimeErr::SqlxError(error)) | DbErr::Exec(RuntimeErr::SqlxError(error))) = error else {
         return false;
@@ -312,7 +312,7 @@ fn is_locked(error: &DbErr) -> bool {
     error.as_database_error().is_some_and(|error| error.message().contains("database is locked"))
 }
 
-/// The database's clock: the only one by which leases and windows are judged, so that a node whose own is off harms nothing.
+/// The database's clock. Leases and windows are judged by it alone, so a node with a wrong clock does no harm.
 async fn now<C: ConnectionTrait>(connection: &C) -> Result<Timestamp, StoreError> {
     if connection.get_database_backend() == DatabaseBackend::Postgres {
         let sql = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::bigint AS now";

@@ -1,8 +1,8 @@
 //! Pages of batches and files, newest first.
 //!
-//! Each page walks down one index from where the page before ended, and looks at every other filter by the key of the row at
-//! hand. So a page costs as much with ten million batches as with ten, unless two filters are both common and yet hardly
-//! ever met together: then the rarer one is walked.
+//! Each page scans one index from where the previous page ended, and checks all other filters by the key of each row.
+//! So a page costs the same with ten million batches as with ten, unless two filters are each common but rarely met
+//! together; then the rarer one is scanned.
 
 use std::collections::BTreeMap;
 
@@ -19,31 +19,31 @@ use super::{
 };
 use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind, Scope};
 
-/// How much of an index is counted to find the rarest of several filters: some 1 ms.
+/// Index entries counted at most to find the rarest of several filters: about 1 ms.
 const COUNTED: u64 = 10_000;
-/// The table that is walked, and those that are looked at by the way.
+/// Aliases of the table that is scanned and of those that are only checked.
 const WALKED: &str = "walked";
 const LOOKED_AT: &str = "looked_at";
 
-/// Which batches to list.
+/// A filter for batches.
 #[derive(Clone, Debug)]
 pub struct BatchFilter {
-    /// Only those within.
+    /// Only those within this scope.
     pub scope: Scope,
-    /// Only in one of these states; empty: in any.
+    /// Only batches in one of these states. Empty: in any.
     pub statuses: Vec<BatchStatus>,
-    /// Only those that use this model.
+    /// Only batches that use this model. `None`: any.
     pub model: Option<String>,
-    /// Only those whose metadata has all of these pairs.
+    /// Only batches whose metadata has all of these pairs.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Which files to list.
+/// A filter for files.
 #[derive(Clone, Debug)]
 pub struct FileFilter {
-    /// Only those within.
+    /// Only those within this scope.
     pub scope: Scope,
-    /// Only of this purpose.
+    /// Only files with this purpose. `None`: any.
     pub purpose: Option<String>,
 }
 
@@ -63,18 +63,18 @@ impl FileFilter {
     }
 }
 
-/// The index that a page of batches walks down. All are in the order of the batches' ids.
+/// The index that a page of batches scans. All are in the order of the batches' ids.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Walk<'a> {
-    /// The batches of the owner and the state that the filter names, if it does.
+    /// The batches, by the owner and the state of the filter if it has them.
     Batches,
-    /// Those with this model.
+    /// The batches with this model.
     Model(&'a str),
-    /// Those with this pair of metadata.
+    /// The batches with this pair of metadata.
     Pair(&'a str, &'a str),
 }
 
-/// A [`BatchFilter`] with at most one state, from where on.
+/// A [`BatchFilter`] with at most one state, and where to start.
 #[derive(Clone, Copy)]
 struct Wanted<'a> {
     filter: &'a BatchFilter,
@@ -83,7 +83,7 @@ struct Wanted<'a> {
 }
 
 impl Store {
-    /// Batches, newest first, those after `after` in that order, at most `limit`.
+    /// At most `limit` batches, newest first, that follow `after` in this order.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -106,8 +106,9 @@ impl Store {
     ) -> Result<Vec<batch::Model>, StoreError> {
         let after = after.map(BatchId::from_text);
         let after = after.as_ref();
-        // No index has the batches of several states in the order of their ids: each state is walked by itself. In the order
-        // in which states are entered, so that a batch that moves on meanwhile is met twice rather than never.
+        // No index has the batches of several states in the order of their ids, so each state is scanned separately. In
+        // the order in which states are entered, so that a batch that moves on meanwhile is met twice rather than
+        // never.
         let states = BatchStatus::ALL.into_iter().filter(|status| filter.statuses.contains(status)).map(Some);
         let states: Vec<_> = if filter.statuses.is_empty() { vec![None] } else { states.collect() };
         let mut rows = Vec::new();
@@ -121,7 +122,7 @@ impl Store {
         Ok(rows)
     }
 
-    /// The walk that meets the fewest batches. Only where there is a choice anything is counted.
+    /// The scan that meets the fewest batches. Counts only if there is a choice.
     async fn rarest<'a>(&self, wanted: Wanted<'a>) -> Result<Walk<'a>, StoreError> {
         let walks = wanted.walks();
         if let [only] = walks.as_slice() {
@@ -141,7 +142,7 @@ impl Store {
         Ok(rarest.1)
     }
 
-    /// Files, newest first, those after `after` in that order, at most `limit`.
+    /// At most `limit` files, newest first, that follow `after` in this order.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -185,7 +186,7 @@ impl Store {
 }
 
 impl<'a> Wanted<'a> {
-    /// The walks that there are.
+    /// The possible scans for this filter.
     fn walks(self) -> Vec<Walk<'a>> {
         let batches = self.filter.scope.owner().is_some() || self.status.is_some();
         let pairs = self.filter.metadata.iter().map(|(name, value)| Walk::Pair(name, value));
@@ -194,7 +195,7 @@ impl<'a> Wanted<'a> {
         if walks.is_empty() { vec![Walk::Batches] } else { walks }
     }
 
-    /// The ids that a walk meets.
+    /// The ids that a scan meets.
     fn walk(self, walk: Walk<'_>) -> SelectStatement {
         let key = walk.key(WALKED);
         let mut ids = self.rows_of(walk, WALKED);
@@ -205,7 +206,7 @@ impl<'a> Wanted<'a> {
         ids
     }
 
-    /// The first ids that a walk meets and that are wanted.
+    /// The first ids that a scan meets and that match the filter.
     fn page(self, walk: Walk<'_>, limit: u64) -> SelectStatement {
         let key = walk.key(WALKED);
         let mut ids = self.walk(walk);
@@ -218,7 +219,7 @@ impl<'a> Wanted<'a> {
         ids
     }
 
-    /// The rows that are good by this filter.
+    /// The rows that match this filter.
     fn rows_of(self, walk: Walk<'_>, alias: &'static str) -> SelectStatement {
         let mut rows = Query::select();
         match walk {
@@ -256,8 +257,8 @@ impl Walk<'_> {
     }
 }
 
-/// A page of `limit` rows that can be read, from `rows` after an id. One that can't makes no page shorter, or its caller
-/// would take that page for the last one.
+/// A page of `limit` readable rows, from `rows` after an id. Unreadable rows are replaced by further ones, because a
+/// caller would take a short page for the last one.
 pub(super) async fn readable_page<R, T, F>(
     what: &str,
     limit: u64,
@@ -285,7 +286,7 @@ where
     }
 }
 
-/// What several walks have found, each at most `limit`, as one page.
+/// Merges the results of several scans, each at most `limit`, into one page.
 fn newest_first<T>(rows: &mut Vec<T>, limit: u64, id: impl Fn(&T) -> &String) {
     rows.sort_by(|one, other| id(other).cmp(id(one)));
     rows.dedup_by(|one, other| id(one) == id(other));

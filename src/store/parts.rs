@@ -1,4 +1,4 @@
-//! Parts: the checkpoint of a segment. One transaction a part, none a request.
+//! Parts: the checkpoints of a segment. One transaction per part, none per request.
 
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Set,
@@ -19,64 +19,63 @@ use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp
 /// Results that have just been made durable as an object.
 #[derive(Clone, Debug)]
 pub struct NewPart {
-    /// The object: the output lines in input order, then the error lines in input order.
+    /// The object's key. It holds the output lines in input order, then the error lines in input order.
     pub object_key: String,
-    /// Bytes of output lines.
+    /// Bytes of the output lines.
     pub output_bytes: u64,
-    /// Bytes of error lines.
+    /// Bytes of the error lines.
     pub error_bytes: u64,
-    /// Of the whole object.
+    /// The CRC-32C of the whole object.
     pub crc32c: u32,
-    /// Which lines of the segment are its output lines.
+    /// The segment's lines that are output lines here.
     pub completed: LineSet,
-    /// Which lines of the segment are its error lines.
+    /// The segment's lines that are error lines here.
     pub failed: LineSet,
-    /// Of its output lines together.
+    /// The token usage of its output lines together.
     pub usage: TokenUsage,
 }
 
 /// A part as stored.
 #[derive(Clone, Debug)]
 pub struct Part {
-    /// Its place among the batch's parts, in commit order.
+    /// Its number among the batch's parts, in commit order.
     pub seq: i64,
-    /// Its segment.
+    /// The index of its segment.
     pub segment: SegmentIndex,
-    /// What it holds.
+    /// Its object and lines.
     pub content: NewPart,
 }
 
 /// A segment's results, merged in input order.
 #[derive(Clone, Debug)]
 pub struct FinalObject {
-    /// The object: output lines, then error lines, each in input order.
+    /// The object's key. It holds the output lines, then the error lines, each in input order.
     pub object_key: String,
-    /// Bytes of output lines.
+    /// Bytes of the output lines.
     pub output_bytes: u64,
-    /// Bytes of error lines.
+    /// Bytes of the error lines.
     pub error_bytes: u64,
-    /// Output lines.
+    /// The number of output lines.
     pub output_lines: u64,
-    /// Error lines.
+    /// The number of error lines.
     pub error_lines: u64,
-    /// Of the whole object.
+    /// The CRC-32C of the whole object.
     pub crc32c: u32,
 }
 
-/// What became of a write that names an epoch.
+/// The outcome of a write that names an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Commit {
-    /// It is durable.
+    /// The write is durable.
     Done,
-    /// The segment is somebody else's now, or its batch has ended: nothing was written.
+    /// Nothing was written: another node has claimed the segment, or its batch has ended.
     Fenced,
-    /// The results don't have one line for each request, which is a bug: nothing was written.
+    /// Nothing was written: the results don't have exactly one line for each request, which is a bug.
     Incomplete,
 }
 
 impl Store {
-    /// Adds a part to a segment and its counts to the batch, if the segment is still leased under `epoch`. The same part
-    /// again is fine.
+    /// Adds a part to a segment and its counts to the batch, if the segment is still leased under `epoch`. Idempotent.
     ///
     /// # Errors
     /// [`StoreError`]: then it may or may not have been written, and the caller does it again.
@@ -90,7 +89,7 @@ impl Store {
             return Ok(Commit::Fenced);
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // The same part again: an earlier commit of it came through although its answer was lost.
+        // A repeated call: an earlier commit succeeded although its answer was lost.
         let known = part::Entity::find()
             .filter(part::Column::BatchId.eq(of.batch.as_str()))
             .filter(part::Column::SegmentIdx.eq(of.index.0))
@@ -111,8 +110,8 @@ impl Store {
         Ok(Commit::Done)
     }
 
-    /// Ends a segment: its last part, if there is one more, and its final object, in one transaction; with the last segment
-    /// the batch ends too. The objects in `superseded` become garbage. The same end again is fine.
+    /// Ends a segment in one transaction: writes its last part, if there is one more, and its final object. With the
+    /// last segment the batch ends too. The objects in `superseded` become garbage. Idempotent.
     ///
     /// # Errors
     /// [`StoreError`], as in [`Store::commit_part`].
@@ -138,7 +137,8 @@ impl Store {
         let tx = self.begin().await?;
         let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let lines = object.output_lines.saturating_add(object.error_lines);
-        // The first promise is made here: nothing ends without a line for each request, whatever went wrong before.
+        // The first promise is kept here: no segment ends without one line for each request, whatever went wrong
+        // before.
         if let Some(held) = segment::Entity::find().filter(fenced(of, epoch)).one(&tx).await?
             && i64::from(held.requests) != size(lines)
         {
@@ -160,7 +160,7 @@ impl Store {
             .exec(&tx)
             .await?;
         if finished.rows_affected == 0 {
-            // The same end again: an earlier commit of it came through although its answer was lost.
+            // A repeated call: an earlier commit succeeded although its answer was lost.
             let ours = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0))
                 .filter(segment::Column::ObjectKey.eq(&object.object_key))
                 .one(&tx)
@@ -205,7 +205,7 @@ impl Store {
         Ok(rows.into_iter().map(from_row).collect())
     }
 
-    /// A batch's parts from `from` on, in commit order, at most `limit`.
+    /// At most `limit` of a batch's parts from `from` on, in commit order.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -220,8 +220,8 @@ impl Store {
         Ok(rows.into_iter().map(from_row).collect())
     }
 
-    /// Takes back parts whose objects are torn or gone, with their counts: their lines are run again. What is left of the
-    /// objects becomes garbage. The same parts again are fine.
+    /// Removes parts whose objects are torn or missing and subtracts their counts, so that their lines run again. Their
+    /// objects become garbage. Idempotent.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -244,7 +244,7 @@ impl Store {
                 .filter(part::Column::SegmentIdx.eq(of.index.0))
                 .exec(&tx)
                 .await?;
-            // None: an earlier drop came through although its answer was lost.
+            // `None`: an earlier call succeeded although its answer was lost.
             if deleted.rows_affected == 1 {
                 count(&mut row, &one.content, -1);
                 dropped.push(one.content.object_key.clone());
@@ -261,8 +261,8 @@ impl Store {
     }
 }
 
-/// Whether the segments, all of which have ended, have a line for each request. Counts that say otherwise than the lines are
-/// set right.
+/// Whether the segments, all of which have ended, have one line for each request. Corrects the batch's counts if they
+/// differ from the lines.
 async fn is_complete(tx: &DatabaseTransaction, row: &mut batch::Model) -> Result<bool, StoreError> {
     let lines = result_sizes(tx, &row.id).await?;
     let (output, errors) = (lines.output_lines.unwrap_or(0), lines.error_lines.unwrap_or(0));
@@ -286,7 +286,7 @@ async fn is_complete(tx: &DatabaseTransaction, row: &mut batch::Model) -> Result
     Ok(true)
 }
 
-/// Locks the segment if it is still leased under this epoch: until the transaction ends nobody can claim it.
+/// Locks the segment if it is still leased under this epoch. Until the transaction ends, no node can claim it.
 pub(super) async fn hold(tx: &DatabaseTransaction, of: &SegmentRef, epoch: Epoch) -> Result<bool, StoreError> {
     let held = segment::Entity::find().filter(fenced(of, epoch)).lock_exclusive().one(tx).await?;
     Ok(held.is_some())
@@ -325,7 +325,7 @@ async fn insert(
     Ok(())
 }
 
-/// Adds a part's counts to its batch, or with `sign` -1 takes them back.
+/// Adds a part's counts to its batch, or subtracts them if `sign` is -1.
 fn count(row: &mut batch::Model, of: &NewPart, sign: i64) {
     let lines = |set: &LineSet| sign * i64::try_from(set.len()).unwrap_or(0);
     row.completed += lines(&of.completed);

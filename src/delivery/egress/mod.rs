@@ -1,10 +1,10 @@
-//! Where webhooks may go. A URL comes from a client, and the server has a place in a network that the client has not: so
-//! nothing is sent to an address that is not public, unless the operator has opened it.
+//! Guards where webhooks may go. A URL comes from a client, and the server can reach addresses that the client can't.
+//! So nothing is sent to an address that is not public, unless the operator has allowed it.
 //!
-//! One guard serves create, update, test and send. What counts is the address that is connected to: names are resolved by
-//! [`Guard`] inside the HTTP client, so a name that resolves to something else the second time gains nothing. The client
-//! skips its resolver where the host is an address, so those are checked from the URL; the URL parser has by then turned
-//! `0x7f.1` and `2130706433` into what they mean.
+//! One guard serves create, update, test and send. It checks the address of the connection: [`Guard`] resolves names
+//! inside the HTTP client, so a name that resolves to another address the second time gains nothing. The client skips
+//! its resolver if the host is an address, so those are checked from the URL, after the URL parser has turned `0x7f.1`
+//! and `2130706433` into the addresses that they mean.
 
 mod names;
 mod ranges;
@@ -24,30 +24,31 @@ use url::{Host, Url};
 
 pub use names::Names;
 
-/// So many names are looked up at a time for [`Guard::check`]: of one more nothing is known yet.
+/// Names looked up at a time for [`Guard::check`]; beyond that a check passes without a lookup.
 const CHECKS: usize = 64;
-/// How long a check waits for a name's addresses.
+/// Time that a check waits for a name's addresses.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What webhooks may be sent to.
+/// Where webhooks may be sent.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
-    /// Ranges that are open although they are not public.
+    /// Ranges that are allowed although they are not public.
     pub allow: Vec<IpNet>,
-    /// Refuses `http://`.
+    /// Whether to refuse `http://`.
     pub https_only: bool,
 }
 
-/// Why nothing may be sent there.
+/// Why nothing may be sent to a URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Forbidden {
-    /// No URL that can be sent to.
+    /// Not a URL that webhooks can be sent to.
     #[error("this is no URL that webhooks can be sent to")]
     Url,
-    /// Plain HTTP, where the operator wants none.
+    /// Plain HTTP, which the operator does not allow.
     #[error("this server sends webhooks over https only")]
     Insecure,
-    /// An address that is not public. Which one is not said: a name's addresses are the network's secret.
+    /// An address that is not public. The message does not name it, because a name's addresses are not the client's
+    /// business.
     #[error(
         "the host is, or resolves to, an address that webhooks are not sent to; the operator can open it with --webhook-allow-cidr"
     )]
@@ -65,13 +66,13 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// A guard that resolves names as the system does.
+    /// A guard that resolves names by the system's settings.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
         Self::with_names(policy, Names::system())
     }
 
-    /// A guard that asks this name service.
+    /// A guard that resolves names with this name service.
     #[must_use]
     pub fn with_names(policy: Policy, names: Names) -> Self {
         Self::with_lookup(
@@ -83,13 +84,13 @@ impl Guard {
         )
     }
 
-    /// A guard with a name service of its own.
+    /// A guard with its own lookup.
     #[must_use]
     pub fn with_lookup(policy: Policy, lookup: Lookup) -> Self {
         Self { policy: Arc::new(policy), lookup, checks: Arc::new(Semaphore::new(CHECKS)) }
     }
 
-    /// Checks all that can be known of a URL without asking anybody.
+    /// Checks everything about a URL that needs no lookup.
     ///
     /// # Errors
     /// [`Forbidden`].
@@ -112,8 +113,9 @@ impl Guard {
         Ok(url)
     }
 
-    /// Checks a URL, for a name its present addresses too. A name that does not resolve now, or not in time, may do so later: it
-    /// passes, as it does while very many are being checked. What it resolves to is checked in any case when it is sent to.
+    /// Checks a URL and, if its host is a name, the name's present addresses. A name that does not resolve now or in
+    /// time passes, because it may do so later, and so does any name while very many are being checked. The addresses
+    /// are checked in any case when the webhook is sent.
     ///
     /// # Errors
     /// [`Forbidden`].
@@ -121,7 +123,7 @@ impl Guard {
         let url = self.check_url(url)?;
         match url.host() {
             Some(Host::Domain(name)) => {
-                // Nobody waits for others' name servers.
+                // No check waits for others' name servers.
                 let Ok(_turn) = self.checks.try_acquire() else { return Ok(()) };
                 match timeout(CHECK_TIMEOUT, self.addresses(name.to_owned())).await {
                     Ok(Ok(_) | Err(ResolveError::Lookup(_))) | Err(_) => Ok(()),
@@ -136,8 +138,8 @@ impl Guard {
         if ranges::is_allowed(address, &self.policy.allow) { Ok(()) } else { Err(Forbidden::Address) }
     }
 
-    /// A name's addresses. If any is forbidden the whole name is: which one is used would be left to chance.
-    /// `localhost` is this machine by every address that it has: those that are open are used.
+    /// Returns a name's addresses. If any is forbidden the whole name is, because otherwise chance would decide which
+    /// one is used. For `localhost`, those of this machine's addresses that are allowed are returned.
     async fn addresses(&self, name: String) -> Result<Vec<IpAddr>, ResolveError> {
         let is_local = is_localhost(&name);
         let mut addresses = (self.lookup)(name).await?;
@@ -152,7 +154,7 @@ impl Guard {
     }
 }
 
-/// Whether a name means this machine whatever a name server says (RFC 6761, section 6.3).
+/// Whether a name means this machine, regardless of name servers (RFC 6761, section 6.3).
 fn is_localhost(name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
     name == "localhost" || name.ends_with(".localhost")
@@ -169,7 +171,7 @@ impl Resolve for Guard {
         let guard = self.clone();
         Box::pin(async move {
             let addresses = guard.addresses(name.as_str().to_owned()).await?;
-            // The client fills in the URL's port.
+            // The client sets the URL's port.
             Ok(Box::new(addresses.into_iter().map(|address| SocketAddr::new(address, 0))) as Addrs)
         })
     }
@@ -178,16 +180,16 @@ impl Resolve for Guard {
 /// Why a name has no addresses.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
-    /// Some of its addresses are forbidden.
+    /// At least one of its addresses is forbidden.
     #[error(transparent)]
     Forbidden(#[from] Forbidden),
-    /// The name service has none.
+    /// The lookup failed.
     #[error("the name does not resolve: {0}")]
     Lookup(#[from] std::io::Error),
 }
 
 impl ResolveError {
-    /// The guard's reason among the causes of a client's error.
+    /// Finds the guard's reason among the causes of a client's error.
     pub fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         let mut cause = Some(error);
         while let Some(error) = cause {

@@ -1,5 +1,5 @@
-//! Names and their addresses, as the system's settings say, without a thread that waits: the C library's way has no time-out,
-//! and keeps one of a few hundred blocking threads for as long as a name server is silent.
+//! Looks up names' addresses by the system's settings without blocking a thread. The C library's resolver has no
+//! timeout and blocks one of a few hundred threads for as long as a name server is silent.
 
 use std::{
     io,
@@ -19,11 +19,11 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use tracing::warn;
 
-/// How long a name may take in all, whatever the system's settings say.
+/// Time limit of a lookup, whatever the system's settings say.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// How often it is looked whether the system's settings are others.
+/// Time between two checks whether the system's settings have changed.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// The system's settings.
+/// The files with the system's settings.
 const FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
 
 /// A name service. Cheap to clone.
@@ -33,7 +33,7 @@ pub struct Names {
 }
 
 struct Inner {
-    /// None: the system's.
+    /// The name servers to use. `None`: the system's.
     servers: Option<Vec<SocketAddr>>,
     timeout: Duration,
     current: Mutex<Option<Current>>,
@@ -42,19 +42,19 @@ struct Inner {
 struct Current {
     resolver: TokioResolver,
     looked_at: Instant,
-    /// When each of the files was changed.
+    /// When each of the files was last changed.
     files: [Option<SystemTime>; 2],
 }
 
 impl Names {
-    /// The system's: `/etc/hosts`, then the name servers of `/etc/resolv.conf`. Where that names none, the one on this machine
-    /// is asked, as the C library does. Both are read again when they change.
+    /// The system's: `/etc/hosts`, then the name servers of `/etc/resolv.conf`. If that lists none, the one on this
+    /// machine is used, as the C library does. Both files are read again when they change.
     #[must_use]
     pub fn system() -> Self {
         Self::new(None, TIMEOUT)
     }
 
-    /// These name servers alone, and so long for a name in all.
+    /// Only these name servers, with this time limit of a lookup.
     #[must_use]
     pub fn of(servers: Vec<SocketAddr>, timeout: Duration) -> Self {
         Self::new(Some(servers), timeout)
@@ -64,7 +64,7 @@ impl Names {
         Self { inner: Arc::new(Inner { servers, timeout, current: Mutex::new(None) }) }
     }
 
-    /// All addresses of a name, of both kinds.
+    /// All IPv4 and IPv6 addresses of a name.
     ///
     /// # Errors
     /// There are none, or nobody says so in time.
@@ -113,7 +113,7 @@ impl Names {
             }),
         };
         let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options);
-        // Both kinds, so that none is overlooked by the guard.
+        // Both kinds, so that the guard sees all addresses.
         builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
         if self.inner.servers.is_some() {
             builder.options_mut().use_hosts_file = ResolveHosts::Never;

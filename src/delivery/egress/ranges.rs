@@ -1,4 +1,4 @@
-//! Which addresses are somebody else's business: those of the public internet.
+//! Which addresses webhooks may go to by default: those of the public internet.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -28,7 +28,7 @@ const FORBIDDEN_V4: [Ipv4Net; 16] = [
 /// v4-mapped, v4-compatible, NAT64 and discard-only addresses all lie outside.
 const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0, 0], 3);
 
-/// What of it is something else.
+/// Ranges within it that are not public.
 const FORBIDDEN_V6: [Ipv6Net; 4] = [
     v6([0x2001, 0, 0, 0], 23),     // protocol assignments, with Teredo
     v6([0x2001, 0xdb8, 0, 0], 32), // documentation
@@ -44,9 +44,10 @@ const fn v6([a, b, c, d]: [u16; 4], prefix: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0), prefix)
 }
 
-/// Whether webhooks may go to this address: it is public, or in a range that the operator has opened.
+/// Whether webhooks may go to this address: it is public, or in a range that the operator has allowed.
 pub(super) fn is_allowed(address: IpAddr, opened: &[IpNet]) -> bool {
-    // A v4-mapped address is the IPv4 address, for what the operator has opened. It is never public by itself.
+    // A v4-mapped address counts as its IPv4 address for the ranges that the operator has allowed. It is never public
+    // by itself.
     let contains = |address: IpAddr| opened.iter().any(|range| range.contains(&address));
     contains(address) || contains(address.to_canonical()) || is_public(address)
 }

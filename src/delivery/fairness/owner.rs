@@ -1,4 +1,4 @@
-//! An owner's targets and hosts, and whose turn it is among them.
+//! An owner's targets and hosts, and their turns.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -10,13 +10,13 @@ use super::{Counts, Due, MAX_WAIT, has_room, target::Target};
 
 pub(super) struct Owner<T> {
     pub(super) counts: Counts,
-    /// When it was asked last, on [`Fairness`](super::Fairness)'s clock.
+    /// When deliveries were last claimed for it, on [`Fairness`](super::Fairness)'s clock.
     pub(super) asked_at: u64,
     pub(super) targets: HashMap<Arc<str>, Target<T>>,
     pub(super) hosts: HashMap<Arc<str>, Host>,
     /// Hosts with something in line, in the order of their turns.
     pub(super) turns: VecDeque<Arc<str>>,
-    /// It is in the turns of all owners.
+    /// Whether it is in the turns of all owners.
     pub(super) has_turn: bool,
 }
 
@@ -58,7 +58,7 @@ impl<T> Owner<T> {
         self.asked_at = clock;
     }
 
-    /// A target is among those that are sent to next, if it has something in line. Whether the owner has anything then.
+    /// Gives a target a turn if it has something in line. Returns whether the owner has anything in line then.
     pub(super) fn give_turn(&mut self, target: &str) -> bool {
         if let Some((key, state)) = self.targets.get_key_value(target)
             && !state.line.is_empty()
@@ -77,8 +77,8 @@ impl<T> Owner<T> {
         !self.turns.is_empty()
     }
 
-    /// The next to be sent, counted as in flight from now on, with so many in flight in all. What has waited for too long goes
-    /// to `unsent`.
+    /// The next delivery to send, which from now on counts as in flight; `taken` are in flight in all. Deliveries that
+    /// have waited too long go to `unsent`.
     pub(super) fn next(
         &mut self,
         in_flight: usize,
@@ -88,7 +88,7 @@ impl<T> Owner<T> {
         unsent: &mut Vec<T>,
     ) -> Option<T> {
         for _ in 0..self.turns.len() {
-            // Neither of its hosts has room then.
+            // Then none of its hosts has room.
             if self.counts.sends >= limit.saturating_sub(in_flight) {
                 return None;
             }
@@ -117,7 +117,7 @@ impl<T> Owner<T> {
                         }
                     }
                 }
-                // Otherwise the end of a send gives it another turn; what is held back does not stay in line.
+                // Otherwise the end of a send gives it another turn; deliveries of a held target do not stay in line.
                 target.has_turn = target.may_send(per_target, now) && !target.line.is_empty();
                 if target.has_turn {
                     host.turns.push_back(key);
@@ -137,7 +137,7 @@ impl<T> Owner<T> {
         None
     }
 
-    /// A send has ended. False: there was none.
+    /// Records the end of a send. Returns false if none was in flight.
     pub(super) fn finish(&mut self, target: &str) -> bool {
         let Some(state) = self.targets.get_mut(target) else { return false };
         let Some(was_sure) = state.finished() else { return false };
@@ -159,7 +159,7 @@ impl<T> Owner<T> {
     pub(super) fn leave_line(&mut self, leaves: &impl Fn(&Target<T>, Instant) -> bool, left: &mut Vec<T>) {
         for state in self.targets.values_mut() {
             let mut count = 0;
-            // Whoever has waited longest is in front.
+            // The one that has waited longest is in front.
             while let Some(since) = state.line.front().map(|(_, since)| *since)
                 && leaves(state, since)
                 && let Some((one, _)) = state.line.pop_front()

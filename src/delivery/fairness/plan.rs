@@ -1,4 +1,4 @@
-//! A round of claims: what is due, divided among owners, their hosts and their targets.
+//! A round of claims: divides what is due among owners, their hosts and their targets.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -12,21 +12,21 @@ use super::{
     target::Target,
 };
 
-/// What there is to divide.
+/// The limits of a round, and what is taken.
 pub(super) struct Plan {
     /// The most sends to one target, and in all.
     pub(super) per_target: usize,
     pub(super) limit: usize,
-    /// Sends that are in flight or will be.
+    /// Sends in flight, and planned.
     pub(super) taken: usize,
-    /// Of them, those that are asked for or in line.
+    /// The part of them that is being claimed or in line.
     pub(super) ahead: usize,
-    /// How many may stand in line.
+    /// The most deliveries in line.
     pub(super) line: usize,
 }
 
 impl Plan {
-    /// First what can be sent at once, of everyone; then what stands in line.
+    /// First everyone's deliveries that can be sent at once, then those for the line.
     pub(super) fn divide<'a, T>(
         mut self,
         due: &'a [Due],
@@ -58,7 +58,7 @@ impl Plan {
         targets.filter_map(TargetDue::share).collect()
     }
 
-    /// What is due, by owner and host, whoever was asked longest ago first.
+    /// What is due, by owner and host, in the order of the last claim.
     fn in_order<'a, T>(&self, due: &'a [Due], known: &HashMap<Arc<str>, Owner<T>>, now: Instant) -> Vec<OwnerDue<'a>> {
         let mut owners: BTreeMap<&str, BTreeMap<&str, Vec<TargetDue<'a>>>> = BTreeMap::new();
         for due in due.iter().filter(|due| due.count > 0) {
@@ -76,7 +76,7 @@ impl Plan {
                     .into_iter()
                     .map(|(name, targets)| HostDue::new(known.and_then(|owner| owner.hosts.get(name)), targets))
                     .collect();
-                // Stable: those that were never asked stay in the order of their names.
+                // The sort is stable: those never claimed for stay in the order of their names.
                 hosts.sort_by_key(|host| host.asked_at);
                 OwnerDue::new(known, hosts)
             })
@@ -91,10 +91,10 @@ struct TargetDue<'a> {
     due: &'a Due,
     asked_at: u64,
     is_sure: bool,
-    /// It may have so many more at once, and so many in all.
+    /// How many more it may have at once, and in all.
     at_once_room: usize,
     room: usize,
-    /// Given to it.
+    /// Deliveries given to it.
     at_once: usize,
     in_line: usize,
 }
@@ -156,7 +156,7 @@ impl<'a> OwnerDue<'a> {
         self.hosts.iter_mut().for_each(|host| host.turns = (0..host.targets.len()).collect());
     }
 
-    /// One more that can be sent at once, to the next target that may have it. False: there is none.
+    /// Gives one delivery that can be sent at once to the next target that may have it. Returns false if there is none.
     fn give_at_once(&mut self, plan: &Plan) -> bool {
         self.give(|owner, host, target| {
             let fits =
@@ -166,7 +166,7 @@ impl<'a> OwnerDue<'a> {
         })
     }
 
-    /// One more that stands in line. As with sends, who takes much leaves some to others.
+    /// Gives one delivery for the line. As with sends, nobody may take more than is left free.
     fn give_line(&mut self, plan: &Plan) -> bool {
         let free = plan.line.saturating_sub(plan.ahead);
         self.give(|owner, host, target| {
@@ -176,8 +176,9 @@ impl<'a> OwnerDue<'a> {
         })
     }
 
-    /// Goes round the hosts, and round each host's targets, until one takes it, and says how many unsure sends that makes. Who
-    /// can't now can't later in the round: what is taken only grows.
+    /// Tries the hosts in turn, and each host's targets in turn, until one takes a delivery, and returns how many
+    /// unsure sends that makes. A target that can't take one now can't later in the round, because what is taken only
+    /// grows.
     fn give(&mut self, mut give: impl FnMut(Counts, Counts, &mut TargetDue<'a>) -> Option<usize>) -> bool {
         while let Some(at) = self.turns.pop_front() {
             let host = &mut self.hosts[at];
@@ -197,7 +198,7 @@ impl<'a> OwnerDue<'a> {
     }
 }
 
-/// As if all that is ahead were in flight.
+/// Counts everything ahead as in flight.
 fn planned(known: Option<Counts>) -> Counts {
     let known = known.unwrap_or_default();
     Counts { sends: known.sends + known.ahead, ..known }

@@ -1,4 +1,4 @@
-//! What is known of one owner's target.
+//! The state of one owner's target.
 
 use std::{
     collections::VecDeque,
@@ -14,19 +14,19 @@ const LONG: Duration = Duration::from_secs(3_600);
 pub(super) struct Target<T> {
     pub(super) host: Arc<str>,
     in_flight: usize,
-    /// Of those, begun while it had not answered lately.
+    /// The sends in flight that began while it had not answered lately.
     unsure: usize,
-    /// To be claimed: it is not known yet whether they are there.
+    /// Deliveries being claimed, which may turn out not to exist.
     pub(super) asked: usize,
-    /// When it was asked last, on [`Fairness`](super::Fairness)'s clock.
+    /// When deliveries were last claimed for it, on [`Fairness`](super::Fairness)'s clock.
     pub(super) asked_at: u64,
-    /// Claimed, with the time from which they wait.
+    /// Claimed deliveries, with the time since which they wait.
     pub(super) line: VecDeque<(T, Instant)>,
-    /// It is in the turns of its host.
+    /// Whether it is in the turns of its host.
     pub(super) has_turn: bool,
     pace: Pace,
     failures: u32,
-    /// The wait before the next probe, while only probed.
+    /// The wait before the next probe, while it is only probed.
     probe_wait: Duration,
     pub(super) not_before: Option<Instant>,
     pub(super) last_used: Option<Instant>,
@@ -60,17 +60,17 @@ impl<T> Target<T> {
         self.failures >= FAILURES_BEFORE_PROBING
     }
 
-    /// It has answered lately, so it will most likely do so again.
+    /// Whether it has answered lately, so that it will most likely do so again.
     pub(super) fn is_sure(&self, now: Instant) -> bool {
         self.failures == 0 && self.last_success.is_some_and(|at| now.saturating_duration_since(at) <= LATELY)
     }
 
-    /// Whether it, for its own part, can take another.
+    /// Whether its own limits allow another send.
     pub(super) fn may_send(&self, per_target: usize, now: Instant) -> bool {
         self.in_flight < self.limit(per_target) && !self.is_held(now)
     }
 
-    /// How many it may have more: at once, and in all.
+    /// How many more deliveries it may have: at once, and in all.
     pub(super) fn room(&self, per_target: usize, line: usize, now: Instant) -> (usize, usize) {
         if self.is_held(now) {
             return (0, 0);
@@ -87,7 +87,8 @@ impl<T> Target<T> {
         self.last_used = Some(now);
     }
 
-    /// A send has ended; whether it was begun as a sure one. None: there was none. They are alike, so any of them has ended.
+    /// Records the end of a send. Returns whether it was begun as a sure one; `None` if none was in flight. They are
+    /// alike, so it does not matter which one has ended.
     pub(super) fn finished(&mut self) -> Option<bool> {
         self.in_flight = self.in_flight.checked_sub(1)?;
         let was_sure = self.unsure == 0;
@@ -105,7 +106,7 @@ impl<T> Target<T> {
 
     pub(super) fn failed(&mut self, retry_after: Option<Duration>, now: Instant) {
         self.failures = self.failures.saturating_add(1);
-        // What was in flight when the first of them failed says nothing new.
+        // Sends that were in flight when the first one failed say nothing new.
         let probing = (self.is_probed() && !self.is_held(now)).then(|| {
             let (first, longest) = PROBE_WAIT;
             self.probe_wait = (self.probe_wait * 2).clamp(first, longest);
@@ -123,7 +124,7 @@ impl<T> Target<T> {
         !(busy || self.is_held(now) || known)
     }
 
-    /// Sends that may be in flight.
+    /// The most sends in flight.
     fn limit(&self, per_target: usize) -> usize {
         if self.is_probed() { 1 } else { per_target }
     }

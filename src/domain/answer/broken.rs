@@ -1,4 +1,4 @@
-//! What is wrong with a body that is not JSON, in words.
+//! Describes what is wrong with a body that is not JSON.
 
 use std::fmt::Write;
 
@@ -8,13 +8,13 @@ use std::fmt::Write;
 pub struct NotJson(String);
 
 impl NotJson {
-    /// `error` is what the JSON reader said; without one the text is not UTF-8.
+    /// `error` is the JSON reader's error; `None` if the text is not UTF-8.
     pub(super) fn of(bytes: &[u8], error: Option<&serde_json::Error>) -> Self {
         Self(known(bytes).map_or_else(|| at(bytes, error), str::to_owned))
     }
 }
 
-/// What the first bytes give away.
+/// The format that the first bytes reveal.
 fn known(bytes: &[u8]) -> Option<&'static str> {
     let text = bytes.trim_ascii_start();
     let begins = |word: &str| text.len() >= word.len() && text[..word.len()].eq_ignore_ascii_case(word.as_bytes());
@@ -56,7 +56,7 @@ fn at(bytes: &[u8], error: Option<&serde_json::Error>) -> String {
     format!("byte {place}: {said}")
 }
 
-/// The place of an error, as a byte from 0.
+/// The byte offset of an error, from 0.
 fn place_of(bytes: &[u8], error: &serde_json::Error) -> usize {
     let lines_before = error.line().saturating_sub(1);
     let start = match lines_before {
@@ -66,8 +66,7 @@ fn place_of(bytes: &[u8], error: &serde_json::Error) -> usize {
     (start + error.column().saturating_sub(1)).min(bytes.len())
 }
 
-/// The first bytes of a body, at most `most`, as one line of text: control characters and what is not UTF-8 are written as
-/// escapes.
+/// The first bytes of a body, at most `most`, as one line of text; control characters and invalid UTF-8 are escaped.
 #[must_use]
 pub fn excerpt(bytes: &[u8], most: usize) -> String {
     let shown = &bytes[..bytes.len().min(most)];

@@ -1,4 +1,4 @@
-//! The few fields of an answer that count, found in one pass over its bytes.
+//! Finds the relevant fields of an answer in one pass over its bytes.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use super::broken::NotJson;
 
-/// What a field holds.
+/// The kind of a field's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Field {
     /// A list without entries.
@@ -24,8 +24,8 @@ pub(super) enum Field {
     Other,
 }
 
-/// What counts in an answer. Of a field that is there twice, the last one counts, as for most JSON readers; but two
-/// `usage` are worth nothing.
+/// The relevant fields of an answer. If a field appears twice, the last one counts, as in most JSON readers; but two
+/// `usage` fields count as none.
 #[derive(Debug, Default)]
 pub(super) struct Fields<'a> {
     pub(super) is_object: bool,

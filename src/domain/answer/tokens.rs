@@ -1,17 +1,17 @@
-//! Token counts of a `usage` object: each by itself, so that one odd field costs that field and no other.
+//! Reads the token counts of a `usage` object, each by itself, so that an invalid field affects no other.
 
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::domain::TokenUsage;
 
-/// A count as it was found.
+/// A count in an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Count {
     #[default]
     Missing,
     Read(i64),
-    /// Not a whole number from 0 on, or there twice.
+    /// Not a whole number of at least 0, or present twice.
     Odd,
 }
 
@@ -35,7 +35,7 @@ impl Count {
         }
     }
 
-    /// This one, or else `other`: two names for the same count are both in use, sometimes in one answer.
+    /// This count, or `other` if it is missing: two names for the same count are in use, sometimes in one answer.
     fn or(self, other: Self) -> i64 {
         self.known().or_else(|| other.known()).unwrap_or_default()
     }
@@ -54,8 +54,8 @@ struct Usage {
     output_reasoning: Count,
 }
 
-/// Reads a `usage` object of the chat, completions, embeddings or responses API. What is missing or odd counts as 0; a
-/// total that is missing or odd is the sum of input and output.
+/// Reads a `usage` object of the chat, completions, embeddings or responses API. Missing or invalid counts are 0; a
+/// missing or invalid total is the sum of input and output.
 pub(super) fn usage_of(json: &RawValue) -> TokenUsage {
     let mut usage = Usage::default();
     each_field(json.get(), &mut |key, value| match key {

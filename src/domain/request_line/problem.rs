@@ -1,14 +1,14 @@
-//! What can be wrong with a line, in words that say what is expected.
+//! The problems of a line, with messages that say what is expected.
 
 use std::fmt;
 
 use super::{MAX_CUSTOM_ID_BYTES, MAX_MODEL_BYTES};
 use crate::domain::Endpoint;
 
-/// How much of a client's own text a message repeats, in characters.
+/// Characters of a client's text that a message repeats.
 const SHOWN: usize = 60;
 
-/// Why a line is no request.
+/// Why a line is not a valid request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{problem}")]
 pub struct LineError {
@@ -73,30 +73,30 @@ pub enum Problem {
     NotJson {
         /// Why not.
         message: String,
-        /// Where, in bytes from 0.
+        /// The byte offset, from 0.
         at: usize,
     },
     /// A file of another format.
     OtherFormat(&'static str),
     /// JSON, but not an object.
     NotAnObject {
-        /// What it is.
+        /// The kind of value found.
         found: &'static str,
     },
     /// A field is not there.
     Missing(Field),
-    /// A field is there more than once: which one counts would depend on the reader.
+    /// A field appears more than once: readers differ in which one counts.
     Twice(Field),
     /// A field has a value of the wrong kind.
     WrongKind {
-        /// Which.
+        /// The field.
         field: Field,
-        /// What it is.
+        /// The kind of value found.
         found: &'static str,
     },
-    /// A field has a text that it can't have.
+    /// A field has a text that is not allowed.
     WrongText {
-        /// Which.
+        /// The field.
         field: Field,
         /// The text, cut if long.
         found: String,
@@ -105,14 +105,14 @@ pub enum Problem {
     Empty(Field),
     /// A string is too long.
     TooLong {
-        /// Which.
+        /// The field.
         field: Field,
         /// Its size in bytes.
         bytes: usize,
     },
-    /// A string has a character that can't be kept or shown.
+    /// A string has a character that can't be stored or shown.
     Character {
-        /// Which.
+        /// The field.
         field: Field,
         /// The first of them.
         found: char,
@@ -166,7 +166,7 @@ impl fmt::Display for Problem {
 
 impl std::error::Error for Problem {}
 
-/// The endpoint that a url without `/v1`, with a host or with a slash at its end was meant to be.
+/// The endpoint that was probably meant by a url without `/v1`, with a host, or with a slash at its end.
 fn meant(url: &str) -> Option<Endpoint> {
     let url = url.trim_end_matches('/');
     let bare = |endpoint: &Endpoint| endpoint.path().trim_start_matches("/v1").to_owned();
@@ -174,7 +174,8 @@ fn meant(url: &str) -> Option<Endpoint> {
     ends.max_by_key(|endpoint| endpoint.path().len())
 }
 
-/// What is wrong with a text that is not JSON, in words: `reason` is what `serde_json` says, `rest` is what stands there.
+/// Describes what is wrong with a text that is not JSON: `reason` is `serde_json`'s message, `rest` the text at the
+/// error.
 pub(super) fn not_json(reason: &str, rest: &str) -> String {
     let between_values = reason.starts_with("expected") || reason == "key must be a string";
     if let Some(odd) = odd(rest).filter(|_| between_values) {
@@ -203,7 +204,7 @@ pub(super) fn not_json(reason: &str, rest: &str) -> String {
     words.to_owned()
 }
 
-/// What a line that begins no object and is not JSON is of, and what to do with such a file.
+/// The format of a line that begins no object and is not JSON, with what to do.
 pub(super) fn other_format(line: &str) -> Option<&'static str> {
     if line.starts_with('[') {
         return Some(
@@ -234,7 +235,7 @@ fn is_row(line: &str) -> bool {
     rest.starts_with(SEPARATORS) && odd(line).is_none()
 }
 
-/// What stands where JSON has no place for it, if it is a thing that people meet.
+/// Describes text that is not allowed in JSON at this place, if it is a common mistake.
 pub(super) fn odd(rest: &str) -> Option<String> {
     let begins = |words: &[&str]| words.iter().any(|word| rest.starts_with(word));
     let words = if rest.starts_with('\u{feff}') {

@@ -1,11 +1,11 @@
-//! What comes of an attempt.
+//! The outcome of an attempt.
 
 /// Why an attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// The receiver answered something else than 2xx.
+    /// The receiver answered with a status other than 2xx.
     Status,
-    /// The receiver answered 410: it wants no more of this.
+    /// The receiver answered 410: it does not want this delivery.
     Gone,
     /// It took too long.
     Timeout,
@@ -13,17 +13,17 @@ pub enum ErrorKind {
     Dns,
     /// There was no connection.
     Connect,
-    /// The connection broke, or what came was no HTTP.
+    /// The connection broke, or the answer was not HTTP.
     Transport,
-    /// The address is none that webhooks are sent to.
+    /// Webhooks may not go to the address.
     ForbiddenAddress,
-    /// The URL is none that can be sent to.
+    /// Webhooks can't be sent to the URL.
     InvalidUrl,
-    /// The secret can't be opened.
+    /// The secret can't be decrypted.
     SecretUnopenable,
-    /// The registered endpoint is gone.
+    /// The registered endpoint has been deleted.
     EndpointDeleted,
-    /// The server stopped before it knew.
+    /// The server stopped before it knew the outcome.
     Unknown,
 }
 
@@ -66,7 +66,7 @@ impl ErrorKind {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 
-    /// Whether trying again can't help.
+    /// Whether a retry can't help.
     #[must_use]
     pub fn is_for_good(self) -> bool {
         match self {
@@ -78,12 +78,12 @@ impl ErrorKind {
     }
 }
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttemptResult {
-    /// Why it failed; none if it did not.
+    /// Why it failed. `None` if it succeeded.
     pub error: Option<AttemptError>,
-    /// What the receiver answered, if it did.
+    /// The receiver's HTTP status. `None` if it did not answer.
     pub http_status: Option<u16>,
     /// The first characters of its answer.
     pub response_excerpt: Option<String>,
@@ -92,19 +92,19 @@ pub struct AttemptResult {
 /// Why an attempt failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttemptError {
-    /// In one word.
+    /// The kind of failure.
     pub kind: ErrorKind,
-    /// For people. Holds no secret and no control character.
+    /// An explanation for people. Contains no secret and no control character.
     pub message: String,
 }
 
 impl AttemptResult {
-    /// It failed before the receiver answered.
+    /// The outcome of an attempt that failed before the receiver answered.
     pub fn failed(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { error: Some(AttemptError { kind, message: message.into() }), http_status: None, response_excerpt: None }
     }
 
-    /// Whether the receiver has it.
+    /// Whether the receiver accepted it.
     #[must_use]
     pub fn succeeded(&self) -> bool {
         self.error.is_none()

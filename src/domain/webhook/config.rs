@@ -1,4 +1,4 @@
-//! Where a batch's webhooks go: as asked for, and as stored.
+//! The target of a batch's webhooks: as requested, and as stored.
 
 use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
@@ -11,18 +11,18 @@ use crate::domain::text::{BadUrl, http_url};
 
 /// The longest URL, in bytes.
 pub const MAX_URL_BYTES: usize = 2_048;
-/// The most attempts that can be asked for: by default the last of them comes some 16 hours after the first.
+/// The most attempts that can be requested. By default the last one is about 16 hours after the first.
 pub const MAX_ATTEMPTS: i64 = 10;
-/// The shortest and the longest time for one attempt.
+/// The shortest and the longest time limit of one attempt.
 pub const TIMEOUT_RANGE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
-/// Attempts in all where nobody asks for another number. As many as there can be: fewer lose the events of an outage.
+/// The default number of attempts: the most, because fewer lose events during an outage.
 pub const DEFAULT_MAX_ATTEMPTS: i32 = 10;
-/// Time for one attempt where nobody asks for another.
+/// The default time limit of one attempt.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-/// The metadata key that older clients put a webhook's URL under.
+/// The metadata key in which older clients give a webhook's URL.
 pub const OLD_URL_KEY: &str = "webhook_url";
 
-/// A secret as a client gave it, not yet looked at.
+/// A secret as a client gave it, not validated yet.
 #[derive(Clone)]
 struct GivenSecret(Zeroizing<String>);
 
@@ -32,14 +32,14 @@ impl std::fmt::Debug for GivenSecret {
     }
 }
 
-/// `validator` copies the values that it refuses into its errors: of this one, nothing.
+/// `validator` copies values that it refuses into its errors; for a secret, it gets nothing to copy.
 impl serde::Serialize for GivenSecret {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_unit()
     }
 }
 
-/// A webhook as a client asks for it. One type and one set of rules for every way in.
+/// A webhook as a client requests it, with one set of rules for every way in.
 #[derive(Clone, Debug, Default, Validate)]
 pub struct WebhookConfig {
     #[validate(custom(function = "check_url"))]
@@ -54,12 +54,12 @@ pub struct WebhookConfig {
     events: Vec<String>,
 }
 
-/// What the server puts where a client asks for nothing.
+/// The server's defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Defaults {
-    /// Attempts in all, 1 to 10.
+    /// The number of attempts in all, 1 to 10.
     pub max_attempts: i32,
-    /// For one attempt, 5 s to 300 s.
+    /// The time limit of one attempt, 5 s to 300 s.
     pub timeout: Duration,
 }
 
@@ -79,25 +79,25 @@ pub struct Invalid {
     pub message: String,
 }
 
-/// Where a batch's webhooks go, all defaults filled in; stored with the batch.
+/// The target of a batch's webhooks with all defaults filled in, as stored with the batch.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WebhookTarget {
-    /// Whole URL, in its canonical form.
+    /// The complete URL in its canonical form.
     pub url: String,
-    /// None: the server's global secret, if there is one when it is sent.
+    /// The secret. `None`: the server's own, if it has one when the webhook is sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret: Option<SealedSecret>,
-    /// Attempts in all, 1 to 10.
+    /// The number of attempts in all, 1 to 10.
     pub max_attempts: i32,
-    /// For one whole attempt.
+    /// The time limit of one attempt, including its answer.
     #[serde(with = "milliseconds")]
     pub timeout: Duration,
-    /// What it wants to hear of.
+    /// The events to send.
     pub events: EventFilter,
 }
 
 impl WebhookConfig {
-    /// A webhook to this URL, all else left to the server.
+    /// A webhook to this URL, with the server's defaults.
     pub fn new(url: impl Into<String>) -> Self {
         Self { url: url.into(), ..Self::default() }
     }
@@ -108,35 +108,35 @@ impl WebhookConfig {
         metadata.get(OLD_URL_KEY).map(Self::new)
     }
 
-    /// Signed with this secret.
+    /// Sets the secret.
     #[must_use]
     pub fn secret(mut self, secret: Option<String>) -> Self {
         self.secret = secret.map(|secret| GivenSecret(Zeroizing::new(secret)));
         self
     }
 
-    /// This many attempts in all.
+    /// Sets the number of attempts in all.
     #[must_use]
     pub fn max_retries(mut self, max_retries: Option<i64>) -> Self {
         self.max_retries = max_retries;
         self
     }
 
-    /// This long for one attempt.
+    /// Sets the time limit of one attempt.
     #[must_use]
     pub fn timeout(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Only these events.
+    /// Sets the events.
     #[must_use]
     pub fn events(mut self, events: Vec<String>) -> Self {
         self.events = events;
         self
     }
 
-    /// Checks every field and fills in the defaults. The secret comes apart, for the caller to seal.
+    /// Validates every field and fills in the defaults. The secret is returned separately, for the caller to encrypt.
     ///
     /// # Errors
     /// Every [`Invalid`] field, by name.
@@ -155,8 +155,8 @@ impl WebhookConfig {
     }
 }
 
-/// The key of fairness: deliveries with the same key share a receiver. A URL without query and fragment, so that a job's
-/// id in the query does not make a dead receiver a new one each time.
+/// The key by which deliveries are shared out fairly: equal keys mean the same receiver. It is the URL without query
+/// and fragment, so that a job's id in the query does not make a dead receiver a new one each time.
 #[must_use]
 pub fn target_of(url: &str) -> String {
     match Url::parse(url) {
@@ -180,7 +180,8 @@ fn check_url(text: &str) -> Result<(), ValidationError> {
     canonical(text).map(|_| ())
 }
 
-/// The form in which a URL is kept, shown and called. It may be longer than what was given, by its percent-encoding.
+/// The canonical form in which a URL is stored, shown and called. Percent-encoding may make it longer than the given
+/// text.
 fn canonical(text: &str) -> Result<String, ValidationError> {
     if text.len() > MAX_URL_BYTES {
         return Err(error("length", format!("a url has at most {MAX_URL_BYTES} bytes, not {}", text.len())));

@@ -1,26 +1,26 @@
-//! What webhooks tell of, and who wants to hear it.
+//! The events of webhooks, and filters for them.
 
 use crate::domain::BatchStatus;
 
-/// What a webhook tells of.
+/// An event that webhooks report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WebhookEvent {
     /// The batch has completed.
     Completed,
     /// The batch has failed.
     Failed,
-    /// The batch has got on.
+    /// The batch has made progress.
     Progress,
     /// The batch was cancelled.
     Cancelled,
     /// The batch's window closed first.
     Expired,
-    /// Somebody tries an endpoint out.
+    /// A test of an endpoint.
     Test,
 }
 
 impl WebhookEvent {
-    /// Those that can be asked for, in the order in which messages list them.
+    /// The events that can be subscribed to, in the order in which messages list them.
     pub const SUBSCRIBABLE: [Self; 5] = [Self::Completed, Self::Failed, Self::Progress, Self::Cancelled, Self::Expired];
     const ALL: [Self; 6] = [Self::Completed, Self::Failed, Self::Progress, Self::Cancelled, Self::Expired, Self::Test];
 
@@ -43,7 +43,7 @@ impl WebhookEvent {
         Self::ALL.into_iter().find(|event| event.as_str() == text)
     }
 
-    /// Which event it is that a batch has entered this state.
+    /// The event of entering this state. `None`: there is none.
     #[must_use]
     pub fn of(status: BatchStatus) -> Option<Self> {
         match status {
@@ -57,7 +57,7 @@ impl WebhookEvent {
         }
     }
 
-    /// Whether nobody misses it if it is not delivered: it gets one attempt and never becomes a dead letter.
+    /// Whether the event may be lost: it gets one attempt and never becomes a dead letter.
     #[must_use]
     pub fn is_disposable(self) -> bool {
         match self {
@@ -78,11 +78,11 @@ impl WebhookEvent {
     }
 }
 
-/// Which events a target wants. Never empty.
+/// The events that a target receives. Never empty.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct EventFilter(u8);
 
-/// Names that are no events.
+/// Names that are not events.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "unknown {noun} {names}; valid are {valid}",
@@ -93,7 +93,7 @@ pub struct EventFilter(u8);
 pub struct UnknownEvents(pub Vec<String>);
 
 impl EventFilter {
-    /// The events named. None named: every one that ends a batch. Naming one twice is naming it once.
+    /// A filter for the events named; if none is named, for every event that ends a batch. Duplicates have no effect.
     ///
     /// # Errors
     /// [`UnknownEvents`] with every name that is none.
@@ -113,13 +113,13 @@ impl EventFilter {
         Ok(if bits == 0 { Self::default() } else { Self(bits) })
     }
 
-    /// Whether it lets this event through.
+    /// Whether the filter includes this event.
     #[must_use]
     pub fn wants(self, event: WebhookEvent) -> bool {
         self.0 & event.bit() != 0
     }
 
-    /// The events that it lets through, by name.
+    /// The names of the events in the filter.
     #[must_use]
     pub fn names(self) -> Vec<&'static str> {
         WebhookEvent::SUBSCRIBABLE.into_iter().filter(|event| self.wants(*event)).map(WebhookEvent::as_str).collect()

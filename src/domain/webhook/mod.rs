@@ -1,4 +1,4 @@
-//! Webhooks, as far as the store must know them: what they tell of, to whom, with which bytes, and a delivery's life. No IO.
+//! Webhooks, as far as the store needs them: events, targets, bodies, and the lifecycle of a delivery. No IO.
 
 mod attempt;
 mod canonical;

@@ -3,17 +3,17 @@
 use super::{Json, WebhookEvent};
 use crate::domain::{Batch, Counts, FileId, Timestamp};
 
-/// What a webhook says.
+/// The content of a webhook.
 #[derive(Clone, Debug)]
 pub struct Payload<'a> {
-    /// What has happened.
+    /// The event.
     pub event: WebhookEvent,
-    /// The batch, as it was then.
+    /// The batch at the time of the event.
     pub batch: &'a Batch,
 }
 
 impl Payload<'_> {
-    /// The canonical bytes. Made once, stored, sent as they are on every attempt.
+    /// The body in canonical form. Rendered once, stored, and sent unchanged on every attempt.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let Self { event, batch } = self;

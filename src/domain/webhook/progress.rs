@@ -1,28 +1,28 @@
-//! When a batch's progress is worth a webhook.
+//! Decides when a batch's progress is sent as a webhook.
 
 use std::time::Duration;
 
 use crate::domain::Timestamp;
 
-/// The least share of a batch, in percent, between two progress webhooks.
+/// The smallest share of a batch, in percent, between two progress webhooks.
 pub const PROGRESS_PERCENT: i64 = 10;
-/// The least time between two progress webhooks.
+/// The shortest time between two progress webhooks.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(30);
-/// After this time nobody wants to hear of it any more.
+/// The age after which a progress webhook is dropped.
 pub const PROGRESS_LIFETIME: Duration = Duration::from_secs(600);
 
-/// How far a batch was at its last progress webhook; to begin with: nowhere, at its start.
+/// The progress of a batch at its last progress webhook; initially none, at its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProgressMark {
-    /// Requests that had ended.
+    /// Requests that had ended by then.
     pub done: i64,
-    /// When, in microseconds since the Unix epoch.
+    /// The time, in microseconds since the Unix epoch.
     pub at: i64,
 }
 
 impl ProgressMark {
-    /// Where the batch is now, if that is far enough from here, both in requests and in time. The end of the batch is told
-    /// by another event.
+    /// The new mark, if the batch is far enough from this one, both in requests and in time. `None` otherwise, and at
+    /// the end of the batch, which has its own event.
     #[must_use]
     pub fn next(self, done: i64, total: i64, at: Timestamp) -> Option<Self> {
         let far = done.saturating_sub(self.done).saturating_mul(100) >= total.saturating_mul(PROGRESS_PERCENT);

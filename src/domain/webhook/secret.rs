@@ -1,9 +1,9 @@
-//! Signing secrets, in the open and sealed.
+//! Signing secrets, in clear text and encrypted.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use zeroize::Zeroizing;
 
-/// How a Standard Webhooks secret begins; the rest is the key in base64.
+/// The prefix of a Standard Webhooks secret; the rest is the key in base64.
 const STANDARD_PREFIX: &str = "whsec_";
 /// Random bytes of a generated secret, within the 24 to 64 that Standard Webhooks allows.
 const GENERATED_BYTES: usize = 32;
@@ -12,26 +12,27 @@ const GENERATED_BYTES: usize = 32;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
-/// Why a text can't be a secret. Says nothing of the text.
+/// Why a text can't be a secret. Contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadSecret {
     /// Empty or too long.
     #[error("a secret has 1 to 128 bytes, not {0}")]
     Length(usize),
-    /// Something else than printable ASCII.
+    /// It has characters other than printable ASCII.
     #[error("a secret is printable ASCII")]
     NotPrintable,
-    /// `whsec_` and then no base64. Receivers would take other bytes for the key than the server, so it is refused.
+    /// `whsec_` is not followed by base64. Receivers would use other bytes as the key than the server, so it is
+    /// refused.
     #[error("a secret that begins with whsec_ goes on in padded base64, as Standard Webhooks has it")]
     NotBase64,
-    /// Something that belongs to a pasted setting stands before `whsec_`. As a text it would be another key than the
-    /// receiver's, and no signature would match.
+    /// Something from a pasted setting stands before `whsec_`. As a text it would be another key than the receiver's,
+    /// and no signature would match.
     #[error("something stands before whsec_ (v1, a comma, a quote, a space): give the secret alone, from whsec_ on")]
     Pasted,
 }
 
 impl Secret {
-    /// Takes a secret as given.
+    /// Validates a secret.
     ///
     /// # Errors
     /// [`BadSecret`].
@@ -54,7 +55,7 @@ impl Secret {
         Ok(Self(text))
     }
 
-    /// Takes a secret that was accepted earlier, by the rules of that time.
+    /// Takes a secret that was accepted earlier, without validating it by today's rules.
     #[must_use]
     pub fn accepted(text: String) -> Self {
         Self(Zeroizing::new(text))
@@ -70,7 +71,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The secret itself: to be signed with, sealed, or shown once to its owner.
+    /// The secret text, for signing, encrypting, or showing it once to its owner.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
@@ -104,18 +105,18 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// A secret as it is stored: only `delivery::secrets` can open it.
+/// An encrypted secret, as stored; only `delivery::secrets` can decrypt it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SealedSecret(Vec<u8>);
 
 impl SealedSecret {
-    /// From stored bytes.
+    /// Reads stored bytes.
     #[must_use]
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
         Self(bytes)
     }
 
-    /// To be stored.
+    /// The bytes to store.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
@@ -124,7 +125,7 @@ impl SealedSecret {
 
 impl std::fmt::Debug for SealedSecret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Without a master key it is as good as open.
+        // Without a master key the secret is not encrypted.
         f.write_str("SealedSecret(..)")
     }
 }

@@ -1,17 +1,17 @@
-//! A delivery's life as one pure function: `(delivery, input) -> (delivery, effect)`, or a refusal.
+//! The lifecycle of a delivery as one pure function: `(delivery, input) -> (delivery, effect)`, or a refusal.
 
 /// The states of a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DeliveryState {
-    /// Waits for its time.
+    /// It waits for its next attempt.
     Pending,
-    /// Somebody is sending it.
+    /// A node is sending it.
     Leased,
-    /// The receiver has it.
+    /// The receiver accepted it.
     Delivered,
-    /// It will not be sent again by itself: a dead letter.
+    /// It is a dead letter and will not be sent again automatically.
     Dead,
-    /// Nobody needs it any more.
+    /// It is not needed any more.
     Cancelled,
 }
 
@@ -38,55 +38,55 @@ impl DeliveryState {
     }
 }
 
-/// What the state machine knows of a delivery.
+/// The state machine's view of a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
     /// Its state.
     pub state: DeliveryState,
-    /// Attempts begun.
+    /// The number of attempts begun.
     pub attempts: i32,
-    /// Attempts that it may have in all.
+    /// The most attempts that may be made.
     pub max_attempts: i32,
-    /// It never becomes a dead letter ([`super::WebhookEvent::is_disposable`]).
+    /// Whether it never becomes a dead letter ([`super::WebhookEvent::is_disposable`]).
     pub disposable: bool,
 }
 
 /// What can happen to a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// Somebody takes it, to send it.
+    /// A node claims it in order to send it.
     Claimed,
-    /// Whoever took it has sent nothing, and stops.
+    /// The node that claimed it has sent nothing and releases it.
     Released,
     /// The receiver answered 2xx.
     Succeeded,
-    /// Anything else; later it may work.
+    /// The attempt failed in a way that may pass.
     Failed,
-    /// It can't ever work: 410, a forbidden address, no valid URL, a secret that can't be opened.
+    /// The attempt failed for good: 410, a forbidden address, an invalid URL, a secret that can't be decrypted.
     FailedForGood,
-    /// Whoever took it is gone: nobody knows whether the receiver has it.
+    /// The node that claimed it is gone, and it is not known whether the receiver has it.
     LeaseExpired,
     /// A newer event makes it pointless, or it is too old.
     Superseded,
 }
 
-/// What has to be done with a step.
+/// What must be done after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing.
     None,
-    /// Wait, then it is due again.
+    /// Wait until it is due again.
     Retry,
     /// Write a dead letter.
     DeadLetter,
 }
 
-/// Where an input leads.
+/// The result of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// The state after it.
+    /// The new state.
     pub state: DeliveryState,
-    /// The attempts begun, after it.
+    /// The new number of attempts begun.
     pub attempts: i32,
     /// What has to be done.
     pub effect: Effect,
@@ -102,7 +102,7 @@ pub struct Refused {
     pub input: Input,
 }
 
-/// The delivery's state machine.
+/// The state machine of a delivery.
 ///
 /// # Errors
 /// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
@@ -115,7 +115,7 @@ pub fn apply(of: Delivery, input: Input) -> Result<Step, Refused> {
     let end = if of.disposable { to(Cancelled, Effect::None) } else { to(Dead, Effect::DeadLetter) };
     let try_again = if attempts < of.max_attempts { to(Pending, Effect::Retry) } else { end };
     match (of.state, input) {
-        // Counted before it is sent: a body that crashes its sender can't do so for ever.
+        // Counted before it is sent, so that a body that crashes its sender can't do so for ever.
         (Pending, Input::Claimed) if attempts < of.max_attempts => {
             Ok(Step { state: Leased, attempts: attempts + 1, effect: Effect::None })
         }
@@ -133,7 +133,7 @@ pub fn apply(of: Delivery, input: Input) -> Result<Step, Refused> {
         (Leased, Input::FailedForGood) => end,
         (Pending | Delivered | Dead | Cancelled, Input::FailedForGood) => refused,
 
-        // Only what can be missed is ever superseded. What is being sent finishes.
+        // Only disposable events can be superseded. A delivery being sent finishes.
         (Pending, Input::Superseded) if of.disposable => to(Cancelled, Effect::None),
         (Pending | Leased | Delivered | Dead | Cancelled, Input::Superseded) => refused,
     }

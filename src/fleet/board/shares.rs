@@ -1,11 +1,12 @@
-//! Who has how many of a model's slots, and whose turn that makes it.
+//! Counts each tenant's slots of a model, and decides who is next.
 //!
-//! Of two tenants the one goes first that would still have no more slots for its weight than the other has now. So shares
-//! are right to within one slot whatever requests take, a tenant who comes late is level at once, and nobody who is idle
-//! saves anything up. Where one slot more or less is what is left to decide (with few slots, or with weights far apart, that
-//! is often) they take turns by stride scheduling: a clock goes on with each slot that is given out, as fast as all together
-//! have turns, and each has its turns at distances of one over its weight. So a weight of 3 has 3 turns to another's one, and
-//! a weight of 1 beside one of 1,000 has one in 1,001, but has it.
+//! The next slot goes to the tenant with the lowest (slots + 1) / weight: a tenant is in front if, with one slot more,
+//! it would have no more per weight than another one has now. So shares are exact to within one slot whatever requests
+//! take, a tenant who arrives late catches up as slots become free, and an idle tenant saves nothing up. Where one slot
+//! more or less decides (with few slots, or with weights far apart, that is often), tenants take turns by stride
+//! scheduling: a clock advances with each slot that is given out, and each tenant has its turns at distances of 1 /
+//! weight. So a weight of 3 has three turns to another's one, and a weight of 1 next to one of 1,000 has one turn in
+//! 1,001.
 
 use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
@@ -13,17 +14,19 @@ use smallvec::SmallVec;
 
 use super::{Holder, Rank, Tenant, Ticket, Want};
 
-/// What a turn of a tenant of weight 1 takes of the clock: enough that no division by weights matters.
+/// The distance between two turns of a tenant of weight 1, in ticks of the clock. Large, so that rounding in divisions
+/// by weights does not matter.
 const TURN: u128 = 1 << 48;
-/// Turns that a tenant may be behind the clock: those that it did not get while it had a slot more than was due to it.
-/// Enough that nothing is lost by that; few enough that who had no wish for a while, but a slot, has not saved up much.
+/// The most turns that a tenant may be behind the clock. It falls behind while it holds a slot more than its share. The
+/// bound is high enough that no turn is lost by that, and low enough that a tenant that held a slot but wanted no more
+/// has not saved up many turns.
 const BEHIND: u128 = 16;
-/// Turns that a tenant may be ahead of the clock, by slots that others had no use for at the time; then the clock is put
-/// on. Few, so that nobody has to wait long for having taken them.
+/// The most turns that a tenant may be ahead of the clock, by slots that others did not want at the time; beyond that
+/// the clock is advanced. Low, so that nobody has to wait long for having taken them.
 const AHEAD: u128 = 2;
 
-/// The slots that tenants have, by model: for interactive calls, and for batches. They are counted apart, so that whoever
-/// runs a large batch is not last with a call.
+/// Tenants' slots by model, counted separately for interactive calls and for batches, so that a tenant with a large
+/// batch is not last with a call.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shares {
     classes: [Models; 2],
@@ -34,14 +37,14 @@ type Models = BTreeMap<Arc<str>, Model>;
 #[derive(Clone, Debug)]
 struct Model {
     clock: u128,
-    /// Of those who are active, together.
+    /// The sum of the active tenants' weights.
     weight: u64,
     tenants: BTreeMap<Tenant, Share>,
 }
 
 impl Default for Model {
     fn default() -> Self {
-        // So that there is a time before it.
+        // Leaves room for times before it.
         Self { clock: (BEHIND + 1) * TURN, weight: 0, tenants: BTreeMap::new() }
     }
 }
@@ -49,26 +52,26 @@ impl Default for Model {
 #[derive(Clone, Copy, Debug, Default)]
 struct Share {
     held: u32,
-    /// When its next turn is to be.
+    /// The clock's time of its next turn.
     next: u128,
-    /// It has slots, or wishes.
+    /// Whether it has slots or wishes.
     active: bool,
 }
 
-/// How far apart a tenant's turns are.
+/// The distance between two turns of a tenant.
 fn distance(tenant: Tenant) -> u128 {
     TURN / u128::from(tenant.weight().get())
 }
 
 impl Model {
-    /// When the tenant's next turn is: for one who was idle not before now.
+    /// The time of the tenant's next turn; for an idle tenant, not before now.
     fn due(&self, tenant: Tenant) -> u128 {
         let share = self.tenants.get(&tenant).copied().unwrap_or_default();
         let earliest = if share.active { self.clock - BEHIND * distance(tenant) } else { self.clock };
         share.next.max(earliest)
     }
 
-    /// A tenant has a wish, or gets a slot.
+    /// Marks a tenant as active.
     fn wake(&mut self, tenant: Tenant) {
         let due = self.due(tenant);
         let share = self.tenants.entry(tenant).or_default();
@@ -79,7 +82,7 @@ impl Model {
     }
 }
 
-/// Slots for a weight.
+/// Slots per weight, as a fraction.
 #[derive(Clone, Copy, Debug)]
 struct Level {
     slots: u32,
@@ -88,7 +91,7 @@ struct Level {
 
 impl Ord for Level {
     fn cmp(&self, other: &Self) -> Ordering {
-        // slots / weight, without dividing.
+        // Compares slots / weight without dividing.
         let times = |slots: u32, weight: u16| u64::from(slots) * u64::from(weight);
         times(self.slots, other.weight).cmp(&times(other.slots, self.weight))
     }
@@ -108,22 +111,22 @@ impl PartialEq for Level {
 
 impl Eq for Level {}
 
-/// A wish, and where its tenant stands.
+/// A wish, and its tenant's position.
 #[derive(Clone, Copy, Debug)]
 struct Standing<'a> {
     ticket: Ticket,
-    /// When it has its turn among those of the same rank.
+    /// Its turn among wishes of the same rank.
     turn: u64,
     model: &'a str,
     level: Level,
-    /// How far its next turn is ahead of the clock, or behind it.
+    /// How far the tenant's next turn is ahead of the clock; negative: behind it.
     ahead: i128,
-    /// It would have more than another one has who wants a slot too.
+    /// Whether, with one slot more, the tenant would have more per weight than another waiting tenant has.
     over: bool,
 }
 
 impl Standing<'_> {
-    /// Of its model, whose turn it is: the smallest's.
+    /// The key by which the wishes for a model are ordered; the smallest goes first.
     fn turn(&self) -> (bool, Option<Level>, i128, Rank, u64) {
         (self.over, self.over.then_some(self.level), self.ahead, self.ticket.0, self.turn)
     }
@@ -138,12 +141,12 @@ impl Shares {
         &mut self.classes[usize::from(batch)]
     }
 
-    /// Somebody waits for a slot.
+    /// Records that a tenant waits for a slot.
     pub(super) fn wish(&mut self, want: &Want) {
         self.model_mut(want).wake(want.rank.tenant);
     }
 
-    /// A slot is given out.
+    /// Records that a slot is given out.
     pub(super) fn take(&mut self, want: &Want) {
         let tenant = want.rank.tenant;
         let model = self.model_mut(want);
@@ -155,7 +158,7 @@ impl Shares {
         share.held += 1;
     }
 
-    /// A slot has come back. Returns whether that was the last one of its holder.
+    /// Records that a slot is returned. Returns whether it was the last one of its holder.
     pub(super) fn give_back(&mut self, holder: &Holder) -> bool {
         let model = self.models_mut(holder.batch).get_mut(&holder.model);
         model.and_then(|model| model.tenants.get_mut(&holder.tenant)).is_some_and(|share| {
@@ -164,8 +167,8 @@ impl Shares {
         })
     }
 
-    /// A tenant has no wish for a slot of that model. If it has none either, it is idle: what it is behind is gone, but
-    /// whoever has just had a turn does not get another one by going away and coming back.
+    /// Records that a tenant has no wish for a model. If it has no slot either, it is idle: turns that it is behind are
+    /// forgotten, but a tenant that has just had a turn does not get another one by leaving and coming back.
     pub(super) fn rest(&mut self, holder: &Holder) {
         let Some(model) = self.models_mut(holder.batch).get_mut(&holder.model) else { return };
         let Some(share) = model.tenants.get_mut(&holder.tenant) else { return };
@@ -180,13 +183,13 @@ impl Shares {
     fn model_mut(&mut self, want: &Want) -> &mut Model {
         let models = self.models_mut(want.rank.batch);
         if !models.contains_key(&want.model) {
-            // So that models that come and go are not remembered for ever.
+            // Models without tenants are forgotten.
             models.retain(|_, model| model.tenants.values().any(|share| share.active || share.held > 0));
         }
         models.entry(want.model.clone()).or_default()
     }
 
-    /// The wishes in the order in which they are to be granted.
+    /// The wishes in the order in which they get slots.
     pub(super) fn in_turn<'a>(&self, wishes: impl Iterator<Item = (Ticket, &'a Want, u64)>) -> SmallVec<[Ticket; 16]> {
         let mut all: SmallVec<[Standing<'a>; 16]> =
             wishes.map(|(ticket, want, turn)| self.standing(ticket, &want.model, turn)).collect();
@@ -199,7 +202,7 @@ impl Shares {
                 arrange(model);
                 models.push(model);
             }
-            // Models may have workers in common: there, too, the lower level goes first.
+            // Models may share workers: between models, too, the lower level goes first.
             while let Some(first) = first_of(&models) {
                 let (head, rest) = models[first].split_at(1);
                 tickets.extend(head.iter().map(|standing| standing.ticket));
@@ -219,7 +222,7 @@ impl Shares {
         Standing { ticket, turn, model, level, ahead, over: false }
     }
 
-    /// What each has.
+    /// The slots of each holder.
     #[cfg(test)]
     pub(super) fn held(&self) -> impl Iterator<Item = (Holder, u32)> {
         [false, true].into_iter().flat_map(|batch| {
@@ -231,7 +234,7 @@ impl Shares {
     }
 }
 
-/// Brings the wishes for one model, of one priority, into their order.
+/// Sorts the wishes for one model and one priority.
 fn arrange(model: &mut [Standing<'_>]) {
     let with_one_more = |of: &Standing<'_>| Level { slots: of.level.slots + 1, ..of.level };
     let Some(least) = model.iter().map(with_one_more).min() else { return };

@@ -1,49 +1,49 @@
-//! The limit of a worker of which only throughput and latency are known: changed a little, kept if that was good.
+//! Finds the limit of a worker without metrics: changes it a little and keeps the change if throughput improves.
 
 use std::time::Duration;
 
 use super::Seen;
 
-/// Doubling must bring so much more throughput, or it is taken back.
+/// The gain in throughput for which doubling is kept.
 const WORTH_DOUBLING: f64 = 1.05;
-/// A tenth more must bring so much more, and a tenth less may cost so much.
+/// The gain in throughput for which a tenth more is kept, and the loss at which a tenth less is undone.
 const WORTH_MORE: f64 = 1.04;
 const WORTH_LESS: f64 = 0.97;
-/// The first step of a trial; it doubles with each that is kept.
+/// The first step of a trial; it doubles after each step that is kept.
 const STEP: f64 = 0.1;
 const LONGEST_UP: f64 = 1.0;
 const LONGEST_DOWN: f64 = 0.5;
 /// Measurements between two trials.
 const HOLD: u32 = 6;
-/// A throughput so much lower than before is another worker, or another load: what is right for it must be found again.
+/// A throughput lower by this factor means another worker or another load: the limit must be found again.
 const COLLAPSE: f64 = 0.67;
-/// A measurement takes so many answers and so long, at the least.
+/// The fewest answers and the shortest time of a measurement.
 const FEWEST: u32 = 16;
 const SHORTEST: Duration = Duration::from_millis(200);
 
-/// What is being tried.
+/// The current trial.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Trial {
-    /// Twice as many, again and again.
+    /// Doubles repeatedly.
     Double,
-    /// Nothing: so many measurements more.
+    /// No trial for this many further measurements.
     Hold(u32),
     More(f64),
     Less(f64),
 }
 
-/// How a worker without metrics is felt for.
+/// The search for the limit of a worker without metrics.
 #[derive(Clone, Debug)]
 pub(super) struct Climb {
     trial: Trial,
-    /// The last trial of the two kinds was to send more.
+    /// Whether the last trial was to send more.
     up_last: bool,
     /// The best limit so far and its throughput, in requests per second.
     best: Option<(u32, f64)>,
-    /// Answers to requests that were sent under the limit before; how many of them are still to come.
+    /// Requests sent under the previous limit whose answers are still to come.
     stale: Option<u32>,
     answered: u32,
-    /// Of those, in seconds.
+    /// The sum of their latencies, in seconds.
     latencies: f64,
     since: Duration,
 }
@@ -72,7 +72,7 @@ impl Climb {
             return limit;
         }
         if !seen.full {
-            // Nobody has more to send: what is measured says nothing of the limit.
+            // The limit was not reached, so the measurement says nothing about it.
             (self.answered, self.latencies, self.since) = (0, 0.0, now);
             return limit;
         }
@@ -122,11 +122,11 @@ impl Climb {
             return self.next(limit);
         }
         self.up_last = !matches!(self.trial, Trial::Less(_));
-        // A long step that failed says little of a short one.
+        // A failed long step says little about a short one.
         self.trial = match self.trial {
             Trial::More(step) if step > STEP => Trial::More(STEP),
             Trial::Less(step) if step > STEP => Trial::Less(STEP),
-            // The last doubling that paid may have gone past what was needed.
+            // The last doubling that was kept may have gone past what was needed.
             Trial::Double => Trial::Less(LONGEST_DOWN / 2.0),
             Trial::Hold(_) | Trial::More(_) | Trial::Less(_) => Trial::Hold(HOLD),
         };

@@ -1,10 +1,11 @@
-//! How many requests one worker may have in flight: pure. It is looked at again and again with what the worker did since.
+//! Finds how many requests one worker may have in flight. Pure: called repeatedly with what the worker did since the
+//! last call.
 //!
-//! A vLLM server says in `/metrics` how many requests run and how many wait. The limit is raised until a few wait, so that a
-//! place that becomes free is filled at once, and no further: what waits there is late for interactive calls, and for other
-//! nodes that use the worker. Of a worker that says nothing only the throughput is known: [`climb`] feels its way.
+//! A vLLM server reports in `/metrics` how many requests run and how many wait. The limit is raised until a few wait,
+//! so that a finished request is replaced at once, and no further: a longer queue delays interactive calls, and other
+//! nodes that use the worker. For a worker without metrics only the throughput is known; [`climb`] handles it.
 //!
-//! It is here and not in the scheduler because the fleet uses it, and the scheduler uses the fleet.
+//! It is in `fleet` because the fleet uses it, and the scheduler uses the fleet.
 
 mod climb;
 #[cfg(test)]
@@ -17,54 +18,56 @@ use std::time::Duration;
 use super::Load;
 use climb::Climb;
 
-/// The lowest limit: a worker that takes requests at all gets one at a time.
+/// The lowest limit.
 pub const FLOOR: u32 = 1;
-/// The first limit. Little for a GPU, and few enough that a small worker is not flooded.
+/// The first limit: little for a GPU, and few enough not to flood a small worker.
 pub const START: u32 = 64;
-/// Between two looks at a worker that has requests in flight.
+/// The time between two updates for a worker that has requests in flight.
 pub const TICK: Duration = Duration::from_millis(100);
 
-/// So much of what the engine can run is to wait even when the least waits: below the least more is sent, above the most
-/// less.
+/// The wanted queue, as a share of what the engine can run, measured when the fewest wait: below the lower bound more
+/// is sent, above the upper bound less.
 const LEAST_WAITING: f64 = 0.05;
 const MOST_WAITING: f64 = 0.10;
-/// Looks in a row with too few waiting after which the limit doubles again.
+/// Consecutive updates with too few waiting after which the limit doubles again.
 const LOWS_TO_RAMP: u32 = 4;
-/// After a change, what is seen for so long is still of the time before.
+/// Time after a change during which measurements still reflect the old limit.
 const SETTLE: Duration = Duration::from_millis(250);
-/// Less is sent only after so much time, or a request's latency if that is longer, in which never too few waited.
+/// The limit is lowered only if enough requests waited throughout this time, or throughout a request's latency if that
+/// is longer, within these bounds.
 const SHORTEST_WATCH: Duration = Duration::from_secs(1);
 const LONGEST_WATCH: Duration = Duration::from_secs(3);
-/// For so long the most that ran at once counts as what the engine can run, or up to twice as long.
+/// How long the highest number of running requests counts as the engine's capacity; at most twice this.
 const CAPACITY_LASTS: Duration = Duration::from_secs(2);
-/// With so little of the KV cache free, more requests would only push others out.
+/// Use of the KV cache above which more requests would only evict others.
 const FULL_CACHE: f64 = 0.97;
-/// What a push-back leaves of the limit, and what it leaves if there was one just before, or if the limit was doubling.
+/// The factor by which a push-back lowers the limit, and the factor if there was one just before, or if the limit was
+/// doubling.
 const BACK_OFF: f64 = 0.9;
 const BACK_OFF_MORE: f64 = 0.5;
-/// Push-backs within so short a time are one.
+/// Push-backs within this time count as one.
 const CUT_GAP: Duration = Duration::from_millis(500);
-/// A push-back so soon after another is worse than one alone.
+/// A second push-back within this time lowers the limit by [`BACK_OFF_MORE`].
 const CUT_AGAIN: Duration = Duration::from_secs(2);
-/// Push-backs are a reason to send less if they are more than one in so many.
+/// Push-backs lower the limit only if they are more than one in this many answers.
 const MANY_OF: u32 = 10;
-/// A worker whose metrics have been read counts as one with metrics for so long without them.
+/// How long a worker counts as one with metrics after they were last read.
 const METRICS_LAST: Duration = Duration::from_secs(10);
 
-/// What one worker did since the last look.
+/// What one worker did since the last update.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Seen {
-    /// This node's requests there, now.
+    /// This node's requests in flight there now.
     pub in_flight: u32,
-    /// The limit was reached since: more would have been sent.
+    /// Whether the limit was reached since, so that more would have been sent.
     pub full: bool,
-    /// Requests answered since.
+    /// Requests answered since the last update.
     pub answered: u32,
-    /// How long they took, on average: by Little's law, in flight over latency is the throughput.
+    /// Their mean duration. By Little's law, requests in flight divided by latency is the throughput.
     pub latency: Duration,
-    /// What its `/metrics` says, if they have just been read.
+    /// The worker's metrics, if they have just been read.
     pub load: Option<Load>,
-    /// 429, 503 and time-outs since.
+    /// 429, 503 and timeouts since the last update.
     pub pushed_back: u32,
 }
 
@@ -73,15 +76,15 @@ pub struct Seen {
 pub struct Limiter {
     cap: u32,
     limit: u32,
-    /// Doubles while too few wait.
+    /// Whether the limit doubles while too few wait.
     ramping: bool,
-    /// Looks in a row with too few waiting; with enough.
+    /// Consecutive updates with too few waiting, and with enough.
     lows: u32,
     enough: u32,
     capacity: Capacity,
-    /// Since when enough wait, and how many more than needed at the least.
+    /// Since when enough wait, and the smallest excess since then.
     watch: Option<(Duration, f64)>,
-    /// Of the requests answered last.
+    /// The latency of the requests answered last.
     latency: Duration,
     last: Option<(Duration, Load)>,
     cut: Option<Cut>,
@@ -90,7 +93,7 @@ pub struct Limiter {
     changed_at: Duration,
 }
 
-/// What came back lately: of the last half second, or of the second before.
+/// Recent answers and push-backs: of the last half second, and of the second before.
 #[derive(Clone, Copy, Debug, Default)]
 struct PushBacks {
     since: Duration,
@@ -99,8 +102,8 @@ struct PushBacks {
 }
 
 impl PushBacks {
-    /// Takes in what was seen. Returns whether so many were pushed back that fewer should be sent: a few of many are those
-    /// requests' own bad luck.
+    /// Adds what was seen. Returns whether there are enough push-backs to send less: a few of many are not the worker's
+    /// state.
     fn are_many(&mut self, now: Duration, seen: &Seen) -> bool {
         if now.saturating_sub(self.since) >= CUT_GAP {
             // The older half counts half.
@@ -113,7 +116,7 @@ impl PushBacks {
     }
 }
 
-/// How many requests the engine can run at once: as many as it was seen to.
+/// The engine's capacity: the most requests that it was seen to run at once.
 #[derive(Clone, Copy, Debug, Default)]
 struct Capacity {
     since: Duration,
@@ -134,27 +137,27 @@ impl Capacity {
     }
 }
 
-/// The last push-back.
+/// The last reduction of the limit.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     at: Duration,
-    /// What was left then.
+    /// The limit after it.
     left: f64,
 }
 
 impl Cut {
-    /// How far the limit may have grown since: slowly near where the worker pushed back, then ever faster, as TCP's CUBIC
-    /// does. Back at that place after some 6 s, past its double after 16 s.
+    /// The bound of the limit after this time: it grows slowly near where the worker pushed back, then ever faster, as
+    /// TCP's CUBIC does. It reaches the old limit after about 6 s and twice that after 16 s.
     fn allows(self, now: Duration) -> f64 {
         let seconds = now.saturating_sub(self.at).as_secs_f64();
         let cubed = seconds.powi(3);
-        // The second term is for those that are almost at the floor.
+        // The second term is for limits near the floor.
         self.left * (1.0 + 0.01 * seconds + 0.000_2 * cubed) + (0.1 * seconds + 0.002 * cubed)
     }
 }
 
 impl Limiter {
-    /// For a worker of which nothing is known. `cap` is 1 or more.
+    /// The limiter of a new worker. `cap` is 1 or more.
     #[must_use]
     pub fn new(cap: u32) -> Self {
         let limit = START.min(cap).max(FLOOR);
@@ -181,8 +184,8 @@ impl Limiter {
         self.limit
     }
 
-    /// How long to wait before the worker's metrics are read again: short while the limit is about to change, for they are
-    /// not free to a busy server.
+    /// The time until the worker's metrics should be read again: short while the limit is about to change, because
+    /// reading them costs a busy server time.
     #[must_use]
     pub fn pace(&self, now: Duration) -> Duration {
         let quiet = now.saturating_sub(self.changed_at);
@@ -198,7 +201,8 @@ impl Limiter {
         }
     }
 
-    /// Takes into account what the worker did since the last look. `now` counts from any fixed time. Returns the limit.
+    /// Updates the limit with what the worker did since the last update. `now` counts from any fixed time. Returns the
+    /// limit.
     pub fn look(&mut self, now: Duration, seen: &Seen) -> u32 {
         let before = self.limit;
         if seen.answered > 0 {
@@ -210,7 +214,7 @@ impl Limiter {
         }
         match (seen.load, self.last) {
             (Some(load), last) => {
-                // A lower count than before is a worker that was started anew.
+                // A lower count than before means that the worker was restarted.
                 if last.is_some_and(|(_, last)| load.preemptions > last.preemptions) {
                     self.preempted_at(now, seen, load);
                 } else if !pushed_back {
@@ -218,7 +222,7 @@ impl Limiter {
                 }
                 self.last = Some((now, load));
             }
-            // The worker is too busy to say: wait until it does.
+            // The worker is too busy to answer: wait until it does.
             (None, Some((at, _))) if now.saturating_sub(at) < METRICS_LAST => {}
             (None, _) => {
                 self.last = None;
@@ -234,12 +238,12 @@ impl Limiter {
         self.limit
     }
 
-    /// The limit may be that high now.
+    /// The highest limit allowed now.
     fn most(&self, now: Duration) -> u32 {
         self.cut.map_or(self.cap, |cut| round(cut.allows(now)).min(self.cap))
     }
 
-    /// More requests run than the cache has room for: fewer than run now are to be there at all.
+    /// More requests run than the cache has room for: lower the limit below what runs now.
     fn preempted_at(&mut self, now: Duration, seen: &Seen, load: Load) {
         let in_flight = f64::from(seen.in_flight);
         let share = in_flight / (load.running + load.waiting).max(in_flight).max(1.0);
@@ -248,14 +252,14 @@ impl Limiter {
 
     fn pushed_back_at(&mut self, now: Duration, seen: &Seen) {
         let again = self.cut.is_some_and(|cut| now.saturating_sub(cut.at) < CUT_AGAIN);
-        // What was not used was not what was too much.
+        // The unused part of the limit was not the cause.
         let used = f64::from(self.limit.min(seen.in_flight.max(self.limit / 2)));
         self.back_off(now, seen, used * if self.ramping || again { BACK_OFF_MORE } else { BACK_OFF });
     }
 
     fn back_off(&mut self, now: Duration, seen: &Seen, left: f64) {
         let too_soon = self.cut.is_some_and(|cut| now.saturating_sub(cut.at) < CUT_GAP);
-        // The last one has not had its effect yet.
+        // The last reduction has not had its effect yet.
         let pending = self.cut.is_some_and(|cut| f64::from(seen.in_flight) > cut.left.max(f64::from(self.limit)));
         if too_soon || pending {
             return;
@@ -268,25 +272,25 @@ impl Limiter {
         self.climb = Climb::default();
     }
 
-    /// What waits is judged by the least of it. An engine whose requests are all alike runs them in waves: they are answered
-    /// together, and until the next ones have come in it would be idle, if they were not waiting there already. So what
-    /// counts is by how much what is there, running or waiting, exceeds what the engine can run at once.
+    /// Sets the limit by the engine's queue, judged by its minimum. An engine whose requests are all alike runs them in
+    /// waves: they finish together, and until new ones arrive the engine would be idle if none were waiting. So the
+    /// measure is by how much the requests there, running or waiting, exceed the engine's capacity.
     fn by_queue(&mut self, now: Duration, seen: &Seen, load: Load) {
         let before = self.capacity.get();
         self.capacity.note(now, load.running);
         if self.capacity.get() < before {
-            // What was thought to be needed was not.
+            // The queue was longer than needed.
             self.watch = None;
         }
         let (total, capacity) = (load.running + load.waiting, self.capacity.get());
-        // An engine whose cache is full runs fewer than it did: what waits, waits.
+        // An engine with a full cache runs fewer than before; the rest waits.
         let full_cache = load.kv_cache_usage >= FULL_CACHE;
         let spare = if full_cache { load.waiting } else { (total - capacity).min(load.waiting) };
-        // Where few run the shares are no whole requests: one may wait.
+        // With few running requests the shares are fractions: one may wait.
         let least = (LEAST_WAITING * capacity).max(1.0);
         let most = (MOST_WAITING * capacity).max(2.0);
         let target = f64::midpoint(least, most);
-        // Other nodes send to this worker too: each answers for its share of what waits.
+        // Other nodes send to this worker too: each accounts for its share of the queue.
         let in_flight = f64::from(seen.in_flight);
         let share = if in_flight > 0.0 { in_flight / total.max(in_flight) } else { 0.0 };
         let settled = now.saturating_sub(self.changed_at) >= SETTLE;
@@ -299,14 +303,14 @@ impl Limiter {
             }
             self.ramping |= self.lows >= LOWS_TO_RAMP;
             let more = if self.ramping {
-                // What was sent has not all arrived: whether more is needed is not known yet.
+                // Not all requests sent have arrived, so it is not known yet whether more are needed.
                 if total < in_flight / 2.0 {
                     return;
                 }
-                // Doubled from what is in use: a look too early doubles nothing twice.
+                // Doubles the requests in flight, not the limit, so that an early update does not double twice.
                 (2 * seen.in_flight).max(self.limit + 1)
             } else if settled && seen.answered > 0 {
-                // More than another full engine's worth can't help.
+                // More than twice the capacity can't help.
                 let room = (2.0 * capacity - total.max(in_flight)).max(1.0);
                 self.limit + round(((target - spare) * share).clamp(1.0, room))
             } else {
@@ -325,8 +329,8 @@ impl Limiter {
         self.watch = Some((since, spare));
         let watched = now.saturating_sub(since) >= self.latency.clamp(SHORTEST_WATCH, LONGEST_WATCH);
         if watched && spare > most && in_flight > 0.0 {
-            // Counted from what is in flight, not from the limit, so that the delay until they are fewer does no harm: what
-            // has gone since no longer waits either.
+            // Computed from the requests in flight, not from the limit, so the delay until they are fewer does no harm:
+            // requests that have finished since no longer wait either.
             let fewer = round((in_flight - (spare - target) * share).max(0.0));
             self.limit = self.limit.min(fewer.max(self.limit / 8));
         } else if watched {

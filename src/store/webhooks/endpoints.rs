@@ -80,16 +80,16 @@ pub struct EndpointRecord {
     pub updated_at: Timestamp,
 }
 
-/// What to change of an endpoint: what is none stays.
+/// Fields of an endpoint to update; `None` leaves a field unchanged.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointChange {
-    /// Where it is. What waits for it goes there too, and of what is being sent the next attempt.
+    /// The new URL, also for deliveries that wait; a delivery being sent uses it from its next attempt.
     pub url: Option<String>,
-    /// What it wants to hear of, from now on.
+    /// The events to send from now on.
     pub events: Option<EventFilter>,
-    /// Attempts in all, of events from now on.
+    /// The attempts in all, for events from now on.
     pub max_attempts: Option<i32>,
-    /// For one whole attempt, of events from now on.
+    /// The time limit of one attempt, for events from now on.
     pub timeout: Option<Duration>,
     /// Whether it is disabled, and why.
     pub disabled: Option<(bool, Option<String>)>,

@@ -47,8 +47,8 @@ impl Mine {
 /// What a statement over leases is to answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// How many rows it changed: all but always that is all of them, and a row that comes back costs about as much as its
-    /// change.
+    /// The number of rows changed. Returning ids costs about as much as the change itself, and almost always all rows
+    /// are changed.
     Count,
     /// Which.
     Ids,
