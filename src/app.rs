@@ -1,8 +1,8 @@
-//! Wires everything and stops it in order.
+//! Starts a server's parts and stops them in order.
 //!
-//! Started from the bottom up: the data directory's lock, blobs, database, workers, scheduler, API. Stopped from the
-//! top down: calls and segments first, then webhooks, then the watch over the workers, at last the node's own row.
-//! Every step has its share of one deadline, so that the whole ends in time whatever hangs.
+//! The start goes from the bottom up: the data directory's lock, blobs, database, workers, scheduler, API. The stop
+//! goes from the top down: calls and segments first, then webhooks, then the monitoring of workers, and last the node's
+//! own row. Every step has its part of one deadline, so that the whole ends in time whatever hangs.
 
 use std::{fs::File, io, net::SocketAddr, path::PathBuf, pin::pin, time::Duration};
 
@@ -41,60 +41,60 @@ use crate::{
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Between two signs of life in the database.
+/// Time between two heartbeats in the database.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long a stop may take beyond the time that what is in flight has ([`ServeConfig::drain_timeout`]).
+/// Time that a stop may take beyond [`ServeConfig::drain_timeout`].
 pub const FAREWELL: Duration = Duration::from_secs(5);
-/// Of that: when the scheduler and the deliverer must have written down what they have.
+/// The part of it after which the scheduler and the deliverer must have recorded their work.
 const WRITTEN: Duration = Duration::from_secs(3);
-/// Of that: when the last thing must be done. The rest is for the process to end.
+/// The part of it after which everything must be done. The rest is for the process to end.
 const LAST: Duration = Duration::from_millis(4_300);
-/// How long the watch over the workers and the other small tasks may take to end.
+/// Time for the monitoring of workers and the other small tasks to end.
 const BACKGROUND: Duration = Duration::from_millis(500);
 
-/// Why a server did not start, or did not go on.
+/// Why a server did not start or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// The address is taken, or not this machine's.
+    /// The address is in use, or is not an address of this machine.
     #[error("can't listen on {}: {}", .0, words::file(.1))]
     Listen(SocketAddr, #[source] io::Error),
-    /// The data directory can't be made or written.
+    /// The data directory can't be created or written.
     #[error("data directory {}: {}", .0.display(), words::file(.1))]
     DataDir(PathBuf, #[source] io::Error),
-    /// Another server has it.
+    /// Another server uses the data directory.
     #[error("data directory {0} is in use by another tidemill: stop that one, or give this one its own --data-dir")]
     InUse(PathBuf),
     /// The tokens file can't be read.
     #[error("tokens file {}: {}", .0.display(), words::file(.1))]
     ReadTokens(PathBuf, #[source] io::Error),
-    /// The tokens file is not in order.
+    /// The tokens file is invalid.
     #[error("tokens file {0}: {1}")]
     Tokens(PathBuf, #[source] TokensError),
-    /// The database.
+    /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The blob store.
+    /// The blob store failed.
     #[error(transparent)]
     Blob(#[from] BlobError),
     /// The blob store is not there, can't be used, or is not the database's.
     #[error(transparent)]
     Objects(#[from] ObjectsError),
-    /// The workers.
+    /// The workers' state could not be read.
     #[error(transparent)]
     Fleet(#[from] FleetError),
-    /// The master key is none.
+    /// The master key is invalid.
     #[error("the master key: {0}")]
     MasterKey(#[source] BadMasterKey),
     /// The master key's file can't be read.
     #[error("master key file {}: {}", .0.display(), words::file(.1))]
     ReadMasterKey(PathBuf, #[source] io::Error),
-    /// The webhooks' HTTP client.
+    /// The webhooks' HTTP client could not be made.
     #[error("webhooks: {0}")]
     Webhooks(#[source] reqwest::Error),
-    /// The gRPC server.
+    /// The gRPC server failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// A part of the server has died: it is a bug, or what it needs is gone for good.
+    /// A part of the server has died, because of a bug or because something that it needs is gone for good.
     #[error(transparent)]
     Died(#[from] Died),
 }
@@ -103,7 +103,7 @@ pub enum AppError {
 pub struct App {
     addr: SocketAddr,
     tls: bool,
-    /// How long what is in flight has at the stop.
+    /// Time for work in flight at the stop.
     drain: Duration,
     /// Ends the API and the progress streams.
     serving: CancellationToken,
@@ -114,7 +114,7 @@ pub struct App {
     /// Ends the delivery of webhooks.
     delivering: CancellationToken,
     deliverer: JoinHandle<()>,
-    /// Ends the watch over the workers, once nothing is sent to them any more.
+    /// Ends the monitoring of workers, once nothing is sent to them any more.
     watching: CancellationToken,
     /// Runs all of it.
     supervisor: Supervisor,
@@ -130,7 +130,7 @@ impl App {
     /// # Errors
     /// [`AppError`].
     pub async fn start(config: ServeConfig) -> Result<Self, AppError> {
-        // What can be wrong with files is found before anything is touched.
+        // Errors in files are found before anything is changed.
         let options = server_options(&config)?;
         options.check().await?;
         let webhooks = webhook_options(&config)?;
@@ -139,7 +139,7 @@ impl App {
             TcpListener::bind(config.listen).await.map_err(|error| AppError::Listen(config.listen, error))?;
         let addr = listener.local_addr().map_err(|error| AppError::Listen(config.listen, error))?;
         let blobs = match config.blob_store() {
-            // Whatever a predecessor left half written is looked for in the whole directory.
+            // Files that a predecessor left half written are searched for in the whole directory.
             BlobStore::Directory(path) => {
                 let opened = tokio::task::spawn_blocking(move || Blobs::directory(&path)).await;
                 opened.map_err(|panic| AppError::DataDir(config.data_dir.clone(), panic.into()))??
@@ -188,7 +188,7 @@ impl App {
         );
         let (troubles, stages) = (scheduler.troubles(), scheduler.stages());
         let run_if = |has_role, part, stop: &CancellationToken, run: BoxFuture<'static, ()>| {
-            // Without its role a part only waits for its end.
+            // Without its role, a part only waits for its end.
             let run = if has_role { run } else { stop.clone().cancelled_owned().boxed() };
             supervisor.spawn(part, stop, run)
         };
@@ -252,7 +252,7 @@ impl App {
         Ok(app)
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
@@ -264,7 +264,7 @@ impl App {
         format!("{}://{}", if self.tls { "https" } else { "http" }, self.addr)
     }
 
-    /// Serves until told to stop, or until a part of it dies, and then stops in order.
+    /// Serves until it is told to stop or a part dies, then stops in order.
     ///
     /// # Errors
     /// [`AppError::Died`].
@@ -273,13 +273,13 @@ impl App {
             () = shutdown.cancelled() => None,
             died = self.supervisor.died() => Some(died),
         };
-        // What the other parts have in hand is given back as at any stop.
+        // The other parts' work is released as at any stop.
         self.stop().await;
         died.map_or(Ok(()), |died| Err(died.into()))
     }
 
-    /// Stops in order: streams and calls, segments, webhooks, workers, the node's row. It ends within the drain timeout
-    /// and [`FAREWELL`], whatever hangs: what can't be written down in that time is left to the leases.
+    /// Stops in order: streams and calls, segments, webhooks, workers, the node's row. Ends within the drain timeout
+    /// and [`FAREWELL`], whatever hangs; work that can't be released in that time is left to the leases.
     pub async fn stop(self) {
         tracing::info!("stopping");
         let drained = Instant::now() + self.drain;
@@ -291,7 +291,7 @@ impl App {
         self.delivering.cancel();
         let aborted = self.deliverer.abort_handle();
         let rest = async {
-            // Each says itself how it died.
+            // Each part logs itself how it died.
             if !top_ended {
                 let _ = top.await;
             }
@@ -334,7 +334,7 @@ async fn open(config: &ServeConfig) -> Result<Store, AppError> {
     }
 }
 
-/// Makes the data directory this process's own. The lock goes with the process, however it ends.
+/// Locks the data directory for this process. The lock ends with the process, however that ends.
 fn lock(data_dir: &std::path::Path) -> Result<File, AppError> {
     let failed = |error: io::Error| AppError::DataDir(data_dir.to_owned(), error);
     blobs::make_folder(&data_dir.join("tmp")).map_err(failed)?;
@@ -346,7 +346,7 @@ fn lock(data_dir: &std::path::Path) -> Result<File, AppError> {
     }
 }
 
-/// How webhooks are delivered.
+/// The options of webhook delivery.
 fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
     let key = |text: &str| MasterKey::from_base64(text).map_err(AppError::MasterKey);
     let current = match (&config.master_key, &config.master_key_file) {
@@ -364,7 +364,7 @@ fn webhook_options(config: &ServeConfig) -> Result<WebhookOptions, AppError> {
         sole_node: matches!(config.database(), Database::Sqlite(_)),
         drain: config.drain_timeout,
         in_flight: config.webhook_max_in_flight,
-        // The settings' check has refused others.
+        // Validation has refused other values.
         schedule: Schedule::try_new(config.webhook_retry_schedule.clone()).unwrap_or_default(),
         ..WebhookOptions::new(Guard::new(policy), Vault::new(current, previous))
     })

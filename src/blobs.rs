@@ -1,7 +1,7 @@
 //! Objects: uploaded inputs, parts, results. A local directory by default, S3, GCS or Azure by URL.
 //!
-//! A write that has returned is durable: on a directory the file and its folder are fsynced before the object gets its
-//! name. Names are never reused, so an object never changes once it can be read.
+//! A write that has returned is durable: in a directory, the file and its folder are fsynced before the object gets its
+//! name. Names are never reused, so a readable object never changes.
 
 mod deletes;
 mod error;
@@ -34,17 +34,16 @@ use crate::words;
 use identity::Identity;
 use local::LocalWriter;
 
-/// Parts of a multipart write: S3's least is 5 MiB.
+/// Size of the parts of a multipart write: S3's minimum is 5 MiB.
 const WRITE_CHUNK: usize = 5 * 1024 * 1024;
-/// How many parts of one write may be under way.
+/// Parts of one write that are sent at a time.
 const WRITE_CONCURRENCY: usize = 2;
-/// In the names of files that are being written; no object's has it.
+/// Marks the names of files that are being written; no object's name contains it.
 const STAGED: char = '#';
-/// A half-written file that nobody has added to for so long is nobody's.
+/// A half-written file that has not grown for this long is abandoned.
 const ABANDONED: Duration = Duration::from_secs(3_600);
-/// What the object store's client bridges by itself: seconds, so that an upload outlives a short "slow down". Whatever
-/// lasts longer is told to whoever waits, and tried again where it can be said why nothing moves. The library's own
-/// three minutes would be three minutes without a word.
+/// Retries of the object store's client: some seconds, so that an upload survives a short "slow down". Longer failures
+/// are reported and retried where the reason can be shown. The library's default would be three minutes of silence.
 const RETRIES: usize = 6;
 const RETRY_FOR: Duration = Duration::from_secs(10);
 const RETRY_WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
@@ -55,13 +54,13 @@ pub struct Blobs {
     store: Arc<dyn ObjectStore>,
     /// The store, if it is a directory.
     directory: Option<Arc<LocalFileSystem>>,
-    /// Whose it is.
+    /// Whether the store belongs to this database.
     identity: Identity,
 }
 
 impl Blobs {
-    /// A directory, made if it is not there. Half-written files that a killed process left are removed: only one process
-    /// may have the directory.
+    /// A directory, which is created if it does not exist. Half-written files of a killed process are removed, because
+    /// only one process may use the directory.
     ///
     /// # Errors
     /// [`BlobError::Open`] if it can't be made or read.
@@ -71,8 +70,8 @@ impl Blobs {
         Ok(blobs)
     }
 
-    /// A directory that other processes use as well, on a network file system for instance: what they are writing is left
-    /// alone.
+    /// A directory that other processes use too, such as one on a network file system: their half-written files are
+    /// left alone.
     ///
     /// # Errors
     /// [`BlobError::Open`] if it can't be made or read.
@@ -81,7 +80,7 @@ impl Blobs {
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|error| BlobError::Open(format!("{}: {error}", path.display())))?
             .with_fsync(true)
-            // A folder for each segment that ever ran would be walked at every start.
+            // Without this, a folder for each segment ever run would be searched at every start.
             .with_automatic_cleanup(true);
         let store = Arc::new(store);
         Ok(Self { directory: Some(store.clone()), store, identity: Identity::default() })
@@ -93,13 +92,13 @@ impl Blobs {
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.
     pub fn url(text: &str) -> Result<Self, BlobError> {
-        // A variable that is not UTF-8 is somebody else's, and `std::env::vars` panics at it.
+        // A variable that is not UTF-8 is not for us, and `std::env::vars` panics on it.
         let known =
             std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         Self::url_with(text, known)
     }
 
-    /// The same, with an environment of one's own.
+    /// Like [`Blobs::open`], with a given environment.
     ///
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.
@@ -128,7 +127,7 @@ impl Blobs {
             .filter(|(name, _)| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| name.starts_with(prefix)))
             .map(|(name, value)| (name.to_lowercase(), value))
             .collect();
-        /// With every option that the builder knows; the others are meant for somebody else.
+        /// Sets every option that the builder knows; other variables are not for it.
         macro_rules! built {
             ($builder:ty) => {{
                 let mut builder = <$builder>::new().with_url(url.as_str()).with_retry(retries());
@@ -150,14 +149,14 @@ impl Blobs {
         Ok(Self::over(Arc::new(PrefixStore::new(store, prefix))))
     }
 
-    /// Objects that end with the process: for simulations.
+    /// Objects in memory, for simulations.
     #[doc(hidden)]
     #[must_use]
     pub fn memory() -> Self {
         Self::over(Arc::new(InMemory::new()))
     }
 
-    /// Any object store, in which a write that has returned is durable: for tests that make it fail.
+    /// Any object store in which a write that has returned is durable, for tests that make it fail.
     #[must_use]
     pub fn over(store: Arc<dyn ObjectStore>) -> Self {
         Self { store, directory: None, identity: Identity::default() }
@@ -201,12 +200,12 @@ impl Blobs {
         }
     }
 
-    /// The same, whosever the store is.
+    /// Reads without checking that the store belongs to the database.
     async fn get_unchecked(&self, key: &str) -> Result<Bytes, BlobError> {
         Ok(self.store.get(&Path::from(key)).await?.bytes().await?)
     }
 
-    /// Reads some bytes of an object: those of the range that it has. A torn object is short, not unreadable.
+    /// Reads a range of an object, as far as the object has it. A torn object is short, not unreadable.
     ///
     /// # Errors
     /// [`BlobError::Missing`] or [`BlobError::Failed`].
@@ -219,7 +218,7 @@ impl Blobs {
         match self.store.get_range(&path, range.clone()).await {
             Ok(bytes) => Ok(bytes),
             Err(error @ object_store::Error::NotFound { .. }) => Err(self.missing(error.into()).await),
-            // A range that begins past the end is an error like any other, and what it is is not told.
+            // A range that begins past the end is an error whose kind the library does not tell.
             Err(error) => match self.store.head(&path).await {
                 Ok(object) if object.size <= range.start => Ok(Bytes::new()),
                 _ => Err(error.into()),
@@ -227,7 +226,7 @@ impl Blobs {
         }
     }
 
-    /// Reads some bytes of an object, piece by piece of at most 1 MiB.
+    /// Reads a range of an object in pieces of at most 1 MiB.
     pub fn stream(
         &self,
         key: String,
@@ -241,7 +240,7 @@ impl Blobs {
         })
     }
 
-    /// Deletes an object. One that is not there is fine.
+    /// Deletes an object. A missing object is no error.
     ///
     /// # Errors
     /// [`BlobError::Failed`].
@@ -280,14 +279,14 @@ impl Blobs {
         self.walk(prefix).try_collect().await
     }
 
-    /// The same, as they come: there may be more than fit into memory.
+    /// The keys below a prefix as a stream, because there may be more than fit into memory.
     pub fn walk(&self, prefix: &str) -> impl Stream<Item = Result<String, BlobError>> + Send + 'static + use<> {
         let objects = self.store.list(Some(&Path::from(prefix)));
         objects.map_ok(|meta| meta.location.to_string()).map_err(BlobError::from)
     }
 }
 
-/// An object being written. Dropped before [`ObjectWriter::finish`], it never exists.
+/// An object being written. If it is dropped before [`ObjectWriter::finish`], the object never exists.
 pub struct ObjectWriter(Writer);
 
 enum Writer {
@@ -296,7 +295,7 @@ enum Writer {
 }
 
 impl ObjectWriter {
-    /// Adds bytes; waits while too many are still on their way.
+    /// Adds bytes; waits while too many are still being written.
     ///
     /// # Errors
     /// [`BlobError::Failed`].
@@ -322,7 +321,7 @@ impl ObjectWriter {
         }
     }
 
-    /// Gives up: nothing is left behind.
+    /// Aborts the write and leaves nothing behind.
     ///
     /// # Errors
     /// [`BlobError::Failed`].
@@ -346,8 +345,8 @@ fn retries() -> RetryConfig {
     }
 }
 
-/// Makes a folder and those above it that are not there, and makes their names durable: what is synced in a folder that a
-/// power cut takes is gone with it.
+/// Creates a folder and its missing parents, and makes their names durable: a file synced in a folder that a power cut
+/// removes is lost with it.
 ///
 /// # Errors
 /// If it can't be made. That the folder above it may not be opened matters only if it was made now.
@@ -362,7 +361,7 @@ pub fn make_folder(path: &FsPath) -> std::io::Result<()> {
     for folder in made.filter_map(FsPath::parent) {
         sync_folder(folder)?;
     }
-    // Whoever made it may have died before this.
+    // The process that created it may have died before the sync.
     if let (Some(folder), true) = (path.parent(), existing == Some(&*path)) {
         let _ = sync_folder(folder);
     }

@@ -1,36 +1,38 @@
-//! Named points at which a test has this process die, as by `kill -9`: no unwinding, nothing flushed, nothing told.
+//! Named points at which a test can make this process die, as by `kill -9`: no unwinding, nothing flushed.
 //!
-//! `TIDEMILL_FAULT=part-object` aborts at the first visit of that point, `TIDEMILL_FAULT=part-object:3` at the third. Only
-//! builds with debug assertions know how: in a release build a point is nothing at all. No test has to hope that a signal
+//! `TIDEMILL_FAULT=part-object` aborts at the first visit of that point, `TIDEMILL_FAULT=part-object:3` at the third.
+//! Only builds with debug assertions do that; in a release build a point is empty. So no test has to hope that a signal
 //! hits the moment between two writes.
 //!
-//! `TIDEMILL_FAULT=panic-hub` has that part of the server panic instead, in the middle of what it does.
+//! `TIDEMILL_FAULT=panic-hub` makes that part of the server panic while it works.
 
 #[cfg(any(debug_assertions, test))]
 use crate::supervise::Part;
 
-/// Where the process can be made to die. Each is a moment at which one write is durable and the next is not.
+/// The points at which the process can be made to die. Each is a moment at which one write is durable and the next is
+/// not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// An upload's object is there, its row is not.
+    /// An upload's object exists, its row does not.
     UploadObject,
-    /// A part's object is there, its row is not.
+    /// A part's object exists, its row does not.
     PartObject,
-    /// A part's row is there; the scheduler does not know yet.
+    /// A part's row exists; the scheduler does not know yet.
     PartRow,
-    /// All lines of a segment have their result; its end is not written.
+    /// All lines of a segment have a result; its end is not written.
     SegmentFinish,
-    /// A segment's merged object is there; its end is not written.
+    /// A segment's merged object exists; its end is not written.
     MergedObject,
-    /// A segment's end, with the last one the batch's end and its webhooks, is there; nobody has been told.
+    /// A segment's end is written, with the last segment the batch's end and its webhooks too; nobody has been
+    /// notified.
     SegmentFinished,
     /// Within the transaction that claims deliveries: they are leased, their attempts are not written, nothing is committed.
     DeliveryClaimed,
-    /// A delivery's claim and its attempt are there; nothing is sent.
+    /// A delivery's claim and its attempt are written; nothing is sent.
     DeliveryAttempt,
-    /// The receiver has answered; what it said is not written.
+    /// The receiver has answered; the answer is not recorded.
     DeliveryAnswered,
-    /// What the receiver said is there.
+    /// The receiver's answer is recorded.
     DeliverySettled,
 }
 
@@ -49,7 +51,7 @@ impl Fault {
         Self::DeliverySettled,
     ];
 
-    /// Its name in `TIDEMILL_FAULT`.
+    /// The point's name in `TIDEMILL_FAULT`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -67,7 +69,7 @@ impl Fault {
     }
 }
 
-/// What the environment has this process do.
+/// The fault that the environment asks for.
 #[cfg(any(debug_assertions, test))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Armed {
@@ -75,7 +77,7 @@ enum Armed {
     Panic(Part),
 }
 
-/// Dies here if the environment says so.
+/// Aborts here if the environment asks for it.
 #[cfg(debug_assertions)]
 pub(crate) fn point(fault: Fault) {
     if is_armed(Armed::Death(fault)) {
@@ -84,13 +86,13 @@ pub(crate) fn point(fault: Fault) {
     }
 }
 
-/// Panics here if the environment says so.
+/// Panics here if the environment asks for it.
 #[cfg(debug_assertions)]
 pub(crate) fn panic_in(part: Part) {
     assert!(!is_armed(Armed::Panic(part)), "TIDEMILL_FAULT=panic-{part}");
 }
 
-/// Whether this is the visit that is meant.
+/// Whether this is the visit at which to act.
 #[cfg(debug_assertions)]
 fn is_armed(here: Armed) -> bool {
     use std::sync::{
@@ -105,17 +107,17 @@ fn is_armed(here: Armed) -> bool {
     ARMED.is_some_and(|(armed, at)| armed == here && VISITS.fetch_add(1, Ordering::Relaxed) + 1 == at)
 }
 
-/// Release builds know no faults.
+/// Release builds have no faults.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub(crate) fn point(_: Fault) {}
 
-/// Release builds know no faults.
+/// Release builds have no faults.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub(crate) fn panic_in(_: crate::supervise::Part) {}
 
-/// A point's name, and after a colon which visit of it; the first if it does not say.
+/// Parses a point's name and, after a colon, the number of the visit; default 1.
 #[cfg(any(debug_assertions, test))]
 fn parse(text: &str) -> Option<(Armed, u32)> {
     let (name, at) = text.split_once(':').unwrap_or((text, "1"));

@@ -1,4 +1,4 @@
-//! Whether the blob store is there, can be used, and is the one of the database: at the start and from then on.
+//! Checks that the blob store exists, can be used, and belongs to the database, at the start and while the server runs.
 
 use std::time::Duration;
 
@@ -14,13 +14,13 @@ use crate::{
     supervise::Part,
 };
 
-/// How long the blob store may take to answer at the start.
+/// Time limit of the blob store's answer at the start.
 const PROBE: Duration = Duration::from_secs(12);
-/// How long it may take to give it its id: below the time for which PostgreSQL bears with a silent transaction.
+/// Time limit of writing the store's id: below the time for which PostgreSQL tolerates an idle transaction.
 const GIVE: Duration = Duration::from_secs(4);
-/// Between two looks at its id.
+/// Time between two checks of its id.
 const LOOK: Duration = Duration::from_secs(5);
-/// Objects that are looked for in a store without an id. One that is there is enough.
+/// Objects to look for in a store without an id; one that exists is enough.
 const SOME: u64 = 10;
 
 /// Why the objects can't be used.
@@ -34,25 +34,25 @@ pub enum ObjectsError {
         "the blob store {place} can't be used: {words}: is --blobs right, and may this server write there? ({error})"
     )]
     Unusable {
-        /// Which.
+        /// The store.
         place: String,
-        /// Why, in short.
+        /// A short reason.
         words: String,
-        /// As the store's client says it.
+        /// The error of the store's client.
         error: Box<BlobError>,
     },
-    /// The database names objects that are elsewhere.
+    /// The database names objects that are not in this store.
     #[error(
         "the blob store {0} is not the one of the database: {1}. All servers of a database need the same objects: give \
          --blobs as the others have it (s3://…, gs://…, az://… or file:///a/shared/path), and see that the volume is mounted"
     )]
     Foreign(String, String),
-    /// The database.
+    /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Tries the blob store out, before anything else is touched. Returns its id, if it has one.
+/// Tests the blob store before anything else is changed. Returns its id, if it has one.
 ///
 /// # Errors
 /// [`ObjectsError`].
@@ -64,9 +64,9 @@ pub async fn probe(blobs: &Blobs, place: &str) -> Result<Option<String>, Objects
     }
 }
 
-/// Makes sure that the store, whose id is `found`, is the one of the database. A new database gets the store that its
-/// first server names; so does one of a release that knew no ids, if the objects that it names are there. A database
-/// that names no file and has no other node takes another store: nothing can be missing from it.
+/// Makes sure that the store, whose id is `found`, belongs to the database. A new database is tied to the store of its
+/// first server; so is one of a release without ids, if the objects that it names exist. A database that names no file
+/// and has no other node accepts another store, because nothing can be missing from it.
 ///
 /// # Errors
 /// [`ObjectsError`].
@@ -85,7 +85,7 @@ pub async fn establish(
                 let why = format!("{} that it names is not there", objects[0]);
                 return Err(ObjectsError::Foreign(place.to_owned(), why));
             }
-            // One that is there was given by a server that died before it could write it down.
+            // An id that exists was written by a server that died before it could record it in the database.
             let id = found.clone().unwrap_or_else(|| format!("store_{}", Uuid::now_v7().simple()));
             let give = async {
                 if found.is_some() {
@@ -122,8 +122,8 @@ fn unusable(error: BlobError, place: &str) -> ObjectsError {
     ObjectsError::Unusable { place: place.to_owned(), words, error: Box::new(error) }
 }
 
-/// Looks now and then whether the store is still the one of the database, until the shutdown. As long as it is not,
-/// this server claims nothing, says that it is not ready, and waits with what it has.
+/// Checks regularly, until the shutdown, that the store is still the database's. While it is not, this server claims
+/// nothing, reports that it is not ready, and keeps its work waiting.
 ///
 /// # Errors
 /// If the database was given other objects meanwhile: nothing had been stored, and this server was away for so long that
@@ -141,7 +141,7 @@ pub async fn watch(store: Store, blobs: Blobs, shutdown: CancellationToken) -> R
             () = shutdown.cancelled() => return Ok(()),
             looked = looked => looked,
         };
-        // A database that does not answer says nothing.
+        // No answer from the database says nothing.
         if let (Ok(Some(id)), Some(ours)) = (of_database, blobs.expected_id())
             && id != ours
         {

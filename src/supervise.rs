@@ -1,5 +1,6 @@
-//! The parts of a running server, each a task of its own. A part that panics, or ends before it is told to, ends the
-//! server: a server that says it serves while a part of it is dead would be found out much later, by what is missing.
+//! Supervises the parts of a running server, each a task of its own. If a part panics or ends before it is told to, the
+//! server ends. Otherwise a server that reports SERVING with a dead part would be noticed only much later, by what is
+//! missing.
 
 use std::{
     any::Any,
@@ -12,7 +13,7 @@ use futures::FutureExt;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// What runs for as long as the server does.
+/// A task that runs as long as the server does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Answers gRPC and HTTP.
@@ -21,29 +22,29 @@ pub enum Part {
     Scheduler,
     /// Closes windows and deletes garbage.
     Sweeps,
-    /// Hears and asks which batches have changed.
+    /// Finds out which batches have changed.
     Hub,
     /// Reads a watched batch that has changed.
     HubRead,
-    /// Writes this node's sign of life.
+    /// Writes this node's heartbeat.
     Heartbeat,
-    /// Keeps the list of workers as the database has it.
+    /// Keeps the list of workers in sync with the database.
     Workers,
-    /// Asks one worker how it is.
+    /// Checks the health of one worker.
     Probe,
-    /// Keeps one worker's limit.
+    /// Adjusts one worker's limit.
     Limit,
     /// Sends webhooks.
     Webhooks,
     /// Retries many dead letters.
     RetryJobs,
-    /// Finds senders of webhooks that are gone, and deletes old webhooks.
+    /// Ends the attempts of dead senders, and deletes old webhooks.
     WebhookUpkeep,
-    /// Seals stored webhook secrets with the present master key.
+    /// Encrypts stored webhook secrets with the current master key.
     Resealing,
-    /// Hears of other nodes' commits (PostgreSQL only).
+    /// Receives notifications of other nodes' commits (PostgreSQL only).
     Listener,
-    /// Makes sure that the blob store is still the one of this database.
+    /// Checks that the blob store still belongs to this database.
     StoreCheck,
 }
 
@@ -67,7 +68,7 @@ impl Part {
         Self::StoreCheck,
     ];
 
-    /// Its name in the log, and after `panic-` in `TIDEMILL_FAULT`.
+    /// The part's name in the log, and after `panic-` in `TIDEMILL_FAULT`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -100,13 +101,13 @@ impl Display for Part {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the part {part:?} of the server has died: {why}", part = .part.name())]
 pub struct Died {
-    /// Which.
+    /// The part.
     pub part: Part,
-    /// Its panic, its error, or that it just ended.
+    /// Its panic message, its error, or that it ended.
     pub why: String,
 }
 
-/// Runs the parts and knows the first that died. Cheap to clone.
+/// Runs the parts and records the first one that dies. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Supervisor {
     tasks: TaskTracker,
@@ -120,14 +121,14 @@ impl Default for Supervisor {
 }
 
 impl From<&TaskTracker> for Supervisor {
-    /// One whose parts are tracked by `tasks`, too.
+    /// A supervisor whose parts `tasks` tracks too.
     fn from(tasks: &TaskTracker) -> Self {
         Self { tasks: tasks.clone(), ..Self::default() }
     }
 }
 
 impl Supervisor {
-    /// Runs a part until `stop`. Ended before that, or with a panic or an error, it has died.
+    /// Runs a part until `stop`. If it ends before that, or with a panic or an error, it has died.
     pub fn spawn<T: Ended>(
         &self,
         part: Part,
@@ -137,7 +138,7 @@ impl Supervisor {
         self.watch(part, Some(stop.clone()), task)
     }
 
-    /// Runs a part's task that ends by itself. Only with a panic or an error it has died.
+    /// Runs a part's task that ends by itself. It has died only if it ends with a panic or an error.
     pub fn spawn_once<T: Ended>(&self, part: Part, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<()> {
         self.watch(part, None, task)
     }
@@ -178,16 +179,16 @@ impl Supervisor {
         }
     }
 
-    /// Waits until all parts have ended; no more are begun.
+    /// Waits until all parts have ended. No more can be started.
     pub async fn ended(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-/// How a part's task ends: with nothing, or with a result.
+/// The result of a part's task.
 pub trait Ended: Send + 'static {
-    /// Why it can't go on.
+    /// The error with which it ended. `None`: it ended without one.
     fn error(self) -> Option<String>;
 }
 
@@ -203,7 +204,7 @@ impl<E: Display + Send + 'static> Ended for Result<(), E> {
     }
 }
 
-/// Runs a loop that shares a task with others: its panic carries its name to the task's supervisor.
+/// Runs a loop that shares a task with others, so that its panic names it.
 pub async fn named<T>(part: Part, task: impl Future<Output = T>) -> T {
     match AssertUnwindSafe(task).catch_unwind().await {
         Ok(ended) => ended,
@@ -211,7 +212,7 @@ pub async fn named<T>(part: Part, task: impl Future<Output = T>) -> T {
     }
 }
 
-/// What a panic says.
+/// The message of a panic.
 #[must_use]
 pub fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&'static str>().copied();

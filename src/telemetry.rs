@@ -19,23 +19,23 @@ pub use series::{Family, Series};
 
 use crate::config::LogFormat;
 
-/// From a quick embedding to a request at the default timeout, seconds.
+/// Bucket bounds in seconds, from a quick embedding to a request at the default timeout.
 const SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 180.0, 600.0];
-/// From one short line to the longest upload, bytes.
+/// Bucket bounds in bytes, from one short line to the longest upload.
 const BYTES: [f64; 8] = [256.0, 1e3, 16e3, 64e3, 1e6, 4e6, 100e6, 10e9];
-/// How many things at once, or in one write.
+/// Bucket bounds for counts.
 const COUNTS: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 512.0, 4096.0];
-/// How often observations that nobody scrapes are folded into their buckets, so that they do not pile up.
+/// How often observations are folded into their buckets if nobody scrapes them, so that they do not pile up.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// A library that checks certificates.
+/// The log target of a library that checks certificates.
 const VERIFIER: &str = "rustls_platform_verifier";
 
 /// The Prometheus text format's content type.
 pub const METRICS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The metrics of workers, which come and go.
+/// The metrics of workers, which are removed with their worker.
 pub static WORKERS: Series = Series::new("worker");
 
 static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
@@ -46,13 +46,14 @@ static METRICS: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 /// The filter can't be parsed.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let mut levels = EnvFilter::try_new(filter)?;
-    // Says each failed handshake as an error; whoever tried it says it in words, and not every second.
+    // Logs each failed handshake as an error; the caller reports it in its own words, and not every second.
     if !filter.contains(VERIFIER) {
         levels = levels.add_directive(format!("{VERIFIER}=off").parse()?);
     }
-    // Files and journals get no escape codes; nor do people who ask for none (https://no-color.org).
+    // Files and journals get no escape codes, nor do users who set NO_COLOR (https://no-color.org).
     let colours = stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    // Whoever read the log may be gone: what can't be logged is dropped, as the layers' own complaint of it would panic.
+    // The reader of the log may be gone. Lines that can't be written are dropped, because the layers' own complaint
+    // would panic.
     let (text, json) = match format {
         LogFormat::Text => (Some(fmt::layer().with_ansi(colours).with_writer(stderr).log_internal_errors(false)), None),
         LogFormat::Json => {
@@ -69,7 +70,7 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), ParseError> {
 /// Makes ring rustls' provider. reqwest and tonic are built without one of their own, so whatever opens a TLS connection
 /// needs this first.
 pub fn install_tls_provider() {
-    // Err: there is one already.
+    // An error means that there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 

@@ -1,25 +1,25 @@
-//! Many objects deleted together: S3 takes a thousand in one request.
+//! Deletes many objects together: S3 takes a thousand in one request.
 
 use futures::StreamExt;
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::{BlobError, Blobs};
 
-/// How many files of a directory are being deleted at the same time.
+/// Files of a directory that are deleted at a time.
 const AT_ONCE: usize = 16;
 
-/// What came of a deletion of many.
+/// The outcome of deleting many objects.
 #[derive(Debug, Default)]
 pub struct Deleted {
-    /// These are not there any more.
+    /// The keys of objects that no longer exist.
     pub gone: Vec<String>,
-    /// Why the others may still be there: one reason of possibly several.
+    /// Why the others may still exist: one reason of possibly several.
     pub error: Option<BlobError>,
 }
 
 impl Blobs {
-    /// Deletes objects. Those that are not there are fine. An object store that takes many in one request gets them so; for
-    /// a service that speaks S3 without that request there is `AWS_DISABLE_BULK_DELETE`.
+    /// Deletes objects; missing ones are no error. If the object store has a request for many, it is used; for a
+    /// service with S3's API but without that request, set `AWS_DISABLE_BULK_DELETE`.
     pub async fn delete_all(&self, keys: Vec<String>) -> Deleted {
         if let Err(error) = self.is_still_ours().await {
             return Deleted { gone: Vec::new(), error: Some(error) };

@@ -1,4 +1,4 @@
-//! Why objects can't be used: what may be mended by trying again, what only by somebody, and both in words.
+//! Why objects can't be used: whether a retry may help or somebody must act, with messages for people.
 
 use std::{error::Error, io};
 
@@ -18,14 +18,13 @@ pub enum BlobError {
     /// There is no such object.
     #[error("object {0} is missing")]
     Missing(String),
-    /// The store failed; trying again may help.
+    /// The store failed; a retry may help.
     #[error("blob store failed: {}", failure(.0))]
     Failed(#[source] object_store::Error),
-    /// The store refuses, and will until somebody mends it: a wrong key, a bucket that is not there, a directory that may
-    /// not be written.
+    /// The store refuses until somebody acts: a wrong key, a missing bucket, a directory that can't be written.
     #[error("blob store refuses: {0}")]
     Refused(#[source] object_store::Error),
-    /// The objects here are not those that the database names.
+    /// The objects here are not those of the database.
     #[error("the blob store is not the one of the database: {0}; is the volume mounted, is --blobs right?")]
     Foreign(String),
 }
@@ -40,7 +39,7 @@ impl From<object_store::Error> for BlobError {
 }
 
 impl BlobError {
-    /// Of a write: there whatever is not there may come back, unless it is the bucket.
+    /// The error of a write, where anything missing may come back, except the bucket.
     pub(super) fn of_write(error: object_store::Error) -> Self {
         if is_refusal(&error) { Self::Refused(error) } else { Self::Failed(error) }
     }
@@ -49,7 +48,7 @@ impl BlobError {
         Self::of_write(object_store::Error::Generic { store: "directory", source: Box::new(error) })
     }
 
-    /// Why the store failed, fit for clients: no address, no key, no secret. None: there are no such words for it.
+    /// Why the store failed, safe to show to clients: no address, no key, no secret. `None`: there are no such words.
     #[must_use]
     pub fn in_words(&self) -> Option<String> {
         use object_store::Error as E;
@@ -76,7 +75,7 @@ impl BlobError {
                 return Some(format!("it answers {status}"));
             }
             if let Some(io) = error.downcast_ref::<std::io::Error>() {
-                // What others make of an error may name anything.
+                // Text from libraries may contain anything.
                 let other = io.kind() == std::io::ErrorKind::Other;
                 return Some(if other { io.kind().to_string() } else { words::file(io) });
             }
@@ -93,7 +92,7 @@ impl BlobError {
     }
 }
 
-/// Whether trying again is of no use before somebody has done something.
+/// Whether a retry is useless until somebody acts.
 fn is_refusal(error: &object_store::Error) -> bool {
     use object_store::Error as E;
     match error {
@@ -114,7 +113,7 @@ fn is_refusal(error: &object_store::Error) -> bool {
     false
 }
 
-/// What the store's library says, which has the store's own answer in it; of a certificate and of a full disk, our words.
+/// The library's message, which contains the store's answer; for a certificate or a full disk, ours.
 fn failure(error: &object_store::Error) -> String {
     if words::is_tls(error) {
         return words::cause(Peer::ObjectStore, error);
@@ -130,8 +129,8 @@ fn is_without_bucket(error: &(dyn Error + 'static)) -> bool {
     NO_BUCKET.iter().any(|code| text.contains(code))
 }
 
-/// The status that the store answered with. The library keeps the type that has it to itself, so it is read from its text;
-/// it is only for people's eyes.
+/// The HTTP status of the store's answer. The library hides the type that has it, so it is read from the text; it is
+/// only shown to people.
 fn status_of(error: &(dyn Error + 'static)) -> Option<String> {
     let text = error.to_string();
     let (status, _) = text.strip_prefix("Server returned non-2xx status code: ")?.split_once(':')?;

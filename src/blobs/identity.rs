@@ -1,6 +1,6 @@
-//! Whose objects these are. An object holds the store's id, and a row of the database the same: a server that sees
-//! other objects than the other servers (another bucket, a directory of its own, a volume that is not mounted) must not
-//! take them for lost, must not write any there, and must not fail anybody's batch for it.
+//! Checks that the objects belong to the database. An object and a row of the database hold the same store id. A server
+//! that sees other objects than the other servers (another bucket, its own directory, a volume that is not mounted)
+//! must not take objects for lost, must not write any there, and must not fail batches because of it.
 
 use std::sync::Arc;
 
@@ -11,12 +11,12 @@ use super::{BlobError, Blobs};
 
 /// The object that holds the id.
 pub const ID_KEY: &str = "store-id";
-/// An object that is written and deleted to see whether that is possible.
+/// An object that is written and deleted to test access.
 const PROBE_KEY: &str = "store-probe";
-/// An id is short: something longer is no id.
+/// The longest id; anything longer is not one.
 const LONGEST: usize = 100;
 
-/// What is known of the store's id.
+/// What this process knows about the store's id.
 #[derive(Debug, Default)]
 pub(super) struct Identity {
     state: Arc<Mutex<State>>,
@@ -30,14 +30,14 @@ impl Clone for Identity {
 
 #[derive(Debug, Default)]
 struct State {
-    /// What the database says. None: nobody has asked it, as in tests.
+    /// The id in the database. `None`: it has not been read, as in tests.
     expected: Option<String>,
-    /// Why the store is not the database's, as far as this process has seen.
+    /// Why the store is not the database's. `None`: no reason is known.
     foreign: Option<String>,
 }
 
 impl Blobs {
-    /// Whether objects can be written, deleted and read here, and the id of the store, if it has one.
+    /// Tests that objects can be written, read and deleted, and returns the store's id, if it has one.
     ///
     /// # Errors
     /// [`BlobError`].
@@ -48,7 +48,7 @@ impl Blobs {
         Ok(found)
     }
 
-    /// Gives the store its id.
+    /// Writes the store's id.
     ///
     /// # Errors
     /// [`BlobError`].
@@ -56,7 +56,7 @@ impl Blobs {
         self.put(ID_KEY, Bytes::from(format!("{id}\n"))).await
     }
 
-    /// From now on objects are only written and read, and only taken for missing, while the store has this id.
+    /// From now on, objects are read and written, and taken for missing, only while the store has this id.
     ///
     /// # Errors
     /// [`BlobError`] if it has not.
@@ -65,13 +65,13 @@ impl Blobs {
         self.verify().await
     }
 
-    /// The id that it must have.
+    /// The expected id.
     #[must_use]
     pub fn expected_id(&self) -> Option<String> {
         self.identity.state.lock().expected.clone()
     }
 
-    /// Looks whether the store is the one that is expected. That it does not answer says nothing about that.
+    /// Checks that the store is the expected one. If it does not answer, that says nothing.
     ///
     /// # Errors
     /// [`BlobError::Foreign`] if it is another one.
@@ -87,24 +87,24 @@ impl Blobs {
         foreign.map_or(Ok(()), |why| Err(BlobError::Foreign(why)))
     }
 
-    /// Why the store is not the one of the database, as far as this process has seen.
+    /// Why the store is not the database's, as far as this process has seen.
     #[must_use]
     pub fn foreign(&self) -> Option<String> {
         self.identity.state.lock().foreign.clone()
     }
 
-    /// Before an object is read.
+    /// Called before an object is read.
     pub(super) fn is_ours(&self) -> Result<(), BlobError> {
         self.foreign().map_or(Ok(()), |why| Err(BlobError::Foreign(why)))
     }
 
-    /// Before an object is written. A volume is unmounted without a word, and a write to the folder below it would be
-    /// lost as soon as it is back; so in a directory, where that costs next to nothing, the id is looked at each time.
+    /// Called before an object is written. A volume can be unmounted without notice, and a write to the folder below it
+    /// would be hidden when it is back. So in a directory, where it costs almost nothing, the id is checked each time.
     pub(super) async fn is_still_ours(&self) -> Result<(), BlobError> {
         if self.directory.is_some() { self.verify().await } else { self.is_ours() }
     }
 
-    /// An object that is not there is missing only if the store is the right one.
+    /// A missing object counts as missing only if the store is the right one.
     pub(super) async fn missing(&self, error: BlobError) -> BlobError {
         match error {
             BlobError::Missing(_) => self.verify().await.err().unwrap_or(error),
@@ -136,7 +136,7 @@ mod tests {
         assert_eq!(blobs.probe().await.unwrap(), None);
         assert!(matches!(blobs.get("a").await, Err(BlobError::Missing(_))), "nobody has said what to expect");
         assert!(matches!(blobs.expect_id("one".into()).await, Err(BlobError::Foreign(_))));
-        // Only a look can bring it back.
+        // Only a check can end this state.
         blobs.identity.state.lock().expected = None;
         blobs.identity.state.lock().foreign = None;
         blobs.give_id("one").await.unwrap();

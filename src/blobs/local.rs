@@ -1,5 +1,5 @@
-//! An object in a directory, written as it comes. Its bytes are on their way to the disk from the start, so that the fsync
-//! at the end has little left to wait for: of a large upload half the time would be that wait.
+//! Writes an object in a directory. Writing to disk starts at once, so that the fsync at the end has little left to
+//! wait for; for a large upload that wait would be half of the time.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -12,14 +12,14 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{STAGED, make_folder, sync_folder};
 
-/// Bytes that are written in one go.
+/// Bytes per write.
 const WRITE: usize = 1024 * 1024;
-/// Bytes that may wait while others are being written; then the writer waits.
+/// Bytes that may wait while others are written; beyond that the caller waits.
 const WAITING: usize = 4 * WRITE;
-/// Pieces below this size are copied together: each of its own would cost more than its bytes, and keep alive what it was
-/// cut out of.
+/// Smaller pieces are copied together: a separate write costs more than the copy, and the piece keeps its whole source
+/// in memory.
 const SMALL: usize = 16 * 1024;
-/// Where small ones go.
+/// Size of the buffer for small pieces.
 const BLOCK: usize = 64 * 1024;
 
 /// An object being written.
@@ -30,23 +30,23 @@ pub(super) struct LocalWriter {
     waiting: Pieces,
 }
 
-/// Where the file is. It is written by a thread for blocking work.
+/// Where the file is. A thread for blocking work writes it.
 #[derive(Debug)]
 enum Staging {
     Here(Staged),
     Busy(JoinHandle<io::Result<Staged>>),
-    /// A write has failed, or was cut off.
+    /// A write has failed or was interrupted.
     Failed,
 }
 
 impl LocalWriter {
-    /// Begins the file, so that a folder that can't be written is told at once.
+    /// Creates the file, so that a folder that can't be written is reported at once.
     pub(super) async fn create(object: PathBuf) -> io::Result<Self> {
         let (object, staged) = spawn_blocking(move || Staged::create(&object).map(|staged| (object, staged))).await??;
         Ok(Self { object, file: Staging::Here(staged), waiting: Pieces::default() })
     }
 
-    /// Returns once there is room for more.
+    /// Adds bytes. Returns when there is room for more.
     pub(super) async fn write(&mut self, bytes: Bytes) -> io::Result<()> {
         self.waiting.push(bytes);
         let busy = matches!(&self.file, Staging::Busy(writing) if !writing.is_finished());
@@ -63,7 +63,7 @@ impl LocalWriter {
         Ok(())
     }
 
-    /// The object is durable and has its name when this returns.
+    /// Completes the object. When this returns, it is durable and has its name.
     pub(super) async fn finish(mut self) -> io::Result<()> {
         let mut staged = self.staged().await?;
         let (object, pieces) = (std::mem::take(&mut self.object), self.waiting.take());
@@ -74,18 +74,18 @@ impl LocalWriter {
         publish.await?
     }
 
-    /// Nothing is left when this returns.
+    /// Aborts. When this returns, nothing is left.
     pub(super) async fn abort(mut self) -> io::Result<()> {
-        // What failed has removed its file.
+        // A failed write has removed its file.
         if let Ok(staged) = self.staged().await {
             spawn_blocking(move || staged.remove()).await??;
         }
         Ok(())
     }
 
-    /// The file, once what was begun is written.
+    /// Returns the file when the pending write has ended.
     async fn staged(&mut self) -> io::Result<Staged> {
-        // Stays in place while it is awaited: this future may be dropped and another one come.
+        // Stays in place while it is awaited, because this future may be dropped and another one created.
         if let Staging::Busy(writing) = &mut self.file {
             let written = writing.await;
             self.file = Staging::Failed;
@@ -98,21 +98,21 @@ impl LocalWriter {
     }
 }
 
-/// A file that has not yet its name. Dropped before it has, it is removed.
+/// A file that does not have its name yet. If it is dropped before, it is removed.
 #[derive(Debug)]
 struct Staged {
     file: File,
-    /// None: it has been renamed or removed.
+    /// `None`: it has been renamed or removed.
     path: Option<PathBuf>,
     written: u64,
-    /// How much of that is on its way to the disk.
+    /// The number of bytes whose writeback has been started.
     started: u64,
 }
 
 impl Staged {
     fn create(object: &Path) -> io::Result<Self> {
         let mut name = object.file_name().unwrap_or_default().to_owned();
-        // Another process may be at the same object: whoever is last has it, and both have the same bytes.
+        // Another process may write the same object: the last one wins, and both have the same bytes.
         name.push(format!("{STAGED}{}", uuid::Uuid::new_v4().simple()));
         let path = object.with_file_name(name);
         let create = || OpenOptions::new().write(true).create_new(true).open(&path);
@@ -134,7 +134,7 @@ impl Staged {
         Ok(())
     }
 
-    /// Of no consequence but for the time that the fsync will take.
+    /// Only affects how long the fsync takes.
     fn start_writeback(&mut self) {
         #[cfg(target_os = "linux")]
         {

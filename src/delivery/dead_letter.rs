@@ -1,4 +1,4 @@
-//! Retries by hand: one dead letter, now, once.
+//! Retries one dead letter by hand, once.
 
 use super::{Webhooks, send::Sent};
 use crate::{
@@ -6,25 +6,25 @@ use crate::{
     store::{BeginRetry, DeadLetter, StoreError},
 };
 
-/// What came of a retry.
+/// The outcome of a retry.
 #[derive(Debug)]
 pub struct Retried {
-    /// The receiver has it.
+    /// Whether the receiver accepted it.
     pub success: bool,
-    /// It had been delivered before.
+    /// Whether it had been delivered before.
     pub forced: bool,
-    /// What the receiver answered, if it did.
+    /// The receiver's HTTP status. `None` if it did not answer.
     pub http_status: Option<u16>,
     /// Why it failed.
     pub error_message: Option<String>,
-    /// As it is now.
+    /// The dead letter after the retry.
     pub dead_letter: DeadLetter,
 }
 
-/// Why nothing was sent, or nobody knows what came of it.
+/// Why nothing was sent, or the outcome is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum RetryError {
-    /// There is none.
+    /// There is no such dead letter.
     #[error("there is no such dead letter")]
     NotFound,
     /// An earlier retry has delivered it.
@@ -48,8 +48,8 @@ pub enum RetryError {
 }
 
 impl Webhooks {
-    /// Sends a dead letter now, once, signed with the secrets valid now, under the same `webhook-id`. The same `request_id`
-    /// again sends nothing and answers the same. Goes on if the caller does not wait for it.
+    /// Sends a dead letter once, signed with the secrets valid now, under the same `webhook-id`. A repeated call with
+    /// the same `request_id` sends nothing and returns the same outcome. Continues even if the caller stops waiting.
     ///
     /// # Errors
     /// [`RetryError`].
@@ -62,7 +62,7 @@ impl Webhooks {
     ) -> Result<Retried, RetryError> {
         let webhooks = self.clone();
         let retry = async move { webhooks.retry_here(&id, &scope, force, request_id.as_deref()).await };
-        // Once sent it must be written down, also when the caller has hung up.
+        // Once sent, the attempt must be recorded even if the caller has disconnected.
         tokio::spawn(retry).await.map_err(|_| RetryError::Stopped)?
     }
 

@@ -1,4 +1,4 @@
-//! What a server does for its webhooks: the outbox, retries of many dead letters, and what has to be done now and then.
+//! A server's work for webhooks: the outbox, retries of many dead letters, and housekeeping.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use crate::{
     supervise::{Part, named},
 };
 
-/// How often what is old enough is deleted.
+/// Time between two deletions of old webhooks.
 const PURGE_EVERY: Duration = Duration::from_secs(3_600);
 
-/// Delivers this node's share of the outbox until it is told to stop.
+/// Delivers this node's part of the outbox until it is told to stop.
 pub struct Deliverer {
     webhooks: Webhooks,
     shutdown: CancellationToken,
@@ -30,8 +30,8 @@ impl Deliverer {
         Self { webhooks, shutdown }
     }
 
-    /// Delivers. Returns after the shutdown, when what was in flight has ended and is written down, or the time for that is
-    /// over: then leases are left to run out, and the receiver hears of those events again.
+    /// Delivers until the shutdown. Returns when sends in flight have ended and are recorded, or their time is over;
+    /// then their leases expire, and the receivers get those events again.
     pub async fn run(self) {
         if !self.webhooks.inner.vault.is_sealing() {
             warn!("no master key: webhook secrets are stored unsealed; set TIDEMILL_MASTER_KEY");
@@ -61,8 +61,9 @@ impl Deliverer {
 }
 
 impl Webhooks {
-    /// Ends what a dead predecessor on this database has left under lease, once: before the outbox, a retry by hand or a test
-    /// event leases anything here, for its own leases would look the same. Whoever comes first does it, the others wait.
+    /// Ends the attempts that a dead predecessor on this database left under lease, once. This comes before the outbox,
+    /// a retry by hand or a test event leases anything here, because those leases would look the same. The first caller
+    /// does it, the others wait.
     pub(super) async fn take_over(&self) {
         if self.inner.options.sole_node {
             self.inner.taken_over.get_or_init(|| self.reap(true)).await;
@@ -89,7 +90,7 @@ impl Webhooks {
     }
 }
 
-/// What has to be done now and then.
+/// Periodic work.
 struct Housekeeping {
     webhooks: Webhooks,
     shutdown: CancellationToken,
@@ -102,7 +103,7 @@ impl Housekeeping {
         loop {
             fault::panic_in(Part::WebhookUpkeep);
             if let Err(error) = self.mend(&mut clocks).await {
-                // The next look is as if it were the first.
+                // The next check starts from scratch.
                 clocks = Clocks::default();
                 warn!(%error, "what is due can't be compared with the database's clock");
             }
@@ -120,7 +121,7 @@ impl Housekeeping {
         }
     }
 
-    /// A clock that was set back holds neither a wait nor a lease for as long as it was set back.
+    /// Shortens waits and leases if the database's clock was set back, so that they do not last longer for it.
     async fn mend(&self, clocks: &mut Clocks) -> Result<(), StoreError> {
         let inner = &self.webhooks.inner;
         let asked = Instant::now().into_std();
@@ -148,11 +149,11 @@ impl Housekeeping {
         Ok(())
     }
 
-    /// Stored secrets go over to the present master key, so that the one before can be dropped.
+    /// Encrypts stored secrets with the current master key, so that the previous one can be removed.
     async fn reseal(&self) {
         fault::panic_in(Part::Resealing);
         let inner = &self.webhooks.inner;
-        // Without a key there is nothing to seal with.
+        // Without a key nothing can be encrypted.
         let Some(current) = inner.vault.mark() else { return };
         let mut unopened = 0u64;
         let resealed = inner.store.reseal_secrets(&current, |of, sealed| {
@@ -179,7 +180,7 @@ impl Housekeeping {
     }
 }
 
-/// Waits until what is in flight at the shutdown has had its time.
+/// Waits until the time for sends in flight at the shutdown is over.
 async fn overdue(shutdown: &CancellationToken, drain: Duration) {
     shutdown.cancelled().await;
     tokio::time::sleep(drain).await;

@@ -1,4 +1,4 @@
-//! Retries of many dead letters: a durable job, run page by page, by one node at a time. Owners take turns.
+//! Retries many dead letters: a durable job, run page by page by one node at a time. Owners take turns.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,21 +25,21 @@ use crate::{
     supervise::Part,
 };
 
-/// Dead letters between two records of a job's position.
+/// Dead letters per page; a job's position is recorded after each page.
 const PAGE: u64 = 100;
-/// Targets that a job sends to at the same time.
+/// Targets that a job sends to at a time.
 const TARGETS: usize = 8;
-/// Jobs that a node runs at the same time, each of another owner.
+/// Jobs that a node runs at a time, each of another owner.
 const JOBS: usize = 4;
-/// How long a job runs on while all places are taken. Then another owner's has its turn.
+/// Time that a job runs while all places are taken, before another owner's job gets its place.
 const TURN: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(60);
 const RENEW: Duration = Duration::from_secs(20);
-/// How often jobs of other nodes that are gone are looked for.
+/// Time between two searches for jobs of dead nodes.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 impl Webhooks {
-    /// Makes a job that retries every dead letter that matches and was not delivered since.
+    /// Creates a job that retries every matching dead letter that has not been delivered since.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -50,8 +50,8 @@ impl Webhooks {
     }
 }
 
-/// Runs jobs until the shutdown: at most one of an owner, so that no owner's jobs hold another's. With more owners than
-/// places, each has [`TURN`] at a time.
+/// Runs jobs until the shutdown, at most one per owner, so that no owner's jobs delay another's. If there are more
+/// owners than places, each runs for [`TURN`] at a time.
 pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
     let is_full = Arc::new(AtomicBool::new(false));
     // Tasks of their own: one that holds SQLite's only writer must go on while this waits for it.
@@ -83,12 +83,12 @@ pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
             Some(ended) = running.join_next() => {
                 let (owner, ended) = match ended {
                     Ok(ended) => ended,
-                    // So that this part of the server ends, and its supervisor hears of it.
+                    // Ends this part of the server, so that its supervisor notices.
                     Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                     Err(_) => return,
                 };
                 turns.ended(owner);
-                // After an error of the database the next look waits.
+                // After an error of the database, wait before the next claim.
                 looks = ended.inspect_err(|error| warn!(%error, "a retry job can't go on now")).is_ok();
             }
             () = webhooks.inner.jobs.notified() => looks = true,
@@ -98,17 +98,17 @@ pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
     }
 }
 
-/// Whose job is next.
+/// The owners' turns.
 #[derive(Default)]
 struct Turns {
-    /// The owners whose jobs run here.
+    /// Owners whose jobs run here.
     running: BTreeSet<Owner>,
-    /// Those that have had a turn since everybody else had one.
+    /// Owners that have had a turn since all others had one.
     served: BTreeSet<Owner>,
 }
 
 impl Turns {
-    /// Claims a job of an owner that has none running here: of one that has had no turn lately, if there is such a one.
+    /// Claims a job of an owner that has none running here, if possible of one that has had no turn lately.
     async fn next(&mut self, webhooks: &Webhooks) -> Result<Option<ClaimedJob>, StoreError> {
         let store = &webhooks.inner.store;
         let but: Vec<Owner> = self.running.union(&self.served).cloned().collect();
@@ -130,7 +130,7 @@ impl Turns {
     }
 }
 
-/// Runs a job to its end, or until others need its place.
+/// Runs a job until it ends or others need its place.
 async fn run_one(
     webhooks: &Webhooks,
     mut job: ClaimedJob,
@@ -151,7 +151,7 @@ async fn run_one(
         for dead_letter in page {
             targets.entry(target_of(&dead_letter.url)).or_default().push(dead_letter.id);
         }
-        // Nothing new is begun once the server stops, or the job is stopped or taken over. What is in flight ends.
+        // Nothing new is started once the server stops, or the job is stopped or taken over. Sends in flight finish.
         let stop = shutdown.child_token();
         let sent = {
             let sends = send_page(webhooks, &job, targets, &stop);
@@ -181,8 +181,8 @@ async fn run_one(
         let skipped = match sent {
             Ok(skipped) => skipped,
             Err(error) => {
-                // What was not tried is tried when the database is back, by whoever takes the job then; what was sent is found by
-                // the job's id. If even this can't be written the lease runs out.
+                // What was not tried is tried when the database is back, by the node that runs the job then; what was
+                // sent is found by the job's id. If even this can't be written, the lease expires.
                 store.release_retry_job(&job).await?;
                 return Err(error);
             }
@@ -192,7 +192,7 @@ async fn run_one(
         }
         let mine = store.advance_retry_job(&job, skipped, false, LEASE).await?;
         if shutdown.is_cancelled() || is_over() {
-            // The next runner finds what this one has sent by the job's id, and does not send it again.
+            // The next node finds what this one has sent by the job's id, and does not send it again.
             return store.release_retry_job(&job).await;
         }
         if !mine {
@@ -201,8 +201,8 @@ async fn run_one(
     }
 }
 
-/// Sends a page, the targets beside each other. Returns how many there was nothing to send of. After an error of the database
-/// nothing new is begun.
+/// Sends a page to its targets in parallel. Returns how many dead letters had nothing to send. After an error of the
+/// database nothing new is started.
 async fn send_page(
     webhooks: &Webhooks,
     job: &ClaimedJob,
@@ -233,7 +233,7 @@ async fn send_page(
 /// # Errors
 /// The database can't say now. Nothing was sent then, or the job's id is on what was.
 async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Result<bool, StoreError> {
-    // The job's id as request id: whatever is looked at twice is sent once.
+    // The job's id is the request id: a dead letter that is visited twice is sent once.
     let (scope, request_id) = (job.job.filter.scope.clone(), job.job.id.to_string());
     let retried = webhooks.retry(id, scope, false, Some(request_id)).await;
     was_sent(retried.map(|_| ()))
@@ -245,7 +245,7 @@ fn was_sent(retried: Result<(), RetryError>) -> Result<bool, StoreError> {
         Err(RetryError::NotFound | RetryError::AlreadyDelivered | RetryError::Busy | RetryError::EndpointDeleted) => {
             Ok(false)
         }
-        // This one can't ever be retried; the others can.
+        // This one can never be retried; the others can.
         Err(RetryError::Store(error)) if error.is_final() => {
             warn!(%error, "a dead letter can't be retried");
             Ok(false)

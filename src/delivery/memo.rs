@@ -1,10 +1,10 @@
-//! Answers that are always the same, kept for whoever asks again.
+//! A cache of results that never change.
 
 use std::collections::HashMap;
 
 use parking_lot::Mutex;
 
-/// So many are kept. One more, and all are forgotten: what is asked for again is found anew.
+/// The most results kept. When it is exceeded, all are dropped and computed again when needed.
 const MOST: usize = 1_024;
 
 pub(super) struct Memo<V> {
@@ -18,12 +18,12 @@ impl<V> Default for Memo<V> {
 }
 
 impl<V: Clone> Memo<V> {
-    /// The answer for `key`, from `find` if it is not known. What `find` could not answer is not kept.
+    /// The result for `key`, from `find` if it is not cached. Errors of `find` are not cached.
     pub(super) fn get<E>(&self, key: &[u8], find: impl FnOnce() -> Result<V, E>) -> Result<V, E> {
         if let Some(known) = self.known.lock().get(key) {
             return Ok(known.clone());
         }
-        // Not under the lock: others need not wait for it.
+        // Outside of the lock, so that others need not wait.
         let found = find()?;
         let mut known = self.known.lock();
         if known.len() >= MOST {

@@ -1,4 +1,4 @@
-//! The metrics of webhooks, all in one place. Seconds are seconds; counters end in `_total`.
+//! The metrics of webhooks. Durations are in seconds; counters end in `_total`.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ const IN_LINE: &str = "tidemill_webhook_in_line";
 const TARGETS_HELD: &str = "tidemill_webhook_targets_held";
 const OLDEST_DUE: &str = "tidemill_webhook_oldest_due_seconds";
 
-/// Says what they are.
+/// Registers the help texts.
 pub(super) fn describe() {
     describe_counter!(ATTEMPTS, "attempts to deliver a webhook, by outcome and kind of error");
     describe_histogram!(ATTEMPT_SECONDS, Unit::Seconds, "how long attempts to deliver a webhook took");
@@ -34,7 +34,7 @@ pub(super) fn describe() {
     describe_gauge!(OLDEST_DUE, Unit::Seconds, "for how long the delivery that has been due longest has been so");
 }
 
-/// An attempt has ended.
+/// Records the end of an attempt.
 pub(super) fn attempt(result: &AttemptResult, took: Duration) {
     let outcome = if result.succeeded() { "succeeded" } else { "failed" };
     let kind = result.error.as_ref().map_or("none", |error| error.kind.as_str());
@@ -42,27 +42,27 @@ pub(super) fn attempt(result: &AttemptResult, took: Duration) {
     histogram!(ATTEMPT_SECONDS).record(took.as_secs_f64());
 }
 
-/// A delivery has arrived, so long after its event.
+/// Records a delivery, with the time since its event.
 pub(super) fn delivered(after: Duration) {
     histogram!(DELIVERED_AFTER).record(after.as_secs_f64());
 }
 
-/// A delivery was given up.
+/// Counts a dead letter.
 pub(super) fn dead(reason: &'static str) {
     counter!(DEAD_LETTERS, "reason" => reason).increment(1);
 }
 
-/// Attempts of which nobody will say what came of them.
+/// Counts attempts with an unknown outcome.
 pub(super) fn reaped(count: u64) {
     counter!(REAPED).increment(count);
 }
 
-/// A result came after its lease was lost.
+/// Counts a result that came after its lease was lost.
 pub(super) fn lease_lost() {
     counter!(LEASES_LOST).increment(1);
 }
 
-/// How things are.
+/// Sets the gauges.
 pub(super) fn state(in_flight: usize, in_line: usize, held: usize) {
     // All are at most some thousands.
     #[allow(clippy::cast_precision_loss)]
@@ -72,7 +72,7 @@ pub(super) fn state(in_flight: usize, in_line: usize, held: usize) {
     gauge!(TARGETS_HELD).set(held);
 }
 
-/// For how long the delivery that has been due longest has been so; zero if none is.
+/// How long the oldest due delivery has been due; zero if none is.
 pub(super) fn oldest_due(age: Duration) {
     gauge!(OLDEST_DUE).set(age.as_secs_f64());
 }

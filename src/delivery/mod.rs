@@ -1,4 +1,4 @@
-//! Webhooks: which event to whom, signed, retried, dead-lettered.
+//! Webhooks: signs, sends and retries them, and keeps dead letters.
 //!
 //! What the store must know to write its outbox is in [`crate::domain::webhook`]: events and their filter, the canonical
 //! body, a delivery's state machine. Here is the rest, pure first: [`signature`], [`schedule`] and [`fairness`] decide,

@@ -1,4 +1,4 @@
-//! The outbox loop: claims what is due, sends it, writes down what came of it.
+//! The outbox loop: claims due deliveries, sends them and records the results.
 //!
 //! The database is asked in turns, one at a time: a transaction that settles all attempts that have ended and claims what the
 //! line has room for, then a look at what is due. While a turn is under way sends go on, from the line, and what they come to
@@ -33,25 +33,26 @@ use crate::{
     supervise::Part,
 };
 
-/// While sends are in flight, so many results are gathered before they are written down by themselves.
+/// While sends are in flight, this many results are collected before they are recorded.
 const GATHER: usize = AHEAD / 2;
-/// And the first of them waits at most so long.
+/// The longest wait of the first collected result.
 const GATHER_FOR: Duration = Duration::from_millis(10);
-/// How long a result is kept that the database refuses: it may be under repair. Shorter than the lease outlives the attempt.
+/// How long a result is kept that the database refuses, because the database may be under repair. Shorter than the time
+/// by which the lease exceeds the attempt.
 const KEPT: Duration = Duration::from_secs(20);
-/// How long a receiver is left alone whose webhooks the database refuses to hand out.
+/// How long a target is skipped whose deliveries the database refuses to claim.
 const REFUSED: Duration = Duration::from_secs(60);
-/// Where an owner has more targets than one look takes in, the next look comes after so long.
+/// If an owner has more targets than one query returns, the next query follows after this time.
 const NEXT_PAGE: Duration = Duration::from_millis(50);
 
-/// What the loop must remember of a send in flight.
+/// The loop's state of a send in flight.
 struct InFlight {
     owner: String,
     target: String,
     created_at: Timestamp,
 }
 
-/// What came of an attempt and is not written down yet.
+/// The outcome of an attempt that is not recorded yet.
 struct Unsettled {
     settlement: Settlement,
     created_at: Timestamp,
@@ -60,16 +61,16 @@ struct Unsettled {
 /// One turn's work.
 struct Work {
     settlements: Vec<Settlement>,
-    /// When their deliveries were written, in the same order.
+    /// When their deliveries were created, in the same order.
     created: Vec<Timestamp>,
     shares: Vec<Share>,
-    /// Look at what is due in any case.
+    /// Whether to query due deliveries in any case.
     look: bool,
-    /// Where the look at owners with very many targets goes on.
+    /// Where the query continues for owners with very many targets.
     after: Vec<(String, String)>,
 }
 
-/// What came of it: of the transaction, and of the look if there was one.
+/// The results: of the transaction, and of the query if there was one.
 struct Done {
     work: Work,
     turn: Result<Turn, StoreError>,
@@ -83,34 +84,34 @@ pub(super) struct Outbox {
     random: StdRng,
     sends: JoinSet<(ClaimedDelivery, Sent)>,
     in_flight: HashMap<Id, InFlight>,
-    /// It is kept until the database takes it.
+    /// Results that are kept until the database accepts them.
     unsettled: Vec<Unsettled>,
-    /// When the first of it came.
+    /// When the first of them was added.
     gathering_since: Option<Instant>,
-    /// What was due at the last look.
+    /// The targets that were due at the last query.
     due: Vec<Due>,
-    /// Owners with very many targets: where the next look goes on.
+    /// Where the next query continues for owners with very many targets.
     after: Vec<(String, String)>,
-    /// It is time for another look.
+    /// Whether it is time for another query.
     look: bool,
-    /// When it will be, at the latest.
+    /// The time of the next query at the latest.
     look_at: Instant,
-    /// The database is away until then: it is asked again at the next poll, not at the next event.
+    /// Until when the database counts as unreachable: the next attempt is at the next poll, not at the next event.
     away_until: Option<Instant>,
-    /// A turn that did both failed: they are done in turns of their own, until a claim works again. So a row that can't be
-    /// claimed does not keep others from being settled.
+    /// Set when a turn that both claimed and settled has failed: then they take separate turns until a claim works
+    /// again, so that a row that can't be claimed does not keep others from being settled.
     apart: bool,
-    /// Then, whether it is the claims' turn.
+    /// If they are separate, whether claims are next.
     claims_next: bool,
-    /// The database has refused a turn of several things for good: for so many turns each is of one thing, so that what it
-    /// refuses is found, and keeps nothing else from being written.
+    /// After the database has refused a turn of several things for good, this many turns handle one thing each, so that
+    /// the refused one is found and keeps nothing else from being written.
     one_by_one: usize,
-    /// Results that were refused alone, and since when.
+    /// Results that were refused on their own, and since when.
     unwritten: HashMap<DeliveryId, Instant>,
-    /// Targets of which a claim alone was refused, and until when they are left alone.
+    /// Targets whose claim was refused on its own, and until when they are skipped.
     refused: HashMap<(String, String), Instant>,
-    /// Of these targets less than was asked for was there: nothing (false), or nothing that may stand in line (true). They are
-    /// not asked for it again before there is news or it is time to look.
+    /// Targets that had fewer deliveries than asked for: none (false), or none that may wait in line (true). They are
+    /// not asked again before there is news or the next query.
     spent: HashMap<(String, String), bool>,
 }
 
@@ -140,7 +141,7 @@ impl Outbox {
         }
     }
 
-    /// Delivers until the shutdown, and then until what is in flight has ended and is written down, or the time for that is over.
+    /// Delivers until the shutdown, and then until sends in flight have ended and are recorded, or their time is over.
     pub(super) async fn run(mut self) {
         let mut changes = self.webhooks.inner.store.changes();
         let mut turn: Option<BoxFuture<'static, Done>> = None;
@@ -187,10 +188,10 @@ impl Outbox {
         }
     }
 
-    /// When there is something to do although nothing happens.
+    /// When to wake up if nothing happens.
     fn wake_at(&self, turning: bool, stop_by: Option<Instant>) -> Instant {
         let soon = Instant::now() + self.webhooks.inner.options.poll;
-        // During a turn its end is waited for, and after the shutdown nobody looks.
+        // During a turn the loop waits for its end; after the shutdown it makes no further queries.
         let look_at = if turning || stop_by.is_some() { soon } else { self.look_at };
         let gathered = self.gathering_since.map(|since| since + GATHER_FOR).filter(|_| !turning);
         let next = gathered.map_or(look_at, |gathered| gathered.min(look_at));
@@ -198,7 +199,7 @@ impl Outbox {
         stop_by.map_or(next, |by| next.min(by))
     }
 
-    /// What the next turn is to do. None if nothing is to be done now.
+    /// The work of the next turn. `None` if there is none now.
     fn work(&mut self) -> Option<Work> {
         let at = Instant::now();
         if self.away_until.is_some_and(|until| until > at) {
@@ -218,13 +219,13 @@ impl Outbox {
                 || self.gathering_since.is_some_and(|since| at >= since + GATHER_FOR)
                 || self.sends.is_empty()
                 || stopping);
-        // Whatever a turn is begun for, it settles and claims all it can.
+        // Every turn settles and claims as much as it can.
         let due = gathered || news || self.fairness.is_low(now());
         let mut shares = if claiming && due { self.fairness.shares(&self.due, now()) } else { Vec::new() };
         let settling = if self.apart { shares.is_empty() } else { gathered || !shares.is_empty() };
         let mut unsettled = if settling { std::mem::take(&mut self.unsettled) } else { Vec::new() };
         if self.one_by_one > 0 {
-            // By chance: the first may be the same each time.
+            // At random, because the first may be the same each time.
             if !shares.is_empty() {
                 let at = self.random.random_range(0..shares.len());
                 shares.swap(0, at);
@@ -246,7 +247,7 @@ impl Outbox {
         Some(Work { settlements, created, shares, look: news, after: self.after.clone() })
     }
 
-    /// Takes note of what a turn has come to.
+    /// Applies the results of a turn.
     fn done(&mut self, done: Done) {
         let Done { work: Work { settlements, created, shares, look, .. }, turn, look: looked } = done;
         let poll = self.webhooks.inner.options.poll;
@@ -254,7 +255,7 @@ impl Outbox {
         match turn {
             Ok(Turn { settled, claimed }) => {
                 self.one_by_one = self.one_by_one.saturating_sub(settlements.len() + shares.len());
-                // Apart, claims are made alone.
+                // If they are separate, claims have a turn of their own.
                 self.apart &= shares.is_empty();
                 if !self.unwritten.is_empty() {
                     for one in &settlements {
@@ -270,7 +271,7 @@ impl Outbox {
                 for (settlement, created_at) in settlements.into_iter().zip(created) {
                     let since = *self.unwritten.entry(settlement.id.clone()).or_insert_with(Instant::now);
                     if since.elapsed() >= KEPT || self.shutdown.is_cancelled() {
-                        // Its lease runs out, and the attempt is counted.
+                        // Its lease expires, and the attempt counts.
                         error!(%error, delivery = %settlement.id, "what came of a webhook can't be written; it is sent again");
                         self.unwritten.remove(&settlement.id);
                         continue;
@@ -324,10 +325,10 @@ impl Outbox {
         metrics::state(self.in_flight.len(), self.fairness.ahead(), self.fairness.held(now()));
     }
 
-    /// What is due, and when to look again.
+    /// Applies a query of due deliveries.
     fn looked(&mut self, DueTargets { targets, at, more }: DueTargets) {
         let now = now();
-        // What is due now and not taken waits for room, which comes with the end of a send.
+        // Due deliveries that were not claimed wait for a free place, which the end of a send brings.
         let next = targets.iter().filter_map(|target| {
             let due = now + Timestamp(target.due).since(at);
             let ready = self.fairness.held_until(&target.owner, &target.target, now).map_or(due, |held| due.max(held));
@@ -362,7 +363,7 @@ impl Outbox {
         }
     }
 
-    /// Puts what was claimed in line, and notes what was asked for and is not there.
+    /// Puts claimed deliveries in line, and records which were asked for and do not exist.
     fn line_up(&mut self, shares: &[Share], claimed: Vec<ClaimedDelivery>) {
         let mut there: HashMap<(String, String), usize> = HashMap::with_capacity(shares.len());
         let now = now();
@@ -396,7 +397,7 @@ impl Outbox {
         self.in_flight.insert(task.id(), known);
     }
 
-    /// Nothing was sent, so nothing is charged.
+    /// Nothing was sent, so the attempt does not count.
     fn release(&mut self, claim: ClaimedDelivery) {
         self.settle(claim, None, Duration::ZERO);
     }
@@ -408,7 +409,7 @@ impl Outbox {
                 ended
             }
             Err(error) => {
-                // Its lease runs out, and the attempt is counted.
+                // Its lease expires, and the attempt counts.
                 if let Some(known) = self.in_flight.remove(&error.id()) {
                     warn!(%error, target = known.target, created_at = known.created_at.0, "a webhook's sender died");
                     self.fairness.failed(&known.owner, &known.target, None, now());
@@ -431,7 +432,7 @@ impl Outbox {
     }
 }
 
-/// One turn at the database.
+/// One turn with the database.
 async fn act(store: Store, work: Work) -> Done {
     let shares: Vec<_> = work
         .shares
@@ -452,20 +453,20 @@ async fn act(store: Store, work: Work) -> Done {
         Ok(turn) if work.look || is_to_look(asked, turn.claimed.len(), &turn.settled) => {
             Some(store.due_targets(&work.after).await)
         }
-        // What is refused keeps nobody from seeing what else is due.
+        // A refused claim does not prevent the query of other due deliveries.
         Err(error) if work.look && error.is_final() => Some(store.due_targets(&work.after).await),
         Ok(_) | Err(_) => None,
     };
     Done { work, turn, look }
 }
 
-/// Whether, after a claim, something else may be due than at the last look: a target had less than was asked for, or something
-/// waits again. As long as all get what they ask for there is more of each, as far as anybody knows.
+/// Whether other deliveries may be due than at the last query after a claim: a target had fewer than asked for, or
+/// something waits again. As long as all targets have what is asked for, they may have more.
 fn is_to_look(asked: usize, claimed: usize, settled: &[Settled]) -> bool {
     asked > 0 && (claimed < asked || settled.iter().any(|one| one.now != SettledAs::Delivered))
 }
 
-/// The end of the turn under way; never, if there is none.
+/// Waits for the end of the current turn; for ever if there is none.
 async fn act_on(turn: &mut Option<BoxFuture<'static, Done>>) -> Done {
     match turn {
         Some(turn) => turn.await,
@@ -494,7 +495,7 @@ fn settle_metrics(settlements: &[Settlement], created: &[Timestamp], settled: &[
     }
 }
 
-/// Waits for a commit of this node, however many there were.
+/// Waits for a commit of this node, and merges several.
 async fn changed(changes: &mut broadcast::Receiver<BatchId>) {
     match changes.recv().await {
         Ok(_) | Err(RecvError::Lagged(_)) => while changes.try_recv().is_ok() {},
@@ -503,13 +504,13 @@ async fn changed(changes: &mut broadcast::Receiver<BatchId>) {
     }
 }
 
-/// What targets on the same host and port share.
+/// The host and port of a target.
 fn host(target: &str) -> String {
     Url::parse(target)
         .map_or_else(|_| target.to_owned(), |url| url[Position::BeforeHost..Position::AfterPort].to_owned())
 }
 
-/// The runtime's clock, which tests can stop.
+/// The runtime's clock, which tests can pause.
 fn now() -> StdInstant {
     Instant::now().into_std()
 }

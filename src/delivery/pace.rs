@@ -1,11 +1,11 @@
-//! How much was done in the last moment. Pure: time is an argument.
+//! Measures recent throughput. Pure: time is an argument.
 
 use std::time::{Duration, Instant};
 
-/// A moment.
+/// The length of a window.
 pub(super) const HORIZON: Duration = Duration::from_millis(100);
 
-/// What was done lately, in windows of [`HORIZON`].
+/// Recent amounts, in windows of [`HORIZON`].
 #[derive(Default)]
 pub(super) struct Pace {
     window: Option<Instant>,
@@ -27,7 +27,7 @@ impl Pace {
         self.this += 1;
     }
 
-    /// How much was done in the last window, or in this one if that is more already.
+    /// The amount of the last window, or of the current one if that is more already.
     pub(super) fn recent(&self, now: Instant) -> usize {
         match self.window.map(|start| now.saturating_duration_since(start)) {
             Some(age) if age < HORIZON => self.this.max(self.before),

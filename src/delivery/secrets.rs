@@ -1,4 +1,4 @@
-//! Signing secrets at rest: AES-256-GCM under the server's master key.
+//! Encrypts signing secrets at rest: AES-256-GCM under the server's master key.
 //!
 //! A sealed secret is a version byte, then for version 1 the key's id, a nonce and the ciphertext, for version 0 (a server
 //! without a master key) the secret itself. The id tells which key opens it, so a second key can be accepted while the
@@ -22,30 +22,30 @@ const NONCE_BYTES: usize = 12;
 const OPEN: u8 = 0;
 const SEALED: u8 = 1;
 
-/// The key that secrets are sealed with.
+/// The key that encrypts secrets.
 pub struct MasterKey {
     id: [u8; KEY_ID_BYTES],
     cipher: Aes256Gcm,
 }
 
-/// Why a text is no master key. Says nothing of the text.
+/// Why a text is not a master key. Contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadMasterKey {
-    /// Something else than base64.
+    /// It is not base64.
     #[error("a master key is base64, such as `openssl rand -base64 32` prints")]
     NotBase64,
-    /// Too short or too long.
+    /// It is too short or too long.
     #[error("a master key has 32 bytes, not {0}")]
     Length(usize),
 }
 
-/// Why a secret could not be opened.
+/// Why a secret could not be decrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// It was sealed with a key that the server does not have.
+    /// It was encrypted with a key that the server does not have.
     #[error("the secret was sealed with a master key that this server does not have")]
     UnknownKey,
-    /// It was altered, or moved to a place that it was not sealed for.
+    /// It was altered, or moved to a row for which it was not encrypted.
     #[error("the sealed secret is damaged")]
     Damaged,
 }
@@ -67,7 +67,7 @@ impl MasterKey {
         Ok(Self { id, cipher })
     }
 
-    /// A name for the key that gives nothing of it away.
+    /// An id of the key, which reveals nothing about it.
     #[must_use]
     pub fn id(&self) -> String {
         hex::encode(self.id)
@@ -80,34 +80,34 @@ impl std::fmt::Debug for MasterKey {
     }
 }
 
-/// Seals and opens secrets.
+/// Encrypts and decrypts secrets.
 #[derive(Debug, Default)]
 pub struct Vault {
     current: Option<MasterKey>,
-    /// Opens what it sealed before it was replaced.
+    /// The previous key, for secrets that it encrypted.
     previous: Option<MasterKey>,
 }
 
 impl Vault {
-    /// Seals with `current`; opens what either sealed. Without a key secrets are stored as they are.
+    /// Encrypts with `current`; decrypts secrets of either key. Without a key, secrets are stored unencrypted.
     #[must_use]
     pub fn new(current: Option<MasterKey>, previous: Option<MasterKey>) -> Self {
         Self { current, previous }
     }
 
-    /// Whether there is a key to seal with. A server without one warns at its start.
+    /// Whether there is a key. A server without one warns at its start.
     #[must_use]
     pub fn is_sealing(&self) -> bool {
         self.current.is_some()
     }
 
-    /// How everything begins that is sealed with the current key. None: there is none.
+    /// The prefix of everything encrypted with the current key. `None` without a key.
     #[must_use]
     pub fn mark(&self) -> Option<Vec<u8>> {
         self.current.as_ref().map(|key| [&[SEALED], key.id.as_slice()].concat())
     }
 
-    /// Makes a secret fit to be stored. `context` is what it belongs to: it opens only with the same.
+    /// Encrypts a secret for storage. `context` is what it belongs to; it can be decrypted only with the same.
     #[must_use]
     pub fn seal(&self, secret: &Secret, context: &str) -> SealedSecret {
         let Some(key) = &self.current else {
@@ -122,7 +122,7 @@ impl Vault {
         SealedSecret::from_bytes([&[SEALED], key.id.as_slice(), &nonce, &ciphertext].concat())
     }
 
-    /// Opens a stored secret.
+    /// Decrypts a stored secret.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -153,7 +153,7 @@ impl Vault {
         Ok(Secret::accepted(text))
     }
 
-    /// Seals a stored secret anew with the current key. None if it is sealed with that already, or there is none.
+    /// Encrypts a stored secret with the current key. `None` if it already is, or if there is no key.
     ///
     /// # Errors
     /// [`OpenError`].

@@ -1,4 +1,4 @@
-//! One attempt: signs, sends, reads the answer, says what came of it.
+//! Makes one attempt: signs, sends, and reads the answer.
 
 use std::{
     sync::Arc,
@@ -31,31 +31,31 @@ const ID: HeaderName = HeaderName::from_static("x-webhook-id");
 const EVENT: HeaderName = HeaderName::from_static("x-webhook-event");
 const ATTEMPT: HeaderName = HeaderName::from_static("x-webhook-attempt");
 
-/// At most so much of an answer is read, in bytes.
+/// The most bytes of an answer that are read.
 const MAX_ANSWER: usize = 64 * 1_024;
-/// So much of it is kept, in characters.
+/// The most characters of an answer that are stored.
 const EXCERPT: usize = 200;
-/// So much of an error, in characters: some quote what the receiver's certificate says.
+/// The most characters of an error, some of which quote the receiver's certificate.
 const MESSAGE: usize = 500;
-/// For the connection alone; the attempt's own timeout may be shorter.
+/// Time limit of connecting; the attempt's own timeout may be shorter.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a connection waits for its next use: soon enough for a changed name or policy to take hold.
+/// How long an idle connection is kept: short, so that a changed name or policy takes effect soon.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Sends webhooks. One for the process: it holds the connections.
+/// Sends webhooks. There is one per process, which holds the connections.
 pub(super) struct Sender {
     client: reqwest::Client,
     guard: Guard,
     vault: Arc<Vault>,
-    /// URLs that have passed the guard: its policy does not change. Where a name leads is asked for each connection.
+    /// URLs that have passed the guard, whose policy does not change. Names' addresses are checked for each connection.
     urls: Memo<Url>,
-    /// Opened secrets, by what they were sealed as and for.
+    /// Decrypted secrets, by their encrypted form and context.
     opened: Memo<Secret>,
-    /// Sign where neither batch nor endpoint has a secret; the newest first.
+    /// The server's secrets, which sign if neither batch nor endpoint has one; the newest first.
     secrets: Vec<Secret>,
 }
 
-/// What came of an attempt, and how long the receiver wants to be left alone.
+/// The outcome of an attempt, and the pause that the receiver asked for.
 pub(super) struct Sent {
     pub(super) result: AttemptResult,
     pub(super) retry_after: Option<Duration>,
@@ -69,16 +69,16 @@ impl Sent {
 
 impl Sender {
     pub(super) fn new(guard: Guard, vault: Arc<Vault>, secrets: Vec<Secret>) -> Result<Self, reqwest::Error> {
-        // Whoever comes first installs it; it is the same everywhere in this process.
+        // The first call installs it; it is the same everywhere in this process.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = https::client(|builder| {
             builder
                 .user_agent(concat!("tidemill/", env!("CARGO_PKG_VERSION")))
-                // A redirect would lead past the guard's check of literals, and turn the POST into a GET.
+                // A redirect would bypass the guard's check of addresses in URLs, and turn the POST into a GET.
                 .redirect(reqwest::redirect::Policy::none())
                 // A proxy would resolve names itself.
                 .no_proxy()
-                // Every request is an attempt that is counted.
+                // Every request must be a counted attempt.
                 .retry(reqwest::retry::never())
                 .referer(false)
                 .dns_resolver(Arc::new(guard.clone()))
@@ -101,11 +101,11 @@ impl Sender {
         let Ok(headers) = headers(claim, &secrets, Timestamp::now().unix_seconds()) else {
             return Sent::failed(ErrorKind::InvalidUrl, "the delivery's id can't be sent as a header");
         };
-        // Not by the builder, which would insert each header again.
+        // Not with the builder, which would add each header again.
         let mut request = reqwest::Request::new(Method::POST, url);
         *request.headers_mut() = headers;
         *request.body_mut() = Some(claim.body.clone().into());
-        // The status is kept outside: once it is 2xx the receiver has the event, even if its answer never ends.
+        // The status is stored outside: once it is 2xx the receiver has the event, even if its answer never ends.
         let mut answer: Option<(Head, Vec<u8>)> = None;
         let attempt = async {
             let mut response = self.client.execute(request).await?;
@@ -127,13 +127,13 @@ impl Sender {
     }
 
     fn unseal(&self, sealed: &SealedSecret, context: &str) -> Result<Secret, OpenError> {
-        // With the length, lest the end of one looks like the beginning of the other.
+        // With the length, so that the end of one can't look like the beginning of the other.
         let length = sealed.as_bytes().len().to_be_bytes();
         let key = [&length, sealed.as_bytes(), context.as_bytes()].concat();
         self.opened.get(&key, || self.vault.open(sealed, context))
     }
 
-    /// The secrets that sign a delivery, the newest first; none if it goes unsigned.
+    /// The secrets that sign a delivery, the newest first. Empty if it is not signed.
     fn open(&self, claim: &ClaimedDelivery) -> Result<Vec<Secret>, Sent> {
         let unopenable = |error| Sent::failed(ErrorKind::SecretUnopenable, format!("{error}"));
         match &claim.signing {
@@ -147,7 +147,7 @@ impl Sender {
                     match self.unseal(one, id.as_str()) {
                         Ok(secret) => opened.push(secret),
                         Err(error) if at == 0 => return Err(unopenable(error)),
-                        // The new secret signs; only receivers that still have the old one will notice.
+                        // The new secret signs; receivers that still have the old one will reject it.
                         Err(error) => warn!(endpoint = %id, %error, "the previous secret can't be opened"),
                     }
                 }
@@ -160,7 +160,7 @@ impl Sender {
     }
 }
 
-/// What a batch's secret is sealed for.
+/// The encryption context of a batch's secret.
 pub(super) fn batch_context(url: &str) -> String {
     format!("batch webhook {url}")
 }
@@ -191,7 +191,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     schedule::retry_after(headers.get(header::RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
 }
 
-/// What counts of an answer's head.
+/// The relevant parts of an answer's head.
 struct Head {
     status: StatusCode,
     retry_after: Option<Duration>,
@@ -226,7 +226,7 @@ fn answered(head: Head, body: &[u8]) -> Sent {
     Sent { result: AttemptResult { error, http_status: Some(status.as_u16()), response_excerpt }, retry_after }
 }
 
-/// The beginning of an answer, fit to be stored and shown anywhere.
+/// The beginning of an answer, safe to store and show anywhere.
 fn excerpt(body: &[u8]) -> Option<String> {
     // A character has at most 4 bytes.
     let start = &body[..body.len().min(EXCERPT * 4)];
@@ -261,7 +261,7 @@ fn failed(error: &reqwest::Error) -> Sent {
     } else {
         ErrorKind::Transport
     };
-    // Without the URL, which may hold what is nobody's business.
+    // Without the URL, which may contain private data.
     Sent::failed(kind, words::cause(Peer::Receiver, error))
 }
 

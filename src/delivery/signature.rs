@@ -1,8 +1,8 @@
-//! Signatures: what every attempt carries, and how a receiver checks it.
+//! The signatures of an attempt, and how a receiver verifies them.
 //!
-//! Two families, always both. `webhook-signature` is Standard Webhooks 1.0 and covers id, timestamp and body; prefer it.
-//! `X-Webhook-Signature` covers the body alone, as older receivers expect, so a captured request can be sent again under a
-//! new timestamp without its being noticed.
+//! Every attempt has two kinds of signature. `webhook-signature` follows Standard Webhooks 1.0 and covers id, timestamp
+//! and body; prefer it. `X-Webhook-Signature` covers only the body, as older receivers expect, so a captured request
+//! can be replayed under a new timestamp.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hmac::{Hmac, KeyInit, Mac};
@@ -13,16 +13,16 @@ use crate::domain::webhook::Secret;
 
 /// The oldest timestamp that a receiver accepts, in seconds.
 pub const MAX_AGE_SECONDS: i64 = 300;
-/// The furthest in the future that a receiver accepts a timestamp, in seconds: clocks differ.
+/// How far in the future a receiver accepts a timestamp, in seconds, because clocks differ.
 pub const MAX_SKEW_SECONDS: i64 = 60;
 
-/// `sha256=` and the hex of it.
+/// The header with `sha256=` and the hex signature of the body.
 pub const BODY_SIGNATURE: &str = "x-webhook-signature";
-/// One `v1,<base64>` per secret, separated by spaces.
+/// The header with one `v1,<base64>` per secret, separated by spaces.
 pub const STANDARD_SIGNATURE: &str = "webhook-signature";
-/// The delivery's id; the same on every attempt.
+/// The header with the delivery's id, the same on every attempt.
 pub const STANDARD_ID: &str = "webhook-id";
-/// Unix seconds of this attempt.
+/// The header with the Unix seconds of this attempt.
 pub const STANDARD_TIMESTAMP: &str = "webhook-timestamp";
 /// As [`STANDARD_TIMESTAMP`].
 pub const TIMESTAMP: &str = "x-webhook-timestamp";
@@ -30,35 +30,35 @@ pub const TIMESTAMP: &str = "x-webhook-timestamp";
 const BODY_PREFIX: &str = "sha256=";
 const STANDARD_VERSION: &str = "v1,";
 
-/// Why a request is not to be trusted.
+/// Why a request can't be trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
     /// There is nothing to verify.
     #[error("the request has no signature header")]
     NoSignature,
-    /// A header that the signature needs is missing or no text.
+    /// A header that the signature needs is missing or not text.
     #[error("the header {0} is missing or not ASCII")]
     MissingHeader(&'static str),
     /// The timestamp is not a decimal number of seconds.
     #[error("the timestamp is not a number of seconds since 1970")]
     BadTimestamp,
-    /// The timestamp is more than 300 s old: perhaps somebody sends a captured request again.
+    /// The timestamp is more than 300 s old: the request may be a replay.
     #[error("the timestamp is {0} s old; at most {MAX_AGE_SECONDS} s is accepted")]
     TooOld(i64),
     /// The timestamp is more than 60 s ahead: one of the clocks is wrong.
     #[error("the timestamp is {0} s in the future; at most {MAX_SKEW_SECONDS} s is accepted")]
     TooNew(i64),
-    /// No signature fits: another secret, or the bytes are not those that were sent.
+    /// No signature matches: the secret differs, or the body was changed.
     #[error("no signature matches: the secret is another, or the body is not byte for byte what was sent")]
     Mismatch,
 }
 
-/// Which signature was found right.
+/// The signature that matched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verified {
-    /// `webhook-signature`: id, timestamp and body are the sender's.
+    /// `webhook-signature`: id, timestamp and body are authentic.
     Standard,
-    /// `X-Webhook-Signature`: the body is the sender's; of the timestamp nobody knows.
+    /// `X-Webhook-Signature`: the body is authentic, the timestamp is not covered.
     BodyOnly,
 }
 
@@ -83,7 +83,7 @@ pub fn sign_standard(secrets: &[Secret], id: &str, timestamp: i64, body: &[u8]) 
     entries.join(" ")
 }
 
-/// Checks `X-Webhook-Signature` with any of the secrets, in constant time.
+/// Verifies `X-Webhook-Signature` with any of the secrets, in constant time.
 ///
 /// # Errors
 /// [`VerifyError::Mismatch`].
@@ -96,7 +96,7 @@ pub fn verify_body(secrets: &[Secret], signature: &str, body: &[u8]) -> Result<(
     if found.into() { Ok(()) } else { Err(VerifyError::Mismatch) }
 }
 
-/// Checks `webhook-signature` with any of the secrets, in constant time, and the timestamp against the receiver's clock.
+/// Verifies `webhook-signature` with any of the secrets, in constant time, and the timestamp by the receiver's clock.
 ///
 /// # Errors
 /// [`VerifyError`].
@@ -112,7 +112,7 @@ pub fn verify_standard(
     let mut found = subtle::Choice::from(0);
     for secret in secrets {
         let right = standard_digest(secret, id, timestamp, body);
-        // Entries of another version are somebody else's.
+        // Entries of another version are ignored.
         for entry in signatures.split(' ').filter_map(|entry| entry.strip_prefix(STANDARD_VERSION)) {
             found |= right.as_slice().ct_eq(&STANDARD.decode(entry).unwrap_or_default());
         }
@@ -120,8 +120,8 @@ pub fn verify_standard(
     if found.into() { Ok(()) } else { Err(VerifyError::Mismatch) }
 }
 
-/// Checks a whole request: by `webhook-signature` if it has one, else by `X-Webhook-Signature`. `now` is the receiver's
-/// clock in Unix seconds.
+/// Verifies a request: by `webhook-signature` if it has one, otherwise by `X-Webhook-Signature`. `now` is the
+/// receiver's clock in Unix seconds.
 ///
 /// # Errors
 /// [`VerifyError`].

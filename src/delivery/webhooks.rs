@@ -1,4 +1,4 @@
-//! Webhooks as the API sees them: what is asked for is checked and sealed here, retried and tried out here.
+//! Webhooks for the API: validates and encrypts what is requested, sends retries and tests.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,47 +25,47 @@ use crate::{
     },
 };
 
-/// How long the secret before signs too, after a rotation that does not say.
+/// The default time for which the previous secret also signs after a rotation.
 pub const DEFAULT_OVERLAP: Duration = Duration::from_secs(24 * 3_600);
-/// The longest that it may.
+/// The longest such time.
 pub const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 3_600);
 
-/// How webhooks are to be delivered.
+/// The options of delivery.
 #[derive(Debug)]
 pub struct Options {
-    /// Where they may go.
+    /// Decides where webhooks may go.
     pub guard: Guard,
-    /// Seals and opens secrets.
+    /// Encrypts and decrypts secrets.
     pub vault: Vault,
-    /// The server's own secrets, the newest first: they sign where neither batch nor endpoint has one. Mostly one; two while
-    /// it is being replaced; none: such deliveries go unsigned.
+    /// The server's own secrets, the newest first, which sign if neither batch nor endpoint has one. Usually one; two
+    /// during a rotation; if there is none, such deliveries are not signed.
     pub secrets: Vec<Secret>,
-    /// What a client need not say.
+    /// Defaults of a webhook's fields.
     pub defaults: Defaults,
     /// The waits between attempts.
     pub schedule: Schedule,
-    /// Sends in flight to one target of one owner.
+    /// The most sends in flight to one target of one owner.
     pub per_target: usize,
-    /// Sends in flight in all.
+    /// The most sends in flight in all.
     pub in_flight: usize,
-    /// The longest between two looks at the outbox. Commits of this node are noticed at once.
+    /// The longest time between two queries of the outbox. Commits of this node are noticed at once.
     pub poll: Duration,
-    /// How often leases that have run out and a clock that was set back are looked for.
+    /// Time between two checks for expired leases and for a clock that was set back.
     pub reap: Duration,
-    /// How long sends in flight may take at shutdown.
+    /// Time for sends in flight at shutdown.
     pub drain: Duration,
     /// How long settled deliveries and their attempts are kept.
     pub keep_deliveries: Duration,
     /// How long dead letters are kept.
     pub keep_dead_letters: Duration,
-    /// No other node has this database (SQLite): then what is leased at the start is a dead predecessor's.
+    /// Whether no other node uses this database (SQLite), so that leases at the start are a dead predecessor's.
     pub sole_node: bool,
-    /// Of the jitter. None: a new one each time.
+    /// The seed of the jitter. `None`: a random one.
     pub seed: Option<u64>,
 }
 
 impl Options {
-    /// Everything by default.
+    /// The default options.
     #[must_use]
     pub fn new(guard: Guard, vault: Vault) -> Self {
         Self {
@@ -90,7 +90,7 @@ impl Options {
 /// Why a webhook was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum AcceptError {
-    /// These fields break their rules.
+    /// These fields are invalid.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Invalid(Vec<Invalid>),
     /// The database failed.
@@ -104,7 +104,7 @@ impl From<Forbidden> for AcceptError {
     }
 }
 
-/// Why nobody knows what came of a test event.
+/// Why the outcome of a test event is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum TestError {
     /// The database failed.
@@ -115,12 +115,12 @@ pub enum TestError {
     Stopped,
 }
 
-/// What came of a test event.
+/// The outcome of a test event.
 #[derive(Debug)]
 pub struct Tested {
-    /// What was sent.
+    /// The delivery that was sent.
     pub claim: ClaimedDelivery,
-    /// What came of it.
+    /// Its outcome.
     pub result: AttemptResult,
 }
 
@@ -135,11 +135,11 @@ pub(super) struct Inner {
     pub(super) sender: Sender,
     pub(super) vault: Arc<Vault>,
     pub(super) options: Options,
-    /// What a predecessor left under lease is over.
+    /// Set when a predecessor's leases have been ended.
     pub(super) taken_over: OnceCell<()>,
-    /// There may be a job to run.
+    /// Notified when there may be a job to run.
     pub(super) jobs: Notify,
-    /// There may be something to send.
+    /// Notified when there may be something to send.
     pub(super) wake: Notify,
 }
 
@@ -161,19 +161,19 @@ impl Webhooks {
         &self.inner.store
     }
 
-    /// The waits between the attempts of a delivery with so many of them.
+    /// The waits between this many attempts.
     #[must_use]
     pub fn schedule(&self, max_attempts: i32) -> Vec<Duration> {
         self.inner.options.schedule.waits(max_attempts)
     }
 
-    /// From the first to the last of so many attempts.
+    /// The time from the first to the last of this many attempts.
     #[must_use]
     pub fn horizon(&self, max_attempts: i32) -> Duration {
         self.inner.options.schedule.horizon(max_attempts)
     }
 
-    /// Checks a batch's webhook, fills in the defaults and seals its secret.
+    /// Validates a batch's webhook, fills in the defaults and encrypts its secret.
     ///
     /// # Errors
     /// [`AcceptError::Invalid`].
@@ -183,7 +183,8 @@ impl Webhooks {
         Ok(target)
     }
 
-    /// Registers an endpoint. Without a secret one is made. Returns it with the secret, which is never shown again.
+    /// Registers an endpoint. If no secret is given, one is generated. Returns the endpoint with its secret, which is
+    /// never shown again.
     ///
     /// # Errors
     /// [`AcceptError`].
@@ -208,7 +209,7 @@ impl Webhooks {
         Ok((self.inner.store.create_endpoint(new).await?, secret))
     }
 
-    /// Changes an endpoint. A new URL is checked as at creation. None if there is no such endpoint.
+    /// Changes an endpoint. A new URL is checked as at creation. `None` if there is no such endpoint.
     ///
     /// # Errors
     /// [`AcceptError`].
@@ -226,8 +227,8 @@ impl Webhooks {
         Ok(changed)
     }
 
-    /// Gives an endpoint a new secret, made here if none is given; the one before signs too for `overlap`. None if there is no
-    /// such endpoint. The secret is never shown again.
+    /// Gives an endpoint a new secret, generated if none is given; the previous one also signs for `overlap`. `None` if
+    /// there is no such endpoint. The secret is never shown again.
     ///
     /// # Errors
     /// [`AcceptError`].
@@ -260,15 +261,15 @@ impl Webhooks {
         self.inner.store.delete_endpoint(id, scope).await
     }
 
-    /// Sends an endpoint a test event, now and once, just as any other event is sent. None if there is no such endpoint. Goes on
-    /// if the caller does not wait for it.
+    /// Sends a test event to an endpoint once, like any other event. `None` if there is no such endpoint. Continues
+    /// even if the caller stops waiting.
     ///
     /// # Errors
     /// [`TestError`].
     pub async fn test_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<Option<Tested>, TestError> {
         let (webhooks, id, scope) = (self.clone(), id.clone(), scope.clone());
         let test = async move { webhooks.test_endpoint_here(&id, &scope).await };
-        // Once sent it must be written down, also when the caller has hung up.
+        // Once sent, the attempt must be recorded even if the caller has disconnected.
         Ok(tokio::spawn(test).await.map_err(|_| TestError::Stopped)??)
     }
 

@@ -1,4 +1,4 @@
-//! How the objects of a batch's results are named: each says whose it is.
+//! The keys of a batch's result objects, which name their segment and epoch.
 
 use super::{BatchId, Epoch, SegmentRef};
 
@@ -8,20 +8,20 @@ pub fn folder(of: &SegmentRef) -> String {
     format!("{}{:06}", prefix(&of.batch), of.index.0)
 }
 
-/// The key of an object of results. Never used twice: `number` counts within the epoch.
+/// The key of a result object. Never used twice, because `number` counts within the epoch.
 #[must_use]
 pub fn object_key(of: &SegmentRef, epoch: Epoch, number: u32) -> String {
     format!("{}/{epoch}-{number}", folder(of))
 }
 
-/// The epoch in which an object of results was written.
+/// The epoch in which a result object was written. `None`: not such a key.
 #[must_use]
 pub fn epoch_of(object_key: &str) -> Option<Epoch> {
     let (_, name) = object_key.rsplit_once('/')?;
     name.split_once('-')?.0.parse().ok().map(Epoch)
 }
 
-/// The place of the segment that an object of a batch's results belongs to, if it is one.
+/// The index of the segment that a result object of the batch belongs to. `None`: not such a key.
 #[must_use]
 pub fn segment_of(batch: &BatchId, object_key: &str) -> Option<i32> {
     epoch_of(object_key)?;
@@ -29,7 +29,7 @@ pub fn segment_of(batch: &BatchId, object_key: &str) -> Option<i32> {
     index.parse().ok()
 }
 
-/// What the keys of a batch's results begin with.
+/// The prefix of the keys of a batch's results.
 #[must_use]
 pub fn prefix(of: &BatchId) -> String {
     format!("results/{of}/")

@@ -1,4 +1,4 @@
-//! Watches one worker's load and keeps its limit: [`super::limit`] decides.
+//! Reads one worker's load and adjusts its limit; [`super::limit`] decides.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,7 +40,7 @@ const REQUESTS: Family =
 const TOKENS: Family =
     Family::gauge("tidemill_worker_output_tokens_per_second", "generated tokens per second, as seen from here");
 
-/// Watches a worker until it is forgotten.
+/// Adjusts a worker's limit until the worker is removed.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut limiter = match fleet.options.limit {
         InFlight::Fixed(_) => None,
@@ -59,7 +59,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
         let now = Instant::now();
         let idle = worker.deeds() == before && fleet.desks.lock().board.load(worker.key).0 == 0;
         let pace = limiter.as_ref().filter(|_| !idle).map_or(PACE, |limiter| limiter.pace(now - began));
-        // The tick itself is not exact.
+        // The timer is not exact.
         let due = read_at.is_none_or(|at| now + TICK / 4 >= at + pace);
         let serving = worker.state.lock().is_serving();
         let load = if due && serving {
@@ -88,7 +88,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
             worker.sample(now);
             let (in_flight, _) = fleet.desks.lock().board.load(worker.key);
             publish(&worker, in_flight, &mut prefix);
-            // It may have been forgotten in between.
+            // It may have been removed meanwhile.
             if worker.gone.is_cancelled() {
                 unpublish(&worker);
             }
@@ -119,7 +119,7 @@ async fn read(fleet: &Inner, base: &Url) -> Option<Load> {
     page.await.ok().flatten().and_then(|page| load::parse(&String::from_utf8_lossy(&page)))
 }
 
-/// Shows how the worker is. `prefix`: what is known of its prefix cache.
+/// Publishes the worker's metrics. `prefix`: the state of its prefix cache.
 fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
     let (requests, tokens, load, hit_rate) = {
         let mut state = worker.state.lock();
@@ -142,7 +142,7 @@ fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
     }
 }
 
-/// A worker that is forgotten leaves no series.
+/// Removes the metrics of a worker.
 pub(super) fn unpublish(worker: &Worker) {
     WORKERS.remove(&worker.url);
 }

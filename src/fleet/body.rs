@@ -1,4 +1,4 @@
-//! An answer's body: read within its bounds, decoded, its memory accounted for.
+//! Reads an answer's body: bounded, decoded, its memory accounted for.
 
 use std::io::{self, Write};
 
@@ -17,14 +17,14 @@ use super::{
 /// The largest window of zstd that HTTP allows (RFC 9659), as a power of two: a decoder has that much memory.
 const ZSTD_WINDOW: u32 = 23;
 
-/// Why there is no whole body.
+/// Why a body could not be read completely.
 #[derive(Debug)]
 pub(super) enum Unread {
     /// The connection broke.
     Broken(reqwest::Error),
     /// It took too long.
     TimedOut,
-    /// It can't be an answer: why.
+    /// It can't be an answer; says why.
     Bad(String),
 }
 
@@ -34,7 +34,7 @@ impl From<reqwest::Error> for Unread {
     }
 }
 
-/// A whole body, and its share of the budget.
+/// A complete body, and its part of the memory budget.
 pub(super) struct Body {
     pub(super) bytes: Bytes,
     pub(super) held: Held,
@@ -47,7 +47,7 @@ pub(super) async fn read(
     mut deadline: Instant,
 ) -> Result<Body, Unread> {
     let mut decoder = Decoder::of(response.headers())?;
-    // Of an encoded body the length says little.
+    // The length of an encoded body says little.
     let length = response.content_length().filter(|_| decoder.is_none());
     let mut held = Held::default();
     if let Some(length) = length {
@@ -101,7 +101,7 @@ pub(super) async fn read(
     Ok(Body { bytes, held })
 }
 
-/// Waits for memory and puts the deadline off by as long: the worker is not to blame.
+/// Waits for memory and extends the deadline by that time, because the worker is not to blame.
 async fn unhurried<T>(wait: impl Future<Output = T>, deadline: &mut Instant) -> T {
     let began = Instant::now();
     let done = wait.await;
@@ -113,7 +113,7 @@ fn too_large() -> Unread {
     Unread::Bad(format!("it is over {MAX_ANSWER} bytes"))
 }
 
-/// Decodes a body as it comes.
+/// Decodes a body while it arrives.
 enum Decoder {
     Gzip(flate2::write::MultiGzDecoder<Sink>),
     /// With zlib's frame, as HTTP says, or without it, as some servers send it; by its first bytes.

@@ -1,4 +1,4 @@
-//! One HTTP request to one worker. Bodies pass untouched both ways.
+//! Sends one HTTP request to one worker. Bodies are not changed in either direction.
 
 use std::{borrow::Cow, fmt, hash::BuildHasher, time::Duration};
 
@@ -26,7 +26,7 @@ use crate::{
     words::{self, Peer},
 };
 
-/// The largest answer that is taken: a thousand embeddings of 4,096 numbers are about 90 MB.
+/// The largest answer that is accepted: a thousand embeddings of 4,096 numbers are about 90 MB.
 pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
 /// The longest pause that a worker may ask for.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -36,23 +36,23 @@ const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
 
 /// Bad answers that have so many first bytes in common look alike: an answer to a request has its id there.
 const ALIKE: usize = 64;
-/// The first bytes of a bad answer that are shown.
+/// Bytes of a bad answer that are shown.
 const SHOWN: usize = 200;
 
 /// One request to a worker.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
-    /// Where to.
+    /// The endpoint.
     pub endpoint: Endpoint,
     /// The model that the body names.
     pub model: &'a str,
-    /// Sent untouched.
+    /// The body, sent unchanged.
     pub body: Bytes,
     /// Lower first. It goes along in a header: workers that do not know it do as if it was not there.
     pub priority: Option<i32>,
-    /// How long the worker may take for the whole answer. Waiting for memory is not counted.
+    /// Time limit of the whole answer. Waiting for memory is not counted.
     pub timeout: Duration,
-    /// How large an answer to expect, in bytes, by what similar requests got; 0 if nobody knows.
+    /// The expected size of the answer in bytes, from similar requests; 0 if it is not known.
     pub expected: usize,
 }
 
@@ -61,13 +61,13 @@ pub struct Call<'a> {
 pub struct Answer {
     /// HTTP status.
     pub status: u16,
-    /// Its `x-request-id`.
+    /// The worker's `x-request-id`.
     pub request_id: Option<String>,
-    /// The body: untouched, but decoded.
+    /// The body, decoded but otherwise unchanged.
     pub body: Bytes,
-    /// What a body that is JSON says of tokens; none of one that is not.
+    /// The token counts of a body that is JSON. `None` if it is not.
     pub usage: Option<TokenUsage>,
-    /// Its share of the memory for answers, until the answer is somewhere durable.
+    /// Its part of the memory for answers, until the answer is durable.
     pub held: Held,
 }
 
@@ -79,7 +79,7 @@ impl Answer {
     }
 }
 
-/// Why a try gave no answer to keep.
+/// Why a try gave no answer that can be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The connection broke while the worker had the request.
@@ -111,7 +111,7 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    /// As a metric's label.
+    /// The label in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -132,16 +132,16 @@ impl FailureKind {
     }
 }
 
-/// A try that may be worth another.
+/// A failed try, which may be retried.
 #[derive(Debug)]
 pub struct Failure {
-    /// Why.
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// In words.
+    /// An explanation for people.
     pub message: String,
-    /// What the worker answered all the same.
+    /// The worker's answer, if it gave one.
     pub answer: Option<Box<Answer>>,
-    /// How long the worker asks to be left alone.
+    /// The pause that the worker asked for.
     pub retry_after: Option<Duration>,
     /// The worker.
     pub worker: WorkerKey,
@@ -153,7 +153,7 @@ pub struct Failure {
     pub blame: Option<Blame>,
 }
 
-/// Whether a status is worth another try; every other one is the request's answer.
+/// Whether a status is retried; any other status is the request's answer.
 #[must_use]
 pub fn is_retryable(status: u16) -> bool {
     matches!(status, 408 | 409 | 425 | 429 | 500..=599)

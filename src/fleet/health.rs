@@ -1,13 +1,13 @@
-//! When a worker is healthy and when it is down: a pure function of what its probes saw.
+//! Decides when a worker is healthy and when it is down, from the results of its probes. Pure.
 
-/// What one probe saw.
+/// The result of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// It answers as it should, and serves these models.
+    /// It is healthy, and serves these models.
     Well(Vec<String>),
-    /// It refuses connections or says itself that it is unwell: there is no doubt.
+    /// It refuses connections or reports that it is not healthy.
     Unwell(String),
-    /// It did not answer in time: it may only be busy.
+    /// It did not answer in time, possibly because it is busy.
     Silent(String),
 }
 
@@ -23,26 +23,26 @@ pub enum Health {
     Unknown,
     /// Takes requests.
     Well {
-        /// Probes in a row that went unanswered.
+        /// Consecutive probes without an answer.
         silent: u32,
     },
     /// Takes none.
     Down,
 }
 
-/// What a probe changes.
+/// The change that a probe causes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Nothing.
     None,
     /// It takes requests from now on.
     Up,
-    /// It takes none from now on, and what it has is to be abandoned.
+    /// It takes no requests from now on, and its requests are to be abandoned.
     Down,
 }
 
 impl Health {
-    /// Takes a probe into account.
+    /// Applies the result of a probe.
     pub fn observe(&mut self, probe: &Probe) -> Change {
         let (next, change) = match (&*self, probe) {
             (Self::Well { .. }, Probe::Well(_)) => (Self::Well { silent: 0 }, Change::None),

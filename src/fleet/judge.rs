@@ -1,5 +1,5 @@
-//! What came of a request, told to its worker: whether it is well, at fault, or has more than it can take. [`super::outage`]
-//! decides.
+//! Passes the outcome of a request on to its worker: whether the worker is healthy, at fault, or overloaded.
+//! [`super::outage`] decides.
 
 use std::{io, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
     telemetry::{Family, WORKERS},
 };
 
-/// Counter: failures of this server itself, by `error`.
+/// Counter of failures of this server itself, by `error`.
 const OWN_FAULTS: &str = "tidemill_own_faults_total";
 /// Outages of workers that began.
 const OUTAGES: Family =
@@ -154,7 +154,7 @@ impl Inner {
     }
 }
 
-/// Between two log lines about this server's own faults.
+/// Time between two log lines about this server's own faults.
 pub(super) const SAY_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 impl Failure {

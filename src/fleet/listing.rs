@@ -1,11 +1,11 @@
-//! What a worker's list of models says.
+//! Reads a worker's list of models.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::domain::{request_line::MAX_MODEL_BYTES, text::is_plain};
 
-/// The most models of one worker that are known: a claim asks the database for all of all workers.
+/// The most models of one worker that are used, because a claim queries the database for all models of all workers.
 const MAX_MODELS: usize = 1_000;
 /// Characters of a name that is left out in the log.
 const SHOWN: usize = 60;
@@ -34,12 +34,12 @@ pub(super) fn models_of(page: &[u8]) -> Option<Listed> {
     (!listed.models.is_empty() || listed.dropped.is_none()).then_some(listed)
 }
 
-/// Whether a line can ask for it.
+/// Whether a line can name it.
 fn is_usable(model: &str) -> bool {
     (1..=MAX_MODEL_BYTES).contains(&model.len()) && is_plain(model)
 }
 
-/// What a model list has.
+/// The models of a list.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) models: Vec<String>,

@@ -1,8 +1,8 @@
-//! Reads what a vLLM server says of its load: the Prometheus text format, version 0.0.4.
+//! Reads a vLLM server's load from the Prometheus text format, version 0.0.4.
 
 use super::Load;
 
-/// Reads vLLM's gauges out of a `/metrics` page, summed over its engines. None: none of vLLM's names is there.
+/// Reads vLLM's gauges from a `/metrics` page, summed over its engines. `None`: the page has none of vLLM's names.
 #[must_use]
 pub fn parse(page: &str) -> Option<Load> {
     let mut load = Load::default();
@@ -29,10 +29,10 @@ pub fn parse(page: &str) -> Option<Load> {
     seen.then_some(load)
 }
 
-/// How much of the prompts a worker's prefix cache held, lately.
+/// The recent hit rate of a worker's prefix cache.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HitRate {
-    /// Tokens looked up and found, when last seen.
+    /// Tokens looked up and found, at the last call.
     before: Option<(f64, f64)>,
     rate: Option<f64>,
 }

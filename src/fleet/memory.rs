@@ -1,4 +1,5 @@
-//! The memory of answers: from their first byte until their result line is durable, they are counted against a budget.
+//! Accounts for the memory of answers: from their first byte until their result line is durable, they count against a
+//! budget.
 //!
 //! At the budget nothing more is read and nothing more is sent until something is durable. Two halves keep small answers
 //! apart from large ones, so that a batch of embeddings can't hold up a batch of chats. No two answers can wait for each
@@ -16,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(super) const SMALL: usize = 64 * 1024;
 const BYTES: &str = "tidemill_answer_memory_bytes";
 const WAITS: &str = "tidemill_answer_memory_waits_total";
-/// What is counted as one: bytes.
+/// Bytes per unit of the budget.
 const UNIT: usize = 1_024;
 
 /// The budget of one node.
@@ -24,7 +25,7 @@ const UNIT: usize = 1_024;
 pub(super) struct AnswerMemory {
     small: Half,
     large: Half,
-    /// Whose holder may go on without room.
+    /// Its holder may continue without room.
     beyond: Arc<Semaphore>,
 }
 
@@ -41,7 +42,7 @@ pub(super) fn describe_metrics() {
     metrics::describe_counter!(WAITS, "times that sending or reading waited for memory for answers");
 }
 
-/// A part of the budget, given back when it is dropped.
+/// A part of the budget, returned when it is dropped.
 #[derive(Debug, Default)]
 pub struct Held {
     small: Option<OwnedSemaphorePermit>,
@@ -69,7 +70,7 @@ impl Half {
         Self { room: Arc::new(Semaphore::new(units as usize)), units, waits: Arc::default() }
     }
 
-    /// As many units as the bytes need, or all that there are.
+    /// The units that the bytes need, at most all.
     fn units_of(&self, bytes: usize) -> u32 {
         u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).clamp(1, self.units)
     }
@@ -107,7 +108,7 @@ impl AnswerMemory {
         }
     }
 
-    /// Makes what an answer holds as much as `bytes` need: all of the answer so far.
+    /// Adjusts what an answer holds to `bytes`, the size of the answer so far.
     pub(super) async fn grow(&self, held: &mut Held, bytes: usize) {
         if held.beyond.is_some() {
             return;
@@ -142,7 +143,7 @@ impl AnswerMemory {
         held.small = None;
     }
 
-    /// Gives back what an answer holds beyond its size.
+    /// Returns what an answer holds beyond its size.
     pub(super) fn shrink(&self, held: &mut Held, bytes: usize) {
         if let Some(permit) = &mut held.small {
             let needs = self.small.units_of(bytes) as usize;
@@ -156,7 +157,7 @@ impl AnswerMemory {
         ((used(&self.small) + used(&self.large)) * UNIT) as u64
     }
 
-    /// Shows both as metrics.
+    /// Publishes the metrics.
     #[allow(clippy::cast_precision_loss)] // a gauge for people
     pub(super) fn publish(&self) {
         metrics::gauge!(BYTES).set(self.used() as f64);

@@ -1,4 +1,4 @@
-//! Names of models, and patterns of them: a gateway may list `*` or `openai/*` for all that it passes on.
+//! Names of models, and patterns: a gateway may list `*` or `openai/*` for all models that it passes on.
 
 /// Whether a listed name is a pattern.
 #[must_use]
@@ -6,7 +6,7 @@ pub fn is_pattern(listed: &str) -> bool {
     listed.contains('*')
 }
 
-/// Whether a listed name or pattern stands for the model: `*` is any text, "/" too.
+/// Whether a listed name or pattern matches the model: `*` is any text, including "/".
 #[must_use]
 pub fn stands_for(listed: &str, model: &str) -> bool {
     let mut parts = listed.split('*');

@@ -1,4 +1,4 @@
-//! Asks one worker again and again how it is: `/health`, `/v1/models`.
+//! Checks one worker's health regularly: `/health`, `/v1/models`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,12 +15,12 @@ use super::{
 };
 use crate::{fault, supervise::Part};
 
-/// How long a probe may take.
+/// Time limit of a probe.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two checks of a worker that does not answer as it should: at first, doubling, and at most.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_secs(1);
-/// A healthy worker's models are looked at so often: a LoRA adapter may be loaded at run time.
+/// Time between two reads of a healthy worker's models: a LoRA adapter may be loaded at run time.
 const MODELS_EVERY: Duration = Duration::from_secs(10);
 /// If the health check has not been answered for so long, the list of models is asked for instead.
 const SLOW: Duration = Duration::from_secs(4);
@@ -28,12 +28,12 @@ const SLOW: Duration = Duration::from_secs(4);
 /// how long.
 const SLOW_CHECKS: u32 = 2;
 const WITHOUT: Duration = Duration::from_secs(600);
-/// The most that is read of an answer.
+/// The most bytes of an answer that are read.
 const MAX_PAGE: usize = 4 * 1024 * 1024;
 /// Bytes of a redirect's target that are shown.
 const SHOWN: usize = 200;
 
-/// Probes a worker until it is forgotten.
+/// Probes a worker until it is removed.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut prober = Prober::new(fleet.client.clone(), base, fleet.bearer(), &fleet.options.health);
     let mut failures = 0u32;
@@ -96,7 +96,7 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
         }
     }
     if state.health == Health::Down {
-        // Who comes back may be another process.
+        // A worker that comes back may be another process.
         state.outage.reset();
     }
     change
@@ -105,24 +105,24 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
 /// The check failed because of this server itself, which says nothing of the worker.
 struct OwnFault(&'static str);
 
-/// How a worker is asked.
+/// How a worker is probed.
 struct Prober {
     client: Client,
     base: Url,
     bearer: Option<String>,
-    /// The health check's path; none: the list of models has to do.
+    /// The health check's path. `None`: only the list of models is read.
     path: Option<String>,
-    /// Checks in a row that were too slow.
+    /// Consecutive checks that were too slow.
     slow: u32,
-    /// The check is done without until then.
+    /// Until when the check is skipped.
     without: Option<Instant>,
-    /// Each check costs: it is never asked for again.
+    /// Whether the check runs requests on models, so that it is not made again.
     costly: bool,
     /// What the worker serves, and when it was asked for that.
     known: Option<(Instant, Vec<String>)>,
 }
 
-/// What a health check was answered with.
+/// The answer to a health check.
 enum Checked {
     Well,
     /// There is no such check.
@@ -143,7 +143,7 @@ impl Prober {
         self.known = None;
     }
 
-    /// Asks once. `models`: for the list of models, too.
+    /// Probes once. `models`: reads the list of models too.
     async fn probe(&mut self, models: bool) -> Result<Probe, OwnFault> {
         let now = Instant::now();
         let models = models || self.known.as_ref().is_none_or(|(at, _)| now >= *at + MODELS_EVERY);

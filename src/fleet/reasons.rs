@@ -1,10 +1,10 @@
-//! Whether a worker says why its texts end: some servers never do, and are left in peace.
+//! Learns whether a worker gives a reason for the end of its texts; some servers never do.
 
 use std::{collections::HashMap, sync::Arc};
 
 use crate::domain::{Endpoint, answer::Ending};
 
-/// So many answers in which the reason is null, and none in which it is named: then that is how the server answers.
+/// After this many answers with a null reason and none with a reason, the server counts as one that gives none.
 const DOUBTED: u8 = 3;
 /// Models that are remembered: a worker that lists more is a gateway, and begins anew.
 const MODELS: usize = 256;
@@ -21,7 +21,7 @@ struct Known {
     nulls: u8,
 }
 
-/// What an answer without a reason is worth.
+/// The verdict about an answer without a reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Worth {
     /// It is an answer.

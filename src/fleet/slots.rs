@@ -1,4 +1,4 @@
-//! Slots given out and taken back: the board under its lock, and those who wait for a slot.
+//! Gives slots out and takes them back: the board under its lock, and the waiting requests.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,7 @@ use super::{
 };
 use crate::config::Secret;
 
-/// The board and those who wait.
+/// The board and the waiting requests.
 #[derive(Default)]
 pub(super) struct Desks {
     pub(super) board: Board,
@@ -35,9 +35,9 @@ pub(super) struct Desks {
     pub(super) next_key: u32,
 }
 
-/// Who gets the slots that a ticket is granted.
+/// The receiver of the slots that a ticket gets.
 enum Waiter {
-    /// Whoever waits for many with one ticket.
+    /// A segment that waits for many slots with one ticket.
     Many(mpsc::UnboundedSender<Slot>),
     /// Calls that wait for one each, first come, first served. They wait with one ticket, so that the board's work does not
     /// grow with the number of calls.
@@ -47,7 +47,7 @@ enum Waiter {
 /// Calls with the same of these are the same to the board.
 type LineKey = (Tenant, Arc<str>, SmallVec<[WorkerKey; 4]>);
 
-/// Whom a granted slot goes to.
+/// The receiver of one granted slot.
 enum Receiver {
     Many(mpsc::UnboundedSender<Slot>),
     Call(oneshot::Sender<Slot>),
@@ -64,7 +64,7 @@ impl Receiver {
 }
 
 impl Desks {
-    /// Nobody waits under this ticket any more.
+    /// Removes a ticket.
     fn forget(&mut self, ticket: Ticket) {
         if let Some((Waiter::Line(key, _), _)) = self.waiting.remove(&ticket) {
             self.lines.remove(&key);
@@ -98,7 +98,7 @@ impl Inner {
         }
     }
 
-    /// Hands free slots to those who wait.
+    /// Gives free slots to waiting requests.
     pub(super) fn grant(self: &Arc<Self>) {
         let granted: SmallVec<[(Receiver, Holder, WorkerKey); 4]> = {
             let mut desks = self.desks.lock();
@@ -156,7 +156,7 @@ impl Inner {
         }
     }
 
-    /// Gives a worker another limit.
+    /// Changes a worker's limit.
     pub(super) fn relimit(self: &Arc<Self>, worker: &Worker, limit: u32) {
         worker.set_limit(limit);
         if self.desks.lock().board.relimit(worker.key, limit) {
@@ -197,15 +197,15 @@ impl Inner {
     }
 }
 
-/// One request that a worker may have in flight.
+/// The right to have one request in flight at a worker.
 pub struct Slot {
     pub(super) fleet: Arc<Inner>,
     /// The worker.
     pub worker: Arc<Worker>,
-    /// Whose share it counts for.
+    /// The tenant's share that it counts towards.
     pub(super) holder: Holder,
     pub(super) abandoned: CancellationToken,
-    /// It has not been given back.
+    /// Whether it has not been returned yet.
     out: bool,
 }
 

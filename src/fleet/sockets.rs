@@ -1,8 +1,8 @@
-//! How many connections to workers this process can afford.
+//! The number of connections to workers that this process can afford.
 
 use tokio::sync::Semaphore;
 
-/// At least so many, whatever the limit on open files.
+/// The fewest connections, whatever the limit on open files.
 const FEWEST: usize = 16;
 
 /// Half of the files that this process may have open: the rest is for the database, objects, clients, webhooks, and for

@@ -1,4 +1,4 @@
-//! One worker as this node knows it, and the slots that requests hold there.
+//! One worker as this node sees it, and its slots in use.
 
 use std::{
     hash::BuildHasher,
@@ -31,7 +31,7 @@ use crate::{
 const MAX_URL: usize = 2_048;
 /// Bytes of an answer that are logged.
 const SAID: usize = 500;
-/// Between two log lines about a worker's bad answers.
+/// Time between two log lines about a worker's bad answers.
 const LOG_PAUSE: Duration = Duration::from_secs(10);
 /// The most tokens of an answer that count for the rates: more is nonsense.
 const MOST_TOKENS: i64 = 1 << 32;
@@ -41,7 +41,7 @@ const SMOOTHING: f64 = 0.3;
 /// One worker.
 #[derive(Debug)]
 pub struct Worker {
-    /// Its place on the board.
+    /// Its key on the board.
     pub(super) key: WorkerKey,
     /// Its id.
     pub id: WorkerId,
@@ -52,13 +52,13 @@ pub struct Worker {
     affinity: u64,
     /// What its probes and requests have shown. Held for a few instructions at a time.
     pub(super) state: Mutex<State>,
-    /// Cancelled when what is in flight is to be abandoned; then replaced.
+    /// Cancelled when requests in flight are to be abandoned; then replaced.
     abandon: Mutex<CancellationToken>,
-    /// Asks for a probe now.
+    /// Notified to probe at once.
     pub(super) probe_now: Notify,
     /// What may be sent there changes at another time than before.
     pub(super) gate_moved: Notify,
-    /// Cancelled when the worker is forgotten.
+    /// Cancelled when the worker is removed.
     pub(super) gone: CancellationToken,
     answered: AtomicU64,
     output_tokens: AtomicU64,
@@ -75,7 +75,7 @@ pub struct Worker {
     pub(super) bad_answers: Seldom,
 }
 
-/// What a worker has done since it became known.
+/// Counts of a worker's answers since it became known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Deeds {
     pub(super) returned: u64,
@@ -91,7 +91,7 @@ impl Deeds {
     }
 }
 
-/// What is known of a worker.
+/// The observed state of a worker.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) health: Health,
@@ -99,11 +99,11 @@ pub(super) struct State {
     pub(super) load: Option<Load>,
     pub(super) last_error: Option<String>,
     pub(super) draining: bool,
-    /// A request could not reach it: nothing more goes there until a probe has.
+    /// Whether a request could not reach it, so that nothing is sent until a probe has.
     pub(super) suspect: bool,
     /// It does not have a model that it listed: its next probe looks at its models again.
     pub(super) models_stale: bool,
-    /// What its answers say of it.
+    /// Whether it is at fault, according to its answers.
     pub(super) outage: Outage,
     /// When it was last found to be at fault, by this machine's clock.
     pub(super) complained_at: Option<Timestamp>,
@@ -111,7 +111,7 @@ pub(super) struct State {
     pub(super) tokens_per_second: f64,
     /// Of what `load` says, lately.
     pub(super) prefix_hit_rate: Option<f64>,
-    /// How long a request is there, on average.
+    /// The mean duration of a request.
     request_time: Option<Duration>,
     sampled: Option<Sample>,
 }
@@ -126,12 +126,12 @@ struct Sample {
 }
 
 impl State {
-    /// Whether requests go there at all: what it serves is worth waiting for.
+    /// Whether it takes requests at all, so that its models are worth waiting for.
     pub(super) fn is_serving(&self) -> bool {
         self.health.is_well() && !self.draining
     }
 
-    /// What may be sent there at this moment.
+    /// What may be sent to it now.
     pub(super) fn gate(&self, now: Instant) -> Gate {
         if self.is_serving() && !self.suspect { self.outage.gate(now) } else { Gate::Closed }
     }
@@ -169,13 +169,13 @@ impl Worker {
         self.affinity
     }
 
-    /// Its place on the board.
+    /// Its key on the board.
     #[must_use]
     pub fn key(&self) -> WorkerKey {
         self.key
     }
 
-    /// How many requests this node may have in flight there.
+    /// The most requests that this node may have in flight there.
     #[must_use]
     pub fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
@@ -208,19 +208,19 @@ impl Worker {
         }
     }
 
-    /// It was away, and may be another one now.
+    /// Records that it is back; it may be another server now.
     pub(super) fn is_back(&self) {
         self.refuses_priority.store(false, Ordering::Relaxed);
         *self.reasons.lock() = Reasons::default();
     }
 
-    /// It has answered, whatever it said.
+    /// Records an answer of any kind.
     pub(super) fn returned(&self, took: Duration) {
         self.returned.fetch_add(1, Ordering::Relaxed);
         self.took_micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// It has more than it can take.
+    /// Records a push-back.
     pub(super) fn pushed_back(&self) {
         self.pushed_back.fetch_add(1, Ordering::Relaxed);
     }
@@ -249,13 +249,13 @@ impl Worker {
         self.abandon.lock().clone()
     }
 
-    /// Abandons what is in flight.
+    /// Abandons the requests in flight.
     pub(super) fn abandon(&self) {
         let fresh = self.gone.child_token();
         std::mem::replace(&mut *self.abandon.lock(), fresh).cancel();
     }
 
-    /// Has its models looked at again, now.
+    /// Schedules a read of its models.
     pub(super) fn look_at_models(&self) {
         self.state.lock().models_stale = true;
         self.probe_now.notify_one();
@@ -268,7 +268,7 @@ impl Worker {
             .fetch_add(u64::try_from(output_tokens.clamp(0, MOST_TOKENS)).unwrap_or(0), Ordering::Relaxed);
     }
 
-    /// Brings the rates up to date.
+    /// Updates the rates.
     pub(super) fn sample(&self, now: Instant) {
         let (answered, tokens) = (self.answered.load(Ordering::Relaxed), self.output_tokens.load(Ordering::Relaxed));
         let deeds = self.deeds();

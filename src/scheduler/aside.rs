@@ -1,7 +1,7 @@
-//! Batches that this node leaves to others for a while: it could not read their input, or not write what became of them.
+//! Batches that this node leaves to other nodes for a while, because it could not read their input or record their end.
 //!
-//! If nothing is wrong but this node, another one goes on with them meanwhile. If all nodes fail alike, the work is not
-//! done again and again.
+//! If only this node has a problem, another one continues them meanwhile. If all nodes fail alike, the work is not
+//! repeated at once.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -10,10 +10,10 @@ use tokio::time::Instant;
 
 use crate::domain::BatchId;
 
-/// How long the first time; it doubles up to [`LONGEST`].
+/// The first pause; it doubles up to [`LONGEST`].
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(300);
-/// What has not failed for so long is forgotten.
+/// A batch that has not failed for this long is forgotten.
 const FORGET: Duration = Duration::from_secs(3_600);
 
 #[derive(Debug)]
@@ -22,24 +22,24 @@ struct Aside {
     until: Instant,
 }
 
-/// Which batches, and until when. Cheap to clone.
+/// The batches left to other nodes, and until when. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Asides {
     batches: Arc<Mutex<HashMap<BatchId, Aside>>>,
 }
 
 impl Asides {
-    /// How often it has been left.
+    /// How often the batch has been left.
     pub(super) fn times(&self, batch: &BatchId) -> u32 {
         self.batches.lock().get(batch).map_or(0, |aside| aside.times)
     }
 
-    /// Whether it is left to others now.
+    /// Whether the batch is left to others now.
     pub(super) fn has(&self, batch: &BatchId, now: Instant) -> bool {
         self.batches.lock().get(batch).is_some_and(|aside| aside.until > now)
     }
 
-    /// Leaves it, longer each time. Segments of it that fail at the same time count once.
+    /// Leaves the batch, longer each time. Segments that fail at the same time count once.
     pub(super) fn leave(&self, batch: &BatchId, now: Instant) {
         let mut batches = self.batches.lock();
         batches.retain(|_, aside| aside.until + FORGET > now);
@@ -50,7 +50,7 @@ impl Asides {
         }
     }
 
-    /// It went well again.
+    /// Forgets the batch after a success.
     pub(super) fn forget(&self, batch: &BatchId) {
         self.batches.lock().remove(batch);
     }

@@ -1,4 +1,4 @@
-//! Makes finished lines durable: object first, row second, each as often as it takes.
+//! Makes finished lines durable: first the object, then the row, each retried until it succeeds.
 
 use std::{future::Future, time::Duration};
 
@@ -17,24 +17,25 @@ use crate::{
     store::{Commit, FinalObject, NewPart, Store, StoreError},
 };
 
-/// Between two tries to reach a database or blob store that is away; it doubles up to [`PATIENCE_CAP`].
+/// The wait between two attempts to reach a database or blob store that is unreachable; it doubles up to
+/// [`PATIENCE_CAP`].
 const PATIENCE: Duration = Duration::from_millis(100);
 const PATIENCE_CAP: Duration = Duration::from_secs(5);
-/// What has not been answered after this long keeps the batch, and the batch says so.
+/// A write without an answer for this long counts as stuck, and the batch says so.
 const SLOW: Duration = Duration::from_secs(5);
 
 /// Why a run stops before its lines are done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The segment is not this node's any more: nothing it writes counts.
+    /// The segment is no longer this node's, and its writes have no effect.
     Lost,
-    /// Parts are torn: their lines are run again.
+    /// Parts are torn: their lines run again.
     Torn,
     /// The results don't have one line for each request: all parts are dropped, and all lines run again.
     Incomplete,
-    /// The database refuses this write, and would refuse it again: the batch can't go on.
+    /// The database refuses this write, and would refuse it again: the batch can't continue.
     Refused(&'static str),
-    /// This can't be done, because of what is stored or of a bug: another run may fare no better.
+    /// A step failed because of stored data or a bug; another run may fail too.
     Broken(&'static str),
 }
 
@@ -50,7 +51,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// For a segment that this node has claimed.
+    /// A checkpoint for a segment that this node has claimed.
     #[must_use]
     pub fn new(
         store: Store,
@@ -131,8 +132,8 @@ impl Checkpoint {
         }
     }
 
-    /// Does something again and again until it works or the segment is lost; meanwhile the batch says why. What the database
-    /// refuses is not tried again, and neither is what it holds wrongly: then the run breaks off.
+    /// Retries `act` until it succeeds or the segment is lost; meanwhile the batch says why it waits. What the database
+    /// refuses, or can't be read, is not retried: then the run ends.
     ///
     /// # Errors
     /// [`Stop::Lost`], [`Stop::Refused`], [`Stop::Broken`].
@@ -182,15 +183,15 @@ impl Checkpoint {
     }
 }
 
-/// What failed, and whether trying again can help.
+/// What failed, and whether a retry can help.
 pub trait Trouble {
     /// What failed.
     const ON: On;
 
-    /// It can't.
+    /// Whether a retry can't help.
     fn is_final(&self) -> bool;
 
-    /// It can't, on this node or any other, because of what is written.
+    /// Whether it would fail on any node, because of what is written.
     fn is_refusal(&self) -> bool {
         false
     }
@@ -213,7 +214,7 @@ impl Trouble for crate::blobs::BlobError {
 
     fn is_final(&self) -> bool {
         match self {
-            // Whoever mends the store finds the segment where it was.
+            // When the store is repaired, the segment is where it was.
             Self::Failed(_) | Self::Refused(_) | Self::Foreign(_) => false,
             Self::Missing(_) | Self::Open(_) => true,
         }

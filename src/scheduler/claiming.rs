@@ -1,4 +1,5 @@
-//! A round of claims. It runs beside the scheduler's own loop, so that no renewal of a lease ever waits behind a claim.
+//! A round of claims. It runs in parallel with the scheduler's own loop, so that renewing leases never waits for a
+//! claim.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -12,46 +13,46 @@ use crate::{
     store::{Candidate, ClaimedSegment, Store, StoreError},
 };
 
-/// Batches looked at in one round of claims.
+/// The most batches considered in one round of claims.
 const CANDIDATES: u64 = 1_000;
 /// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
 /// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
 pub(super) const COURTESY: Duration = Duration::from_secs(2);
 
-/// What a round needs to know.
+/// The input of a round.
 pub(super) struct Round {
     pub(super) store: Store,
     pub(super) node: NodeId,
     pub(super) options: Arc<SchedulerOptions>,
     pub(super) shutdown: CancellationToken,
-    /// The models that have a worker.
+    /// The models that a worker serves.
     pub(super) served: Vec<String>,
-    /// What runs here and what is wanted. The round adds what it claims.
+    /// What runs here and what is wanted. The round adds its claims.
     pub(super) demand: Demand,
-    /// Those of whom something runs here.
+    /// The tenants that run something here.
     pub(super) running: BTreeSet<Tenant>,
-    /// Batches that are left to other nodes.
+    /// The batches that are left to other nodes.
     pub(super) asides: Asides,
-    /// The last thing asked of the database failed.
+    /// Whether the last call to the database failed.
     pub(super) away: bool,
-    /// When the database answered again after it was away.
+    /// When the database answered again after an outage.
     pub(super) back_at: Option<Instant>,
-    /// Takes what is claimed, as it is claimed.
+    /// Receives each claimed segment at once.
     pub(super) claimed: mpsc::UnboundedSender<ClaimedSegment>,
 }
 
-/// How a round went.
+/// The result of a round.
 pub(super) struct Outcome {
-    /// How long the answer to the question for candidates took.
+    /// How long the query for candidates took.
     pub(super) took: Duration,
-    /// Whether the database answered that.
+    /// Whether the query succeeded.
     pub(super) looked: Result<(), StoreError>,
-    /// Whether it answered all claims after it.
+    /// Whether all claims succeeded.
     pub(super) claimed: Result<(), StoreError>,
 }
 
-/// Whether an answer that took so long came from a database that was away in between: it lets a question wait for as long as
-/// a renewal may be late.
+/// Whether an answer that took this long came from a database that was unreachable meanwhile: a query may wait as long
+/// as a renewal may be late.
 pub(super) fn was_away(took: Duration, lease: Duration) -> bool {
     took > lease / 3
 }
@@ -85,7 +86,7 @@ impl Round {
         });
         let mut candidates: Vec<(Candidate, Rank)> = ranked.collect();
         self.demand.share(&candidates.iter().map(|(_, rank)| rank.tenant()).chain(self.running.clone()).collect());
-        // First each within its own part of the room; what is left then is for all, in their order.
+        // First each tenant within its own part of the room; the rest is for all, in the order of the batches.
         for lent in [false, true] {
             candidates = self.claim_of(candidates, lent).await?;
         }
@@ -115,7 +116,7 @@ impl Round {
                     left.push((candidate, rank));
                     break;
                 }
-                // Lines that are not to be run any more need no worker.
+                // Lines that are not to run any more need no worker.
                 let mask =
                     if candidate.ending.is_some() { i64::MAX } else { self.demand.wanted(&candidate.models, rank) };
                 if mask == 0 {
@@ -125,7 +126,7 @@ impl Round {
                 let claimed = match claimed {
                     Ok(Some(claimed)) => claimed,
                     Ok(None) => break,
-                    // One batch that the database can't give out keeps no other from being claimed.
+                    // A batch that the database can't hand out does not keep others from being claimed.
                     Err(error) if error.is_final() => {
                         tracing::error!(batch = %candidate.id, %error, "a segment can't be claimed");
                         break;

@@ -1,5 +1,5 @@
-//! Segments whose runs here have broken off for a reason that would break off the next one too: a panic, or rows that can't
-//! be read. They are run again, because the reason may be gone, but not for ever: each run costs GPUs what the last one did.
+//! Segments whose runs on this node ended early for a reason that would end the next run too: a panic, or rows that
+//! can't be read. They run again, because the reason may pass, but not for ever, because each run costs GPU time.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -8,12 +8,12 @@ use tokio::time::Instant;
 
 use crate::domain::{BatchError, SegmentRef};
 
-/// So many runs of a segment may break off on one node; then its batch fails.
+/// The number of such runs of a segment on one node after which its batch fails.
 pub(super) const LIMIT: u32 = 5;
-/// What has not broken off for so long is forgotten: longer than any lease that somebody would choose.
+/// A segment without such a run for this long is forgotten: longer than any reasonable lease.
 const FORGET: Duration = Duration::from_secs(24 * 3_600);
 
-/// How often, and why the last time. Cheap to clone.
+/// The counts of such runs and their last reasons. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Crashes {
     segments: Arc<Mutex<HashMap<SegmentRef, Crashed>>>,
@@ -27,7 +27,7 @@ struct Crashed {
 }
 
 impl Crashes {
-    /// A run has broken off.
+    /// Records a run that ended early.
     pub(super) fn note(&self, segment: &SegmentRef, why: String, now: Instant) {
         let mut segments = self.segments.lock();
         segments.retain(|_, crashed| crashed.at + FORGET > now);
@@ -35,7 +35,7 @@ impl Crashes {
         (crashed.times, crashed.at, crashed.why) = (crashed.times + 1, now, why);
     }
 
-    /// Why the segment is not run any more, once its runs have broken off too often.
+    /// Why the segment is not run any more. `None`: it may run.
     pub(super) fn verdict(&self, segment: &SegmentRef) -> Option<BatchError> {
         let segments = self.segments.lock();
         let crashed = segments.get(segment).filter(|crashed| crashed.times >= LIMIT)?;
@@ -47,7 +47,7 @@ impl Crashes {
         Some(BatchError { code: "internal_error".into(), message, line: 0, param: String::new() })
     }
 
-    /// The segment has ended, one way or another.
+    /// Forgets a segment that has ended.
     pub(super) fn forget(&self, segment: &SegmentRef) {
         self.segments.lock().remove(segment);
     }

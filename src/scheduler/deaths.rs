@@ -1,4 +1,4 @@
-//! Which line may be what kills workers: pure.
+//! Finds the line that may be what kills workers. Pure.
 //!
 //! When a worker dies, every request that it had is lost, though at most one of them killed it; as a rule none did, and
 //! somebody has restarted it. What tells them apart is what becomes of the neighbours: a line that was there at two deaths
@@ -16,18 +16,18 @@ use tokio::time::Instant;
 
 use crate::fleet::WorkerKey;
 
-/// Lines that a worker loses within so short a time are lost in one death.
+/// Lines that a worker loses within this time are lost in one death.
 const TOGETHER: Duration = Duration::from_secs(1);
 /// Deaths that make a suspect if lines that were there too have been answered since; and if none has.
 const WITH_SURVIVORS: usize = 2;
 const WITHOUT_SURVIVORS: usize = 3;
-/// Deaths that are remembered of a line.
+/// The most deaths remembered for a line.
 const REMEMBERED: usize = 8;
 /// Suspects are apart from others for so much longer than the longest of them lived before, and a moment more.
 const LIVES_ON: (u32, u32) = (5, 4);
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// Which death.
+/// Identifies a death.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeathId(u32);
 
@@ -39,14 +39,14 @@ struct Death {
     survivors: u32,
 }
 
-/// The deaths of workers that lines of a segment were there for.
+/// The deaths of workers in which lines of a segment were lost.
 #[derive(Debug, Default)]
 pub struct Deaths {
     all: Vec<Death>,
 }
 
 impl Deaths {
-    /// A worker has lost a line.
+    /// Records that a worker lost a line.
     pub fn note(&mut self, worker: WorkerKey, now: Instant) -> DeathId {
         let one = self.all.iter().rposition(|death| death.worker == worker && now < death.at + TOGETHER);
         let at = one.unwrap_or_else(|| {
@@ -62,48 +62,48 @@ impl Deaths {
     }
 }
 
-/// What a line has been through with workers that died.
+/// A line's history of deaths.
 #[derive(Clone, Debug, Default)]
 pub struct Losses {
     deaths: SmallVec<[DeathId; 2]>,
-    /// With how many others it may be sent next, itself counted; 0: with any.
+    /// The number of suspects that may be sent together with it, counting itself; 0: any.
     company: u32,
-    /// The longest that it was at a worker that died.
+    /// The longest time that it was at a worker that died.
     lived: Duration,
     /// Requests answered by all workers when it was lost last.
     answers: u64,
 }
 
-/// How a line was lost.
+/// The circumstances of a loss.
 #[derive(Clone, Copy, Debug)]
 pub struct Lost {
-    /// Where.
+    /// The worker that died.
     pub worker: WorkerKey,
-    /// When.
+    /// The time of the loss.
     pub now: Instant,
-    /// How long it had been there.
+    /// How long the line had been there.
     pub lived: Duration,
-    /// How many lines were apart from others there, itself counted; 0: it was among others.
+    /// The number of lines that were apart from others there, counting itself; 0: it was among others.
     pub apart: u32,
     /// Requests answered by all workers so far.
     pub answers: u64,
 }
 
 impl Losses {
-    /// With how many lines it may be sent, itself counted; 0: with any.
+    /// The number of lines that may be sent together with it, counting itself; 0: any.
     #[must_use]
     pub fn company(&self) -> u32 {
         self.company
     }
 
-    /// How long it should be apart from others.
+    /// How long it should be kept apart from others.
     #[must_use]
     pub fn apart_for(&self) -> Duration {
         self.lived * LIVES_ON.0 / LIVES_ON.1 + MOMENT
     }
 
-    /// Takes a death into account. Returns whether the worker died of this line, as far as one can tell: it was alone, and
-    /// others have been answered since it was lost before.
+    /// Records a death. Returns whether the worker probably died of this line: it was alone, and others have been
+    /// answered since its previous loss.
     pub fn lose(&mut self, deaths: &mut Deaths, lost: Lost) -> bool {
         let id = deaths.note(lost.worker, lost.now);
         if !self.deaths.contains(&id) {
@@ -120,7 +120,7 @@ impl Losses {
         lost.apart == 1 && others_live
     }
 
-    /// Looks whether it has become a suspect by now: before it is sent again.
+    /// Updates, before it is sent again, whether it is a suspect.
     pub fn suspect(&mut self, deaths: &mut Deaths) {
         if self.company > 0 {
             return;
@@ -134,7 +134,7 @@ impl Losses {
         }
     }
 
-    /// It was answered, or has failed without harm to its worker: it is no suspect any more.
+    /// Records that it was answered, or failed without harm to its worker: it is no longer a suspect.
     pub fn acquit(&mut self, deaths: &mut Deaths) {
         for id in std::mem::take(&mut self.deaths) {
             if let Some(death) = deaths.get(id) {

@@ -1,4 +1,4 @@
-//! How long the end of a line whose last try has failed waits for word whether the worker is at fault: pure.
+//! Decides how long a line whose last try has failed waits until it is clear whether its worker is at fault. Pure.
 //!
 //! The worker's verdict is open until something succeeds there, or enough fails alike. The line waits for it as long as
 //! there is news: further failures of the worker in the same matter. What counts as silence is measured in turns, each
@@ -11,19 +11,19 @@ use tokio::time::Instant;
 
 use crate::fleet::{Blame, outage::Verdict};
 
-/// The length of a turn, at least.
+/// The shortest length of a turn.
 const TURN: Duration = Duration::from_millis(500);
-/// Silent turns that end the doubt, where the segment has other lines that may tell: ten seconds.
+/// Silent turns that end the doubt if the segment has other lines that may tell: ten seconds.
 const SILENT_AMONG_OTHERS: u32 = 20;
-/// And where it has none: one second. Other batches may still tell.
+/// Silent turns if it has none: one second. Other batches may still tell.
 const SILENT_ALONE: u32 = 2;
-/// Turns in all without other lines, however much fails in other batches.
+/// The most turns without other lines, however much fails in other batches.
 const MOST_ALONE: u32 = 20;
 
 /// One line's doubt.
 pub(super) struct Doubt {
     blame: Blame,
-    /// The failures in this matter at the last look.
+    /// The relevant failures at the last check.
     failures: u32,
     silent: u32,
     alone: u32,
@@ -44,12 +44,12 @@ impl Doubt {
         self.again.is_some_and(|at| at <= now)
     }
 
-    /// When to look again, if nothing happens before.
+    /// When to check again, if nothing happens before.
     pub(super) fn next_look(&self) -> Instant {
         self.next
     }
 
-    /// Whose failure it was. `others`: whether other lines of the segment may still tell.
+    /// Decides whose failure it was. `others`: whether other lines of the segment may still tell.
     pub(super) fn look(&mut self, others: bool, now: Instant) -> Verdict {
         let verdict = self.blame.verdict();
         if verdict != Verdict::Open || self.again.is_some() || now < self.next {

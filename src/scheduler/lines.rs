@@ -1,4 +1,4 @@
-//! The lines of one segment that are still to be run: which are ready, which wait for another try. Pure.
+//! The lines of one segment that are still to run: which are ready, which wait for another try. Pure.
 
 use std::{cmp::Reverse, collections::BinaryHeap, ops::Range, sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::{
 /// A line, as found in the segment's bytes.
 #[derive(Clone, Debug)]
 struct Line {
-    /// Its place in the segment: a bit of a [`LineSet`].
+    /// Its index in the segment: a bit of a [`LineSet`].
     index: u32,
     model: u8,
     custom_id: Range<u32>,
@@ -32,7 +32,7 @@ struct Line {
     alone: Alone,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
-    /// Its body has a `priority` of its own.
+    /// Whether its body has a `priority` of its own.
     has_priority: bool,
 }
 
@@ -40,18 +40,18 @@ struct Line {
 const FIRST_ASK: Duration = Duration::from_millis(500);
 const LAST_ASK: Duration = Duration::from_secs(2);
 
-/// What is known of a line that fails while its worker answers nothing else.
+/// The state of a line that fails while its worker answers nothing else.
 #[derive(Clone, Copy, Debug, Default)]
 struct Alone {
     /// Its first failure.
     since: Option<Instant>,
-    /// The worker has answered something since: it works.
+    /// Whether the worker has answered something since.
     is_proven: bool,
-    /// How often the line was sent although its tries were used up.
+    /// How often the line was sent after its tries were used up.
     asked: u32,
 }
 
-/// Which line: its place in the work list.
+/// Identifies a line by its index in the work list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LineKey(u32);
 
@@ -69,14 +69,14 @@ impl LineKey {
 /// Lines that wait for the same kind of slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lane {
-    /// The model's place in the file's list.
+    /// The model's index in the file's list.
     pub model: usize,
-    /// They may be what kills workers, and are sent apart from others.
+    /// Whether they are suspects, which are sent apart from others.
     pub alone: bool,
 }
 
 impl Lane {
-    /// Its place among all lanes.
+    /// The lane's index.
     #[must_use]
     pub fn place(self) -> usize {
         2 * self.model + usize::from(self.alone)
@@ -87,9 +87,9 @@ impl Lane {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line} of the segment can't be read: {message}")]
 pub struct Unreadable {
-    /// Its place in the segment, from 0.
+    /// The line's index in the segment, from 0.
     pub line: u32,
-    /// Why.
+    /// What is wrong.
     pub message: String,
 }
 
@@ -106,7 +106,7 @@ pub struct WorkList {
 }
 
 impl WorkList {
-    /// Finds the requests in a segment's bytes, but for those that are done.
+    /// Parses the requests of a segment, except those that are done.
     ///
     /// # Errors
     /// [`Unreadable`] if the bytes are not what was validated at upload.
@@ -155,7 +155,7 @@ impl WorkList {
         &self.models
     }
 
-    /// Lines without a result: ready, waiting or in flight.
+    /// The number of lines without a result: ready, waiting or in flight.
     #[must_use]
     pub fn open(&self) -> usize {
         self.open
@@ -167,13 +167,13 @@ impl WorkList {
         self.lines.iter().filter(|line| line.open).fold(0, |mask, line| mask | 1 << line.model)
     }
 
-    /// How many lines of a model are ready to be sent.
+    /// The number of ready lines of a model.
     #[must_use]
     pub fn ready(&self, model: usize) -> usize {
         [false, true].iter().map(|alone| self.ready[Lane { model, alone: *alone }.place()].count()).sum()
     }
 
-    /// How many lines of a lane are ready to be sent.
+    /// The number of ready lines of a lane.
     #[must_use]
     pub fn ready_in(&self, lane: Lane) -> usize {
         self.ready[lane.place()].count()
@@ -196,7 +196,7 @@ impl WorkList {
         self.later.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// Makes the lines ready whose wait is over. They go first: others have not been tried at all.
+    /// Makes lines ready whose wait is over. They go first, although others have not been tried at all.
     pub fn wake(&mut self, now: Instant) {
         while self.next_due().is_some_and(|at| at <= now) {
             if let Some(Reverse((_, key))) = self.later.pop() {
@@ -219,7 +219,7 @@ impl WorkList {
         self.ready[lane.place()].take()
     }
 
-    /// Takes the ready line of a lane that is best sent to this worker. `workers` are all that serve the model, by
+    /// Takes the ready line of a lane that fits this worker best. `workers` are all that serve the model, by
     /// [`Worker::affinity`](crate::fleet::Worker::affinity).
     pub fn take_for(&mut self, lane: Lane, worker: (WorkerKey, u64), workers: &[u64]) -> Option<LineKey> {
         let lines = &self.lines;
@@ -251,12 +251,12 @@ impl WorkList {
         (taken, longest.unwrap_or_default())
     }
 
-    /// A worker died that had the line. Returns whether it died of this line, as far as one can tell.
+    /// Records that a worker died while it had the line. Returns whether it probably died of this line.
     pub fn lost(&mut self, key: LineKey, lost: Lost) -> bool {
         self.lines[key.0 as usize].losses.lose(&mut self.deaths, lost)
     }
 
-    /// The line has come back from a worker that still lives.
+    /// Records that the line came back from a worker that still lives.
     pub fn acquit(&mut self, key: LineKey) {
         self.lines[key.0 as usize].losses.acquit(&mut self.deaths);
     }
@@ -305,7 +305,7 @@ impl WorkList {
         !std::mem::replace(&mut alone.is_proven, true) && long
     }
 
-    /// What the line has been through.
+    /// The line's tally.
     pub fn tally(&mut self, key: LineKey) -> &mut Tally {
         &mut self.line_mut(key).tally
     }
@@ -316,7 +316,7 @@ impl WorkList {
         self.lines.iter().any(|line| line.open && line.tally.counts())
     }
 
-    /// Notes a worker on which the line has failed. Returns what the line has been through, to be counted in.
+    /// Records a worker on which the line has failed. Returns its tally, to be updated.
     pub fn failed(&mut self, key: LineKey, on: WorkerKey) -> &mut Tally {
         let line = self.line_mut(key);
         if !line.failed_on.contains(&on) {
@@ -325,12 +325,12 @@ impl WorkList {
         &mut line.tally
     }
 
-    /// Lets a line wait.
+    /// Makes a line wait until a time.
     pub fn later(&mut self, key: LineKey, at: Instant) {
         self.later.push(Reverse((at, key)));
     }
 
-    /// The line has its result.
+    /// Records that the line has its result.
     pub fn done(&mut self, key: LineKey) {
         let line = self.line_mut(key);
         if std::mem::replace(&mut line.open, false) {
@@ -343,7 +343,7 @@ impl WorkList {
         (0u32..).zip(&self.lines).filter(|(_, line)| line.open).map(|(at, _)| LineKey(at)).collect()
     }
 
-    /// The line's place in the segment.
+    /// The line's index in the segment.
     #[must_use]
     pub fn index(&self, key: LineKey) -> u32 {
         self.line(key).index

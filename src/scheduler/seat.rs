@@ -1,4 +1,4 @@
-//! Where a request is sent: over a slot of its own, or with others over the one slot of a worker that has nothing else.
+//! The place of a request at a worker: a slot of its own, or with other suspects the only slot in use at a worker.
 
 use std::sync::{
     Arc,
@@ -7,7 +7,7 @@ use std::sync::{
 
 use crate::fleet::Slot;
 
-/// What a request holds while it is sent.
+/// The slot that a request holds while it is sent.
 pub(super) enum Seat {
     /// A slot of its own.
     Own(Slot),
@@ -15,7 +15,7 @@ pub(super) enum Seat {
     Apart(Arc<Apart>),
 }
 
-/// A worker that has only suspects. It is free for others when the last of them has come back.
+/// A worker that has only suspects. It is free for others when the last of them is back.
 pub(super) struct Apart {
     slot: Slot,
     count: u32,
@@ -27,7 +27,7 @@ impl Apart {
         Self { slot, count, joined: AtomicBool::new(false) }
     }
 
-    /// Others may be sent to the worker too.
+    /// Allows other requests to the worker.
     pub(super) fn let_others_join(&self) {
         if !self.joined.swap(true, Ordering::AcqRel) {
             self.slot.let_others_join();
@@ -43,7 +43,7 @@ impl Seat {
         }
     }
 
-    /// How many suspects are at the worker apart from others; 0: it is among others.
+    /// The number of suspects at the worker apart from others; 0: it is among others.
     pub(super) fn apart(&self) -> u32 {
         match self {
             Self::Apart(apart) if !apart.joined.load(Ordering::Acquire) => apart.count,

@@ -1,4 +1,5 @@
-//! Runs one segment from its claim to its end: what is done of it already is read and checked, the rest is [`Work`].
+//! Runs one segment from its claim to its end: reads and verifies what is already done, and leaves the rest to
+//! [`Work`].
 
 use std::{
     sync::{Arc, atomic::AtomicUsize},
@@ -30,26 +31,26 @@ const MISSES: u32 = 3;
 /// How often a segment's parts may read back as something else than what was written before its batch is failed. Each time its
 /// lines are run again, and a blob store that garbles everything would keep GPUs at work until the window closes.
 const TORN_LIMIT: u32 = 5;
-/// How long a run waits before it runs such lines again; it doubles each time.
+/// The wait before such lines run again; it doubles each time.
 const TORN_WAIT: Duration = Duration::from_millis(500);
 /// How a run of a segment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// This could not be done, and may not be possible in another run either: it is left to its lease.
+    /// A step failed, and may fail in another run too: the segment is left to its lease.
     Broken(&'static str),
     /// All its lines have their result.
     Finished,
-    /// It was given back: its other lines wait for a worker, or for another node.
+    /// It was released: its other lines wait for a worker, or for another node.
     Released,
-    /// It is not this node's any more.
+    /// It is no longer this node's.
     Lost,
-    /// Its input is not there, so far: it was given back, and this node leaves its batch alone for a while.
+    /// Its input was not found: it was released, and this node leaves its batch alone for a while.
     Missing,
-    /// Not even its batch's failure can be written: it is left to its lease.
+    /// Not even its batch's failure can be written: the segment is left to its lease.
     Stuck,
 }
 
-/// How many lines of a running segment are ready to be sent, by model: what the scheduler's plan counts with.
+/// The ready lines of a running segment by model, for the scheduler's plan.
 pub type Remaining = Arc<[AtomicUsize]>;
 
 /// Everything a run needs.
@@ -64,20 +65,20 @@ pub struct Run {
     pub options: Arc<SchedulerOptions>,
     /// The segment and its lease.
     pub claimed: ClaimedSegment,
-    /// What the scheduler wants of it.
+    /// The scheduler's command.
     pub control: watch::Receiver<Control>,
-    /// How often this node has given the batch back because its input was not there.
+    /// How often this node has released the batch because its input was not found.
     pub missed: u32,
-    /// For the plan.
+    /// The ready lines, for the plan.
     pub remaining: Remaining,
-    /// What it is stuck on.
+    /// What the node's runs are stuck on.
     pub troubles: Troubles,
-    /// Where its requests' time goes.
+    /// Measures the stages of its requests.
     pub stages: Stages,
 }
 
 impl Run {
-    /// Runs the segment to one of its ends.
+    /// Runs the segment until it ends.
     pub async fn run(mut self) -> Ended {
         let checkpoint = Checkpoint::new(
             self.store.clone(),
@@ -134,7 +135,7 @@ impl Run {
         let wait = TORN_WAIT * 2u32.saturating_pow(*torn - 1);
         let _stuck = self.troubles.stuck(&self.claimed.segment, On::BlobStore, "keep results", what);
         let before = *self.control.borrow();
-        // Whatever else is wanted of the run, it is not to wait.
+        // No command makes the run wait.
         let _ = tokio::time::timeout(wait, self.control.wait_for(|now| *now != before)).await;
         (*self.control.borrow() == Control::Abandon).then_some(Ended::Lost)
     }
@@ -213,7 +214,7 @@ impl Run {
         }
     }
 
-    /// Takes back all that is done of the segment: something in it is not what its row says.
+    /// Drops everything finished of the segment, because something in it does not match its row.
     async fn drop_all_parts(&self, checkpoint: &Checkpoint) -> Result<(), Stop> {
         let segment = &self.claimed.segment;
         let parts = checkpoint.patiently("read the parts", || self.store.parts_of(segment)).await?;
@@ -224,7 +225,7 @@ impl Run {
         }
     }
 
-    /// The segment's parts. Those whose objects are torn or gone are taken back.
+    /// The segment's parts. Those whose objects are torn or missing are dropped.
     async fn whole_parts(&self, checkpoint: &Checkpoint) -> Result<Vec<NewPart>, Stop> {
         let segment = &self.claimed.segment;
         let parts = checkpoint.patiently("read the parts", || self.store.parts_of(segment)).await?;
@@ -272,7 +273,7 @@ impl Run {
         }
     }
 
-    /// The segment's bytes, or why they can't be had at all.
+    /// The segment's bytes, or why they can't be read.
     async fn input(&self, checkpoint: &Checkpoint) -> Result<Result<Bytes, String>, Stop> {
         let span = &self.claimed.span;
         let size = |value: i64| u64::try_from(value).unwrap_or(0);
@@ -302,7 +303,7 @@ impl Run {
 /// Why a segment can't be run.
 struct Unreadable {
     message: String,
-    /// Its bytes are not there; they may be on another node, or later.
+    /// Whether its bytes are missing; another node may have them, or they may come back.
     is_missing: bool,
 }
 

@@ -1,13 +1,13 @@
-//! Where a request's time goes: of some requests, how long each stage took.
+//! Measures how long each stage of some requests takes.
 
 use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
-/// One request in so many is measured: the hot path stays free of clocks.
+/// One request in this many is measured, so that the hot path reads no clocks.
 const SAMPLE: u32 = 64;
 
-/// Measurements that a stage's mean goes back: seconds at full speed, and still a mean where little is sent.
+/// The number of measurements in a stage's mean: seconds at full speed, and still meaningful where little is sent.
 const MEMORY: u32 = 100;
 
 const SECONDS: &str = "tidemill_request_stage_seconds";
@@ -39,27 +39,27 @@ impl Stage {
     }
 }
 
-/// What this node's runs have measured. Cheap to clone.
+/// The measurements of this node's runs. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Stages {
     means: Arc<Mutex<[Mean; Stage::ALL.len()]>>,
 }
 
 impl Stages {
-    /// Notes how long a stage took.
+    /// Records how long a stage took.
     pub(super) fn took(&self, stage: Stage, time: Duration) {
         metrics::histogram!(SECONDS, "stage" => stage.label()).record(time.as_secs_f64());
         self.means.lock()[stage as usize].add(time);
     }
 
-    /// How long a stage takes, on average over the last hundred or so measured; none before the first.
+    /// The mean of the last hundred or so measurements of a stage. `None` before the first.
     #[must_use]
     pub fn mean(&self, stage: Stage) -> Option<Duration> {
         self.means.lock()[stage as usize].value
     }
 }
 
-/// A mean that forgets: of all that was added, and as soon as it is more, of about the last [`MEMORY`].
+/// A moving mean: of all values, and as soon as there are more, of about the last [`MEMORY`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Mean {
     added: u32,
@@ -75,7 +75,7 @@ impl Mean {
     }
 }
 
-/// Whether the request at this place of its segment is measured.
+/// Whether the request at this index of its segment is measured.
 pub(super) fn is_sampled(index: u32) -> bool {
     index.is_multiple_of(SAMPLE)
 }

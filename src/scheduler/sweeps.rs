@@ -1,4 +1,4 @@
-//! What happens by itself: windows close, garbage goes.
+//! Periodic work: closes windows, deletes garbage.
 
 use std::time::Duration;
 
@@ -13,22 +13,22 @@ use crate::{
     supervise::Part,
 };
 
-/// How late a window may close.
+/// The interval of closing windows: how late a window may close.
 const WINDOWS: Duration = Duration::from_secs(1);
-/// How long garbage may lie around.
+/// The interval of deleting garbage.
 const GARBAGE: Duration = Duration::from_secs(10);
-/// How often a directory is looked through for files that a killed process left half written.
+/// The interval of searching a directory for files that a killed process left half written.
 const HALF_WRITTEN: Duration = Duration::from_secs(3_600);
-/// How late it may be noticed that the database's clock was set back.
+/// The interval of checking whether the database's clock was set back.
 const CLOCK: Duration = Duration::from_secs(10);
 /// A server that has just started does not know whether the clock was set back. Others may have longer leases than its own: up
 /// to this many times as long, they are left alone.
 const OTHERS_LEASES: u32 = 10;
-/// Windows and objects at a time.
+/// The most windows and objects per step.
 const SOME: u64 = 500;
-/// Ended batches a sweep whose folders are looked through for objects that no row names.
+/// Ended batches per sweep whose folders are searched for objects that no row names.
 const FOLDERS: u64 = 16;
-/// Objects of such a folder at a time.
+/// Objects of such a folder per step.
 const OBJECTS: usize = 500;
 
 /// Sweeps for ever: it may be dropped at any moment. Each sweep goes at its own pace, so a blob store that is slow to delete
@@ -72,7 +72,7 @@ async fn clock(store: &Store, lease: Duration) {
                 tracing::warn!(leases, "the database's clock was set back; leases end when they would have ended");
             }
             Err(error) => {
-                // The next look is as if it were the first.
+                // The next check starts from scratch.
                 (clocks, longest) = (Clocks::default(), lease.saturating_mul(OTHERS_LEASES));
                 tracing::warn!(%error, "leases can't be compared with the database's clock");
                 continue;
@@ -107,7 +107,7 @@ async fn garbage(store: &Store, blobs: &Blobs) {
     }
 }
 
-/// Deletes some objects. Returns how many were taken up. What can't be deleted comes up again when its turn has run out.
+/// Deletes some objects. Returns how many were taken. Those that can't be deleted are offered again later.
 async fn collect(store: &Store, blobs: &Blobs) -> Result<u64, StoreError> {
     let taken = store.take_garbage(SOME).await?;
     let count = taken.len() as u64;

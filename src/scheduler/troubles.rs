@@ -1,5 +1,5 @@
-//! Who is stuck on what: runs of segments that can't reach the blob store or the database say so here, for as long as
-//! they try again, and whoever asks why a batch does not move is told.
+//! Records what runs of segments are stuck on while they can't reach the blob store or the database, for whoever asks
+//! why a batch makes no progress.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
     domain::{BatchId, SegmentRef},
 };
 
-/// Gauge: segments of this node that are stuck, by `on`: `blob_store` or `database`.
+/// Gauge of this node's segments that are stuck, by `on`: `blob_store` or `database`.
 pub(super) const STUCK: &str = "tidemill_segments_stuck";
 
 /// What a run can be stuck on.
@@ -39,7 +39,7 @@ impl On {
     }
 }
 
-/// The notes of this node's runs. Cheap to clone.
+/// The records of this node's runs. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Troubles {
     notes: Arc<Mutex<Notes>>,
@@ -60,7 +60,7 @@ struct Note {
 }
 
 impl Troubles {
-    /// What keeps a batch, in words, if anything does: the oldest trouble of its segments on this node.
+    /// Why a batch is stuck: the oldest trouble of its segments on this node. `None`: it is not.
     #[must_use]
     pub fn of(&self, batch: &BatchId, now: Instant) -> Option<String> {
         let notes = self.notes.lock();
@@ -83,7 +83,7 @@ impl Troubles {
         self.notes.lock().by_batch.keys().map(|(batch, _)| batch.clone()).collect()
     }
 
-    /// Notes that a segment is stuck, until what this returns is dropped.
+    /// Records that a segment is stuck, until the returned value is dropped.
     pub(super) fn stuck(&self, segment: &SegmentRef, on: On, what: &'static str, why: String) -> Stuck {
         let mut notes = self.notes.lock();
         notes.next += 1;
@@ -94,7 +94,7 @@ impl Troubles {
     }
 }
 
-/// A segment is stuck.
+/// A segment that is stuck.
 #[derive(Debug)]
 pub(super) struct Stuck {
     troubles: Troubles,
@@ -103,7 +103,7 @@ pub(super) struct Stuck {
 }
 
 impl Stuck {
-    /// It still is, and may be for another reason.
+    /// Updates the reason.
     pub(super) fn still(&self, why: String) {
         if let Some(note) = self.troubles.notes.lock().by_batch.get_mut(&self.key) {
             note.why = why;
@@ -118,7 +118,7 @@ impl Drop for Stuck {
     }
 }
 
-/// Why something failed, fit for clients: no path, no query, no secret. The log says more.
+/// Why something failed, safe to show to clients: no path, no query, no secret. The log says more.
 pub(super) fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
     let mut at = Some(error);
     while let Some(error) = at {

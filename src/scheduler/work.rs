@@ -1,4 +1,5 @@
-//! The lines of one segment to the workers, their answers into parts, and at the end all parts into one object.
+//! Sends the lines of one segment to workers, collects their answers into parts, and merges the parts into one object
+//! at the end.
 
 use std::{
     hash::BuildHasher,
@@ -50,7 +51,7 @@ const BEHIND_OTHERS: i32 = 10;
 /// With fewer lines left than this nobody else need be answered for a line to be what its worker died of.
 const FEW: usize = outage::REQUESTS;
 
-/// What came of a request, and the slot that it had.
+/// The outcome of a request, and its slot.
 struct Sent {
     seat: Seat,
     key: LineKey,
@@ -66,14 +67,14 @@ pub(super) struct Doubtful {
     failure: Failure,
 }
 
-/// A segment at work.
+/// A running segment.
 pub(super) struct Work<'a> {
     pub(super) run: &'a mut Run,
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) endpoint: Endpoint,
     pub(super) rank: Rank,
     pub(super) list: WorkList,
-    /// By model: the workers that serve it, by affinity.
+    /// The workers that serve each model, by affinity.
     pub(super) peers: Vec<Vec<u64>>,
     pub(super) number: &'a mut u32,
     pub(super) builder: PartBuilder,
@@ -83,16 +84,16 @@ pub(super) struct Work<'a> {
     pub(super) largest: usize,
     /// When the oldest line in `builder` was finished.
     pub(super) oldest: Option<Instant>,
-    /// Since when lines are sent.
+    /// When the run began to send lines.
     pub(super) started: Instant,
-    /// Since when no worker serves what is left.
+    /// Since when no worker serves the remaining lines.
     pub(super) stranded: Option<Instant>,
-    /// What is durable.
+    /// The durable parts.
     pub(super) parts: Vec<NewPart>,
-    /// A number of the segment, for the numbers of its requests.
+    /// A number of the segment, used in its requests' numbers.
     pub(super) salt: u64,
     pub(super) doubtful: Vec<Doubtful>,
-    /// Suspects at work, and how long they are to be apart from others.
+    /// Suspects in flight, and how long they are to be kept apart from others.
     pub(super) apart: Vec<(Instant, Weak<Apart>)>,
 }
 
@@ -102,7 +103,7 @@ pub(super) fn salt(segment: &SegmentRef) -> u64 {
 }
 
 impl Work<'_> {
-    /// Sends lines and takes answers until all are done, or nothing more can be.
+    /// Sends lines and takes answers until all are done, or no more can be sent.
     pub(super) async fn send_all(&mut self) -> Result<Ended, Stop> {
         let mut in_flight = FuturesUnordered::new();
         let mut wishes: Vec<Option<Acquire>> = self.list.lanes().map(|_| None).collect();
@@ -189,7 +190,7 @@ impl Work<'_> {
                     },
                     None => {
                         let failed_on = self.list.failed_on(key);
-                        // What has failed before has a wish of its own; so has what must be alone.
+                        // Lines that have failed before have a wish of their own, and so have suspects.
                         let slots = if lane.alone || !failed_on.is_empty() { 1 } else { self.list.ready_in(lane) };
                         let want = Want {
                             model: self.list.models()[lane.model].clone(),
@@ -211,7 +212,7 @@ impl Work<'_> {
                 }
             }
             if self.list.peek(lane).is_none() {
-                // Slots are for lines: others have use for what is left of them.
+                // Slots without a line are returned, because others can use them.
                 *wish = None;
             }
         }
@@ -272,7 +273,7 @@ impl Work<'_> {
         self.peers = self.list.models().iter().map(|model| self.run.fleet.affinities(model)).collect();
     }
 
-    /// Takes the line that is best sent to the slot's worker.
+    /// Takes the line that fits the slot's worker best.
     fn take_for(&mut self, lane: Lane, slot: &Slot) -> Option<LineKey> {
         if slot.worker.is_doubted() {
             return self.list.take_to_find_out(lane);
@@ -338,7 +339,8 @@ impl Work<'_> {
         }
     }
 
-    /// Takes what came of a request that was sent at `at`. `apart`: with so many suspects apart from others; 0: among others.
+    /// Handles the outcome of a request that was sent at `at`. `apart`: the number of suspects apart from others; 0:
+    /// among others.
     fn take(&mut self, key: LineKey, worker: &Arc<Worker>, at: Instant, apart: u32, result: Result<Answer, Failure>) {
         let failure = match result {
             Ok(answer) => {
@@ -381,7 +383,7 @@ impl Work<'_> {
         }
     }
 
-    /// Ends a line that has been tried often enough.
+    /// Ends a line that has used up its tries.
     fn give_up(&mut self, key: LineKey, worker: &Worker, failure: Failure) {
         let times = self.list.tally(key).times();
         let message = format!("{} (after {times} tries)", failure.message);
@@ -438,7 +440,7 @@ impl Work<'_> {
         results::request_id(&self.run.claimed.segment.batch, line)
     }
 
-    /// Every line without a result ends with the batch.
+    /// Ends every line without a result as the batch ends.
     fn end_unfinished(&mut self, ending: Ending) {
         self.doubtful.clear();
         for key in self.list.unfinished() {
@@ -446,7 +448,7 @@ impl Work<'_> {
         }
     }
 
-    /// No model of the lines that are left is served, and none of them only waits for its next try.
+    /// Whether no model of the remaining lines is served, and none of them only waits for its next try.
     fn is_stranded(&self) -> bool {
         !self.list.has_later()
             && self.doubtful.is_empty()
@@ -454,7 +456,7 @@ impl Work<'_> {
                 .all(|model| self.list.ready(model) == 0 || self.run.fleet.capacity(&self.list.models()[model]) == 0)
     }
 
-    /// It is stranded, and there is no reason to keep it all the same.
+    /// Whether it is stranded, and there is no reason to keep it.
     fn is_given_up(&mut self, now: Instant) -> bool {
         if !self.is_stranded() {
             self.stranded = None;
@@ -464,7 +466,7 @@ impl Work<'_> {
         !self.list.has_suspects() || since + KEPT_STRANDED <= now
     }
 
-    /// While a part is being written, the next one may fill up, but not without end.
+    /// While a part is being written, the next one may fill up, but not without limit.
     fn has_room(&self, flushing: bool) -> bool {
         !flushing || (self.builder.bytes() < 2 * PART_BYTES && self.builder.lines() < 2 * PART_LINES)
     }
@@ -488,7 +490,7 @@ impl Work<'_> {
         [flush, drain, stranded, doubt, apart, self.list.next_due()].into_iter().flatten().min().unwrap_or(far)
     }
 
-    /// Begins to write what is finished as a part.
+    /// Starts to write finished lines as a part.
     fn flush(&mut self) -> BoxFuture<'static, Result<NewPart, Stop>> {
         let oldest = self.oldest.take();
         *self.number += 1;
@@ -518,7 +520,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// All lines have their result: writes the segment's final object.
+    /// Writes the segment's final object, when all lines have a result.
     pub(super) async fn finish(&mut self) -> Result<Ended, Stop> {
         let oldest = self.oldest.take();
         let ended = self.write_end().await?;
@@ -572,7 +574,7 @@ impl Work<'_> {
         }
     }
 
-    /// Gives the segment back with what is finished.
+    /// Releases the segment with what is finished.
     pub(super) async fn release(&mut self) -> Result<Ended, Stop> {
         if self.builder.lines() > 0 {
             let flush = self.flush();

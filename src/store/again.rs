@@ -1,4 +1,4 @@
-//! Transactions that the database gave up in favour of another one are done again here, and no caller hears of it.
+//! Repeats transactions that the database aborted in favour of another one. Callers do not notice.
 
 use std::{future::Future, time::Duration};
 
@@ -6,7 +6,7 @@ use sea_orm::{DbErr, RuntimeErr};
 
 use super::StoreError;
 
-/// How often a transaction is tried in all.
+/// Attempts of a transaction in all.
 const TRIES: u32 = 10;
 /// The longest wait before the second try; it doubles each time, up to [`WAIT_CAP`]. The waits are random, so that two
 /// that were in each other's way are not again.
@@ -15,12 +15,13 @@ const WAIT_CAP: Duration = Duration::from_millis(500);
 
 const REPEATED: &str = "tidemill_transactions_repeated_total";
 
-/// Says what this module's metric is.
+/// Registers the help text of this module's metric.
 pub(super) fn describe_metrics() {
     metrics::describe_counter!(REPEATED, "transactions that were begun again because the database had given them up");
 }
 
-/// Does a whole transaction, again if it was given up in favour of another one. `act` is to begin it anew each time.
+/// Runs a whole transaction, and repeats it if the database aborted it in favour of another one. `act` must begin it
+/// anew each time.
 pub(super) async fn again<T, F: Future<Output = Result<T, StoreError>>>(act: impl Fn() -> F) -> Result<T, StoreError> {
     let mut wait = WAIT;
     for _ in 1..TRIES {
@@ -36,7 +37,7 @@ pub(super) async fn again<T, F: Future<Output = Result<T, StoreError>>>(act: imp
     act().await
 }
 
-/// The database has undone the transaction because of another one, and it would work alone.
+/// Whether the database rolled the transaction back because of another one, so that it would work alone.
 fn was_given_up(error: &DbErr) -> bool {
     // PostgreSQL: serialization_failure, deadlock_detected. SQLite: SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
     has_code(error, &["40001", "40P01", "5", "261", "517"])

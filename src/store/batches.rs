@@ -22,12 +22,12 @@ use crate::domain::{
     Timestamp, lifecycle::Input,
 };
 
-/// What became of a new batch.
+/// The outcome of creating a batch.
 #[derive(Debug)]
 pub enum CreatedBatch {
-    /// It is there now.
+    /// It was created.
     New(Box<Batch>),
-    /// The owner's request id had made this one before.
+    /// The batch that an earlier call with this request id created.
     Existing(Box<Batch>),
     /// There is no such input file.
     FileNotFound,
@@ -35,26 +35,26 @@ pub enum CreatedBatch {
     WrongPurpose,
     /// The owner's unfinished batches would have too many lines.
     TooManyLines {
-        /// Without a result now.
+        /// Lines without a result now.
         queued: i64,
-        /// Those of the new batch.
+        /// Lines of the new batch.
         added: i64,
     },
 }
 
-/// What became of a cancellation.
+/// The outcome of a cancellation.
 #[derive(Debug)]
 pub enum CancelledBatch {
     /// It is cancelling, or cancelled already.
     Batch(Box<Batch>),
-    /// There is none.
+    /// There is no such batch.
     NotFound,
     /// It has ended, or is ending, in another way.
     Ended(Box<Batch>),
 }
 
 impl Store {
-    /// Creates a batch of anybody's file, however many lines its owner has queued: what tests and benches begin with.
+    /// Creates a batch of any owner's file, without a limit on queued lines: for tests and benches.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -146,7 +146,7 @@ impl Store {
         find.one(self.read()).await?.map(Batch::try_from).transpose()
     }
 
-    /// The batch that an owner's request id made.
+    /// The batch that an owner's call with this request id created.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -154,7 +154,7 @@ impl Store {
         find_by_request_id(self.read(), owner, request_id).await
     }
 
-    /// Begins to cancel a batch.
+    /// Starts to cancel a batch.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -180,8 +180,8 @@ impl Store {
         }
     }
 
-    /// Fails a batch that can't go on, if the segment of it is still leased under `epoch`. Does nothing to one that has ended.
-    /// Its webhook is told, unless the database refuses that: the failure itself must not hang on it.
+    /// Fails a batch that can't continue, if its segment is still leased under `epoch`. Does nothing to one that has
+    /// ended. Its webhook is sent, unless the database refuses that delivery: the failure itself must not depend on it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -218,7 +218,7 @@ impl Store {
         }
     }
 
-    /// Closes the window of batches whose time is up, at most `limit` of them. Returns which.
+    /// Closes the windows of at most `limit` batches whose time is up. Returns their ids.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -238,7 +238,7 @@ impl Store {
             match again(|| self.close_window_once(&id)).await {
                 Ok(true) => closed.push(id),
                 Ok(false) => {}
-                // One that can't be written keeps nobody else's window open.
+                // One that can't be written does not keep other windows open.
                 Err(error) if error.is_final() => tracing::error!(batch = %id, %error, "a window can't be closed"),
                 Err(error) => return Err(error),
             }
@@ -259,7 +259,7 @@ impl Store {
         Ok(false)
     }
 
-    /// How many unfinished batches go before this one.
+    /// The number of unfinished batches ahead of this one.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -276,7 +276,7 @@ impl Store {
         Ok(i64::try_from(count).unwrap_or(i64::MAX))
     }
 
-    /// Of these batches, each one's revision.
+    /// The revision of each of these batches.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -290,7 +290,7 @@ impl Store {
             .collect()
     }
 
-    /// Those of these batches that there are, in any order.
+    /// Those of these batches that exist, in any order.
     ///
     /// # Errors
     /// [`StoreError`].

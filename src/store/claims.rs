@@ -1,5 +1,5 @@
-//! Leases on segments. A claim adds one to the segment's epoch; whatever its owner writes names that epoch, so an owner
-//! that lost its lease can write nothing any more.
+//! Leases on segments. A claim adds one to the segment's epoch. Every write of its holder names that epoch, so a holder
+//! that lost its lease can't write anything.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -27,7 +27,8 @@ pub(super) const QUEUED: &str = "queued";
 pub(super) const LEASED: &str = "leased";
 pub(super) const DONE: &str = "done";
 
-/// The states of batches that have not ended, in the words of the index `batches_unfinished`: it is used only by these.
+/// The condition for batches that have not ended, in the words of the index `batches_unfinished`, so that the index is
+/// used.
 const UNFINISHED: &str = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')";
 
 /// The owners of unfinished batches, one step in that index each, however many batches they have. SQLite would take another
@@ -50,30 +51,30 @@ fn owners(backend: DatabaseBackend) -> String {
 pub struct Candidate {
     /// The batch.
     pub id: BatchId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// Whether it goes before others.
+    /// The priority.
     pub priority: Priority,
     /// When its window closes.
     pub expires_at: Timestamp,
     /// Its models: bit `i` of a segment's mask is model `i`.
     pub models: Vec<String>,
-    /// How its unrun lines are to end, if they are not to be run.
+    /// How its remaining lines are to end, if they are not to run.
     pub ending: Option<Ending>,
 }
 
-/// A segment that this node has the lease of.
+/// A segment that this node has leased.
 #[derive(Clone, Debug)]
 pub struct ClaimedSegment {
-    /// Which.
+    /// The segment.
     pub segment: SegmentRef,
     /// The fencing token of everything written for it.
     pub epoch: Epoch,
-    /// Where its lines are.
+    /// The range of its lines.
     pub span: SegmentSpan,
-    /// The object that holds them.
+    /// The key of the input object.
     pub object_key: String,
-    /// Whose batch it is.
+    /// The batch's owner.
     pub owner: Owner,
     /// The batch's.
     pub endpoint: Endpoint,
@@ -83,31 +84,31 @@ pub struct ClaimedSegment {
     pub priority: Priority,
     /// The batch's.
     pub expires_at: Timestamp,
-    /// How its unrun lines are to end, if they are not to be run.
+    /// How its remaining lines are to end, if they are not to run.
     pub ending: Option<Ending>,
 }
 
 /// A segment that this node had when it renewed its leases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldSegment {
-    /// Which.
+    /// The segment.
     pub segment: SegmentRef,
-    /// Under which epoch.
+    /// The epoch of the lease.
     pub epoch: Epoch,
-    /// How its unrun lines are to end, if they are not to be run.
+    /// How its remaining lines are to end, if they are not to run.
     pub ending: Option<Ending>,
-    /// The batch has ended: there is nothing more to write.
+    /// Whether the batch has ended, so that there is nothing more to write.
     pub batch_ended: bool,
 }
 
-/// What a renewal found.
+/// The result of a renewal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Renewed {
-    /// The segments that this node still has.
+    /// The segments that this node still holds.
     pub held: Vec<HeldSegment>,
 }
 
-/// A segment as its results are read.
+/// A segment, for reading its results.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentRecord {
     /// Where its lines are in the input.
@@ -136,8 +137,8 @@ impl Store {
         if count == 0 {
             return Ok(Vec::new());
         }
-        // Few owners have many batches and many have few: each may name more than an even part of the limit, and what that is
-        // too much is cut off below, the last ones of each first.
+        // Few owners have many batches and many have few, so each may contribute more than an even part of the limit.
+        // The excess is cut off below, the last ones of each first.
         let each = (limit.saturating_mul(2) / count).clamp(1, limit);
         let wanted = format!(
             "c.owner = o.owner AND c.{UNFINISHED} AND (c.ending IS NOT NULL OR EXISTS \
@@ -148,7 +149,7 @@ impl Store {
             texts_of(backend, 4)
         );
         let of_each = match backend {
-            // It has no LATERAL, but its IN is worked out for each owner.
+            // It has no LATERAL, but evaluates IN for each owner.
             DatabaseBackend::Sqlite => {
                 format!("batches AS b WHERE b.id IN (SELECT c.id FROM batches AS c WHERE {wanted})")
             }
@@ -167,7 +168,7 @@ impl Store {
         let mut found = Vec::with_capacity(rows.len());
         for row in rows {
             let id: String = row.try_get("", "id")?;
-            // One batch that can't be read keeps no other from being claimed.
+            // A batch that can't be read does not keep others from being claimed.
             found.extend(convert::readable("batch", &id, candidate(&row)));
         }
         found.sort_by(|one, other| {
@@ -177,7 +178,7 @@ impl Store {
         Ok(found)
     }
 
-    /// How many owners have unfinished batches.
+    /// The number of owners with unfinished batches.
     async fn owners_of_unfinished(&self) -> Result<u64, StoreError> {
         let backend = self.read().get_database_backend();
         let sql =
@@ -224,7 +225,8 @@ impl Store {
         if convert::status(&owner.status)?.is_terminal() {
             return Ok(None);
         }
-        // Before anything is written: a lease on what can't be read would run out, and be taken again, for ever.
+        // Read before anything is written: a lease on a row that can't be read would expire and be taken again for
+        // ever.
         let claimed = ClaimedSegment {
             segment: SegmentRef { batch: id.clone(), index: SegmentIndex(row.idx) },
             epoch: Epoch(row.epoch + 1),
@@ -315,7 +317,7 @@ impl Store {
         Ok(Renewed { held })
     }
 
-    /// Of these batches, those whose lines are no longer to be run: how they are to end, and whether they have ended.
+    /// Those of these batches whose remaining lines are not to run: how they are to end, and whether they have ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -360,7 +362,7 @@ impl Store {
         Ok(mended.rows_affected)
     }
 
-    /// Gives a segment back, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
+    /// Releases a segment, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -380,7 +382,7 @@ impl Store {
         Ok(())
     }
 
-    /// Ends every lease there is. Only for a database that no other node has: then they are its dead predecessor's.
+    /// Ends all leases. Only for a database without other nodes, where they are the dead predecessor's.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -399,7 +401,7 @@ impl Store {
         Ok(released.rows_affected)
     }
 
-    /// A batch's segments from `from` on, in order, at most `limit`.
+    /// At most `limit` of a batch's segments from `from` on, in order.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -440,14 +442,14 @@ fn candidate(row: &QueryResult) -> Result<Candidate, StoreError> {
     })
 }
 
-/// Nobody has it.
+/// The segment is queued, or its lease has expired.
 fn claimable(at: Timestamp) -> Condition {
     let expired =
         segment::Column::State.eq(LEASED).and(Expr::col((segment::Entity, segment::Column::LeaseExpiresAt)).lt(at.0));
     Condition::any().add(segment::Column::State.eq(QUEUED)).add(expired)
 }
 
-/// The segment, if it is still leased under this epoch.
+/// Selects the segment if it is still leased under this epoch.
 pub(super) fn fenced(of: &SegmentRef, epoch: Epoch) -> Condition {
     Condition::all()
         .add(segment::Column::BatchId.eq(of.batch.as_str()))

@@ -1,4 +1,4 @@
-//! Rows to domain types. What does not convert was not written by us: [`StoreError::Corrupt`].
+//! Converts rows to domain types. A row that does not convert was not written by tidemill: [`StoreError::Corrupt`].
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -14,13 +14,13 @@ fn corrupt(what: &str, value: &str) -> StoreError {
     StoreError::Corrupt(format!("an unknown {what} {value:?}"))
 }
 
-/// Rows that were named in the log: each once, or a row that is looked at again and again would fill it.
+/// Rows already named in the log. Each is named once, because a row that is read repeatedly would fill the log.
 static NAMED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-/// How many are remembered.
+/// The most rows remembered.
 const MOST_NAMED: usize = 1_000;
 
-/// What was read of one row among others. One that can't be read is named in the log and left out, because it must not hide
-/// the others from everybody. It may be a newer version's.
+/// Handles one row among others. A row that can't be read (it may be a newer version's) is named in the log and left
+/// out, so that it does not hide the others.
 pub(super) fn readable<T>(what: &str, id: &str, read: Result<T, StoreError>) -> Option<T> {
     match read {
         Ok(read) => Some(read),
@@ -50,7 +50,7 @@ pub(super) fn ending(text: Option<&str>) -> Result<Option<Ending>, StoreError> {
     text.map(|text| Ending::from_error_code(text).ok_or_else(|| corrupt("ending", text))).transpose()
 }
 
-/// A checksum, as stored; none if there is none.
+/// A stored checksum.
 pub(super) fn checksum(value: Option<i64>) -> Option<u32> {
     value.and_then(|value| u32::try_from(value).ok())
 }

@@ -1,4 +1,4 @@
-//! Why the database did not do it: it is away, or it refuses.
+//! Why a database call failed: the database is unreachable, or it refuses.
 //!
 //! The difference decides what follows. A database that is away is waited for, by runs without an end. What it refuses
 //! (a value that it can't hold, a broken constraint, a query that is wrong) it would refuse again, so it is final: the
@@ -9,33 +9,33 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::telemetry::seldom;
 
-/// Counter: what the database has refused for good.
+/// Counter of statements that the database refused for good.
 const REJECTIONS: &str = "tidemill_database_rejections_total";
 
-/// Says what this module's metric is.
+/// Registers the help text of this module's metric.
 pub(super) fn describe_metrics() {
     metrics::describe_counter!(REJECTIONS, "statements that the database has refused for good; each is a bug");
 }
 
-/// Why the database did not do it.
+/// Why a database call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It is away, busy or out of room: trying again may help.
+    /// The database is unreachable, busy or full: a retry may help.
     #[error("database: {0}")]
     Unavailable(#[source] DbErr),
-    /// It has refused the statement, and would refuse it again: a bug of tidemill.
+    /// The database refused the statement, and would refuse it again: a bug of tidemill.
     #[error("the database refuses a statement: {0}")]
     Rejected(#[source] DbErr),
-    /// It holds something that this version can't have written.
+    /// The database contains something that this version can't have written.
     #[error("database holds {0}")]
     Corrupt(String),
-    /// The data directory is in use or can't be made.
+    /// The data directory is in use or can't be created.
     #[error("{0}")]
     Open(String),
 }
 
 impl StoreError {
-    /// Whether trying again can't help.
+    /// Whether a retry can't help.
     #[must_use]
     pub fn is_final(&self) -> bool {
         match self {
@@ -60,13 +60,13 @@ impl From<DbErr> for StoreError {
             return Self::Unavailable(error);
         }
         metrics::counter!(REJECTIONS).increment(1);
-        // Here, because this is where all of them pass; whoever asked says what fails by it.
+        // Logged here, because all of them pass here; the caller says what fails because of it.
         seldom!(error, %error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
         Self::Rejected(error)
     }
 }
 
-/// Whether the database was not there, or not able to, rather than not willing to.
+/// Whether the database was unreachable or unable, rather than unwilling.
 fn is_away(error: &DbErr) -> bool {
     match error {
         DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
@@ -100,7 +100,7 @@ fn is_sqlx_away(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the database has no room.
+/// Whether the database's disk is full.
 fn is_full(error: &DbErr) -> bool {
     let (DbErr::Conn(RuntimeErr::SqlxError(error))
     | DbErr::Exec(RuntimeErr::SqlxError(error))

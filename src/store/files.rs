@@ -15,24 +15,24 @@ use super::{
 };
 use crate::domain::{BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp};
 
-/// Rows a statement: PostgreSQL takes 65,535 values, SQLite 32,766.
+/// Rows per statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
 
-/// What became of a new file.
+/// The outcome of inserting a file.
 #[derive(Debug)]
 pub enum InsertedFile {
-    /// It is there now.
+    /// It was inserted.
     New,
-    /// The owner's request id had made this one before.
+    /// The file that an earlier upload with this request id made.
     Existing(Box<File>),
 }
 
-/// What became of a deletion.
+/// The outcome of a deletion.
 #[derive(Debug, PartialEq, Eq)]
 pub enum DeletedFile {
-    /// It is gone.
+    /// It was deleted.
     Deleted,
-    /// There was none.
+    /// There is no such file.
     NotFound,
     /// This unfinished batch reads it.
     InUse(BatchId),
@@ -48,7 +48,7 @@ impl Store {
         find.one(self.read()).await?.map(File::try_from).transpose()
     }
 
-    /// The file that an owner's request id made.
+    /// The file that an owner's upload with this request id made.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -178,7 +178,7 @@ impl Store {
         Ok(rows.iter().map(span).collect())
     }
 
-    /// The same from `from` on, at most `limit`.
+    /// At most `limit` entries of the segment index from `from` on.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -198,7 +198,7 @@ impl Store {
         Ok(rows.iter().map(span).collect())
     }
 
-    /// How many files there are.
+    /// The number of files.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -220,7 +220,7 @@ fn span(row: &file_segment::Model) -> SegmentSpan {
     }
 }
 
-/// Output and errors share their objects: the last of a batch's two result files takes them along.
+/// Output and errors share their objects, which become garbage with the last of a batch's two result files.
 async fn free_results(tx: &DatabaseTransaction, of: &str, deleted: &FileId, at: Timestamp) -> Result<(), StoreError> {
     let other = file::Entity::find()
         .filter(file::Column::BatchId.eq(of))
@@ -233,7 +233,7 @@ async fn free_results(tx: &DatabaseTransaction, of: &str, deleted: &FileId, at: 
     free(tx, of, at).await
 }
 
-/// What was finished of the failed batches of this input: nobody can name it by a file.
+/// Releases the finished results of this input's failed batches, which no file names.
 async fn free_failed(tx: &DatabaseTransaction, input: &FileId, at: Timestamp) -> Result<(), StoreError> {
     let failed: Vec<String> = batch::Entity::find()
         .select_only()
@@ -249,7 +249,7 @@ async fn free_failed(tx: &DatabaseTransaction, input: &FileId, at: Timestamp) ->
     Ok(())
 }
 
-/// Lets go of a batch's results: of the objects of its segments, and of the parts that were not merged into those.
+/// Turns a batch's results into garbage: the objects of its segments, and parts that were not merged.
 async fn free(tx: &DatabaseTransaction, of: &str, at: Timestamp) -> Result<(), StoreError> {
     let of_segments = segment::Entity::find()
         .select_only()

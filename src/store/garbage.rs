@@ -1,5 +1,6 @@
-//! Objects that no row names: noted in the transaction that lets go of them, deleted later. An upload's object is noted
-//! before its first byte is written, so an interrupted upload leaves nothing behind even after `kill -9`.
+//! Objects that no row names any more: recorded in the transaction that releases them, and deleted later. An upload's
+//! object is recorded before its first byte is written, so an interrupted upload leaves nothing behind even after `kill
+//! -9`.
 
 use std::time::Duration;
 
@@ -11,15 +12,15 @@ use sea_orm::{
 use super::{Store, StoreError, again::again, entity::garbage, now};
 use crate::domain::Timestamp;
 
-/// How long readers that have begun may go on reading an object that is no longer named.
+/// Time for readers that have begun to finish reading a released object.
 const GRACE: Duration = Duration::from_secs(600);
-/// How long an object that was taken to be deleted does not come up again.
+/// Time until an object that was taken for deletion is offered again.
 const TAKEN: Duration = Duration::from_secs(300);
-/// How long an upload may take from its first byte to its last.
+/// The longest time of an upload.
 const UPLOAD: Duration = Duration::from_secs(24 * 3_600);
 
 impl Store {
-    /// Notes an object that is about to be written and that nothing names yet.
+    /// Records an object that is about to be written and that nothing names yet.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -28,7 +29,7 @@ impl Store {
         again(|| note(&self.inner.write, [key.to_owned()], at.plus(UPLOAD))).await
     }
 
-    /// Lets the next sweep delete an object whose upload broke off.
+    /// Makes an object due whose upload broke off.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -39,7 +40,7 @@ impl Store {
     async fn abandon_upload_once(&self, key: &str) -> Result<(), StoreError> {
         let at = now(self.read()).await?;
         let noted = garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0) };
-        // One statement: a crash between two would leave an object that nothing names.
+        // One statement, because a crash between two would leave an object that nothing names.
         garbage::Entity::insert(noted)
             .on_conflict(
                 OnConflict::column(garbage::Column::ObjectKey).update_column(garbage::Column::DeleteAfter).to_owned(),
@@ -49,7 +50,7 @@ impl Store {
         Ok(())
     }
 
-    /// Objects that are due to be deleted, those first that are due the longest, at most `limit`.
+    /// At most `limit` objects that are due for deletion, the longest due first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -66,8 +67,8 @@ impl Store {
             .await?)
     }
 
-    /// Takes objects to delete, at most `limit`, those first that are due the longest. They come up again after a while unless
-    /// they are forgotten: so nodes don't take the same ones, and what can't be deleted keeps nothing else from being.
+    /// Takes at most `limit` objects to delete, the longest due first. Unless they are forgotten, they are offered
+    /// again after a while. So nodes don't take the same ones, and an object that can't be deleted blocks no other.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -77,7 +78,7 @@ impl Store {
 
     async fn take_garbage_once(&self, limit: u64) -> Result<Vec<String>, StoreError> {
         let at = now(self.read()).await?;
-        // As a rule there is none, and SQLite's only writer is not to be asked for that.
+        // Usually there are none, and SQLite's only writer should not be used for that.
         if self.due_garbage(1).await?.is_empty() {
             return Ok(Vec::new());
         }
@@ -85,7 +86,7 @@ impl Store {
         let due = "SELECT object_key FROM garbage WHERE delete_after <= $2 ORDER BY delete_after LIMIT $3";
         let of_these = match backend {
             DatabaseBackend::Sqlite => format!("IN ({due})"),
-            // As an array it is worked out once, whatever the plan.
+            // As an array it is evaluated once, whatever the plan.
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
         let sql = format!("UPDATE garbage SET delete_after = $1 WHERE object_key {of_these} RETURNING object_key");
@@ -112,7 +113,7 @@ impl Store {
     }
 }
 
-/// Notes objects that nothing names any more.
+/// Records objects that nothing names any more.
 pub(super) async fn add<C: ConnectionTrait>(
     tx: &C,
     keys: impl IntoIterator<Item = String>,

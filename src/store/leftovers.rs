@@ -2,7 +2,7 @@
 //! wrote one and said that it had not. The next claim of the segment deletes what older epochs left; what is left when the
 //! batch has ended is found here, by a look at the batch's folder.
 //!
-//! Nothing of an ended batch is committed any more, so an object that no row names then will never be named.
+//! After a batch has ended nothing of it is committed, so an object that no row names then will never be named.
 
 use std::time::Duration;
 
@@ -23,11 +23,11 @@ use crate::domain::{BatchId, Timestamp, result_keys::segment_of};
 /// How long after the end of a batch its folder is looked through. A server that was cut off or frozen may write an object
 /// that late; one that is frozen for longer notes its batch once more when it finds that it has lost its lease.
 const AFTER: Duration = Duration::from_secs(3_600);
-/// How long a batch that was taken does not come up again: its folder is being looked through.
+/// Time until a batch that was taken is offered again, while its folder is searched.
 const TAKEN: Duration = Duration::from_secs(900);
 
 impl Store {
-    /// Notes that a batch may have objects that no row names.
+    /// Records that a batch may have objects that no row names.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -35,8 +35,8 @@ impl Store {
         again(|| async { note(&self.inner.write, of.as_str(), now(self.read()).await?).await }).await
     }
 
-    /// Takes ended batches whose folders are to be looked through, at most `limit`. They come up again after a while unless
-    /// they are forgotten, so that each is looked at by one node, and by another one if that dies.
+    /// Takes at most `limit` ended batches whose folders are to be searched. Unless they are forgotten, they are
+    /// offered again after a while, so that one node searches each, and another one if that node dies.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -46,7 +46,7 @@ impl Store {
 
     async fn take_leftovers_once(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
         let at = now(self.read()).await?;
-        // As a rule there is none, and SQLite's only writer is not to be asked for that.
+        // Usually there are none, and SQLite's only writer should not be used for that.
         let due = leftover::Entity::find().filter(leftover::Column::LookAfter.lte(at.0)).one(self.read()).await?;
         if due.is_none() {
             return Ok(Vec::new());
@@ -55,7 +55,7 @@ impl Store {
         let due = "SELECT batch_id FROM leftovers WHERE look_after <= $2 ORDER BY look_after LIMIT $3";
         let of_these = match backend {
             DatabaseBackend::Sqlite => format!("IN ({due})"),
-            // As an array it is worked out once, whatever the plan.
+            // As an array it is evaluated once, whatever the plan.
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
         let sql = format!("UPDATE leftovers SET look_after = $1 WHERE batch_id {of_these} RETURNING batch_id");
@@ -64,7 +64,7 @@ impl Store {
         rows.iter().map(|row| Ok(BatchId::from_text(row.try_get::<String>("", "batch_id")?))).collect()
     }
 
-    /// The folder of a batch that was taken has been looked through. A note that was made since stays.
+    /// Records that a batch's folder has been searched. A record made since then stays.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -77,8 +77,7 @@ impl Store {
         .await
     }
 
-    /// Those of these objects, found in a batch's folder, that no row names and none will: none of them while the batch has
-    /// not ended.
+    /// Those of these objects of a batch's folder that no row names and none will; none while the batch has not ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -92,10 +91,10 @@ impl Store {
             .await?;
         match status {
             Some(status) if convert::status(&status)?.is_terminal() => {}
-            // Every batch has a row: one that is not seen is no reason to delete anything.
+            // Every batch has a row: a missing one is no reason to delete anything.
             Some(_) | None => return Ok(Vec::new()),
         }
-        // What has another name was not written by a run.
+        // An object with another kind of name was not written by a run.
         let found: Vec<(String, i32)> =
             found.into_iter().filter_map(|key| Some((segment_of(of, &key)?, key))).map(|(i, k)| (k, i)).collect();
         let mut segments: Vec<i32> = found.iter().map(|(_, index)| *index).collect();
@@ -119,7 +118,7 @@ impl Store {
         }
         let keys: Vec<&str> = found.iter().map(|(key, _)| key.as_str()).collect();
         for some in keys.chunks(1_000) {
-            // Readers may still have these; they are deleted in their time.
+            // Readers may still use these; they are deleted when due.
             let let_go = garbage::Entity::find()
                 .select_only()
                 .column(garbage::Column::ObjectKey)

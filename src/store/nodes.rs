@@ -1,4 +1,4 @@
-//! The nodes' own rows: who is there, what they do, and since when.
+//! The nodes' rows: which nodes exist, their roles, and when they started.
 
 use std::time::Duration;
 
@@ -7,26 +7,27 @@ use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query:
 use super::{Store, StoreError, again::again, entity::node, now};
 use crate::domain::{NodeId, Timestamp};
 
-/// A node that has said nothing for so long is dead, and its row goes.
+/// A node without a heartbeat for this long is dead, and its row is deleted.
 const DEAD: Duration = Duration::from_secs(600);
 
-/// A node, as the others see it.
+/// A node, as other nodes see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeRecord {
-    /// One run of one process.
+    /// The id, which is new for each run of a process.
     pub id: NodeId,
-    /// tidemill's.
+    /// The version of tidemill.
     pub version: String,
-    /// What it does, comma-separated.
+    /// Its roles, comma-separated.
     pub roles: String,
-    /// When it joined.
+    /// When it started.
     pub started_at: Timestamp,
-    /// Its last sign of life.
+    /// Its last heartbeat.
     pub heartbeat_at: Timestamp,
 }
 
 impl Store {
-    /// Makes this node known, or says that it lives: a row that others took for dead comes back. Rows of dead nodes go.
+    /// Registers this node or renews its heartbeat; also restores a row that other nodes deleted. Deletes rows of dead
+    /// nodes.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -53,7 +54,7 @@ impl Store {
         Ok(())
     }
 
-    /// Takes this node's row away at an orderly stop.
+    /// Deletes this node's row at an orderly stop.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -66,7 +67,7 @@ impl Store {
         Ok(())
     }
 
-    /// All nodes that are there, or were a moment ago, oldest first.
+    /// All nodes that are alive, or were a moment ago, oldest first.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -1,5 +1,6 @@
-//! Word of changes between nodes: a commit on PostgreSQL notifies, and every other node's store passes it on to the
-//! listeners of [`Store::changes`]. Word may get lost with a connection; who must know asks the database now and then.
+//! Notifications of changes between nodes: a commit on PostgreSQL notifies, and every other node's store passes it on
+//! to the listeners of [`Store::changes`]. Notifications may get lost with a connection, so a caller that must know
+//! polls the database too.
 
 use std::{panic::AssertUnwindSafe, time::Duration};
 
@@ -22,15 +23,15 @@ use crate::{
     supervise::{Part, message},
 };
 
-/// PostgreSQL's name for it.
+/// The PostgreSQL channel.
 const CHANNEL: &str = "tidemill";
-/// After so long without word the connection is tried: it may be that nothing changes, or that nothing comes through.
+/// After this long without a notification the connection is tested, because silence may mean that nothing arrives.
 const QUIET: Duration = Duration::from_secs(10);
-/// Between two tries to listen to a database that is away.
+/// Wait between two attempts to listen to a database that is unreachable.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Store {
-    /// Commits a transaction that has changed a batch, and tells this node's listeners and the other nodes.
+    /// Commits a transaction that has changed a batch, and notifies this node's listeners and the other nodes.
     pub(super) async fn commit(&self, tx: DatabaseTransaction, batch: &BatchId) -> Result<(), StoreError> {
         if !self.is_sqlite() {
             // Sent with the commit, or never.
@@ -44,7 +45,8 @@ impl Store {
         Ok(())
     }
 
-    /// Waits until what hears of other nodes' commits has panicked, and says why. On SQLite there is nothing to hear.
+    /// Waits until the listener for other nodes' commits has panicked, and returns its message. On SQLite there is no
+    /// listener.
     ///
     /// # Errors
     /// What the panic said; it never ends otherwise.
@@ -58,8 +60,8 @@ impl Store {
     }
 }
 
-/// Passes on what other stores than `origin` commit, until dropped. On a connection of its own: it is always in use.
-/// A panic is passed to `died`.
+/// Passes on the commits of stores other than `origin`, until dropped. Uses a connection of its own, which is always in
+/// use. A panic is passed to `died`.
 pub(super) fn listen(
     url: &str,
     origin: String,
@@ -97,12 +99,12 @@ async fn pass_on(
             timeout(ANSWER, listener.execute("SELECT 1")).await.map_err(std::io::Error::from)??;
             continue;
         };
-        // None: the connection was lost, and is there again.
+        // `None`: the connection was lost and has been restored.
         let Some(notification) = heard? else { continue };
-        // Another version may say it otherwise: then it is found by asking.
+        // Another version may use another format; polling then finds the change.
         let Some((batch, from)) = notification.payload().split_once(' ') else { continue };
         if from != origin {
-            // No listener is fine.
+            // There may be no listener.
             let _ = changes.send(BatchId::from_text(batch));
         }
     }

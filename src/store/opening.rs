@@ -1,8 +1,8 @@
-//! What the PostgreSQL driver reports when it does not get a connection, in words.
+//! Explains why the PostgreSQL driver got no connection.
 
 use crate::words::{self, Peer};
 
-/// What the driver reports, in words.
+/// The driver's error as a message for people.
 pub(super) fn in_words(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(refused) => {

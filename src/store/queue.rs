@@ -1,4 +1,4 @@
-//! The queue as clients see it: who goes before whom, and whose turn it is.
+//! The queue as clients see it: the order of batches, and which ones run.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,12 +16,12 @@ use super::{
 };
 use crate::domain::{BatchId, BatchStatus, Owner};
 
-/// These ids as one parameter: a statement is the same for any number of them, and one is enough.
+/// These ids as one parameter, so that the statement is the same for any number of them.
 pub(super) fn ids_parameter(ids: &[BatchId]) -> Result<sea_orm::Value, StoreError> {
     Ok(to_json(&ids.iter().map(BatchId::as_str).collect::<Vec<_>>())?.into())
 }
 
-/// The texts of such a parameter, in a statement.
+/// The SQL for the texts of such a parameter.
 pub(super) fn texts_of(backend: DatabaseBackend, place: usize) -> String {
     match backend {
         DatabaseBackend::Sqlite => format!("(SELECT value FROM json_each(${place}))"),
@@ -30,7 +30,7 @@ pub(super) fn texts_of(backend: DatabaseBackend, place: usize) -> String {
 }
 
 impl Store {
-    /// Of these batches, those that wait or run, each with how many such batches go before it.
+    /// Those of these batches that wait or run, each with the number of such batches ahead of it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -52,7 +52,7 @@ impl Store {
         Ok(found)
     }
 
-    /// How many requests without a result an owner's unfinished batches have.
+    /// The number of requests without a result in an owner's unfinished batches.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -60,8 +60,7 @@ impl Store {
         queued_lines_of(self.read(), owner).await
     }
 
-    /// The batches of which some node runs a segment: some hundreds at most for each node, so they are read at once,
-    /// whichever are asked for.
+    /// The batches of which a node runs a segment: some hundreds at most per node, so they are read at once.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -80,7 +79,7 @@ impl Store {
     }
 }
 
-/// How many requests without a result an owner's unfinished batches have.
+/// The number of requests without a result in an owner's unfinished batches.
 pub(super) async fn queued_lines_of<C: ConnectionTrait>(connection: &C, owner: &Owner) -> Result<i64, StoreError> {
     let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
     let left: Vec<(i64, i64, i64)> = batch::Entity::find()

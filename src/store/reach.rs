@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::{StoreError, opening::in_words};
 
-/// Between two tries at a start.
+/// Wait between two attempts at a start.
 const AGAIN: Duration = Duration::from_millis(250);
 /// PostgreSQL ends a transaction whose node says nothing for 5 s: a node that is frozen or cut off in the middle of one
 /// would keep its row locks, and with them every other node's batches, for as long as it is gone. A node whose machine
@@ -26,7 +26,7 @@ pub(super) fn plain(options: PgConnectOptions) -> PgConnectOptions {
     options.extra_float_digits(None)
 }
 
-/// The same, for a connection of one's own.
+/// Connection options for a separate connection.
 pub(super) fn options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
     Ok(plain(PgConnectOptions::from_str(url)?))
 }
@@ -41,8 +41,8 @@ pub(super) fn settle(pool: PgPoolOptions) -> PgPoolOptions {
     })
 }
 
-/// Waits until PostgreSQL takes a connection: it may be starting at the same time. What it, or the way to it, has said
-/// last is in the error: a pool would only say that it has waited.
+/// Waits until PostgreSQL accepts a connection, because it may be starting at the same time. The error has the last
+/// reason; a pool would only say that it has waited.
 pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreError> {
     let options = options(url).map_err(|error| failed(limit, &in_words(&error)))?;
     let by = Instant::now() + limit;
@@ -50,7 +50,7 @@ pub(super) async fn wait_for(url: &str, limit: Duration) -> Result<(), StoreErro
     loop {
         match timeout_at(by, PgConnection::connect_with(&options)).await {
             Ok(Ok(connection)) => {
-                // It was only to see.
+                // It was only a test.
                 let _ = timeout_at(by, connection.close()).await;
                 return Ok(());
             }

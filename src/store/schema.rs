@@ -1,4 +1,4 @@
-//! Which schema the database has, and whether this program may run on it.
+//! Finds the database's schema, and whether this program may run on it.
 //!
 //! A release's migrations only add (`tidemill_migrations::requires`). So a program that finds migrations newer than itself
 //! runs on them, unless one of them has said that it may not: nodes of two releases share a database while one is rolled
@@ -17,7 +17,7 @@ const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
 /// waits behind it meanwhile. Shorter than PostgreSQL's `deadlock_timeout` (1 s), so that it is the migration that gives
 /// way, and not a node.
 const LOCK_WAIT: &str = "500ms";
-/// How often it is tried in all, and the longest pause in between: about a minute.
+/// Attempts in all, and the longest pause between two: about a minute.
 const TRIES: u32 = 60;
 const PAUSE: Duration = Duration::from_secs(1);
 /// PostgreSQL: lock_not_available, deadlock_detected, serialization_failure. SQLite: SQLITE_BUSY, _BUSY_RECOVERY,
@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const IN_THE_WAY: [&str; 6] = ["55P03", "40P01", "40001", "5", "261", "517"];
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What to do with a database at start.
+/// What to do with a database at the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     /// Apply what is pending, if anything.
@@ -87,7 +87,8 @@ impl Store {
     async fn migrate_once(&self) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         if !self.is_sqlite() {
-            // Whoever has waited for the lock must see what was done meanwhile, whatever isolation the database is set to.
+            // A process that waited for the lock must see what was done meanwhile, whatever isolation the database is
+            // set to.
             tx.execute_unprepared("SET TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
             // Without a bound, as the migrations: whoever migrates a large database takes its time.
             tx.unbounded().execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;

@@ -1,12 +1,12 @@
-//! Log lines that others can cause as often as they like.
+//! Rate limits for log lines that others can cause.
 
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// Lets a log line through at most once a pause, with how many were left out before it: whoever can cause a line can else
-/// fill the disk, and hide what matters.
+/// Allows a log line at most once per pause, with the number left out before it. Otherwise whoever can cause a line
+/// could fill the disk and hide what matters.
 #[derive(Debug)]
 pub(crate) struct Seldom {
     pause: Duration,
@@ -19,7 +19,7 @@ impl Seldom {
         Self { pause, last: Mutex::new(None) }
     }
 
-    /// How many lines have been left out, if one may be written now.
+    /// The number of lines left out, if one may be written now.
     pub(crate) fn may(&self) -> Option<u64> {
         let now = Instant::now();
         let mut last = self.last.lock();

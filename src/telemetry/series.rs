@@ -1,5 +1,5 @@
-//! Metrics with one label whose series can be taken away again. The exporter keeps every series that it has once seen: in a
-//! fleet that comes and goes it would show the ghosts of all workers that ever were.
+//! Metrics with one label whose series can be removed. The exporter keeps every series that it has seen, so it would
+//! show all workers that ever existed.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +7,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// What a metric is called and what it says.
+/// The name and the help text of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Family {
     name: &'static str,
@@ -16,13 +16,13 @@ pub struct Family {
 }
 
 impl Family {
-    /// A value that goes up and down.
+    /// A gauge.
     #[must_use]
     pub const fn gauge(name: &'static str, help: &'static str) -> Self {
         Self { name, kind: "gauge", help }
     }
 
-    /// A count that only grows.
+    /// A counter.
     #[must_use]
     pub const fn counter(name: &'static str, help: &'static str) -> Self {
         Self { name, kind: "counter", help }
@@ -37,7 +37,7 @@ pub struct Series {
 }
 
 impl Series {
-    /// None yet.
+    /// Starts without values.
     #[must_use]
     pub const fn new(label: &'static str) -> Self {
         Self { label, values: Mutex::new(BTreeMap::new()) }
@@ -62,7 +62,7 @@ impl Series {
         }
     }
 
-    /// Takes all values of `of` away.
+    /// Removes all values of `of`.
     pub fn remove(&self, of: &str) {
         let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
         for family in values.values_mut() {
@@ -70,7 +70,7 @@ impl Series {
         }
     }
 
-    /// Adds them to a page in Prometheus' text format.
+    /// Appends the metrics to a page in Prometheus' text format.
     pub fn render(&self, page: &mut String) {
         let values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
         for (Family { name, kind, help }, values) in values.iter().filter(|(_, values)| !values.is_empty()) {

@@ -1,4 +1,4 @@
-//! Which targets have something due, and taking it.
+//! Finds targets with due deliveries, and claims those.
 
 use std::collections::HashMap;
 
@@ -23,103 +23,102 @@ use crate::{
     },
 };
 
-/// So many targets of one owner are looked at at once: an owner with more of them waits for its own next page, and nobody
-/// else does.
+/// Targets of one owner per query: an owner with more of them waits for its own next page, and no other owner does.
 const TARGETS_AT_A_LOOK: usize = 1_000;
 
-/// A target with deliveries that wait.
+/// A target with waiting deliveries.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub struct Due {
-    /// Whose they are.
+    /// The owner.
     pub owner: String,
-    /// Its key ([`crate::domain::webhook::target_of`]).
+    /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
     /// When the first of them is due, in microseconds since the Unix epoch.
     pub due: i64,
 }
 
-/// What waits, as far as one look goes.
+/// The result of one query for waiting deliveries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DueTargets {
-    /// By owner, then by target.
+    /// The targets, by owner, then by target.
     pub targets: Vec<Due>,
-    /// The database's clock.
+    /// The database's time.
     pub at: Timestamp,
-    /// Owners that may have more targets, each with the last that was looked at: where its next look begins.
+    /// Owners that may have more targets, each with the last target returned: the next query begins after it.
     pub more: Vec<(String, String)>,
 }
 
 /// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClaimShare {
-    /// Whose they are.
+    /// The owner.
     pub owner: String,
-    /// Its key ([`crate::domain::webhook::target_of`]).
+    /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
-    /// At most so many.
+    /// The most deliveries to claim.
     pub count: usize,
-    /// At most so many of those whose last attempt this would be: the others are not claimed before they can be sent at
-    /// once, lest a crash makes a dead letter of what was never sent.
+    /// The most of those for which this is the last attempt. Others of them are not claimed before they can be sent at
+    /// once, so that a crash can't make a dead letter of a delivery that was never sent.
     pub at_once: usize,
 }
 
 impl ClaimShare {
-    /// So many, to be sent at once.
+    /// Claims `count` deliveries to send at once.
     #[must_use]
     pub fn at_once(owner: impl Into<String>, target: impl Into<String>, count: usize) -> Self {
         Self { owner: owner.into(), target: target.into(), count, at_once: count }
     }
 }
 
-/// Which secrets sign a delivery.
+/// The secrets that sign a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signing {
-    /// The server's own, if it has one.
+    /// The server's own secret, if it has one.
     Global,
-    /// The batch's.
+    /// The batch's secret.
     Batch(SealedSecret),
-    /// The endpoint's: what it has now, newest first, so that a rotation reaches deliveries that wait.
+    /// The endpoint's current secrets, newest first, so that a rotation also applies to deliveries that wait.
     Endpoint(WebhookEndpointId, Vec<SealedSecret>),
     /// The endpoint was deleted.
     EndpointDeleted,
 }
 
-/// A delivery that this node has the lease of. Its attempt is written already.
+/// A delivery that this node has leased. Its attempt is already recorded.
 #[derive(Clone, Debug)]
 pub struct ClaimedDelivery {
     /// The `webhook-id`.
     pub id: DeliveryId,
-    /// The batch it tells of.
+    /// The batch that the event is about. `None` for a test event.
     pub batch_id: Option<BatchId>,
-    /// Whose it is.
+    /// The owner.
     pub owner: String,
-    /// What it tells.
+    /// The event.
     pub event: WebhookEvent,
-    /// Where it goes.
+    /// The URL.
     pub url: String,
-    /// The key of fairness.
+    /// The target's key.
     pub target: String,
-    /// What signs it.
+    /// The secrets that sign it.
     pub signing: Signing,
-    /// The bytes, sent as they are.
+    /// The body, sent unchanged.
     pub body: Bytes,
-    /// 0 for the automatic chain, then one for each retry by hand.
+    /// 0 for the automatic attempts; each retry by hand has the next number.
     pub generation: i32,
-    /// Which attempt of its generation, from 1.
+    /// The number of the attempt within its generation, from 1.
     pub attempt: i32,
-    /// What `X-Webhook-Attempt` says: all attempts of all generations, from 1.
+    /// The value of `X-Webhook-Attempt`: counts the attempts of all generations, from 1.
     pub number: i64,
-    /// For the whole attempt.
+    /// The time limit of the attempt.
     pub timeout: std::time::Duration,
-    /// The fencing token of what is written of it.
+    /// The fencing token of its writes.
     pub lease: String,
-    /// When it was written.
+    /// When it was created.
     pub created_at: Timestamp,
 }
 
 impl Store {
-    /// Targets with deliveries that wait, and when the first of each is due: of each owner at most a thousand, those after the
-    /// one that `after` names for it.
+    /// Targets with waiting deliveries, and when the first of each is due: at most a thousand per owner, after the one
+    /// that `after` names for it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -158,8 +157,8 @@ impl Store {
         Ok(DueTargets { targets, at, more })
     }
 
-    /// Takes due deliveries, of each target at most as many as given, the longest due first. An attempt of each is written
-    /// before this returns: a crash leaves a trace.
+    /// Claims due deliveries, of each target at most as many as given, the longest due first. Their attempts are
+    /// recorded before this returns, so that a crash leaves a trace.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -168,8 +167,8 @@ impl Store {
     }
 }
 
-/// Takes due deliveries, in the caller's transaction: one statement finds them, one leases them, one writes their attempts,
-/// however many they are.
+/// Claims due deliveries in the caller's transaction: one statement finds them, one leases them and one records their
+/// attempts, for any number of them.
 pub(super) async fn claim(
     tx: &DatabaseTransaction,
     shares: &[ClaimShare],
@@ -205,7 +204,7 @@ pub(super) async fn claim(
         rows.push(row);
     }
     if !held.is_empty() {
-        // An attempt that began before its endpoint was disabled has put them back.
+        // An attempt that began before its endpoint was disabled has returned them.
         webhook_delivery::Entity::update_many()
             .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(NEVER))
             .filter(webhook_delivery::Column::Id.is_in(held))
@@ -213,7 +212,7 @@ pub(super) async fn claim(
             .await?;
     }
     if !unreadable.is_empty() {
-        // They would be the first that are due at every claim, and leave no room for others.
+        // Otherwise they would be the first due ones at every claim, and leave no room for others.
         webhook_delivery::Entity::update_many()
             .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(at.0.saturating_add(UNREADABLE_MICROS)))
             .filter(webhook_delivery::Column::Id.is_in(unreadable))
@@ -224,13 +223,13 @@ pub(super) async fn claim(
     take(tx, rows, &endpoints, &lease, at).await
 }
 
-/// Finds and locks what is due of these targets. Locked by somebody else is passed over.
+/// Finds and locks the due deliveries of these targets. Rows that others have locked are skipped.
 async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) -> Result<Vec<Candidate>, StoreError> {
-    // All but the bytes in one value: each value of a row is copied to and fro between threads, and that costs more than
-    // the search for the row ([`Candidate::from_row`] takes it apart).
+    // All columns but the bytes in one value, because each value of a row is passed between threads, which costs more
+    // than finding the row ([`Candidate::from_row`] takes it apart).
     const COLUMNS: &str = "(d.id, d.batch_id, d.endpoint_id, d.owner, d.event, d.url, d.target, d.timeout, \
          d.attempts, d.max_attempts, d.created_at)";
-    // The state is written out: only then do the databases use the index of what is pending.
+    // The state is a literal, because only then do the databases use the index of pending deliveries.
     const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.owner = v.value ->> 0 \
          AND w.target = v.value ->> 1 AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
     // Of the rows that were found: a search by id does not keep the order that it got the ids in.
@@ -266,7 +265,7 @@ async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) 
     tx.query_all_raw(statement).await?.iter().map(Candidate::from_row).collect()
 }
 
-/// What of a delivery is needed to send it.
+/// The parts of a delivery that are needed to send it.
 pub(super) struct Candidate {
     id: String,
     batch_id: Option<String>,
@@ -310,7 +309,7 @@ impl Candidate {
 }
 
 impl Candidate {
-    /// What it tells, and what a claim makes of it.
+    /// Its event, and the result of claiming it.
     fn claimable(&self) -> Result<(WebhookEvent, Step), StoreError> {
         let event = event_of(&self.event)?;
         let of = Delivery {
@@ -345,7 +344,7 @@ impl From<webhook_delivery::Model> for Candidate {
     }
 }
 
-/// Leases locked rows that are pending and writes their attempts.
+/// Leases locked pending rows and records their attempts.
 pub(super) async fn take(
     tx: &DatabaseTransaction,
     rows: Vec<Candidate>,
@@ -414,7 +413,7 @@ pub(super) fn started(id: &DeliveryId, generation: i32, attempt: i32, at: Timest
     }
 }
 
-/// What the state machine knows of a row.
+/// The state machine's view of a row.
 pub(super) fn delivery_of(row: &webhook_delivery::Model) -> Result<Delivery, StoreError> {
     Ok(Delivery {
         state: state_of(&row.state)?,
@@ -424,7 +423,7 @@ pub(super) fn delivery_of(row: &webhook_delivery::Model) -> Result<Delivery, Sto
     })
 }
 
-/// What signs a delivery at this moment.
+/// The secrets that sign a delivery now.
 pub(super) fn signing(
     endpoint_id: Option<&str>,
     endpoint: Option<&webhook_endpoint::Model>,

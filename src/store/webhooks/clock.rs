@@ -1,4 +1,4 @@
-//! Due times and leases are moments of the database's clock. When that is set back, they would be as far away as it was set back.
+//! Due times and leases are times of the database's clock. If it is set back, they would be further away by as much.
 
 use sea_orm::{ConnectionTrait, Statement};
 
@@ -9,7 +9,7 @@ use crate::{
 };
 
 impl Store {
-    /// What the database's clock says.
+    /// The database's time.
     ///
     /// # Errors
     /// [`StoreError`].

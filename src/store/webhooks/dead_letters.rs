@@ -1,4 +1,4 @@
-//! Dead letters: written with the last failed attempt, retried by hand, deleted.
+//! Dead letters: created with the last failed attempt, retried by hand, deleted.
 
 use std::time::Duration;
 
@@ -37,23 +37,23 @@ use crate::{
 pub struct DeadLetter {
     /// Its id.
     pub id: DeadLetterId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// The batch that it tells of.
+    /// The batch that the event is about.
     pub batch_id: Option<BatchId>,
     /// The delivery that failed.
     pub delivery_id: DeliveryId,
-    /// Where it was to go.
+    /// The URL to which it was sent.
     pub url: String,
-    /// What it tells.
+    /// The event.
     pub event: WebhookEvent,
-    /// The exact bytes.
+    /// The body, byte for byte.
     pub payload: Vec<u8>,
-    /// Why the last attempt failed, in one word.
+    /// The kind of the last failure.
     pub error_kind: ErrorKind,
-    /// Why the last attempt failed.
+    /// The message of the last failure.
     pub error_message: String,
-    /// Attempts of the automatic chain.
+    /// The number of automatic attempts.
     pub attempts: i32,
     /// When the last of those was made.
     pub last_attempt_at: Timestamp,
@@ -63,14 +63,14 @@ pub struct DeadLetter {
     pub retried_at: Option<Timestamp>,
     /// Whether a retry by hand has succeeded.
     pub retry_success: bool,
-    /// Retries by hand.
+    /// The number of retries by hand.
     pub retry_count: i64,
 }
 
-/// Which dead letters.
+/// A filter for dead letters.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DeadLetterFilter {
-    /// Only those within. Stored with retry jobs under its older name.
+    /// Only those within this scope. Stored with retry jobs under its older name.
     #[serde(rename = "owner")]
     pub scope: Scope,
     /// Only those of this batch.
@@ -87,36 +87,36 @@ pub struct DeadLetterFilter {
     pub created_before: Option<i64>,
 }
 
-/// What became of a retry that is to begin.
+/// The outcome of beginning a retry.
 #[derive(Debug)]
 pub enum BeginRetry {
-    /// It is this caller's to send. `forced`: it had been delivered before.
+    /// The caller must send it.
     Started {
-        /// What to send.
+        /// The delivery to send.
         claim: Box<ClaimedDelivery>,
-        /// It had been delivered before.
+        /// Whether it had been delivered before.
         forced: bool,
     },
-    /// The same request id has retried it before: this came of it.
+    /// A call with the same request id has retried it before, with this outcome.
     Repeated(Box<DeadLetter>, Box<AttemptRecord>),
-    /// An earlier retry has delivered it, and force was not asked for.
+    /// An earlier retry has delivered it, and `force` is not set.
     AlreadyDelivered,
-    /// Somebody else is retrying it.
+    /// Another retry is running.
     Busy,
-    /// There is none.
+    /// There is no such dead letter.
     NotFound,
     /// Its endpoint was deleted, so there is neither an address nor a secret any more.
     EndpointDeleted,
 }
 
-/// What became of a deletion.
+/// The outcome of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeletedDeadLetter {
-    /// It is gone.
+    /// It was deleted.
     Deleted,
-    /// There was none.
+    /// There is no such dead letter.
     NotFound,
-    /// Somebody is retrying it.
+    /// A retry is running.
     Busy,
 }
 
@@ -173,7 +173,7 @@ impl Store {
         readable_page("dead letter", limit, after, rows, |row: &webhook_dead_letter::Model| &row.id).await
     }
 
-    /// How many there are.
+    /// The number of dead letters that match.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -190,7 +190,7 @@ impl Store {
         find(self.read(), id, scope).await?.map(DeadLetter::try_from).transpose()
     }
 
-    /// Takes a dead letter for one retry and writes its attempt, a generation of its own.
+    /// Claims a dead letter for one retry and records its attempt, a generation of its own.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -284,7 +284,8 @@ impl Store {
         Ok(BeginRetry::Started { claim: Box::new(claim), forced })
     }
 
-    /// Writes down what came of a retry. None if the lease was lost or the dead letter is gone: nothing was written.
+    /// Records the outcome of a retry. `None` if the lease was lost or the dead letter was deleted: then nothing was
+    /// written.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -313,7 +314,7 @@ impl Store {
         row.lease_token = None;
         row.lease_expires_at = None;
         match &result.error {
-            // Delivered stays delivered, whatever a forced retry brings.
+            // A delivered dead letter stays delivered, whatever the outcome of a forced retry.
             None => row.retry_success = true,
             Some(error) => {
                 row.error_kind = error.kind.as_str().to_owned();
@@ -346,7 +347,7 @@ impl Store {
     }
 }
 
-/// Writes a delivery's dead letter, in the transaction that gives the delivery up.
+/// Creates a delivery's dead letter in the transaction that ends the delivery.
 pub(super) async fn insert(
     tx: &DatabaseTransaction,
     of: &webhook_delivery::Model,
@@ -379,7 +380,7 @@ pub(super) async fn insert(
     Ok(())
 }
 
-/// Ends the leases of retries whose sender is gone: of what came of them nobody will say.
+/// Ends the leases of retries whose sender died, with an unknown outcome.
 pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp) -> Result<(), StoreError> {
     let mut find =
         webhook_dead_letter::Entity::find().filter(webhook_dead_letter::Column::LeaseExpiresAt.is_not_null());
@@ -395,7 +396,7 @@ pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp) -> 
     Ok(())
 }
 
-/// Ends the retries of a delivery of whose sender nothing will be heard.
+/// Ends the retries of a delivery whose sender died.
 async fn end_lost(tx: &DatabaseTransaction, delivery_id: &str, at: Timestamp) -> Result<(), StoreError> {
     webhook_attempt::Entity::update_many()
         .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))

@@ -29,25 +29,25 @@ use crate::{
     },
 };
 
-/// The states of what is not settled yet.
+/// The states of deliveries that are not settled yet.
 const UNSETTLED: [&str; 2] = ["pending", "leased"];
 
 /// An endpoint to register.
 #[derive(Clone, Debug)]
 pub struct NewEndpoint {
-    /// Its id: made by the caller, because its secret is sealed for it.
+    /// The id, made by the caller, because the secret is encrypted for it.
     pub id: WebhookEndpointId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// Where it is.
+    /// The URL.
     pub url: String,
-    /// What it wants to hear of.
+    /// The events that it receives.
     pub events: EventFilter,
-    /// What signs. None: the server's own secret, if it has one.
+    /// The secret. `None`: the server's own, if it has one.
     pub secret: Option<SealedSecret>,
-    /// Attempts in all.
+    /// The number of attempts in all.
     pub max_attempts: i32,
-    /// For one whole attempt.
+    /// The time limit of one attempt.
     pub timeout: Duration,
 }
 
@@ -56,23 +56,23 @@ pub struct NewEndpoint {
 pub struct EndpointRecord {
     /// Its id.
     pub id: WebhookEndpointId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// Where it is.
+    /// The URL.
     pub url: String,
-    /// What it wants to hear of.
+    /// The events that it receives.
     pub events: EventFilter,
     /// Whether it has a secret of its own.
     pub has_secret: bool,
-    /// Until when the secret before signs too.
+    /// Until when the previous secret also signs.
     pub previous_secret_until: Option<Timestamp>,
-    /// Attempts in all.
+    /// The number of attempts in all.
     pub max_attempts: i32,
-    /// For one whole attempt.
+    /// The time limit of one attempt.
     pub timeout: Duration,
-    /// Nothing is sent to it; what there is for it waits.
+    /// Whether sending is suspended; then its deliveries wait.
     pub disabled: bool,
-    /// Why.
+    /// Why it is disabled.
     pub disabled_reason: Option<String>,
     /// When it was registered.
     pub created_at: Timestamp,
@@ -95,18 +95,18 @@ pub struct EndpointChange {
     pub disabled: Option<(bool, Option<String>)>,
 }
 
-/// What became of a deletion.
+/// The outcome of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeletedEndpoint {
-    /// It is gone.
+    /// It was deleted.
     Deleted,
-    /// There was none.
+    /// There is no such endpoint.
     NotFound,
-    /// Unfinished batches name it, or deliveries wait for it: so many.
+    /// Unfinished batches name it, or deliveries wait for it.
     InUse {
-        /// Unfinished batches.
+        /// The number of unfinished batches that name it.
         batches: u64,
-        /// Deliveries that are neither delivered nor given up.
+        /// The number of deliveries that are neither delivered nor ended.
         deliveries: u64,
     },
 }
@@ -175,7 +175,7 @@ impl Store {
         find.one(self.read()).await?.map(EndpointRecord::try_from).transpose()
     }
 
-    /// Changes an endpoint. None if there is none.
+    /// Changes an endpoint. `None` if there is no such endpoint.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -199,7 +199,7 @@ impl Store {
         let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(None) };
         if let Some(url) = change.url {
             row.url = url;
-            // Also what is being sent at this moment: its next attempts go to the new place.
+            // Also for deliveries being sent: their next attempts go to the new URL.
             unsettled(id)
                 .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
                 .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
@@ -232,7 +232,7 @@ impl Store {
         Ok(Some(row.try_into()?))
     }
 
-    /// Gives an endpoint a new secret; the one before signs too for `overlap`. None if there is no such endpoint.
+    /// Gives an endpoint a new secret; the previous one also signs for `overlap`. `None` if there is no such endpoint.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -297,8 +297,8 @@ impl Store {
         Ok(DeletedEndpoint::Deleted)
     }
 
-    /// Writes a test event for an endpoint and claims it for the caller, who sends and settles it as any other. None if there
-    /// is no such endpoint. A disabled one can be tested too: that is how one finds out whether to enable it.
+    /// Creates a test event for an endpoint and claims it for the caller, who sends and settles it like any other.
+    /// `None` if there is no such endpoint. A disabled endpoint can be tested too, to find out whether to enable it.
     ///
     /// # Errors
     /// [`StoreError`].

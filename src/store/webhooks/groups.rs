@@ -27,11 +27,11 @@ pub(super) fn json<R: Serialize>(rows: impl Iterator<Item = R>) -> Result<String
     to_json(&rows.collect::<Vec<_>>())
 }
 
-/// Whose lease still held.
+/// The deliveries whose lease still held.
 pub(super) enum Mine {
     /// All.
     All,
-    /// These, by id.
+    /// These ids.
     These(HashSet<String>),
 }
 
@@ -44,13 +44,13 @@ impl Mine {
     }
 }
 
-/// What a statement over leases is to answer.
+/// The result wanted of a statement over leases.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     /// The number of rows changed. Returning ids costs about as much as the change itself, and almost always all rows
     /// are changed.
     Count,
-    /// Which.
+    /// The ids.
     Ids,
 }
 

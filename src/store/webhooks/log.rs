@@ -1,4 +1,4 @@
-//! What people ask about deliveries and their attempts.
+//! Queries about deliveries and their attempts.
 
 use sea_orm::{ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait};
 
@@ -21,23 +21,23 @@ use crate::{
 pub struct DeliveryRecord {
     /// Its id, the `webhook-id`.
     pub id: DeliveryId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// The batch that it tells of.
+    /// The batch that the event is about.
     pub batch_id: Option<BatchId>,
     /// The registered endpoint that it goes to.
     pub endpoint_id: Option<WebhookEndpointId>,
-    /// What it tells.
+    /// The event.
     pub event: WebhookEvent,
-    /// Where it goes.
+    /// The URL.
     pub url: String,
-    /// The exact bytes.
+    /// The body, byte for byte.
     pub body: Vec<u8>,
     /// Its state.
     pub state: DeliveryState,
-    /// Attempts begun.
+    /// The number of attempts begun.
     pub attempts: i32,
-    /// Attempts that it may have.
+    /// The most attempts that may be made.
     pub max_attempts: i32,
     /// When the next attempt is due, while there is one to come and its endpoint is not disabled.
     pub next_attempt_at: Option<Timestamp>,
@@ -45,14 +45,14 @@ pub struct DeliveryRecord {
     pub error_message: Option<String>,
     /// When the event happened.
     pub created_at: Timestamp,
-    /// When it was delivered or given up.
+    /// When it was delivered or ended.
     pub settled_at: Option<Timestamp>,
 }
 
-/// Which deliveries.
+/// A filter for deliveries.
 #[derive(Clone, Debug)]
 pub struct DeliveryFilter {
-    /// Only those within.
+    /// Only those within this scope.
     pub scope: Scope,
     /// Only those of this batch.
     pub batch_id: Option<BatchId>,
@@ -75,9 +75,9 @@ impl DeliveryFilter {
 /// An attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttemptRecord {
-    /// 0 for the automatic chain, then one for each retry by hand.
+    /// 0 for the automatic attempts; each retry by hand has the next number.
     pub generation: i32,
-    /// Which of its generation, from 1.
+    /// The number of the attempt within its generation, from 1.
     pub attempt: i32,
     /// When it began.
     pub started_at: Timestamp,
