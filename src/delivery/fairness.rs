@@ -274,7 +274,7 @@ impl<T> Fairness<T> {
         });
     }
 
-    /// The most deliveries that may wait in line. `None` while all places are taken and no send ends.
+    /// The most deliveries that may wait in line. Zero while all places are taken and no send ends.
     fn line_limit(&self, now: Instant) -> usize {
         let recent = self.pace.recent(now);
         let least = (self.in_flight_limit * 4).min(AHEAD / 4);

@@ -63,23 +63,23 @@ use crate::{
 use memory::AnswerMemory;
 use slots::Desks;
 
-/// Between two looks at the workers in the database: other nodes register some too.
+/// Time between two reads of the workers in the database, where other nodes register some too.
 const SYNC: Duration = Duration::from_secs(1);
 /// Tries of an interactive call, over different workers.
 const INFER_TRIES: usize = 3;
 /// Idle connections are closed before vLLM's server closes them (5 s), so that no request meets a closing one.
 const POOL_IDLE: Duration = Duration::from_secs(3);
 
-/// How a worker is.
+/// The state of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WorkerState {
-    /// Not yet seen healthy.
+    /// It has not passed a health check yet.
     Starting,
-    /// Takes requests.
+    /// It takes requests.
     Healthy,
-    /// Takes no new requests, because it was told so.
+    /// It gets no new requests, because it is being drained.
     Draining,
-    /// Does not answer, or not as it should.
+    /// It does not pass its health check.
     Down,
 }
 
@@ -90,29 +90,30 @@ pub struct WorkerView {
     pub id: WorkerId,
     /// Base URL, without `/v1`.
     pub url: String,
-    /// What its `/v1/models` lists.
+    /// The models that its `/v1/models` lists.
     pub models: Vec<String>,
     /// How it is.
     pub state: WorkerState,
-    /// Requests that this node has in flight there.
+    /// Requests that this node has in flight at it.
     pub in_flight: u32,
-    /// The most that this node sends at a time.
+    /// The most requests that this node has in flight at it.
     pub limit: u32,
-    /// What its `/metrics` says; none without vLLM's names there.
+    /// Its metrics. `None` if it has none with vLLM's names.
     pub load: Option<Load>,
     /// Generated tokens per second over the last seconds, as seen from here.
     pub output_tokens_per_second: f64,
     /// Requests answered per second over the last seconds, as seen from here.
     pub requests_per_second: f64,
-    /// The share of prompt tokens that its prefix cache held, 0 to 1, in the last second with any; none if it does not say.
+    /// The share of prompt tokens found in its prefix cache, 0 to 1, in the last second with any. `None` if it does not
+    /// report that.
     pub prefix_hit_rate: Option<f64>,
-    /// From sending a request to its whole answer, on average over the last seconds with answers, as seen from here.
+    /// The mean time from sending a request to its complete answer, over the last seconds with answers.
     pub request_time: Option<Duration>,
     /// Why it is down.
     pub last_error: Option<String>,
-    /// What it does to every request, while it is at fault.
+    /// What it does to every request. `None` if it is not at fault.
     pub complaint: Option<Complaint>,
-    /// When it was first known.
+    /// When it was registered.
     pub created_at: Timestamp,
 }
 
@@ -124,18 +125,18 @@ impl WorkerView {
     }
 }
 
-/// What is wrong with a worker that seems to be well.
+/// What is wrong with a worker that passes its health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Complaint {
     /// Such as "answers 502 to every request".
     pub what: String,
     /// Since when, by this machine's clock.
     pub since: Timestamp,
-    /// So many requests have failed that it is the worker's fault; else those that have may have it in themselves.
+    /// Whether enough requests have failed that the worker is at fault; otherwise the requests may be.
     pub is_certain: bool,
 }
 
-/// A worker's load, by its own account.
+/// A worker's load, as it reports it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Load {
     /// `vllm:num_requests_running`
@@ -193,24 +194,24 @@ pub struct Inferred {
     pub worker: WorkerId,
     /// Its HTTP status.
     pub status: u16,
-    /// Its body, untouched.
+    /// Its body, byte for byte.
     pub body: Bytes,
 }
 
-/// How many requests this node may have in flight at one worker.
+/// How the limit of requests in flight at one worker is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InFlight {
-    /// So many, 1 or more.
+    /// This fixed limit, at least 1.
     Fixed(u32),
-    /// As many as keep the worker full, found by watching it.
+    /// As many as keep the worker full, found by measuring.
     Adaptive {
-        /// At most so many, 1 or more.
+        /// The upper bound, at least 1.
         cap: u32,
     },
 }
 
 impl InFlight {
-    /// The limit of a worker that has just become known.
+    /// The first limit of a new worker.
     fn first(self) -> u32 {
         match self {
             Self::Fixed(limit) => limit,
@@ -219,12 +220,12 @@ impl InFlight {
     }
 }
 
-/// How workers are asked for their health.
+/// How workers' health is checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// Below the base URL, with a leading "/". None: only `/v1/models` is asked for.
+    /// The path below the base URL, with a leading "/". `None`: only `/v1/models` is read.
     pub path: Option<String>,
-    /// Between two checks.
+    /// The time between two checks.
     pub interval: Duration,
 }
 
@@ -234,16 +235,16 @@ impl Default for HealthCheck {
     }
 }
 
-/// How this node treats its workers.
+/// The options for workers.
 #[derive(Clone, Debug)]
 pub struct FleetOptions {
-    /// Requests in flight per worker.
+    /// The limit of requests in flight per worker.
     pub limit: InFlight,
     /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
     pub api_key: Option<Secret>,
     /// Bytes that answers may hold from their first byte until their result line is durable; one answer more at most.
     pub answer_memory: u64,
-    /// How they are asked for their health.
+    /// How workers' health is checked.
     pub health: HealthCheck,
 }
 
@@ -274,18 +275,18 @@ struct Inner {
     syncing: tokio::sync::Mutex<()>,
     /// Interactive calls so far.
     calls: AtomicU64,
-    /// A request to a worker has one while it is sent: a part of what this process may have open.
+    /// The permits for connections to workers: a part of the files that this process may have open.
     sockets: Semaphore,
     /// When this server's own faults were logged.
     own_faults: Seldom,
-    /// Counts changes of what is served; the scheduler wakes by it.
+    /// Counts changes of the served models; wakes the scheduler.
     topology: watch::Sender<u64>,
     supervisor: Supervisor,
     shutdown: CancellationToken,
 }
 
 impl Fleet {
-    /// Starts to look after the workers that the database knows. `tasks` runs the loops, `shutdown` ends them.
+    /// Starts monitoring the workers in the database. `tasks` runs the loops, `shutdown` ends them.
     ///
     /// # Errors
     /// [`FleetError`] if the workers can't be read.
@@ -355,7 +356,8 @@ impl Fleet {
 
     /// Brings the workers in memory in line with those in the database.
     async fn sync(&self) -> Result<(), FleetError> {
-        // One at a time: by a list that was read before another one has added a worker, that worker would be forgotten.
+        // One at a time: with a list that was read before another call has added a worker, that worker would be
+        // removed.
         let _alone = self.inner.syncing.lock().await;
         let records = self.inner.store.workers().await?;
         let known: BTreeMap<WorkerId, Arc<Worker>> =
@@ -428,7 +430,7 @@ impl Fleet {
         self.view(&record.id)
     }
 
-    /// Makes the workers that the configuration names known; those it named before and names no more are forgotten.
+    /// Adds the workers that the configuration names; those that it no longer names are removed.
     ///
     /// # Errors
     /// [`FleetError::BadUrl`], [`FleetError::Store`].
@@ -440,7 +442,7 @@ impl Fleet {
         Ok(store.configure_workers(&urls).await?)
     }
 
-    /// Sends a worker nothing new. What is in flight finishes.
+    /// Drains a worker: it gets no new requests, and those in flight finish.
     ///
     /// # Errors
     /// [`FleetError`].
@@ -450,7 +452,7 @@ impl Fleet {
         self.view(id)
     }
 
-    /// Forgets a worker; what it has in flight is abandoned and runs elsewhere.
+    /// Removes a worker. Its requests in flight are abandoned and run elsewhere.
     ///
     /// # Errors
     /// [`FleetError`].
@@ -468,7 +470,7 @@ impl Fleet {
         self.inner.desks.lock().board.served()
     }
 
-    /// Those of the models that no healthy, undraining worker serves.
+    /// Those of the models that no healthy worker serves that is not draining.
     #[must_use]
     pub fn unserved<'a>(&self, models: &'a [String]) -> Vec<&'a str> {
         let desks = self.inner.desks.lock();
@@ -481,7 +483,7 @@ impl Fleet {
         self.inner.desks.lock().board.lists_patterns()
     }
 
-    /// Says which models are wanted: those that patterns stand for are served.
+    /// Sets the models that batches need; those that match patterns count as served.
     pub fn want(&self, models: &[String]) {
         let models = models.iter().map(|model| Arc::from(model.as_str())).collect();
         if self.inner.desks.lock().board.want(models) {
@@ -489,7 +491,7 @@ impl Fleet {
         }
     }
 
-    /// How many requests for a model can be in flight at once. 0: nobody serves it now.
+    /// The number of requests for a model that can be in flight at once. 0: no worker serves it now.
     #[must_use]
     pub fn capacity(&self, model: &str) -> u32 {
         self.inner.desks.lock().board.capacity(model)
@@ -509,7 +511,7 @@ impl Fleet {
         self.inner.workers.lock().values().map(|worker| worker.answers()).sum()
     }
 
-    /// Changes whenever other workers serve, or a worker other models.
+    /// A receiver that changes whenever the serving workers or their models change.
     #[must_use]
     pub fn topology(&self) -> watch::Receiver<u64> {
         self.inner.topology.subscribe()
@@ -521,20 +523,20 @@ impl Fleet {
         self.inner.memory.used()
     }
 
-    /// A slot, if one is free and nobody of the same rank waits for one.
+    /// A slot, if one is free and no request of the same rank waits for one.
     #[must_use]
     pub fn try_acquire(&self, want: &Want) -> Option<Slot> {
         let key = self.inner.desks.lock().board.take(want)?;
         self.inner.slot(key, want.holder())
     }
 
-    /// Waits for so many slots, 1 or more, for as long as it takes. Dropped, it waits no more.
+    /// Waits for this many slots, at least 1, as long as it takes. Dropping it ends the wait.
     #[must_use]
     pub fn acquire(&self, want: Want, slots: u32) -> Acquire {
         Acquire::new(self.inner.clone(), want, slots)
     }
 
-    /// Runs one request now, ahead of all batch work. Calls of several tenants share the slots.
+    /// Runs one request at once, ahead of all batches. Calls of several tenants share the slots.
     ///
     /// # Errors
     /// [`InferError`].
@@ -582,7 +584,7 @@ impl Fleet {
             }
         }
         match last {
-            // What a worker says after all tries is an answer too, unless it says that all is well.
+            // After all tries, a worker's error is an answer too, unless its status is a success.
             Some((worker, Failure { answer: Some(answer), .. })) if !answer.is_success() => {
                 Ok(Inferred { worker, status: answer.status, body: answer.body })
             }

@@ -1,4 +1,4 @@
-//! In which order the lines of a segment are sent, and which of them to which worker: pure.
+//! Decides in which order the lines of a segment are sent, and which go to which worker. Pure.
 //!
 //! A worker keeps the beginnings of prompts that it has read for a while, and reads none of them twice (vLLM's prefix
 //! cache). Lines that begin alike are therefore sent one after the other, and to the same worker. Where lines begin alike is
@@ -13,19 +13,19 @@ use smallvec::SmallVec;
 
 use super::lines::LineKey;
 
-/// Lines that have so many leading bytes in common are alike: about 64 tokens, four blocks of a GPU's cache.
+/// Lines with this many leading bytes in common are alike: about 64 tokens, four blocks of a GPU's cache.
 const ALIKE: usize = 256;
-/// No more leading bytes of a line are compared.
+/// The most leading bytes of a line that are compared.
 const COMPARED: usize = 16 * 1024;
 
-/// What is known of a line that has not been sent.
+/// The facts about a line that has not been sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Sketch<'a> {
-    /// Which.
+    /// The line.
     pub key: LineKey,
     /// What the model reads, as JSON.
     pub prompt: &'a [u8],
-    /// The most tokens that the answer may have; none: as many as the model likes.
+    /// The most tokens of the answer. `None`: not limited.
     pub max_tokens: Option<u32>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Sketch<'a> {
 /// Lines that are sent one after the other.
 #[derive(Clone, Debug)]
 struct Run {
-    /// Of their common beginning; none: they have none.
+    /// The hash of their common beginning. `None`: they have none.
     fingerprint: Option<u64>,
     lines: VecDeque<LineKey>,
 }
@@ -51,18 +51,18 @@ struct Run {
 /// The lines of a lane that are ready to be sent.
 #[derive(Clone, Debug, Default)]
 pub struct Ready {
-    /// Those that were sent before, and go first.
+    /// Lines that were sent before, which go first.
     again: VecDeque<LineKey>,
     runs: Vec<Run>,
     /// All runs before it are empty.
     first: usize,
-    /// Which run a worker is at.
+    /// The run that each worker is at.
     at: SmallVec<[(u64, usize); 4]>,
     fresh: usize,
 }
 
 impl Ready {
-    /// Puts lines, given in the order of the file, in the order in which to send them.
+    /// Arranges lines, given in the order of the file, in the order of sending.
     #[must_use]
     pub fn plan(lines: &[Sketch<'_>]) -> Self {
         let mut order: Vec<usize> = (0..lines.len()).collect();
@@ -92,18 +92,18 @@ impl Ready {
         ready
     }
 
-    /// How many lines.
+    /// The number of lines.
     #[must_use]
     pub fn count(&self) -> usize {
         self.again.len() + self.fresh
     }
 
-    /// A line that was sent before is ready again; it goes before those that were not, and after others that were.
+    /// Adds a line that was sent before. It goes before lines that were not, and after others that were.
     pub fn again(&mut self, key: LineKey) {
         self.again.push_back(key);
     }
 
-    /// Takes those of the lines that were sent before that `picks` says yes to.
+    /// Takes the lines that were sent before for which `picks` returns true.
     pub fn take_again(&mut self, mut picks: impl FnMut(LineKey) -> bool) -> Vec<LineKey> {
         let mut taken = Vec::new();
         self.again.retain(|key| {
@@ -163,7 +163,7 @@ impl Ready {
         self.take_from(run)
     }
 
-    /// Takes the line that would be sent last of those that were not sent before; one that was, if there is no other.
+    /// Takes the last of the lines that were not sent before, or one that was if there is no other.
     pub fn take_last(&mut self) -> Option<LineKey> {
         let last = (self.first..self.runs.len()).rev().find(|at| !self.runs[*at].lines.is_empty());
         let Some(at) = last else { return self.again.pop_front() };
@@ -176,7 +176,8 @@ impl Ready {
         let open = |at: &usize| !self.runs[*at].lines.is_empty();
         let untaken = |at: &usize| open(at) && self.at.iter().all(|(_, run)| run != at);
         let home = |at: &usize| self.runs[*at].fingerprint.is_none_or(|print| home(print, workers) == Some(worker));
-        // No worker is idle for the sake of another one's cache: if nothing else is left, it helps with the longest run.
+        // No worker stays idle for the sake of another one's cache: if nothing else is left, it helps with the longest
+        // run.
         (self.first..self.runs.len())
             .find(|at| untaken(at) && home(at))
             .or_else(|| (self.first..self.runs.len()).find(untaken))

@@ -18,7 +18,7 @@ use tokio::{
 #[derive(Clone, Debug)]
 pub(super) struct Turns {
     places: Arc<Semaphore>,
-    /// When the database last answered one of the calls.
+    /// When the database last answered a call.
     answered: Arc<Mutex<Instant>>,
     patience: Duration,
 }
@@ -27,12 +27,12 @@ pub(super) struct Turns {
 #[derive(Debug)]
 pub(super) struct Turn {
     _place: OwnedSemaphorePermit,
-    /// The last sign of life before this turn: the database's last answer, or the beginning of the wait.
+    /// The database's last answer before this turn, or the start of the wait.
     pub(super) alive: Instant,
 }
 
 impl Turns {
-    /// A queue for so many connections. A call is given up when the database has answered no other one for `patience`.
+    /// A queue for this many connections. A call fails if the database has answered no other one for `patience`.
     pub(super) fn new(connections: u32, patience: Duration) -> Self {
         let places = usize::try_from(connections).unwrap_or(Semaphore::MAX_PERMITS);
         Self { places: Arc::new(Semaphore::new(places)), answered: Arc::new(Mutex::new(Instant::now())), patience }
@@ -59,7 +59,7 @@ impl Turns {
         }
     }
 
-    /// Notes what came of a statement: a refusal is an answer too.
+    /// Records the result of a statement; a refusal is an answer too.
     pub(super) fn note<T>(&self, of: &Result<T, DbErr>) {
         let answered = match of {
             Ok(_) => true,

@@ -1,4 +1,4 @@
-//! Which models unfinished batches name: what a gateway that lists patterns may have to serve.
+//! The models that unfinished batches name, which a gateway that lists patterns may have to serve.
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, sea_query::Query};
 
@@ -8,7 +8,7 @@ use super::{
 };
 use crate::domain::BatchStatus;
 
-/// The most names that are looked at.
+/// The most names read.
 const MOST: u64 = 10_000;
 
 impl Store {

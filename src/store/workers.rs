@@ -12,20 +12,20 @@ pub struct WorkerRecord {
     pub id: WorkerId,
     /// Base URL.
     pub url: String,
-    /// It is to get nothing new.
+    /// Whether it gets no new requests.
     pub draining: bool,
-    /// The server's configuration names it.
+    /// Whether the server's configuration names it.
     pub from_config: bool,
     /// When it was first known.
     pub created_at: Timestamp,
 }
 
-/// What became of a removal.
+/// The outcome of a removal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RemovedWorker {
-    /// It is gone.
+    /// It was removed.
     Removed,
-    /// There was none.
+    /// There is no such worker.
     NotFound,
     /// The configuration names it: it would be back at the next start.
     FromConfig,
@@ -49,9 +49,8 @@ impl Store {
         self.upsert(url, false).await
     }
 
-    /// Makes the workers named by the configuration known. With SQLite, where there is one configuration, those it named
-    /// before and names no more are forgotten; with PostgreSQL, where other nodes may name others, they are as if
-    /// registered.
+    /// Adds the workers that the configuration names. With SQLite, where there is one configuration, workers that it no
+    /// longer names are removed; with PostgreSQL, where other nodes may name others, they stay as if registered.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -95,7 +94,7 @@ impl Store {
             .await?;
         let found = worker::Entity::find().filter(worker::Column::Url.eq(url)).one(&tx).await?;
         let mut row = found.ok_or_else(|| StoreError::Corrupt("no worker after its insert".into()))?;
-        // A restart keeps a configured worker draining; registering it again says that it is wanted.
+        // A restart does not end the draining of a configured worker; registering it does.
         row.draining &= configured;
         row.from_config |= from_config;
         let change = worker::ActiveModel {
@@ -109,7 +108,7 @@ impl Store {
         Ok(from_row(row))
     }
 
-    /// Sends a worker nothing new. None: there is none.
+    /// Marks a worker as draining. `None`: there is no such worker.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -127,7 +126,7 @@ impl Store {
         Ok(Some(from_row(row)))
     }
 
-    /// Forgets a worker.
+    /// Removes a worker.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -1,5 +1,5 @@
-//! The webhook outbox. What a batch's change is told to whom is decided and written in the transaction that changes it;
-//! everything else works on those rows.
+//! The webhook outbox. The transaction that changes a batch also decides and writes its deliveries; everything else
+//! works on those rows.
 //!
 //! Locks are taken in this order: batch, event counter, deliveries (by id where there are many), dead letters. Claims and
 //! the reaper skip rows that somebody else has locked.
@@ -40,11 +40,11 @@ use crate::domain::{
     },
 };
 
-/// How long a lease outlives the time of its attempt: long enough to write down what came of it.
+/// Time by which a lease is longer than its attempt: enough to record the outcome.
 pub(super) const LEASE_MARGIN_MICROS: i64 = 30_000_000;
-/// When a row that this version can't read is looked at again: a newer one may be able to read it sooner.
+/// Time until a row that this version can't read is tried again; a newer version may be able to read it sooner.
 pub(super) const UNREADABLE_MICROS: i64 = 600_000_000;
-/// When a delivery to a disabled endpoint is due: not before somebody enables it.
+/// The due time of a delivery to a disabled endpoint: never, until it is enabled.
 pub(super) const NEVER: i64 = i64::MAX;
 
 /// That a delivery is in this state. Written out: the databases use the index over one state only where they see at once that
@@ -53,7 +53,7 @@ fn is(state: DeliveryState) -> SimpleExpr {
     Expr::cust(format!("state = '{}'", state.as_str()))
 }
 
-/// An attempt's outcome, as stored. `started` becomes `unknown` when whoever started it is gone.
+/// An attempt's outcome, as stored. `started` becomes `unknown` when its sender has died.
 pub(super) mod outcome {
     pub(in crate::store) const STARTED: &str = "started";
     pub(in crate::store) const SUCCEEDED: &str = "succeeded";
@@ -61,8 +61,8 @@ pub(super) mod outcome {
     pub(in crate::store) const UNKNOWN: &str = "unknown";
 }
 
-/// Writes the delivery that tells of the state `row` has entered, if its webhook wants to hear of it. Progress that is
-/// still waiting is dropped: nobody wants it after the end.
+/// Creates the delivery for the state that `row` has entered, if its webhook subscribes to it. Progress that still
+/// waits is dropped, because it is useless after the end.
 pub(super) async fn enqueue_state(
     tx: &DatabaseTransaction,
     row: &batch::Model,
@@ -78,8 +78,8 @@ pub(super) async fn enqueue_state(
     Ok(())
 }
 
-/// Writes the delivery that tells how far the batch is, if it has got far enough since the last one. It takes the place of
-/// one that is still waiting. The caller writes `row`, which remembers it.
+/// Creates a progress delivery, if the batch has progressed far enough since the last one. It replaces one that still
+/// waits. The caller writes `row`, which records it.
 pub(super) async fn enqueue_progress(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
@@ -98,7 +98,7 @@ pub(super) async fn enqueue_progress(
     enqueue(tx, row, &receiver, WebhookEvent::Progress, at).await
 }
 
-/// Who is to hear of a batch.
+/// The receiver of a batch's webhooks.
 enum Receiver {
     Webhook(WebhookTarget),
     Endpoint(Box<webhook_endpoint::Model>, EventFilter),
@@ -165,7 +165,7 @@ async fn enqueue(
         delivery.max_attempts = 1;
     }
     if let Receiver::Gone(_) = receiver {
-        // Nobody can be told, and that must not go unnoticed.
+        // There is no receiver, which must not go unnoticed.
         delivery.state = DeliveryState::Dead.as_str().to_owned();
         delivery.settled_at = Some(at.0);
         let error = AttemptError {
@@ -178,7 +178,7 @@ async fn enqueue(
     Ok(())
 }
 
-/// A delivery that is due at once; whom it goes to is still to be filled in.
+/// A delivery that is due at once; the caller sets its receiver.
 fn new_delivery(event: WebhookEvent, body: Vec<u8>, at: Timestamp) -> webhook_delivery::Model {
     webhook_delivery::Model {
         id: DeliveryId::generate().into_string(),

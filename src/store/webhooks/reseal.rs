@@ -1,4 +1,4 @@
-//! Stored secrets, sealed anew after the master key was replaced: page by page, in small transactions.
+//! Encrypts stored secrets again after the master key was replaced, page by page, in small transactions.
 
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QueryResult,
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// How many rows are looked at, and at most changed, at once.
+/// Rows read, and at most changed, at a time.
 const PAGE: u64 = 200;
 
 /// What a stored secret belongs to.

@@ -1,4 +1,4 @@
-//! What is old enough to go. Deletes some rows a transaction, so that nobody waits long for the database.
+//! Deletes old webhooks: some rows per transaction, so that nobody waits long for the database.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use crate::{
 const AT_ONCE: u64 = 500;
 
 impl Store {
-    /// Deletes dead letters older than `age`, except those that somebody is retrying. Returns how many.
+    /// Deletes dead letters older than `age`, except those that are being retried. Returns the number.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -36,7 +36,7 @@ impl Store {
         }
     }
 
-    /// How many went, and whether they were the last.
+    /// Returns the number deleted, and whether they were the last.
     async fn purge_some_dead_letters(&self, age: Duration, scope: &Scope) -> Result<(u64, bool), StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
@@ -53,7 +53,7 @@ impl Store {
         let find = within(find, webhook_dead_letter::Column::Owner, scope);
         let ids: Vec<String> = find.into_tuple().all(&tx).await?;
         let last = (ids.len() as u64) < AT_ONCE;
-        // The condition again: a retry may have begun since.
+        // The condition is repeated, because a retry may have begun since.
         let deleted = webhook_dead_letter::Entity::delete_many()
             .filter(webhook_dead_letter::Column::Id.is_in(ids))
             .filter(idle)

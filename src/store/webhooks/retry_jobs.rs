@@ -1,4 +1,4 @@
-//! Jobs that retry many dead letters: durable, counted, resumed by whoever is next when their runner is gone.
+//! Jobs that retry many dead letters: durable, counted, and resumed by another node when their node dies.
 
 use std::time::Duration;
 
@@ -29,11 +29,11 @@ use crate::{
 /// The states of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetryJobState {
-    /// There are dead letters left to look at.
+    /// It has not handled all its dead letters yet.
     Running,
-    /// It has looked at all of them.
+    /// It has handled all its dead letters.
     Done,
-    /// Somebody has stopped it.
+    /// It was cancelled.
     Cancelled,
 }
 
@@ -58,19 +58,19 @@ impl RetryJobState {
 pub struct RetryJob {
     /// Its id.
     pub id: RetryJobId,
-    /// Whose it is.
+    /// The owner.
     pub owner: Owner,
-    /// Which dead letters it is for.
+    /// The filter of its dead letters.
     pub filter: DeadLetterFilter,
     /// Its state.
     pub state: RetryJobState,
-    /// How many there were when it was made.
+    /// The number of dead letters that matched when it was created.
     pub matched: i64,
-    /// Delivered by it.
+    /// Dead letters that it has delivered.
     pub succeeded: i64,
-    /// Tried and failed again.
+    /// Dead letters that it has sent without success.
     pub failed: i64,
-    /// Not tried: gone, delivered or being retried by somebody else.
+    /// Dead letters that it has not sent: deleted, delivered or being retried.
     pub skipped: i64,
     /// When it was made.
     pub created_at: Timestamp,
@@ -83,16 +83,16 @@ pub struct RetryJob {
 pub struct ClaimedJob {
     /// The job.
     pub job: RetryJob,
-    /// The last dead letter looked at.
+    /// The last dead letter handled.
     pub position: DeadLetterId,
-    /// The newest one that the job is for.
+    /// The newest dead letter of the job.
     pub last: DeadLetterId,
     /// The fencing token.
     pub lease: String,
 }
 
 impl Store {
-    /// Makes a job for the dead letters there are now that match and were not delivered since.
+    /// Creates a job for the dead letters that match now and have not been delivered since.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -156,7 +156,7 @@ impl Store {
         find.all(self.read()).await?.into_iter().map(RetryJob::try_from).collect()
     }
 
-    /// Stops a job after what it has in flight. None if there is no such job.
+    /// Cancels a job; its sends in flight finish. `None` if there is no such job.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -175,7 +175,7 @@ impl Store {
         self.retry_job(id, scope).await
     }
 
-    /// Takes the oldest job that nobody runs, but none of these owners'.
+    /// Claims the oldest job that no node runs, except these owners'.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -199,7 +199,7 @@ impl Store {
                 .order_by_asc(webhook_retry_job::Column::Id)
                 .limit(1)
         };
-        // Nearly always there is none: that is found out without a write transaction.
+        // Usually there is none, which is found out without a write transaction.
         let at = now(self.read()).await?;
         if open(at).one(self.read()).await?.is_none() {
             return Ok(None);
@@ -235,8 +235,8 @@ impl Store {
         readable_page("dead letter", limit, after, rows, |row: &webhook_dead_letter::Model| &row.id).await
     }
 
-    /// Records how far a job is, what came of the attempts that carry its id, `skipped` more, and renews the lease; `done`:
-    /// there are no more. False if the job is no longer this node's, or somebody has stopped it.
+    /// Records a job's position and the outcomes of the attempts with its id, adds `skipped`, and renews the lease;
+    /// `done`: there are no more. False if the job is no longer this node's, or was cancelled.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -265,7 +265,7 @@ impl Store {
             .one(&tx)
             .await?;
         let Some(mut row) = found else { return Ok(false) };
-        // Counted from the attempts, so that what a crash cut off is neither lost nor counted twice.
+        // Counted from the attempts, so that what a crash interrupted is neither lost nor counted twice.
         let ended = |outcomes: Vec<&str>| {
             webhook_attempt::Entity::find()
                 .filter(webhook_attempt::Column::RequestId.eq(of.job.id.as_str()))
@@ -287,7 +287,7 @@ impl Store {
         Ok(running)
     }
 
-    /// Gives a job back, to be claimed by whoever is next.
+    /// Releases a job for other nodes.
     ///
     /// # Errors
     /// [`StoreError`].

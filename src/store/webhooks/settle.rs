@@ -1,4 +1,4 @@
-//! What came of attempts, written down; and attempts of which nobody will say.
+//! Records the outcomes of attempts, and ends attempts whose outcome will never be known.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -31,70 +31,70 @@ use crate::{
     },
 };
 
-/// How many rows one transaction of the reaper takes.
+/// Rows per transaction of the reaper.
 const REAPED_AT_ONCE: u64 = 100;
 
-/// What came of a claimed delivery.
+/// The outcome of a claimed delivery.
 #[derive(Clone, Debug)]
 pub struct Settlement {
-    /// Which.
+    /// The delivery.
     pub id: DeliveryId,
     /// The claim's.
     pub lease: String,
     /// The claim's.
     pub attempt: i32,
-    /// None: nothing was sent, and the attempt is given back.
+    /// The result. `None`: nothing was sent, and the attempt does not count.
     pub result: Option<AttemptResult>,
-    /// How long to wait before the next attempt, if there is one.
+    /// The wait before the next attempt, if there is one.
     pub wait: Duration,
 }
 
-/// What a settlement made of a delivery.
+/// The result of a settlement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settled {
-    /// Which.
+    /// The delivery.
     pub id: DeliveryId,
-    /// What it is now.
+    /// Its new state.
     pub now: SettledAs,
 }
 
-/// What a delivery is after a settlement.
+/// The state of a delivery after a settlement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SettledAs {
-    /// The receiver has it.
+    /// The receiver accepted it.
     Delivered,
     /// It waits for the next attempt, or to be claimed again.
     Pending,
     /// It is a dead letter.
     Dead,
-    /// Nobody misses it.
+    /// It is not needed any more.
     Cancelled,
     /// The lease was lost: nothing was written.
     LeaseLost,
 }
 
-/// What the reaper found.
+/// The result of the reaper.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reaped {
-    /// Deliveries whose sender is gone, to be tried again.
+    /// Deliveries whose sender has died, to be sent again.
     pub pending: u64,
-    /// Those that had no attempt left.
+    /// Such deliveries without attempts left.
     pub dead: u64,
-    /// Progress that nobody wants any more.
+    /// Progress deliveries that were too old.
     pub expired: u64,
 }
 
-/// What one transaction of the outbox came to.
+/// The result of one transaction of the outbox.
 #[derive(Clone, Debug, Default)]
 pub struct Turn {
-    /// What became of the settlements, in their order.
+    /// The results of the settlements, in their order.
     pub settled: Vec<Settled>,
-    /// What was claimed.
+    /// The claimed deliveries.
     pub claimed: Vec<ClaimedDelivery>,
 }
 
 impl Store {
-    /// Writes down what came of attempts, all in one transaction. Whoever lost its lease changes nothing.
+    /// Records the outcomes of attempts in one transaction. Settlements with a lost lease have no effect.
     ///
     /// # Errors
     /// [`StoreError`]. Nothing is written then; the same call again is right.
@@ -135,7 +135,7 @@ impl Store {
     ) -> Result<Option<Turn>, StoreError> {
         let tx = self.begin().await?;
         let at = now(&tx).await?;
-        // A transaction that is dropped is undone.
+        // A dropped transaction is rolled back.
         let Some(settled) = settle_all(&tx, settlements, at, answer).await? else { return Ok(None) };
         let claimed = if shares.is_empty() { Vec::new() } else { claim(&tx, shares, at).await? };
         tx.commit().await?;
@@ -160,7 +160,7 @@ impl Store {
         }
     }
 
-    /// What it found, and whether that was all.
+    /// Returns what it found, and whether that was all.
     async fn reap_some_deliveries(
         &self,
         all: bool,
@@ -209,7 +209,7 @@ impl Store {
             .add(is(DeliveryState::Pending))
             .add(webhook_delivery::Column::ExpiresAt.lte(at.0))
             .add(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()));
-        // Nearly always there is none: that is found out without a write transaction.
+        // Usually there is none, which is found out without a write transaction.
         let any: Option<String> = webhook_delivery::Entity::find()
             .select_only()
             .column(webhook_delivery::Column::Id)
@@ -355,7 +355,7 @@ async fn reap(
     put(tx, row, Input::LeaseExpired, Some(&error), wait, at).await
 }
 
-/// Takes a leased delivery where the input leads, with its dead letter if it leads there.
+/// Applies an input to a leased delivery, and creates its dead letter if it becomes one.
 async fn put(
     tx: &DatabaseTransaction,
     mut row: webhook_delivery::Model,
