@@ -98,7 +98,7 @@ impl Blobs {
         Self::url_with(text, known)
     }
 
-    /// Like [`Blobs::open`], with a given environment.
+    /// Like [`Blobs::url`], with a given environment.
     ///
     /// # Errors
     /// [`BlobError::Open`] if the URL is not understood.

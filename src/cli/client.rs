@@ -217,7 +217,7 @@ where
         .await
 }
 
-/// Like [`Client::retry`], with another message about a long wait.
+/// Like [`retry`], with another message about a long wait.
 ///
 /// # Errors
 /// The last attempt's status.
