@@ -71,6 +71,8 @@ pub struct CallerLimits {
     pub downloads: u32,
     /// How long an upload may take in all, however fast it comes.
     pub longest_upload: Duration,
+    /// How long an upload waits for its turn before it is refused.
+    pub upload_patience: Duration,
 }
 
 impl Default for CallerLimits {
@@ -84,6 +86,7 @@ impl Default for CallerLimits {
             watches: 10_000,
             downloads: 200,
             longest_upload: LONGEST,
+            upload_patience: PATIENCE,
         }
     }
 }
@@ -285,7 +288,7 @@ impl Limiter {
     /// [`LimitReached::Uploads`], if it does not come.
     pub async fn upload(&self, account: &Account, received: Option<Received>) -> Result<Place, LimitReached> {
         self.uploads
-            .enter(account, received, PATIENCE)
+            .enter(account, received, self.limits.upload_patience)
             .await
             .ok_or_else(|| LimitReached::Uploads { most: self.limits.concurrent_uploads }.counted())
     }

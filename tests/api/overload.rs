@@ -152,7 +152,7 @@ async fn one_callers_streams_are_limited_and_not_anothers() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), again).await.expect("a place comes back");
+    tokio::time::timeout(Duration::from_secs(120), again).await.expect("a place comes back");
     let follow = || pb::StreamResultsRequest { batch_id: batch.id.clone(), follow: true, ..Default::default() };
     let mut following = vec![ana.stream_results(follow()).await.unwrap(), ana.stream_results(follow()).await.unwrap()];
     expect(ana.stream_results(follow()).await, Code::ResourceExhausted, "TOO_MANY_DOWNLOADS");
@@ -186,7 +186,7 @@ async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
     };
     let (long, short) = (Duration::from_secs(600), Duration::from_millis(300));
     let ready = async { while bob.clone().infer(infer(long)).await.is_err() {} };
-    tokio::time::timeout(Duration::from_secs(30), ready).await.expect("the worker is found");
+    tokio::time::timeout(Duration::from_secs(120), ready).await.expect("the worker is found");
     // The worker has one place, and never gives it back: one call runs, the next wait.
     sim.faults().always(Some(Fault::Hang));
     let mut calls = JoinSet::new();
@@ -199,7 +199,8 @@ async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
     assert!(refused.message().contains("--limit-infer-calls"), "{refused:?}");
     expect(Err::<(), _>(refused), Code::ResourceExhausted, "TOO_MANY_INFER_CALLS");
     let bobs = bob.clone().infer(infer(short)).await.unwrap_err();
-    assert_eq!(bobs.code(), Code::DeadlineExceeded, "his waits its turn: {bobs:?}");
+    // The server's clock or his own ends it, whichever is first; nobody refuses it.
+    assert!(matches!(bobs.code(), Code::DeadlineExceeded | Code::Cancelled), "his waits its turn: {bobs:?}");
     assert_eq!(calls.len(), 2, "ana's others are not touched");
     // Whoever hangs up has his place back.
     calls.shutdown().await;
@@ -208,7 +209,7 @@ async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), again).await.expect("a place comes back");
+    tokio::time::timeout(Duration::from_secs(120), again).await.expect("a place comes back");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -289,7 +290,9 @@ async fn one_callers_trickling_uploads_make_place_for_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_uploads_at_once_take_turns() {
-    let server = limited(CallerLimits { concurrent_uploads: 8, ..CallerLimits::default() }).await;
+    // None is refused for how slow the machine's disk is.
+    let upload_patience = Duration::from_secs(3_600);
+    let server = limited(CallerLimits { concurrent_uploads: 8, upload_patience, ..CallerLimits::default() }).await;
     let clients: Vec<_> = join_all((0..4).map(|_| server.client())).await;
     let uploads = (0..400).map(|at| {
         let mut client = clients[at % clients.len()].clone();
@@ -332,7 +335,7 @@ async fn thousands_of_watchers_all_see_the_end() {
             }
         }
     });
-    tokio::time::timeout(Duration::from_secs(30), join_all(told)).await.expect("all are told");
+    tokio::time::timeout(Duration::from_secs(120), join_all(told)).await.expect("all are told");
 }
 
 /// Resident memory of this process.

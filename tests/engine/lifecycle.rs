@@ -103,7 +103,7 @@ async fn cancelling_keeps_what_is_done_and_frees_the_worker() {
         assert_eq!(line["error"]["code"], "batch_cancelled");
         assert!(line["response"].is_null());
     }
-    tokio::time::timeout(Duration::from_secs(10), async {
+    tokio::time::timeout(Duration::from_secs(120), async {
         while worker.sim.faults().in_flight() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -35,7 +35,7 @@ async fn slots_that_come_back_together_are_one_turn_and_each_for_itself_is_one_o
             topology.changed().await.unwrap();
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), serves).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(120), serves).await.unwrap();
 
     let rank = Rank::batch(Priority::default(), Timestamp(1));
     let want = Want { model: "sim".into(), rank, avoid: Default::default(), alone: false };

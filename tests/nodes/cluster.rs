@@ -20,7 +20,7 @@ pub type Client = BatchServiceClient<Channel>;
 /// How long a node keeps its work after its last sign of life.
 pub const LEASE: Duration = Duration::from_secs(3);
 /// A node that can't start yet (its database is away) is started again for this long.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The program under test: what cargo has built for it, or another build of it, such as `target/release/tidemill`.
 pub fn program() -> PathBuf {

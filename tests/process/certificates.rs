@@ -169,7 +169,7 @@ async fn a_server_says_what_is_wrong_with_the_certificate_or_port_of_a_worker_an
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        let text = tokio::time::timeout(Duration::from_secs(30), found).await.expect("it is probed");
+        let text = tokio::time::timeout(Duration::from_secs(120), found).await.expect("it is probed");
         assert!(text.contains(words), "{url}: {text}");
         assert_ours(&text);
 

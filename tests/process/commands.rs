@@ -56,7 +56,7 @@ async fn failed_batch(server: &Server, sim: &Sim) -> String {
 async fn interrupt(child: &mut Child) -> Option<i32> {
     let id = child.id().unwrap().to_string();
     assert!(Command::new("kill").args(["-INT", &id]).status().await.unwrap().success());
-    tokio::time::timeout(Duration::from_secs(10), child.wait()).await.expect("Ctrl-C ends it").unwrap().code()
+    tokio::time::timeout(Duration::from_secs(120), child.wait()).await.expect("Ctrl-C ends it").unwrap().code()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -96,7 +96,7 @@ async fn ctrl_c_ends_the_command_and_not_the_batch_and_says_so() {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), follows).await.expect("it follows the batch");
+        tokio::time::timeout(Duration::from_secs(120), follows).await.expect("it follows the batch");
         assert_eq!(interrupt(&mut child).await, Some(130), "{arguments:?}");
         while let Some(line) = lines.next_line().await.unwrap() {
             text.push_str(&(line + "\n"));
@@ -227,7 +227,7 @@ async fn shown(server: &str, arguments: &[&str]) -> String {
         }
         bytes
     });
-    let bytes = tokio::time::timeout(Duration::from_secs(30), reading).await.expect("it ends").unwrap();
+    let bytes = tokio::time::timeout(Duration::from_secs(120), reading).await.expect("it ends").unwrap();
     drop(child);
     String::from_utf8(bytes).unwrap().replace("\r\n", "\n")
 }

@@ -98,7 +98,7 @@ async fn every_family_of_a_server_that_has_worked_is_described_and_a_removed_wor
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    let before = tokio::time::timeout(Duration::from_secs(30), both).await.expect("both workers have their series");
+    let before = tokio::time::timeout(Duration::from_secs(120), both).await.expect("both workers have their series");
     let families = Families::of(&before);
     for name in &families.sampled {
         assert!(families.help.get(name).is_some_and(|help| help.len() > 10), "{name} has no HELP");
@@ -115,7 +115,7 @@ async fn every_family_of_a_server_that_has_worked_is_described_and_a_removed_wor
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), gone).await.unwrap_or_else(|_| panic!("the removed worker stays"));
+    tokio::time::timeout(Duration::from_secs(120), gone).await.unwrap_or_else(|_| panic!("the removed worker stays"));
     // Nothing brings them back.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let after = page(&server).await;

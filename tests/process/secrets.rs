@@ -85,7 +85,7 @@ async fn no_secret_is_in_any_log_answer_or_file() {
     while let Some(event) = events.message().await.unwrap() {
         said.push(format!("{event:?}"));
     }
-    let dead = tokio::time::timeout(Duration::from_secs(30), async {
+    let dead = tokio::time::timeout(Duration::from_secs(120), async {
         loop {
             let list = ListDeadLettersRequest { batch_id: batch.id.clone(), ..ListDeadLettersRequest::default() };
             let dead = webhooks.list_dead_letters(list).await.unwrap().into_inner().dead_letters;

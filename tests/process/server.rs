@@ -233,7 +233,7 @@ impl Server {
     /// A second process on the same data, on another port.
     pub async fn second(&self) -> Output {
         let mut command = self.command("127.0.0.1:0");
-        tokio::time::timeout(Duration::from_secs(30), command.output()).await.expect("it refuses to start").unwrap()
+        tokio::time::timeout(Duration::from_secs(120), command.output()).await.expect("it refuses to start").unwrap()
     }
 
     pub fn folder(&self) -> &Path {
