@@ -169,10 +169,9 @@ pub struct Admitted {
 }
 
 impl Limiter {
-    #[allow(clippy::cast_precision_loss)] // limits, not accounts
-    /// Nobody has used anything of these limits.
-    #[must_use]
     /// Nothing of these limits is used yet.
+    #[allow(clippy::cast_precision_loss)] // limits, not accounts
+    #[must_use]
     pub fn new(limits: CallerLimits) -> Self {
         metrics::describe_counter!(REFUSED, "calls that were refused because of a limit, by reason");
         let (per_second, per_day) = (f64::from(limits.requests_per_second), limits.bytes_per_day as f64);

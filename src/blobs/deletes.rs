@@ -1,5 +1,7 @@
 //! Deletes many objects together: S3 takes a thousand in one request.
 
+use std::collections::HashSet;
+
 use futures::StreamExt;
 use object_store::{ObjectStoreExt, path::Path};
 
@@ -26,11 +28,14 @@ impl Blobs {
         }
         let mut deleted = Deleted::default();
         if self.directory.is_none() {
+            let asked: HashSet<String> = keys.iter().cloned().collect();
             let paths: Vec<_> = keys.into_iter().map(|key| Ok(Path::from(key))).collect();
             let mut answers = self.store.delete_stream(futures::stream::iter(paths).boxed());
             while let Some(answer) = answers.next().await {
                 match answer {
                     Ok(path) => deleted.gone.push(path.to_string()),
+                    // S3 answers OK for an object that is not there, GCS and Azure do not.
+                    Err(object_store::Error::NotFound { path, .. }) if asked.contains(&path) => deleted.gone.push(path),
                     Err(error) => deleted.error = Some(error.into()),
                 }
             }

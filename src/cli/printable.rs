@@ -48,8 +48,8 @@ fn is_command(char: char) -> bool {
     char.is_control() || matches!(char, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Writes bytes to a terminal and escapes control characters as [`escaped`] does, however the bytes are divided into
-/// writes.
+/// Writes bytes to a terminal and escapes control characters, however the bytes are divided into writes. Other than
+/// [`escaped`] it lets characters pass that only change the direction of text.
 pub struct Escaping<W> {
     to: W,
     /// The last byte may begin a control character of two bytes.

@@ -187,9 +187,13 @@ async fn run_one(
                 return Err(error);
             }
         };
-        if !stop.is_cancelled() {
+        // A page that was broken off is looked through again, and what it skips is counted then.
+        let skipped = if stop.is_cancelled() {
+            0
+        } else {
             job.position = newest;
-        }
+            skipped
+        };
         let mine = store.advance_retry_job(&job, skipped, false, LEASE).await?;
         if shutdown.is_cancelled() || is_over() {
             // The next node finds what this one has sent by the job's id, and does not send it again.

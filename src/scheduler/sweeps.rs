@@ -28,6 +28,8 @@ const OTHERS_LEASES: u32 = 10;
 const SOME: u64 = 500;
 /// Ended batches per sweep whose folders are searched for objects that no row names.
 const FOLDERS: u64 = 16;
+/// The number of folders that are looked through at the same time.
+const FOLDERS_AT_ONCE: usize = 4;
 /// Objects of such a folder per step.
 const OBJECTS: usize = 500;
 
@@ -129,20 +131,28 @@ async fn leftovers(store: &Store, blobs: &Blobs) {
     let mut ticks = every(GARBAGE);
     loop {
         ticks.tick().await;
-        let batches = match store.take_leftovers(FOLDERS).await {
-            Ok(batches) => batches,
-            Err(error) => {
-                tracing::warn!(%error, "leftovers could not be looked for; the next sweep tries again");
-                continue;
-            }
-        };
-        for batch in batches {
-            match look_through(store, blobs, &batch).await {
-                Ok(0) => {}
-                Ok(objects) => tracing::info!(%batch, objects, "objects that nothing names are deleted"),
+        loop {
+            let batches = match store.take_leftovers(FOLDERS).await {
+                Ok(batches) => batches,
                 Err(error) => {
-                    tracing::warn!(%batch, error, "leftovers could not be deleted; they are looked for later");
+                    tracing::warn!(%error, "leftovers could not be looked for; the next sweep tries again");
+                    break;
                 }
+            };
+            let taken = batches.len() as u64;
+            let looks = batches.into_iter().map(|batch| async move {
+                match look_through(store, blobs, &batch).await {
+                    Ok(0) => {}
+                    Ok(objects) => tracing::info!(%batch, objects, "objects that nothing names are deleted"),
+                    Err(error) => {
+                        tracing::warn!(%batch, error, "leftovers could not be deleted; they are looked for later");
+                    }
+                }
+            });
+            futures::stream::iter(looks).buffer_unordered(FOLDERS_AT_ONCE).collect::<()>().await;
+            // After a full page there may be more.
+            if taken < FOLDERS {
+                break;
             }
         }
     }

@@ -116,7 +116,7 @@ impl Service {
     pub async fn in_time<T, E: From<ServiceError>>(&self, taking: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let longest = self.limits.longest_upload();
         tokio::time::timeout(longest, taking).await.unwrap_or_else(|_| {
-            let message = format!("an upload may take {}; split the file", humantime::format_duration(longest));
+            let message = format!("an upload may take {} h; split the file", longest.as_secs().div_ceil(3_600));
             Err(ServiceError::new(Code::DeadlineExceeded, "UPLOAD_TOO_LONG", message).into())
         })
     }

@@ -89,6 +89,9 @@ async fn preemptions_and_push_backs_lower_the_limit() {
     };
     let preempt = || worker.sim.faults().preempt(10);
     tokio::time::timeout(PATIENCE, falls(&mut limit, &preempt)).await.expect("preemptions lower it");
+    // Preemptions that are still to be noticed may lower it to its floor: from there nothing lowers it.
+    let rises = seen(&node, |worker| worker.limit > limit);
+    limit = rises.await.limit;
     let refuse = Fault::Fail { status: StatusCode::TOO_MANY_REQUESTS, retry_after: Some(Duration::ZERO) };
     worker.sim.faults().always(Some(refuse));
     tokio::time::timeout(PATIENCE, falls(&mut limit, &|| {})).await.expect("push-backs lower it");
