@@ -87,7 +87,7 @@ pub struct ServiceError {
     /// When to try again, where that may help.
     pub retry_after: Option<Duration>,
     /// Facts for programs.
-    pub facts: Vec<(&'static str, String)>,
+    pub facts: Box<[(&'static str, String)]>,
 }
 
 impl ServiceError {
@@ -100,7 +100,7 @@ impl ServiceError {
             violations: Vec::new(),
             bad_lines: None,
             retry_after: None,
-            facts: Vec::new(),
+            facts: Box::default(),
         }
     }
 

@@ -163,7 +163,7 @@ pub(super) fn result(of: ResultLine, most: usize) -> Result<pb::BatchResult, Sta
             of.line_number,
             of.line.len()
         );
-        let facts = vec![("cursor", cursor), ("custom_id", of.custom_id)];
+        let facts = Box::new([("cursor", cursor), ("custom_id", of.custom_id)]);
         let error = ServiceError::new(Code::ResourceExhausted, "RESULT_TOO_LARGE", message);
         return Err(ServiceError { facts, ..error }.into());
     }

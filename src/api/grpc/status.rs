@@ -30,7 +30,7 @@ impl From<ServiceError> for Status {
         if code == service::Code::InvalidArgument {
             if let Some(total) = total {
                 let first = violations.first().cloned();
-                violations = few_words(violations);
+                violations = few_words(&violations);
                 message = bad_lines(total, fitting(&violations), first.as_ref());
             }
             violations.truncate(fitting(&violations));
@@ -95,7 +95,7 @@ fn fitting(violations: &[Violation]) -> usize {
 
 /// Bad lines, each in words that leave room for the others. Better all of them in few words than a few of them in many: the
 /// first is told in full in the message.
-fn few_words(violations: Vec<Violation>) -> Vec<Violation> {
+fn few_words(violations: &[Violation]) -> Vec<Violation> {
     let all = |most| -> Vec<Violation> {
         let short =
             |one: &Violation| Violation { field: one.field.clone(), description: shortened(&one.description, most) };
