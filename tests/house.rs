@@ -181,6 +181,8 @@ fn the_domain_knows_no_io() {
 fn the_reader_of_sources_sees_what_is_there() {
     let code = "use crate::{\n    a::{B, c::D},\n    e,\n    f as g,\n};\nlet x = crate::h::I; crate::{j}";
     assert_eq!(used(code).iter().map(String::as_str).collect::<Vec<_>>(), ["a", "e", "f", "h", "j"]);
-    assert!(names("http::HeaderMap", "http::") && names("http::{HeaderMap}", "http::") && !names("my_http::X", "http::"));
+    assert!(
+        names("http::HeaderMap", "http::") && names("http::{HeaderMap}", "http::") && !names("my_http::X", "http::")
+    );
     assert!(names("use tonic::Status;", "Status") && !names("StatusCode", "Status") && !names("my_pb::x", "pb"));
 }
