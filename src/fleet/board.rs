@@ -142,6 +142,14 @@ impl Want {
 /// Identifies a waiting [`Want`].
 pub type Ticket = (Rank, u64);
 
+impl Holder {
+    /// The model that the slot is for.
+    #[must_use]
+    pub fn model(&self) -> &Arc<str> {
+        &self.model
+    }
+}
+
 /// A waiting [`Want`].
 #[derive(Clone, Debug)]
 struct Wish {
@@ -171,11 +179,13 @@ struct Desk {
     alone: bool,
     /// Set while it is on trial: it gets a few requests that find out whether it answers again.
     trial: Option<Trial>,
+    /// The models that are held there, each with its trial; none are allowed while it is closed.
+    held: BTreeMap<Arc<str>, Trial>,
     /// The ticket that gets it as soon as nothing is in flight there.
     reserved: Option<Ticket>,
 }
 
-/// The requests of a worker on trial: how many are allowed in all, and how many it was given.
+/// The requests of a worker or model on trial: how many are allowed in all, and how many it was given.
 #[derive(Clone, Copy, Debug)]
 struct Trial {
     allowed: u32,
@@ -318,11 +328,11 @@ impl Board {
     fn grant_trials(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
         let mut granted = SmallVec::new();
         let on_trial: SmallVec<[WorkerKey; 2]> =
-            self.desks.iter().filter(|(_, desk)| desk.trial.is_some()).map(|(key, _)| *key).collect();
+            self.desks.iter().filter(|(_, desk)| desk.tries_something()).map(|(key, _)| *key).collect();
         for key in on_trial {
             while let Some((ticket, want)) = self.next_on_trial(key) {
                 if let Some(desk) = self.desks.get_mut(&key) {
-                    desk.give(want.alone);
+                    desk.give(&want);
                 }
                 self.shares.take(&want);
                 granted.push((ticket, key));
@@ -344,7 +354,11 @@ impl Board {
         let desk = self.desks.get(&key)?;
         let fits = |ticket: &Ticket, want: &Want| {
             let place = if want.alone { desk.idle(Some(*ticket)) } else { desk.has_place() && !desk.alone };
-            place && desk.lists(&want.model)
+            let on_trial = match desk.held.get(&want.model) {
+                Some(trial) => trial.given < trial.allowed,
+                None => desk.trial.is_some(),
+            };
+            place && on_trial && desk.lists(&want.model)
         };
         let waiting = self.waiting.iter().filter(|(ticket, wish)| fits(ticket, &wish.want));
         let next = waiting.min_by_key(|(_, wish)| (wish.want.rank.batch, wish.turn));
@@ -406,7 +420,7 @@ impl Board {
         if kept >= (serving / ISOLATION_SHARE).max(1) {
             return;
         }
-        if let Some(desk) = self.best(want, |desk| desk.open && !desk.alone && desk.reserved.is_none()) {
+        if let Some(desk) = self.best(want, true, |desk| !desk.alone && desk.reserved.is_none()) {
             desk.1.reserved = Some(ticket);
         }
     }
@@ -454,6 +468,26 @@ impl Board {
         let given = desk.trial.map_or(0, |trial| trial.given);
         desk.trial = requests.map(|allowed| Trial { allowed, given });
         desk.open
+    }
+
+    /// Says for which models of a worker not everything may be sent, and how many requests find out whether they are answered
+    /// again, in all until the model is closed (0) or no longer held. Returns whether there may be free slots now.
+    pub fn hold(&mut self, worker: WorkerKey, models: Vec<(Arc<str>, u32)>) -> bool {
+        let Some(desk) = self.desks.get_mut(&worker) else { return false };
+        let moved = !models.is_empty() || !desk.held.is_empty();
+        let before = std::mem::take(&mut desk.held);
+        let hold = |(model, allowed): (Arc<str>, u32)| {
+            let given = before.get(&model).map_or(0, |trial| trial.given);
+            (model, Trial { allowed, given: if allowed == 0 { 0 } else { given } })
+        };
+        desk.held = models.into_iter().map(hold).collect();
+        // A request that is to be alone keeps the worker from the other models no longer than it may be sent.
+        let may_be_sent = |ticket: &Ticket| {
+            let model = self.waiting.get(ticket).map(|wish| &wish.want.model);
+            model.is_some_and(|model| desk.held.get(model).is_none_or(|trial| trial.given < trial.allowed))
+        };
+        desk.reserved = desk.reserved.filter(may_be_sent);
+        moved
     }
 
     /// Allows other requests next to one that was alone at a worker. Returns whether that frees slots.
@@ -549,15 +583,17 @@ impl Board {
 
     fn seat(&mut self, want: &Want, ticket: Option<Ticket>) -> Option<WorkerKey> {
         let fits = |desk: &Desk| if want.alone { desk.trial.is_none() && desk.idle(ticket) } else { desk.free() };
-        let (key, desk) = self.best(want, fits)?;
-        desk.give(want.alone);
+        let (key, desk) = self.best(want, false, fits)?;
+        desk.give(want);
         self.shares.take(want);
         Some(key)
     }
 
-    /// The least loaded worker for a request, of those that fit.
-    fn best(&mut self, want: &Want, fits: impl Fn(&Desk) -> bool) -> Option<(WorkerKey, &mut Desk)> {
-        let serves = |desk: &Desk| desk.open && desk.lists(&want.model);
+    /// The least loaded worker for a request, of those that fit. `trial`: also one where its model is held, if the request
+    /// may find out whether that is answered again.
+    fn best(&mut self, want: &Want, trial: bool, fits: impl Fn(&Desk) -> bool) -> Option<(WorkerKey, &mut Desk)> {
+        let takes = |desk: &Desk| desk.held.get(&want.model).is_none_or(|held| trial && held.given < held.allowed);
+        let serves = |desk: &Desk| desk.open && desk.lists(&want.model) && takes(desk);
         // A worker that failed the request is used only if no other serves the model.
         let fresh = self.desks.iter().any(|(key, desk)| serves(desk) && !want.avoid.contains(key));
         let (key, desk) = self
@@ -578,15 +614,23 @@ impl Desk {
         self.models.contains(model) || self.patterns.iter().any(|pattern| names::stands_for(pattern, model))
     }
 
+    /// Whether it or one of its models gets requests on trial.
+    fn tries_something(&self) -> bool {
+        self.trial.is_some() || self.held.values().any(|trial| trial.given < trial.allowed)
+    }
+
     /// Adds a request in flight.
-    fn give(&mut self, alone: bool) {
+    fn give(&mut self, want: &Want) {
         self.in_flight += 1;
+        if let Some(trial) = self.held.get_mut(&want.model) {
+            trial.given += 1;
+        }
         match &mut self.trial {
             // On trial the allowance counts, not the limit.
             Some(trial) => trial.given += 1,
             None => self.was_full |= self.in_flight >= self.limit,
         }
-        if alone {
+        if want.alone {
             self.alone = true;
             self.reserved = None;
         }

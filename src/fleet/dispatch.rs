@@ -296,7 +296,7 @@ impl Slot {
             }
         };
         if matches!(status, 429 | 503) {
-            self.fleet.pushed_back(&self.worker, wish, began);
+            self.fleet.pushed_back(self, wish, began);
         }
         if kind == FailureKind::NoModel {
             self.worker.look_at_models();

@@ -1,5 +1,5 @@
 //! Passes the outcome of a request on to its worker: whether the worker is healthy, at fault, or overloaded.
-//! [`super::outage`] decides.
+//! [`super::outage`] decides, for the worker or for the requested model ([`super::outages`]).
 
 use std::{io, sync::Arc};
 
@@ -9,10 +9,7 @@ use super::{
     Failure, FailureKind, Inner, Slot, Worker,
     outage::{Sign, Verdict},
 };
-use crate::{
-    domain::Timestamp,
-    telemetry::{Family, WORKERS},
-};
+use crate::telemetry::{Family, WORKERS};
 
 /// Counter of failures of this server itself, by `error`.
 const OWN_FAULTS: &str = "tidemill_own_faults_total";
@@ -38,7 +35,7 @@ impl Slot {
     pub fn tell<T>(&self, request: u64, sent: Instant, result: Result<T, Failure>) -> Result<T, Failure> {
         match result {
             Ok(answer) => {
-                if self.worker.state.lock().outage.succeeded(Instant::now()) {
+                if self.worker.state.lock().outages.succeeded(self.holder.model(), Instant::now()) {
                     self.fleet.refresh(&self.worker);
                     self.worker.gate_moved.notify_one();
                 }
@@ -50,16 +47,9 @@ impl Slot {
 
     fn charge(&self, request: u64, sent: Instant, failure: Failure) -> Failure {
         let Some(sign) = sign(&failure) else { return failure };
-        let (at_fault, verdict, begins) = {
-            let mut state = self.worker.state.lock();
-            let before = state.outage.complaint().is_some();
-            let (at_fault, verdict) = state.outage.failed(sign, request, sent, Instant::now());
-            let begins = !before && state.outage.complaint().is_some();
-            if begins {
-                state.complained_at = Some(Timestamp::now());
-            }
-            (at_fault, verdict, begins)
-        };
+        let model = self.holder.model();
+        let judged = self.worker.state.lock().outages.failed(model, sign, request, sent, Instant::now());
+        let (at_fault, verdict, begins) = judged;
         if !at_fault {
             return Failure { blame: Some(verdict), ..failure };
         }
@@ -69,7 +59,7 @@ impl Slot {
                 WORKERS.count(OUTAGES, &self.worker.url);
             }
             tracing::warn!(
-                worker = %self.worker.id, url = %self.worker.url,
+                worker = %self.worker.id, url = %self.worker.url, ?model,
                 "the worker {sign}: it is held, and single requests find out whether it answers again"
             );
         }
@@ -95,7 +85,7 @@ fn sign(failure: &Failure) -> Option<Sign> {
 /// Opens and closes a worker as time passes, until it is forgotten.
 pub(super) async fn keep_gate(fleet: Arc<Inner>, worker: Arc<Worker>) {
     loop {
-        let at = worker.state.lock().outage.changes_at(Instant::now());
+        let at = worker.state.lock().outages.changes_at(Instant::now());
         let changes = async {
             match at {
                 Some(at) => tokio::time::sleep_until(at).await,

@@ -20,6 +20,7 @@ mod memory;
 mod names;
 #[doc(hidden)]
 pub mod outage;
+mod outages;
 mod probe;
 mod reasons;
 mod slots;
@@ -111,8 +112,8 @@ pub struct WorkerView {
     pub request_time: Option<Duration>,
     /// Why it is down.
     pub last_error: Option<String>,
-    /// What it does to every request. `None` if it is not at fault.
-    pub complaint: Option<Complaint>,
+    /// What it does to every request, or to every one for a model, while it is at fault.
+    pub complaints: Vec<Complaint>,
     /// When it was registered.
     pub created_at: Timestamp,
 }
@@ -123,6 +124,12 @@ impl WorkerView {
     pub fn serves(&self, model: &str) -> bool {
         self.models.iter().any(|listed| names::stands_for(listed, model))
     }
+
+    /// What it does to every request for the model.
+    #[must_use]
+    pub fn complaint_of(&self, model: &str) -> Option<&Complaint> {
+        self.complaints.iter().find(|complaint| complaint.model.as_deref().is_none_or(|of| of == model))
+    }
 }
 
 /// What is wrong with a worker that passes its health check.
@@ -130,6 +137,8 @@ impl WorkerView {
 pub struct Complaint {
     /// Such as "answers 502 to every request".
     pub what: String,
+    /// The only model that this is about.
+    pub model: Option<String>,
     /// Since when, by this machine's clock.
     pub since: Timestamp,
     /// Whether enough requests have failed that the worker is at fault; otherwise the requests may be.

@@ -11,7 +11,7 @@ use super::{
     health::{Change, Health, Probe},
     judge,
     listing::{Listed, models_of},
-    worker::{Worker, below},
+    worker::{State, Worker, below},
 };
 use crate::{fault, supervise::Part};
 
@@ -85,6 +85,8 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
     match probe {
         Probe::Well(models) => {
             state.models = models.iter().map(|model| Arc::from(model.as_str())).collect();
+            let State { models, outages, .. } = &mut *state;
+            outages.serves(models);
             state.last_error = None;
             state.suspect = false;
         }
@@ -97,7 +99,7 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
     }
     if state.health == Health::Down {
         // A worker that comes back may be another process.
-        state.outage.reset();
+        state.outages.reset();
     }
     change
 }

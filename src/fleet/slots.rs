@@ -130,10 +130,14 @@ impl Inner {
     /// Tells the board how a worker is now. One that is forgotten stays so: a probe may be under way meanwhile, and slots of a
     /// worker that nobody knows are no use to who waits.
     pub(super) fn refresh(self: &Arc<Self>, worker: &Worker) {
-        let (models, serving, gate) = {
-            let state = worker.state.lock();
-            (state.models.clone(), state.is_serving(), state.gate(Instant::now()))
+        let (models, serving, gate, held) = {
+            let (state, now) = (worker.state.lock(), Instant::now());
+            (state.models.clone(), state.is_serving(), state.gate(now), state.outages.held(now))
         };
+        let held = held.into_iter().map(|(model, gate)| match gate {
+            Gate::Trial(requests) => (model, requests),
+            Gate::Open | Gate::Closed => (model, 0),
+        });
         let (moved, opened) = {
             let mut desks = self.desks.lock();
             if worker.gone.is_cancelled() {
@@ -146,6 +150,7 @@ impl Inner {
                 Gate::Open => desks.board.trial(worker.key, None),
                 Gate::Trial(requests) => desks.board.trial(worker.key, Some(requests)),
             };
+            let opened = desks.board.hold(worker.key, held.collect()) || opened;
             (was_serving != serving || before != desks.board.served(), opened)
         };
         if moved {
@@ -176,9 +181,10 @@ impl Inner {
     }
 
     /// A worker has more than it can take: it gets nothing for as long as it asks, or for a moment.
-    pub(super) fn pushed_back(self: &Arc<Self>, worker: &Worker, asked: Option<Duration>, sent: Instant) {
+    pub(super) fn pushed_back(self: &Arc<Self>, slot: &Slot, asked: Option<Duration>, sent: Instant) {
+        let worker = &slot.worker;
         worker.pushed_back();
-        worker.state.lock().outage.pushed_back(asked, sent, Instant::now());
+        worker.state.lock().outages.pushed_back(slot.holder.model(), asked, sent, Instant::now());
         self.refresh(worker);
         worker.gate_moved.notify_one();
     }
@@ -210,6 +216,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Whether what is sent here finds out whether the worker answers again: it was held, and nothing has succeeded since.
+    #[must_use]
+    pub fn is_doubted(&self) -> bool {
+        self.worker.state.lock().outages.is_doubted(self.holder.model())
+    }
+
     /// Others may be sent to a worker that was given out for requests that must be alone.
     pub fn let_others_join(&self) {
         if self.fleet.desks.lock().board.join(self.worker.key) {

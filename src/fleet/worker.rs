@@ -18,7 +18,8 @@ use super::{
     Answer, Complaint, Load, WorkerState, WorkerView,
     board::WorkerKey,
     health::Health,
-    outage::{Gate, Outage},
+    outage::{Gate, Sign},
+    outages::Outages,
     reasons::Reasons,
 };
 use crate::{
@@ -35,6 +36,8 @@ const SAID: usize = 500;
 const LOG_PAUSE: Duration = Duration::from_secs(10);
 /// The most tokens of an answer that count for the rates: more is nonsense.
 const MOST_TOKENS: i64 = 1 << 32;
+/// In microseconds.
+const SECOND: i64 = 1_000_000;
 /// Weight of the newest second in the rates shown to people.
 const SMOOTHING: f64 = 0.3;
 
@@ -103,10 +106,8 @@ pub(super) struct State {
     pub(super) suspect: bool,
     /// It does not have a model that it listed: its next probe looks at its models again.
     pub(super) models_stale: bool,
-    /// Whether it is at fault, according to its answers.
-    pub(super) outage: Outage,
-    /// When it was last found to be at fault, by this machine's clock.
-    pub(super) complained_at: Option<Timestamp>,
+    /// Whether it or one of its models is at fault, according to its answers.
+    pub(super) outages: Outages,
     pub(super) requests_per_second: f64,
     pub(super) tokens_per_second: f64,
     /// Of what `load` says, lately.
@@ -133,7 +134,7 @@ impl State {
 
     /// What may be sent to it now.
     pub(super) fn gate(&self, now: Instant) -> Gate {
-        if self.is_serving() && !self.suspect { self.outage.gate(now) } else { Gate::Closed }
+        if self.is_serving() && !self.suspect { self.outages.gate(now) } else { Gate::Closed }
     }
 }
 
@@ -183,12 +184,6 @@ impl Worker {
 
     pub(super) fn set_limit(&self, limit: u32) {
         self.limit.store(limit, Ordering::Relaxed);
-    }
-
-    /// Whether it was held and has answered nothing since: what is sent there finds out whether it does.
-    #[must_use]
-    pub fn is_doubted(&self) -> bool {
-        self.state.lock().outage.is_doubted()
     }
 
     /// Whether it is known to refuse requests with a `priority` in their body.
@@ -311,21 +306,21 @@ impl Worker {
             prefix_hit_rate: state.load.and(state.prefix_hit_rate),
             request_time: state.request_time,
             last_error: state.last_error.clone(),
-            complaint: complaint(&state, Instant::now()),
+            complaints: complaints(&state.outages, Instant::now()),
             created_at: self.created_at,
         }
     }
 }
 
-/// What is wrong with it, or may turn out to be.
-fn complaint(state: &State, now: Instant) -> Option<Complaint> {
-    if let Some((sign, _)) = state.outage.complaint() {
-        let since = state.complained_at.unwrap_or_else(Timestamp::now);
-        return Some(Complaint { what: sign.to_string(), since, is_certain: true });
-    }
-    let (sign, since) = state.outage.suspicion(now)?;
-    let ago = i64::try_from((now - since).as_micros()).unwrap_or(0);
-    Some(Complaint { what: sign.to_string(), since: Timestamp(Timestamp::now().0 - ago), is_certain: false })
+/// What is wrong with it and with its models, or may turn out to be.
+fn complaints(outages: &Outages, now: Instant) -> Vec<Complaint> {
+    let complaint = |(model, sign, since, is_certain): (Option<&Arc<str>>, Sign, Instant, bool)| {
+        let ago = i64::try_from(now.saturating_duration_since(since).as_micros()).unwrap_or(0);
+        // To the second: what is the same as before is to compare equal.
+        let since = Timestamp((Timestamp::now().0 - ago + SECOND / 2).div_euclid(SECOND) * SECOND);
+        Complaint { what: sign.to_string(), model: model.map(ToString::to_string), since, is_certain }
+    };
+    outages.complaints(now).into_iter().map(complaint).collect()
 }
 
 /// `path` below a base URL that may have a path of its own.

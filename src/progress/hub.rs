@@ -101,7 +101,7 @@ struct Standing {
     models: Vec<String>,
     state: WorkerState,
     last_error: Option<String>,
-    complaint: Option<Complaint>,
+    complaints: Vec<Complaint>,
 }
 
 /// Facts that all batches without progress share.
@@ -553,7 +553,7 @@ fn standings(workers: &[WorkerView]) -> Vec<Standing> {
         models: of.models.clone(),
         state: of.state,
         last_error: of.last_error.clone(),
-        complaint: of.complaint.clone(),
+        complaints: of.complaints.clone(),
     };
     workers.iter().map(standing).collect()
 }

@@ -61,10 +61,12 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
         let since = UNIX_EPOCH + Duration::from_secs(u64::try_from(complaint.since.unix_seconds()).unwrap_or(0));
         let since = humantime::format_rfc3339_seconds(since);
         let worker = if of.for_admins { format!("worker {}", worker.url) } else { "the worker".to_owned() };
+        let asked = complaint.model.as_ref().map(|model| format!(", asked for the model {model:?},"));
+        let asked = asked.unwrap_or_default();
         let then =
             if complaint.is_certain { "no request is given up for it" } else { "requests wait some seconds for it" };
         return Some(format!(
-            "{worker} {} since {since}; it is asked again every few seconds, and {then}",
+            "{worker}{asked} {} since {since}; it is asked again every few seconds, and {then}",
             complaint.what
         ));
     }
@@ -78,16 +80,13 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
 
 /// The worker that has been at fault for longest, if all workers that serve one of the batch's models are.
 fn at_fault<'a>(of: &Situation<'a>) -> Option<(&'a WorkerView, &'a Complaint)> {
-    let serves = |worker: &&WorkerView| {
-        worker.state == WorkerState::Healthy && of.models.iter().any(|model| worker.serves(model))
+    let of_model = |model: &String| {
+        let serving = of.workers.iter().filter(|worker| worker.state == WorkerState::Healthy && worker.serves(model));
+        let complaints: Option<Vec<_>> =
+            serving.map(|worker| worker.complaint_of(model).map(|complaint| (worker, complaint))).collect();
+        complaints.unwrap_or_default()
     };
-    let complaints: Option<Vec<_>> = of
-        .workers
-        .iter()
-        .filter(serves)
-        .map(|worker| worker.complaint.as_ref().map(|complaint| (worker, complaint)))
-        .collect();
-    complaints?.into_iter().min_by_key(|(_, complaint)| complaint.since)
+    of.models.iter().flat_map(of_model).min_by_key(|(_, complaint)| complaint.since)
 }
 
 fn known(workers: &[WorkerView]) -> String {
@@ -133,7 +132,7 @@ mod tests {
             prefix_hit_rate: None,
             request_time: None,
             last_error: (state == WorkerState::Down).then(|| "connection refused".into()),
-            complaint: None,
+            complaints: Vec::new(),
             created_at: Timestamp(0),
         }
     }
@@ -174,8 +173,12 @@ mod tests {
         let of = Situation { workers: &workers, unserved: &["m"], models: &models, for_admins: false, ..STILL };
         assert_eq!(waiting_reason(&of).unwrap(), "no healthy worker serves the model \"m\" (known workers: 2)");
         workers[0].state = WorkerState::Healthy;
-        workers[0].complaint =
-            Some(Complaint { what: "answers 401 to every request".into(), since: Timestamp(0), is_certain: true });
+        workers[0].complaints = vec![Complaint {
+            what: "answers 401 to every request".into(),
+            model: None,
+            since: Timestamp(0),
+            is_certain: true,
+        }];
         let of = Situation { workers: &workers, models: &models, for_admins: false, ..STILL };
         let reason = waiting_reason(&of).unwrap();
         assert!(reason.starts_with("the worker answers 401 to every request since 1970-01-01T00:00:00Z"), "{reason}");
@@ -195,25 +198,28 @@ mod tests {
 
     #[test]
     fn a_worker_that_fails_every_request_is_the_reason_if_no_other_serves_the_model() {
-        let complaint = |seconds: i64| {
-            Some(Complaint {
+        let complaint = |seconds: i64, model: Option<&str>| {
+            vec![Complaint {
                 what: "answers 502 to every request".into(),
+                model: model.map(str::to_owned),
                 since: Timestamp(seconds * 1_000_000),
                 is_certain: true,
-            })
+            }]
         };
         let mut workers = vec![
             worker("http://a", WorkerState::Healthy, &["m"]),
             worker("http://b", WorkerState::Healthy, &["m"]),
             worker("http://c", WorkerState::Healthy, &["other"]),
         ];
-        workers[0].complaint = complaint(1_764_465_323);
+        workers[0].complaints = complaint(1_764_465_323, None);
         let models = ["m".to_owned()];
         let reason = |workers: &[WorkerView], running| {
             waiting_reason(&Situation { workers, models: &models, running, queue_position: 2, ..STILL })
         };
         assert_eq!(reason(&workers, false).unwrap(), "behind 2 batches");
-        workers[1].complaint = complaint(1_764_465_300);
+        workers[1].complaints = complaint(1_764_465_300, Some("other"));
+        assert_eq!(reason(&workers, false).unwrap(), "behind 2 batches", "another model's");
+        workers[1].complaints = complaint(1_764_465_300, None);
         for running in [false, true] {
             assert_eq!(
                 reason(&workers, running).unwrap(),

@@ -275,7 +275,7 @@ impl Work<'_> {
 
     /// Takes the line that fits the slot's worker best.
     fn take_for(&mut self, lane: Lane, slot: &Slot) -> Option<LineKey> {
-        if slot.worker.is_doubted() {
+        if slot.is_doubted() {
             return self.list.take_to_find_out(lane);
         }
         let worker = (slot.worker.key(), slot.worker.affinity());

@@ -54,5 +54,5 @@ impl Service {
 
 /// A worker as somebody may see it who is no admin.
 fn public(of: WorkerView) -> WorkerView {
-    WorkerView { url: String::new(), last_error: None, complaint: None, ..of }
+    WorkerView { url: String::new(), last_error: None, complaints: Vec::new(), ..of }
 }

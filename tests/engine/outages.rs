@@ -192,6 +192,34 @@ async fn a_few_lines_that_all_fail_wait_for_another_ones_answer_and_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_dead_model_of_a_gateway_holds_no_other_model() {
+    let out = Arc::new(AtomicBool::new(true));
+    let raw = {
+        let out = out.clone();
+        let reply = move |body: &str| match body.contains("dead") && out.load(Ordering::SeqCst) {
+            true => Reply::Answer(502, "text/html", "<html>no</html>".into()),
+            false => Reply::good(),
+        };
+        Raw::serving(&["dead", "well"], reply).await
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], once(), 32).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let of = |model: &str| (0..60).map(|at| chat(&format!("r{at}"), model)).collect::<Vec<_>>();
+    let dead = node.submit(&of("dead"), 30).await;
+    let words = format!("worker {}, asked for the model \"dead\", answers 502 to every request since ", raw.url());
+    node.waits(&dead, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
+    let well = node.ended(&node.submit(&of("well"), 30).await).await;
+    assert_eq!((well.counts.completed, well.counts.failed), (60, 0));
+    let still = node.store.batch(&dead).await.unwrap().unwrap();
+    assert_eq!((still.counts.completed, still.counts.failed), (0, 0), "what the other model answers ends no line");
+    out.store(false, Ordering::SeqCst);
+    let batch = node.ended(&dead).await;
+    assert_eq!((batch.counts.completed, batch.counts.failed), (60, 0));
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_one_worker_fails_the_others_do() {
     let broken = Raw::start(|_| Reply::Answer(502, "text/html", "no".into())).await;
     let good = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;

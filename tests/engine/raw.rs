@@ -54,6 +54,7 @@ pub struct Raw {
 
 struct Inner {
     decide: Box<Decide>,
+    models: &'static [&'static str],
     received: AtomicUsize,
     checks: AtomicUsize,
     deaths: AtomicU32,
@@ -65,10 +66,19 @@ struct Inner {
 impl Raw {
     /// Replies as `decide` says, given the request's body.
     pub async fn start(decide: impl Fn(&str) -> Reply + Send + Sync + 'static) -> Self {
+        Self::serving(&["sim"], decide).await
+    }
+
+    /// The same, with other models.
+    pub async fn serving(
+        models: &'static [&'static str],
+        decide: impl Fn(&str) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let inner = Arc::new(Inner {
             decide: Box::new(decide),
+            models,
             received: AtomicUsize::new(0),
             checks: AtomicUsize::new(0),
             deaths: AtomicU32::new(0),
@@ -174,7 +184,9 @@ async fn serve(inner: Arc<Inner>, stream: TcpStream) -> std::io::Result<()> {
         let mut body = vec![0; length];
         stream.read_exact(&mut body).await?;
         if head[0].starts_with("get /v1/models") {
-            answer(&mut stream, 200, "application/json", r#"{"object":"list","data":[{"id":"sim"}]}"#).await?;
+            let models: Vec<String> = inner.models.iter().map(|model| format!(r#"{{"id":"{model}"}}"#)).collect();
+            let list = format!(r#"{{"object":"list","data":[{}]}}"#, models.join(","));
+            answer(&mut stream, 200, "application/json", &list).await?;
         } else if head[0].starts_with("get /health") {
             inner.checks.fetch_add(1, Ordering::SeqCst);
             answer(&mut stream, 200, "text/plain", "").await?;

@@ -185,7 +185,10 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
     };
     let count = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
     let load = of.load.unwrap_or_default();
-    let complaint = of.complaint.map(|complaint| complaint.what);
+    let complaint = of.complaints.into_iter().next().map(|complaint| match complaint.model {
+        Some(model) => format!("asked for the model {model:?}, it {}", complaint.what),
+        None => complaint.what,
+    });
     let last_error = of.last_error.or(complaint);
     pb::Worker {
         id: of.id.into_string(),

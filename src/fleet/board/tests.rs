@@ -92,6 +92,50 @@ fn on_trial_who_must_be_alone_has_a_turn_too() {
 }
 
 #[test]
+fn a_held_model_gets_its_trials_and_the_others_go_on() {
+    let one = WorkerKey(1);
+    let mut board = board(&[(1, &["dead", "well"], 4)]);
+    let hold = |board: &mut Board, allowed| board.hold(one, vec![("dead".into(), allowed)]);
+    assert!(hold(&mut board, 0));
+    let dead = board.queue_for(want("dead", rank(1, 1), &[]), 9);
+    assert_eq!((board.take(&want("dead", rank(1, 1), &[])), board.grant().len()), (None, 0));
+    assert_eq!(board.take(&want("well", rank(0, 9), &[])), Some(one));
+    assert!(hold(&mut board, 1));
+    assert_eq!(board.grant().as_slice(), [(dead, one)]);
+    assert!(hold(&mut board, 1) && board.grant().is_empty(), "one in all, however often that is said");
+    assert_eq!(board.take(&want("well", rank(0, 9), &[])), Some(one));
+    assert!(hold(&mut board, 0) && hold(&mut board, 1));
+    assert_eq!(board.grant().as_slice(), [(dead, one)]);
+    assert_eq!(board.take(&want("well", rank(0, 9), &[])), None, "the slots are the worker's, whatever the model");
+    for model in ["dead", "dead", "well", "well"] {
+        board.release(one, &nobody(model));
+    }
+    assert!(board.hold(one, Vec::new()), "it is answered again");
+    assert_eq!(board.grant().len(), 4);
+}
+
+#[test]
+fn who_must_be_alone_with_a_held_model_keeps_the_worker_only_while_it_may_be_sent() {
+    let one = WorkerKey(1);
+    let mut board = board(&[(1, &["dead", "well"], 4)]);
+    let well = want("well", rank(0, 9), &[]);
+    assert_eq!(board.take(&well), Some(one));
+    let suspect = board.queue(alone("dead"));
+    assert!(board.grant().is_empty());
+    assert_eq!(board.take(&well), None, "kept for the suspect");
+    board.hold(one, vec![("dead".into(), 0)]);
+    assert!(board.grant().is_empty());
+    assert_eq!(board.take(&well), Some(one), "its model is held: the others go on");
+    board.hold(one, vec![("dead".into(), 1)]);
+    assert!(board.grant().is_empty(), "not idle yet");
+    assert_eq!(board.take(&well), None, "kept for the trial");
+    board.release(one, &nobody("well"));
+    board.release(one, &nobody("well"));
+    assert_eq!(board.grant().as_slice(), [(suspect, one)]);
+    assert_eq!(board.take(&well), None, "it is alone");
+}
+
+#[test]
 fn wishes_of_one_rank_take_turns_and_what_is_free_at_once_is_one_turn() {
     let mut board = board(&[(1, &["m"], 4)]);
     let one = want("m", rank(0, 5), &[]);

@@ -1,0 +1,163 @@
+//! What the answers of one worker say of it, and of each of its models.
+//!
+//! A worker of one model is judged as a whole. One that serves several is a gateway as a rule, with a server behind it for
+//! each: there a model is judged by what its own requests get, and one that is dead holds neither the others nor their
+//! lines. Only connections that break are the whole worker's.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{
+    names,
+    outage::{Blame, Gate, Outage, Sign},
+};
+
+/// Models of one worker that are kept apart, at most: behind a pattern there may be any number.
+const MOST_MODELS: usize = 1_000;
+
+/// A worker's [`Outage`], and those of its models.
+#[derive(Debug, Default)]
+pub(super) struct Outages {
+    whole: Outage,
+    /// It serves several models.
+    by_model: bool,
+    /// Those that something has failed for.
+    models: BTreeMap<Arc<str>, Outage>,
+}
+
+impl Outages {
+    /// It lists these models.
+    pub(super) fn serves(&mut self, models: &[Arc<str>]) {
+        self.by_model = models.len() > 1 || models.iter().any(|model| names::is_pattern(model));
+        if !self.by_model {
+            self.models.clear();
+        }
+    }
+
+    /// Who is judged by a request for this model.
+    fn of(&mut self, model: &Arc<str>) -> &mut Outage {
+        if !self.by_model {
+            return &mut self.whole;
+        }
+        if self.models.len() >= MOST_MODELS {
+            self.models.retain(|_, outage| outage.is_doubted());
+        }
+        self.models.entry(model.clone()).or_default()
+    }
+
+    /// See [`Outage::succeeded`].
+    pub(super) fn succeeded(&mut self, model: &Arc<str>, now: Instant) -> bool {
+        let whole = self.whole.succeeded(now);
+        let model = self.by_model && self.of(model).succeeded(now);
+        whole || model
+    }
+
+    /// See [`Outage::failed`]. Also returns whether an outage begins by it.
+    pub(super) fn failed(
+        &mut self,
+        model: &Arc<str>,
+        sign: Sign,
+        request: u64,
+        sent: Instant,
+        now: Instant,
+    ) -> (bool, Blame, bool) {
+        let outage = if sign == Sign::Broken { &mut self.whole } else { self.of(model) };
+        let before = outage.complaint().is_some();
+        let (at_fault, blame) = outage.failed(sign, request, sent, now);
+        let begins = !before && outage.complaint().is_some();
+        (at_fault, blame, begins)
+    }
+
+    /// See [`Outage::pushed_back`].
+    pub(super) fn pushed_back(&mut self, model: &Arc<str>, asked: Option<Duration>, sent: Instant, now: Instant) {
+        self.of(model).pushed_back(asked, sent, now);
+    }
+
+    /// See [`Outage::reset`].
+    pub(super) fn reset(&mut self) {
+        self.whole.reset();
+        self.models.values_mut().for_each(Outage::reset);
+    }
+
+    /// What may be sent there, whatever the model.
+    pub(super) fn gate(&self, now: Instant) -> Gate {
+        self.whole.gate(now)
+    }
+
+    /// What may be sent there for models of which not everything may.
+    pub(super) fn held(&self, now: Instant) -> Vec<(Arc<str>, Gate)> {
+        let gates = self.models.iter().map(|(model, outage)| (model.clone(), outage.gate(now)));
+        gates.filter(|(_, gate)| *gate != Gate::Open).collect()
+    }
+
+    /// When one of these changes by itself.
+    pub(super) fn changes_at(&self, now: Instant) -> Option<Instant> {
+        self.all().filter_map(|(_, outage)| outage.changes_at(now)).min()
+    }
+
+    /// Whether what is sent for this model finds out whether it is answered again.
+    pub(super) fn is_doubted(&self, model: &Arc<str>) -> bool {
+        self.whole.is_doubted() || self.models.get(model).is_some_and(Outage::is_doubted)
+    }
+
+    /// What is wrong with it or with one of its models, since when, and whether that is certain.
+    pub(super) fn complaints(&self, now: Instant) -> Vec<(Option<&Arc<str>>, Sign, Instant, bool)> {
+        let complaint = |(model, outage): (_, &Outage)| {
+            let certain = outage.complaint().map(|(sign, since)| (model, sign, since, true));
+            certain.or_else(|| outage.suspicion(now).map(|(sign, since)| (model, sign, since, false)))
+        };
+        self.all().filter_map(complaint).collect()
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Option<&Arc<str>>, &Outage)> {
+        let models = self.models.iter().map(|(model, outage)| (Some(model), outage));
+        std::iter::once((None, &self.whole)).chain(models)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::outage::REQUESTS, *};
+
+    const SIGN: Sign = Sign::Status(502);
+
+    fn fail(outages: &mut Outages, model: &Arc<str>, sign: Sign, now: Instant) -> bool {
+        (0..REQUESTS as u64).map(|request| outages.failed(model, sign, request, now, now).0).last() == Some(true)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_model_is_held_alone() {
+        let (a, b, now): (Arc<str>, Arc<str>, _) = ("a".into(), "b".into(), Instant::now());
+        let mut outages = Outages::default();
+        outages.serves(&[a.clone(), b.clone()]);
+        assert!(fail(&mut outages, &a, SIGN, now));
+        assert_eq!((outages.gate(now), outages.held(now)), (Gate::Open, vec![(a.clone(), Gate::Closed)]));
+        assert!(outages.is_doubted(&a) && !outages.is_doubted(&b));
+        assert!(!outages.succeeded(&b, now), "what another model answers does not end it");
+        assert_eq!(outages.complaints(now).len(), 1);
+        let later = outages.changes_at(now).unwrap();
+        assert_eq!(outages.held(later), [(a.clone(), Gate::Trial(1))]);
+        outages.pushed_back(&b, Some(Duration::from_secs(9)), now, now);
+        assert_eq!(outages.held(later).len(), 2);
+        assert!(outages.succeeded(&a, later));
+        assert_eq!(outages.held(later), [(b, Gate::Closed)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_serves_one_model_is_held_as_a_whole_and_broken_connections_are_all_models() {
+        let (a, now): (Arc<str>, _) = ("a".into(), Instant::now());
+        let mut outages = Outages::default();
+        outages.serves(std::slice::from_ref(&a));
+        assert!(fail(&mut outages, &a, SIGN, now));
+        assert_eq!((outages.gate(now), outages.held(now)), (Gate::Closed, vec![]));
+        let mut outages = Outages::default();
+        outages.serves(&["team/*".into()]);
+        let mut now = now;
+        for request in 0..REQUESTS as u64 {
+            outages.failed(&a, Sign::Broken, request, now, now);
+            now += Duration::from_secs(1);
+        }
+        assert_eq!(outages.complaints(now).iter().filter(|complaint| complaint.0.is_none()).count(), 1);
+    }
+}
