@@ -15,6 +15,7 @@ mod m20261130_000007_blob_store_id;
 mod m20261201_000006_fair_claims;
 mod m20261201_000007_checksums;
 mod m20261202_000008_leftovers;
+mod m20261203_000009_worker_health;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -33,6 +34,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261201_000006_fair_claims::Migration),
             Box::new(m20261201_000007_checksums::Migration),
             Box::new(m20261202_000008_leftovers::Migration),
+            Box::new(m20261203_000009_worker_health::Migration),
         ]
     }
 }

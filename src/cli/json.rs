@@ -220,6 +220,8 @@ pub fn worker(worker: &pb::Worker) -> Value {
         "reports_metrics": worker.reports_metrics,
         "prefix_hit_rate": worker.prefix_hit_rate,
         "request_time": seconds(worker.request_time.as_ref()),
+        "health_path": worker.health_path,
+        "health_interval": seconds(worker.health_interval.as_ref()),
     }))
 }
 
@@ -297,9 +299,11 @@ mod tests {
             create_time: now,
             prefix_hit_rate: Some(0.0),
             request_time: Some(prost_types::Duration::default()),
+            health_path: "none".into(),
+            health_interval: Some(prost_types::Duration::default()),
             ..pb::Worker::default()
         };
-        assert_eq!(worker(&worker_sent).as_object().unwrap().len(), 16, "the proto's number of fields");
+        assert_eq!(worker(&worker_sent).as_object().unwrap().len(), 18, "the proto's number of fields");
         let stages_sent = pb::RequestStages {
             queue: Some(prost_types::Duration { seconds: 0, nanos: 250_000_000 }),
             ..pb::RequestStages::default()

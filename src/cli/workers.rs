@@ -1,12 +1,14 @@
 //! `tidemill workers …`
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 
 use super::{
     client::{Client, retry},
     json, out,
 };
-use crate::pb;
+use crate::{config::parse_span, pb};
 
 /// Commands for workers.
 #[derive(Debug, Subcommand)]
@@ -21,11 +23,27 @@ pub enum WorkersCommand {
     Register {
         /// The worker's base URL, such as http://10.0.0.5:8000.
         url: String,
+        /// Path of its health check below its base URL, "none" to check only its list of models, or "default" for the
+        /// server's --worker-health-path. Without this option a known worker keeps its path.
+        #[arg(long, value_name = "PATH|none|default")]
+        health_path: Option<String>,
+        /// Time between two health checks of it, 100ms to 1h, or "default" for the server's --worker-health-interval.
+        /// Without this option a known worker keeps its interval.
+        #[arg(long, value_name = "SPAN|default", value_parser = parse_interval)]
+        health_interval: Option<Duration>,
     },
     /// Send a worker no further requests. Its requests in flight finish.
     Drain(Id),
     /// Remove a worker. Its requests in flight run elsewhere.
     Remove(Id),
+}
+
+/// The word for the server's setting.
+const DEFAULT: &str = "default";
+
+/// A time span; zero for the server's setting.
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    if text == DEFAULT { Ok(Duration::ZERO) } else { parse_span(text) }
 }
 
 /// Selects a worker.
@@ -45,8 +63,11 @@ pub async fn run(command: WorkersCommand, client: &Client) -> anyhow::Result<()>
         WorkersCommand::List => {
             retry(|| async { client.workers().list_workers(pb::ListWorkersRequest {}).await }).await?.workers
         }
-        WorkersCommand::Register { url } => {
-            let request = pb::RegisterWorkerRequest { url };
+        WorkersCommand::Register { url, health_path, health_interval } => {
+            let health_path = health_path.map(|path| if path == DEFAULT { String::new() } else { path });
+            // At most 36500 days, so it fits.
+            let health_interval = health_interval.and_then(|span| prost_types::Duration::try_from(span).ok());
+            let request = pb::RegisterWorkerRequest { url, health_path, health_interval };
             vec![retry(|| async { client.workers().register_worker(request.clone()).await }).await?]
         }
         WorkersCommand::Drain(Id { id }) => {

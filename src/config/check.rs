@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use clap::ValueEnum;
 
 use super::{ConfigError, DATA_DIR, Database, Role, ServeConfig};
-use crate::delivery::schedule::Schedule;
+use crate::{delivery::schedule::Schedule, domain::HealthInterval};
 
 impl ServeConfig {
     /// Refuses settings that can't work, and settings that would open the server to everybody unintentionally.
@@ -98,13 +98,18 @@ impl ServeConfig {
 
     fn check_spans(&self) -> Result<(), ConfigError> {
         let second = Duration::from_secs(1);
-        let (hour, day) = (3_600 * second, 86_400 * second);
+        let day = 86_400 * second;
         for (setting, span, least, (most, in_words)) in [
             ("--request-timeout", self.request_timeout, second, (7 * day, "7d")),
             ("--lease", self.lease, 3 * second, (day, "1d")),
             ("--flush-interval", self.flush_interval, Duration::from_millis(10), (day, "1d")),
             ("--max-connection-age", self.max_connection_age, second, (365 * day, "365d")),
-            ("--worker-health-interval", self.worker_health_interval, Duration::from_millis(100), (hour, "1h")),
+            (
+                "--worker-health-interval",
+                self.worker_health_interval,
+                HealthInterval::LEAST,
+                (HealthInterval::MOST, "1h"),
+            ),
             ("--drain-timeout", self.drain_timeout, Duration::ZERO, (day, "1d")),
         ] {
             if span < least {

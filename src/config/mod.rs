@@ -19,7 +19,7 @@ pub use file::ConfigFile;
 pub use secret::{Secret, SecretParser, parse_database_url, parse_key, parse_webhook_secret};
 
 use crate::{
-    domain::{WorkerPriority, webhook::Secret as WebhookSecret},
+    domain::{HealthPath, WorkerPriority, webhook::Secret as WebhookSecret},
     words,
 };
 
@@ -100,33 +100,6 @@ impl Role {
             Self::Api => "api",
             Self::Scheduler => "scheduler",
             Self::Delivery => "delivery",
-        }
-    }
-}
-
-/// The path of the workers' health check.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthPath(Option<String>);
-
-impl HealthPath {
-    /// The path, or `None` to read only the list of models.
-    #[must_use]
-    pub fn path(&self) -> Option<&str> {
-        self.0.as_deref()
-    }
-}
-
-impl std::str::FromStr for HealthPath {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'?' | b'#' | b'\\');
-        match text {
-            "none" => Ok(Self(None)),
-            path if path.starts_with('/') && path.len() <= 1_024 && path.bytes().all(plain) => {
-                Ok(Self(Some(path.into())))
-            }
-            _ => Err("expected a path that begins with \"/\", such as /health/liveliness, or none".into()),
         }
     }
 }
@@ -229,8 +202,9 @@ pub struct ServeConfig {
         value_parser = SecretParser(parse_key), allow_hyphen_values = true)]
     pub worker_api_key: Option<Secret>,
 
-    /// Path of the workers' health check, below their base URL, or "none" to check only their list of models. A check
-    /// that answers too slowly, or that runs requests on models as a LiteLLM gateway's does, is skipped automatically.
+    /// Path of the workers' health check, below their base URL, or "none" to check only their list of models. A worker
+    /// may be registered with a path of its own. A check that answers too slowly, or that runs requests on models as a
+    /// LiteLLM gateway's does, is skipped automatically.
     #[arg(
         long,
         env = "TIDEMILL_WORKER_HEALTH_PATH",
@@ -240,7 +214,7 @@ pub struct ServeConfig {
     )]
     pub worker_health_path: HealthPath,
 
-    /// Time between two health checks of a worker, 100 ms to 1 h.
+    /// Time between two health checks of a worker, unless it was registered with an interval of its own: 100 ms to 1 h.
     #[arg(long, env = "TIDEMILL_WORKER_HEALTH_INTERVAL", value_name = "SPAN", default_value = "1s",
         help_heading = "Workers", value_parser = parse_span)]
     pub worker_health_interval: Duration,

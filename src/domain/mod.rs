@@ -17,6 +17,7 @@ pub mod time;
 pub mod usage;
 pub mod webhook;
 pub mod weight;
+pub mod worker_health;
 pub mod worker_priority;
 
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
@@ -34,4 +35,5 @@ pub use segment::SegmentSpan;
 pub use time::Timestamp;
 pub use usage::TokenUsage;
 pub use weight::{BadWeight, Weight, Weights};
+pub use worker_health::{HealthChange, HealthInterval, HealthPath, OwnHealth};
 pub use worker_priority::WorkerPriority;

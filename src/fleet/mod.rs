@@ -50,12 +50,13 @@ pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use dispatch::{Answer, Call, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
 pub use memory::Held;
 pub use outage::Blame;
+pub use probe::HealthCheck;
 pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
 use crate::{
     config::Secret,
-    domain::{Endpoint, Timestamp, WorkerId},
+    domain::{Endpoint, HealthChange, OwnHealth, Timestamp, WorkerId},
     fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     supervise::{Part, Supervisor},
@@ -114,6 +115,8 @@ pub struct WorkerView {
     pub last_error: Option<String>,
     /// What it does to every request, or to every one for a model, while it is at fault.
     pub complaints: Vec<Complaint>,
+    /// How it is asked whether it is well, where that is not the server's setting.
+    pub health: OwnHealth,
     /// When it was registered.
     pub created_at: Timestamp,
 }
@@ -226,21 +229,6 @@ impl InFlight {
             Self::Fixed(limit) => limit,
             Self::Adaptive { cap } => limit::Limiter::new(cap).limit(),
         }
-    }
-}
-
-/// How workers' health is checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HealthCheck {
-    /// The path below the base URL, with a leading "/". `None`: only `/v1/models` is read.
-    pub path: Option<String>,
-    /// The time between two checks.
-    pub interval: Duration,
-}
-
-impl Default for HealthCheck {
-    fn default() -> Self {
-        Self { path: Some("/health".into()), interval: Duration::from_secs(1) }
     }
 }
 
@@ -378,6 +366,7 @@ impl Fleet {
         for record in &records {
             match known.get(&record.id) {
                 Some(worker) => {
+                    worker.set_health(&record.health);
                     let changed =
                         std::mem::replace(&mut worker.state.lock().draining, record.draining) != record.draining;
                     if changed {
@@ -433,8 +422,16 @@ impl Fleet {
     /// # Errors
     /// [`FleetError::BadUrl`], [`FleetError::Store`].
     pub async fn register(&self, url: &str) -> Result<WorkerView, FleetError> {
+        self.register_with(url, &HealthChange::default()).await
+    }
+
+    /// The same, and changes how it is asked whether it is well.
+    ///
+    /// # Errors
+    /// [`FleetError::BadUrl`], [`FleetError::Store`].
+    pub async fn register_with(&self, url: &str, health: &HealthChange) -> Result<WorkerView, FleetError> {
         let base = base_url(url).map_err(FleetError::BadUrl)?;
-        let record = self.inner.store.register_worker(&worker::canonical(&base)).await?;
+        let record = self.inner.store.register_worker_with(&worker::canonical(&base), health).await?;
         self.sync().await?;
         self.view(&record.id)
     }

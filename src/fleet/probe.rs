@@ -7,13 +7,17 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
-    HealthCheck, Inner,
+    Inner,
     health::{Change, Health, Probe},
     judge,
     listing::{Listed, models_of},
     worker::{State, Worker, below},
 };
-use crate::{fault, supervise::Part};
+use crate::{
+    domain::{HealthInterval, OwnHealth},
+    fault,
+    supervise::Part,
+};
 
 /// Time limit of a probe.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,13 +37,42 @@ const MAX_PAGE: usize = 4 * 1024 * 1024;
 /// Bytes of a redirect's target that are shown.
 const SHOWN: usize = 200;
 
+/// How workers are asked for their health, unless they have settings of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Below the base URL, with a leading "/". None: only `/v1/models` is asked for.
+    pub path: Option<String>,
+    /// Between two checks.
+    pub interval: Duration,
+}
+
+impl HealthCheck {
+    /// The same for a worker with its own settings.
+    pub(super) fn with(&self, own: &OwnHealth) -> Self {
+        Self {
+            path: own.path.as_ref().map_or_else(|| self.path.clone(), |path| path.path().map(str::to_owned)),
+            interval: own.interval.map_or(self.interval, HealthInterval::span),
+        }
+    }
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self { path: Some("/health".into()), interval: Duration::from_secs(1) }
+    }
+}
+
 /// Probes a worker until it is removed.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
-    let mut prober = Prober::new(fleet.client.clone(), base, fleet.bearer(), &fleet.options.health);
+    let mut prober = Prober::new(fleet.client.clone(), base, fleet.bearer());
     let mut failures = 0u32;
     loop {
         fault::panic_in(Part::Probe);
-        let stale = std::mem::take(&mut worker.state.lock().models_stale);
+        let (stale, check) = {
+            let mut state = worker.state.lock();
+            (std::mem::take(&mut state.models_stale), fleet.options.health.with(&state.own_health))
+        };
+        prober.use_path(check.path);
         let seen = prober.probe(stale).await;
         let well = match seen {
             Ok(probe) => {
@@ -56,7 +89,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
         };
         failures = if well { 0 } else { failures.saturating_add(1) };
         let retry = FIRST_RETRY.saturating_mul(2u32.saturating_pow(failures.saturating_sub(1))).min(RETRY);
-        let interval = fleet.options.health.interval;
+        let interval = check.interval;
         tokio::select! {
             () = worker.gone.cancelled() => return,
             () = worker.probe_now.notified() => {}
@@ -134,10 +167,16 @@ enum Checked {
 }
 
 impl Prober {
-    fn new(client: Client, base: Url, bearer: Option<&str>, check: &HealthCheck) -> Self {
+    fn new(client: Client, base: Url, bearer: Option<&str>) -> Self {
         let bearer = bearer.map(str::to_owned);
-        let path = check.path.clone();
-        Self { client, base, bearer, path, slow: 0, without: None, costly: false, known: None }
+        Self { client, base, bearer, path: None, slow: 0, without: None, costly: false, known: None }
+    }
+
+    /// The path to ask for from now on. What was learned of another path says nothing of it.
+    fn use_path(&mut self, path: Option<String>) {
+        if self.path != path {
+            (self.path, self.slow, self.without, self.costly) = (path, 0, None, false);
+        }
     }
 
     /// A worker that comes back may serve something else, and be another server.

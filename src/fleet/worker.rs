@@ -23,7 +23,7 @@ use super::{
     reasons::Reasons,
 };
 use crate::{
-    domain::{Endpoint, Timestamp, WorkerId, text::http_url},
+    domain::{Endpoint, OwnHealth, Timestamp, WorkerId, text::http_url},
     store::WorkerRecord,
     telemetry::Seldom,
 };
@@ -106,6 +106,8 @@ pub(super) struct State {
     pub(super) suspect: bool,
     /// It does not have a model that it listed: its next probe looks at its models again.
     pub(super) models_stale: bool,
+    /// Its own settings of its health check.
+    pub(super) own_health: OwnHealth,
     /// Whether it or one of its models is at fault, according to its answers.
     pub(super) outages: Outages,
     pub(super) requests_per_second: f64,
@@ -147,7 +149,11 @@ impl Worker {
             created_at: record.created_at,
             affinity: foldhash::quality::FixedState::default().hash_one(&record.url),
             endpoints: Endpoint::ALL.map(|endpoint| below(base, endpoint.path())),
-            state: Mutex::new(State { draining: record.draining, ..State::default() }),
+            state: Mutex::new(State {
+                draining: record.draining,
+                own_health: record.health.clone(),
+                ..State::default()
+            }),
             abandon: Mutex::new(gone.child_token()),
             probe_now: Notify::new(),
             gate_moved: Notify::new(),
@@ -256,6 +262,15 @@ impl Worker {
         self.probe_now.notify_one();
     }
 
+    /// Changes its own settings of its health check. Others than before apply at once.
+    pub(super) fn set_health(&self, own: &OwnHealth) {
+        let mut state = self.state.lock();
+        if state.own_health != *own {
+            state.own_health = own.clone();
+            self.probe_now.notify_one();
+        }
+    }
+
     /// Counts an answer for the rates.
     pub fn count(&self, output_tokens: i64) {
         self.answered.fetch_add(1, Ordering::Relaxed);
@@ -307,6 +322,7 @@ impl Worker {
             request_time: state.request_time,
             last_error: state.last_error.clone(),
             complaints: complaints(&state.outages, Instant::now()),
+            health: state.own_health.clone(),
             created_at: self.created_at,
         }
     }

@@ -116,7 +116,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::domain::{Timestamp, WorkerId};
+    use crate::domain::{OwnHealth, Timestamp, WorkerId};
 
     fn worker(url: &str, state: WorkerState, models: &[&str]) -> WorkerView {
         WorkerView {
@@ -133,6 +133,7 @@ mod tests {
             request_time: None,
             last_error: (state == WorkerState::Down).then(|| "connection refused".into()),
             complaints: Vec::new(),
+            health: OwnHealth::default(),
             created_at: Timestamp(0),
         }
     }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     domain::{
-        BatchId, Endpoint, FileId, WorkerId,
+        BatchId, Endpoint, FileId, HealthChange, HealthInterval, WorkerId,
         batch::{DEFAULT_WINDOW, WINDOW_RANGE},
         text::{is_plain, is_storable},
     },
@@ -62,6 +62,25 @@ pub(super) fn worker_id(text: &str) -> Result<WorkerId, ServiceError> {
     }
     let id = WorkerId::from_text(text);
     if storable(text, NAME) { Ok(id) } else { Err(FleetError::NotFound(id).into()) }
+}
+
+/// How a worker's health is to be checked. An empty path and a span of 0 stand for the server's settings.
+pub(super) fn health_change(path: Option<&str>, interval: Option<Span>) -> Result<HealthChange, ServiceError> {
+    let path = match path {
+        None => None,
+        Some("") => Some(None),
+        Some(path) => Some(Some(path.parse().map_err(|wrong: &str| ServiceError::field("health_path", wrong))?)),
+    };
+    let interval = match interval {
+        None => None,
+        Some(Ok(Duration::ZERO)) => Some(None),
+        Some(given) => {
+            let interval = given.ok().and_then(HealthInterval::new);
+            let wrong = || ServiceError::field("health_interval", "must be 0.100s to 3600s (1 h), or 0s");
+            Some(Some(interval.ok_or_else(wrong)?))
+        }
+    };
+    Ok(HealthChange { path, interval })
 }
 
 /// An idempotency key; an empty text stands for none.

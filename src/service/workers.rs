@@ -1,11 +1,23 @@
 //! The workers: list, add, drain, remove.
 
-use super::{Service, ServiceError, rules};
+use super::{Service, ServiceError, Span, rules};
 use crate::{
     access::{Caller, Role},
+    domain::OwnHealth,
     fleet::WorkerView,
     scheduler::Stages,
 };
+
+/// A worker to add.
+#[derive(Clone, Copy, Debug)]
+pub struct NewWorker<'a> {
+    /// The base URL.
+    pub url: &'a str,
+    /// The path of its health check. Empty: the server's. None: a known worker keeps its path.
+    pub health_path: Option<&'a str>,
+    /// The time between two health checks. 0: the server's. None: a known worker keeps its interval.
+    pub health_interval: Option<Span>,
+}
 
 impl Service {
     /// All workers. Who is no admin does not see where they are, nor what they answer.
@@ -28,9 +40,10 @@ impl Service {
     ///
     /// # Errors
     /// [`ServiceError`].
-    pub async fn register_worker(&self, caller: &Caller, url: &str) -> Result<WorkerView, ServiceError> {
+    pub async fn register_worker(&self, caller: &Caller, worker: NewWorker<'_>) -> Result<WorkerView, ServiceError> {
         caller.require_admin()?;
-        Ok(self.parts.fleet.register(url).await?)
+        let health = rules::health_change(worker.health_path, worker.health_interval)?;
+        Ok(self.parts.fleet.register_with(worker.url, &health).await?)
     }
 
     /// Sends a worker nothing more.
@@ -54,5 +67,6 @@ impl Service {
 
 /// A worker as somebody may see it who is no admin.
 fn public(of: WorkerView) -> WorkerView {
-    WorkerView { url: String::new(), last_error: None, complaints: Vec::new(), ..of }
+    let health = OwnHealth { path: None, ..of.health };
+    WorkerView { url: String::new(), last_error: None, complaints: Vec::new(), health, ..of }
 }

@@ -3,7 +3,7 @@
 use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
 use super::{Store, StoreError, again::again, entity::worker, now};
-use crate::domain::{Timestamp, WorkerId};
+use crate::domain::{HealthChange, HealthInterval, HealthPath, OwnHealth, Timestamp, WorkerId};
 
 /// A worker as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct WorkerRecord {
     pub draining: bool,
     /// Whether the server's configuration names it.
     pub from_config: bool,
+    /// How it is asked whether it is well, where that is not the server's setting.
+    pub health: OwnHealth,
     /// When it was first known.
     pub created_at: Timestamp,
 }
@@ -46,7 +48,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn register_worker(&self, url: &str) -> Result<WorkerRecord, StoreError> {
-        self.upsert(url, false).await
+        self.register_worker_with(url, &HealthChange::default()).await
+    }
+
+    /// The same, and changes the worker's own settings.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn register_worker_with(&self, url: &str, health: &HealthChange) -> Result<WorkerRecord, StoreError> {
+        self.upsert(url, false, health).await
     }
 
     /// Adds the workers that the configuration names. With SQLite, where there is one configuration, workers that it no
@@ -59,7 +69,7 @@ impl Store {
             again(|| self.forget_configured_except(urls)).await?;
         }
         for url in urls {
-            self.upsert(url, true).await?;
+            self.upsert(url, true, &HealthChange::default()).await?;
         }
         Ok(())
     }
@@ -73,11 +83,16 @@ impl Store {
         Ok(())
     }
 
-    async fn upsert(&self, url: &str, configured: bool) -> Result<WorkerRecord, StoreError> {
-        again(|| self.upsert_once(url, configured)).await
+    async fn upsert(&self, url: &str, configured: bool, health: &HealthChange) -> Result<WorkerRecord, StoreError> {
+        again(|| self.upsert_once(url, configured, health)).await
     }
 
-    async fn upsert_once(&self, url: &str, configured: bool) -> Result<WorkerRecord, StoreError> {
+    async fn upsert_once(
+        &self,
+        url: &str,
+        configured: bool,
+        health: &HealthChange,
+    ) -> Result<WorkerRecord, StoreError> {
         let from_config = configured && self.is_sqlite();
         let tx = self.begin().await?;
         let at = now(&tx).await?;
@@ -87,6 +102,8 @@ impl Store {
             draining: Set(false),
             from_config: Set(from_config),
             created_at: Set(at.0),
+            health_path: Set(None),
+            health_interval: Set(None),
         };
         worker::Entity::insert(row)
             .on_conflict(OnConflict::column(worker::Column::Url).do_nothing().to_owned())
@@ -97,10 +114,15 @@ impl Store {
         // A restart does not end the draining of a configured worker; registering it does.
         row.draining &= configured;
         row.from_config |= from_config;
+        let health = own_health(&row).changed(health);
+        row.health_path = health.path.as_ref().map(|path| path.as_str().to_owned());
+        row.health_interval = health.interval.map(HealthInterval::micros);
         let change = worker::ActiveModel {
             id: Set(row.id.clone()),
             draining: Set(row.draining),
             from_config: Set(row.from_config),
+            health_path: Set(row.health_path.clone()),
+            health_interval: Set(row.health_interval),
             ..Default::default()
         };
         change.update(&tx).await?;
@@ -148,8 +170,18 @@ impl Store {
     }
 }
 
+/// What a later version has written and this one can't read counts as not set.
+fn own_health(row: &worker::Model) -> OwnHealth {
+    OwnHealth {
+        path: row.health_path.as_deref().and_then(|path| path.parse::<HealthPath>().ok()),
+        interval: row.health_interval.and_then(HealthInterval::from_micros),
+    }
+}
+
 fn from_row(row: worker::Model) -> WorkerRecord {
+    let health = own_health(&row);
     WorkerRecord {
+        health,
         id: WorkerId::from_text(row.id),
         url: row.url,
         draining: row.draining,

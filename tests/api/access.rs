@@ -72,7 +72,7 @@ async fn submitters_see_their_own_and_admins_see_all() {
 #[tokio::test]
 async fn only_admins_change_workers_and_see_dead_letters() {
     let server = Server::guarded().await;
-    let register = pb::RegisterWorkerRequest { url: "http://127.0.0.1:9".into() };
+    let register = pb::RegisterWorkerRequest { url: "http://127.0.0.1:9".into(), ..Default::default() };
     let mut ana = server.workers(Some("ana")).await;
     let mut root = server.workers(Some("root")).await;
     expect(ana.register_worker(register.clone()).await, Code::PermissionDenied, "ADMIN_ONLY");
@@ -90,8 +90,25 @@ async fn only_admins_change_workers_and_see_dead_letters() {
     assert_eq!(drained.state(), pb::WorkerState::Draining);
     root.remove_worker(remove.clone()).await.unwrap();
     expect(root.remove_worker(remove).await, Code::NotFound, "WORKER_NOT_FOUND");
-    let bad = root.register_worker(pb::RegisterWorkerRequest { url: "ftp://x".into() }).await;
+    let bad = root.register_worker(pb::RegisterWorkerRequest { url: "ftp://x".into(), ..Default::default() }).await;
     expect(bad, Code::InvalidArgument, "INVALID_REQUEST");
+
+    // A worker's own health check: its path is for admins too.
+    let url = "http://127.0.0.1:9".to_owned();
+    let with = |path: &str, seconds| pb::RegisterWorkerRequest {
+        url: url.clone(),
+        health_path: Some(path.into()),
+        health_interval: Some(prost_types::Duration { seconds, nanos: 0 }),
+    };
+    let own = root.register_worker(with("/ok", 5)).await.unwrap().into_inner();
+    assert_eq!((own.health_path.as_str(), own.health_interval.unwrap().seconds), ("/ok", 5));
+    let listed = ana.list_workers(pb::ListWorkersRequest {}).await.unwrap().into_inner().workers;
+    assert_eq!((listed[0].health_path.as_str(), listed[0].health_interval), ("", own.health_interval));
+    let defaults = root.register_worker(with("", 0)).await.unwrap().into_inner();
+    assert_eq!((defaults.health_path.as_str(), defaults.health_interval), ("", None));
+    for (path, seconds) in [("health", 5), ("/a?b", 5), ("/a\0", 5), ("/ok", -1), ("/ok", 3_601), ("/ok", i64::MIN)] {
+        expect(root.register_worker(with(path, seconds)).await, Code::InvalidArgument, "INVALID_REQUEST");
+    }
 
     // Everybody sees their own endpoints, and admins all.
     let create = pb::CreateEndpointRequest { url: "http://127.0.0.1:9/".into(), ..Default::default() };

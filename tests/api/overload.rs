@@ -176,7 +176,12 @@ async fn one_callers_waiting_infer_calls_are_limited_and_not_anothers() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     let sim = Sim::new(SimConfig { models: vec!["m".into()], ..SimConfig::default() }).unwrap();
     tokio::spawn(sim.clone().serve(listener, server.shutdown.clone()));
-    server.workers(Some("root")).await.register_worker(pb::RegisterWorkerRequest { url }).await.unwrap();
+    server
+        .workers(Some("root"))
+        .await
+        .register_worker(pb::RegisterWorkerRequest { url, ..Default::default() })
+        .await
+        .unwrap();
     let (ana, bob) = (server.client_of(Some("ana")).await, server.client_of(Some("bob")).await);
     let infer = |within: Duration| {
         let body = r#"{"model":"m","messages":[{"role":"user","content":"x"}]}"#.to_owned().into();

@@ -15,6 +15,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 use tidemill::{
+    domain::{HealthChange, HealthInterval, OwnHealth, WorkerId},
     fleet::{Fleet, FleetOptions, HealthCheck, InFlight, WorkerState, WorkerView},
     store::Store,
 };
@@ -138,6 +139,45 @@ async fn the_checks_path_is_a_setting() {
     watched.until(|worker| worker.state == WorkerState::Healthy).await;
     assert_eq!(others.load(Ordering::SeqCst), 0);
     assert!(ours.load(Ordering::SeqCst) <= before + 1, "one may have been under way");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_may_have_a_path_and_an_interval_of_its_own() {
+    let (ours, servers) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let gateway = {
+        let (ours, servers) = (ours.clone(), servers.clone());
+        // The server's path would run a completion of every model.
+        let costly = async move || {
+            servers.fetch_add(1, Ordering::SeqCst);
+            StatusCode::INTERNAL_SERVER_ERROR
+        };
+        let own = async move || {
+            ours.fetch_add(1, Ordering::SeqCst);
+        };
+        serve(lists(&["m"]).route("/health", get(costly)).route("/health/liveliness", get(own))).await
+    };
+    let plain = Arc::new(AtomicUsize::new(0));
+    let counted = plain.clone();
+    let vllm = lists(&["n"]).route("/health", get(async move || _ = counted.fetch_add(1, Ordering::SeqCst)));
+    let watched = Watched::start(&serve(vllm).await, often(Some("/health"))).await;
+    let hour = HealthInterval::new(HealthInterval::MOST);
+    let path = Some("/health/liveliness".parse().unwrap());
+    let own = OwnHealth { path: path.clone(), interval: hour };
+    let change = HealthChange { path: Some(path), interval: Some(hour) };
+    let added = watched.fleet.register_with(&gateway, &change).await.unwrap();
+    assert_eq!(added.health, own);
+    let is = |id: &WorkerId, state| watched.fleet.workers().iter().any(|one| one.id == *id && one.state == state);
+    watched.until(|_| is(&added.id, WorkerState::Healthy)).await;
+    let before = plain.load(Ordering::SeqCst);
+    watched.until(|_| plain.load(Ordering::SeqCst) > before + 10).await;
+    assert_eq!((ours.load(Ordering::SeqCst), servers.load(Ordering::SeqCst)), (1, 0), "once an hour, and only its own");
+
+    // Who registers it again and names no settings leaves them; a change applies at once, not in an hour.
+    assert_eq!(watched.fleet.register(&gateway).await.unwrap().health, own);
+    let back = HealthChange { path: Some(None), interval: Some(None) };
+    assert_eq!(watched.fleet.register_with(&gateway, &back).await.unwrap().health, OwnHealth::default());
+    watched.until(|_| servers.load(Ordering::SeqCst) > 5 && is(&added.id, WorkerState::Down)).await;
+    assert_eq!(ours.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,7 +73,11 @@ async fn every_family_of_a_server_that_has_worked_is_described_and_a_removed_wor
     let server = Server::start(&flags).await;
     let mut client = server.client().await;
     let mut workers = WorkerAdminClient::connect(format!("http://{}", server.address())).await.unwrap();
-    let added = workers.register_worker(RegisterWorkerRequest { url: second.clone() }).await.unwrap().into_inner();
+    let added = workers
+        .register_worker(RegisterWorkerRequest { url: second.clone(), ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner();
     let file = upload(&mut client, input(300)).await;
     try_upload(&mut client, "no request\n".to_owned(), "").await.unwrap_err();
     let webhook = WebhookConfig { url: receiver.url.clone(), ..WebhookConfig::default() };

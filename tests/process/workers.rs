@@ -64,6 +64,14 @@ async fn how_a_worker_does_and_where_time_goes_is_shown() {
 
     let listed: Value = serde_json::from_str(&said(&server, &["workers", "list", "--json"]).await).unwrap();
     assert!(listed["prefix_hit_rate"].as_f64().unwrap() > 0.9 && listed["request_time"].is_string(), "{listed}");
+    let register = ["workers", "register", &url, "--health-path", "none", "--health-interval", "2s500ms", "--json"];
+    let own: Value = serde_json::from_str(&said(&server, &register).await).unwrap();
+    assert_eq!((&own["health_path"], &own["health_interval"]), (&"none".into(), &"2.5s".into()), "{own}");
+    let listed: Value = serde_json::from_str(&said(&server, &["workers", "list", "--json"]).await).unwrap();
+    assert_eq!((&listed["health_path"], &listed["health_interval"]), (&own["health_path"], &own["health_interval"]));
+    let back = ["workers", "register", &url, "--health-path", "default", "--health-interval", "default", "--json"];
+    let back: Value = serde_json::from_str(&said(&server, &back).await).unwrap();
+    assert!(back.get("health_path").is_none() && back.get("health_interval").is_none(), "{back}");
     let percent = |text: &str| text.split_whitespace().any(|cell| cell.ends_with('%') && cell != "0%");
     let text = said(&server, &["workers", "list"]).await;
     assert!(text.lines().next().unwrap().contains("HITS") && percent(text.lines().nth(1).unwrap()), "{text}");

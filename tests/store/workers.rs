@@ -1,7 +1,9 @@
 //! Workers and nodes.
 
+use std::time::Duration;
+
 use tidemill::{
-    domain::{NodeId, WorkerId},
+    domain::{HealthChange, HealthInterval, NodeId, OwnHealth, WorkerId},
     store::RemovedWorker,
 };
 
@@ -20,6 +22,33 @@ async fn workers_are_added_drained_and_removed(db: Db) {
     assert_eq!(store.remove_worker(&one.id).await.unwrap(), RemovedWorker::NotFound);
     assert!(store.drain_worker(&WorkerId::generate()).await.unwrap().is_none());
     assert_eq!(store.workers().await.unwrap(), [two]);
+}
+
+async fn a_worker_keeps_its_own_health_settings(db: Db) {
+    let store = &db.store;
+    let url = "http://a:8000";
+    assert_eq!(store.register_worker(url).await.unwrap().health, OwnHealth::default());
+    let (path, interval) = (Some("/ok".parse().unwrap()), HealthInterval::new(Duration::from_millis(2_500)));
+    let change = HealthChange { path: Some(path.clone()), interval: Some(interval) };
+    let own = OwnHealth { path, interval };
+    assert_eq!(store.register_worker_with(url, &change).await.unwrap().health, own);
+    // Whoever doesn't name them leaves them: to end draining, at a restart with the worker in the configuration, by a
+    // server of the release before.
+    assert_eq!(store.register_worker(url).await.unwrap().health, own);
+    store.configure_workers(&[url.to_owned()]).await.unwrap();
+    let id = store.workers().await.unwrap().remove(0).id;
+    assert_eq!(store.drain_worker(&id).await.unwrap().unwrap().health, own);
+    assert_eq!(store.workers().await.unwrap()[0].health, own);
+    let none = HealthChange { path: Some(Some("none".parse().unwrap())), interval: None };
+    let health = store.register_worker_with(url, &none).await.unwrap().health;
+    assert_eq!((health.path.unwrap().path(), health.interval), (None, interval));
+    let back = HealthChange { path: Some(None), interval: Some(None) };
+    assert_eq!(store.register_worker_with(url, &back).await.unwrap().health, OwnHealth::default());
+    // What a later version may write.
+    db.execute("UPDATE workers SET health_path = 'later:x', health_interval = -1").await;
+    assert_eq!(store.workers().await.unwrap()[0].health, OwnHealth::default());
+    let new = store.register_worker_with("http://b:8000", &change).await.unwrap();
+    assert_eq!(new.health, own, "one that is new");
 }
 
 async fn the_configuration_names_workers(db: Db) {
@@ -74,4 +103,9 @@ async fn nodes_come_live_and_go(db: Db) {
     assert_eq!(db.number("SELECT COUNT(*) FROM nodes").await, 0);
 }
 
-on_both_databases!(workers_are_added_drained_and_removed, the_configuration_names_workers, nodes_come_live_and_go,);
+on_both_databases!(
+    workers_are_added_drained_and_removed,
+    a_worker_keeps_its_own_health_settings,
+    the_configuration_names_workers,
+    nodes_come_live_and_go,
+);

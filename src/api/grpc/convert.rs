@@ -207,6 +207,8 @@ pub(super) fn worker(of: WorkerView) -> pb::Worker {
         reports_metrics: of.load.is_some(),
         prefix_hit_rate: of.prefix_hit_rate,
         request_time: of.request_time.map(span),
+        health_path: of.health.path.map(|path| path.as_str().to_owned()).unwrap_or_default(),
+        health_interval: of.health.interval.map(|interval| span(interval.span())),
     }
 }
 

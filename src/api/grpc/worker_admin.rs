@@ -2,10 +2,10 @@
 
 use tonic::{Request, Response, Status};
 
-use super::{convert, gate::caller_of};
+use super::{convert, gate::caller_of, read};
 use crate::{
     pb::{self, worker_admin_server::WorkerAdmin},
-    service::Service,
+    service::{Service, workers::NewWorker},
 };
 
 /// Adds, shows, drains and removes workers.
@@ -24,7 +24,10 @@ impl WorkerAdmin for Workers {
     }
 
     async fn register_worker(&self, request: Request<pb::RegisterWorkerRequest>) -> Reply<pb::Worker> {
-        let worker = self.service.register_worker(&caller_of(&request)?, &request.get_ref().url).await?;
+        let (caller, of) = (caller_of(&request)?, request.get_ref());
+        let health_interval = read::span(of.health_interval);
+        let worker = NewWorker { url: &of.url, health_path: of.health_path.as_deref(), health_interval };
+        let worker = self.service.register_worker(&caller, worker).await?;
         Ok(Response::new(convert::worker(worker)))
     }
 

@@ -11,6 +11,8 @@ pub struct Model {
     pub draining: bool,
     pub from_config: bool,
     pub created_at: i64,
+    pub health_path: Option<String>,
+    pub health_interval: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
