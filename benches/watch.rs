@@ -136,7 +136,11 @@ impl<'a> World<'a> {
         }))
         .await;
         tokio::time::sleep(CALM).await;
-        let worker = self.workers.clone().register_worker(RegisterWorkerRequest { url: self.worker.clone() }).await;
+        let worker = self
+            .workers
+            .clone()
+            .register_worker(RegisterWorkerRequest { url: self.worker.clone(), ..Default::default() })
+            .await;
         (batch, streams, worker.unwrap().into_inner().id)
     }
 

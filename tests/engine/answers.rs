@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -162,13 +162,29 @@ async fn a_server_that_never_names_a_reason_is_left_in_peace() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_success_without_what_its_endpoint_answers_with_is_none() {
+    // A good answer after the bad ones shows that these are the requests' fault: their lines wait for nothing more.
+    const BAD: [&str; 6] =
+        [r#"{"object":"error","message":"no"}"#, r#"{"detail":"Not Found"}"#, "{}", "null", "[]", "7"];
+    let bad = BAD.map(|text| serde_json::from_str::<Value>(text).unwrap());
     for endpoint in Endpoint::ALL {
-        for text in [r#"{"object":"error","message":"no"}"#, r#"{"detail":"Not Found"}"#, "{}", "null", "[]", "7"] {
-            let raw = Raw::start(move |_| Reply::Answer(200, "application/json", text.into())).await;
-            let (output, errors) = run(&raw.url(), one_try(), &requests(endpoint, 2)).await;
-            assert_eq!((output.len(), raw.received()), (0, 2), "{endpoint} {text}");
-            assert_eq!(errors[0]["error"]["code"], "bad_worker_answer", "{endpoint} {text}");
-            assert_eq!(body(&errors[0]), &serde_json::from_str::<Value>(text).unwrap());
+        let good = match endpoint {
+            Endpoint::ChatCompletions | Endpoint::Completions => r#"{"choices":[{"finish_reason":"stop"}]}"#,
+            Endpoint::Responses => r#"{"status":"completed","output":[{}]}"#,
+            Endpoint::Embeddings => r#"{"data":[{"embedding":[0.1]}]}"#,
+            Endpoint::Score => r#"{"data":[{"score":1}]}"#,
+            Endpoint::Rerank => r#"{"results":[{"index":0}]}"#,
+        };
+        let asked = AtomicUsize::new(0);
+        let reply = move |_: &str| {
+            let text = BAD.get(asked.fetch_add(1, Ordering::SeqCst) / 2).unwrap_or(&good);
+            Reply::Answer(200, "application/json", (*text).into())
+        };
+        let raw = Raw::start(reply).await;
+        let (output, errors) = run(&raw.url(), one_try(), &requests(endpoint, 14)).await;
+        assert_eq!((output.len(), errors.len(), raw.received()), (2, 12, 14), "{endpoint}");
+        assert!(errors.iter().all(|line| line["error"]["code"] == "bad_worker_answer"), "{endpoint} {errors:?}");
+        for text in &bad {
+            assert_eq!(errors.iter().filter(|line| body(line) == text).count(), 2, "{endpoint} {text}");
         }
         let worker = Worker::start(SimConfig::default()).await;
         let (output, _) = run(&worker.url(), one_try(), &requests(endpoint, 2)).await;
