@@ -323,8 +323,8 @@ impl Board {
         granted
     }
 
-    /// Gives trial slots. Trial requests come from all waiting wishes in turn, whatever their rank among batches: the
-    /// first wish's requests may be what the worker fails, and must not block the others.
+    /// Gives trial slots. Trial requests come from all waiting wishes in turn, whatever their rank: the first wish's
+    /// requests may be what the worker fails, and must not block the others.
     fn grant_trials(&mut self) -> SmallVec<[(Ticket, WorkerKey); 4]> {
         let mut granted = SmallVec::new();
         let on_trial: SmallVec<[WorkerKey; 2]> =
@@ -361,7 +361,7 @@ impl Board {
             place && on_trial && desk.lists(&want.model)
         };
         let waiting = self.waiting.iter().filter(|(ticket, wish)| fits(ticket, &wish.want));
-        let next = waiting.min_by_key(|(_, wish)| (wish.want.rank.batch, wish.turn));
+        let next = waiting.min_by_key(|(_, wish)| wish.turn);
         next.map(|(ticket, wish)| (*ticket, wish.want.clone()))
     }
 

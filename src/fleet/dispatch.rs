@@ -327,7 +327,10 @@ impl Slot {
             Err(Unread::TimedOut) => Err(self.timed_out(call.timeout)),
             Err(Unread::Broken(error)) => Err(self.broken(&error)),
             Err(Unread::Bad(why)) => {
-                Err(self.bad(FailureKind::BadAnswer, &format!("the worker's answer can't be read: {why}"), &head, &[]))
+                let message = format!("the worker's answer can't be read: {why}");
+                let failure = self.bad(FailureKind::BadAnswer, &message, &head, &[]);
+                // Nothing was seen of it, so it is like no other: a line whose answer is too large is at fault itself.
+                Err(Failure { looks: None, ..failure })
             }
         }
     }

@@ -45,6 +45,18 @@ impl Slot {
         }
     }
 
+    /// The same of a request that nothing is known to wait for besides its caller, who chose its body and its time. A success
+    /// ends an outage; a failure is its own, so that one caller can't have a worker held for all.
+    ///
+    /// # Errors
+    /// The failure.
+    pub fn tell_of_call<T>(&self, sent: Instant, result: Result<T, Failure>) -> Result<T, Failure> {
+        match result {
+            Ok(answer) => self.tell(0, sent, Ok(answer)),
+            Err(failure) => Err(failure),
+        }
+    }
+
     fn charge(&self, request: u64, sent: Instant, failure: Failure) -> Failure {
         let Some(sign) = sign(&failure) else { return failure };
         let model = self.holder.model();
@@ -75,7 +87,9 @@ fn sign(failure: &Failure) -> Option<Sign> {
         // It may be as good as this worker's answers get.
         FailureKind::BadAnswer if failure.is_doubtful => None,
         FailureKind::BadAnswer => failure.looks.map(Sign::Bad),
-        FailureKind::Timeout => Some(Sign::Silent),
+        // Slow lines and an engine that hangs look the same, and each try costs the worker a whole time-out: the tries
+        // bound that. The health check finds a worker that answers nothing at all.
+        FailureKind::Timeout => None,
         FailureKind::Status | FailureKind::Refused => failure.answer.as_ref().map(|answer| Sign::Status(answer.status)),
         FailureKind::Connection => Some(Sign::Broken),
         _ => None,

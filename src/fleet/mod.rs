@@ -29,10 +29,7 @@ mod worker;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -270,8 +267,6 @@ struct Inner {
     desks: Mutex<Desks>,
     workers: Mutex<BTreeMap<WorkerKey, Arc<Worker>>>,
     syncing: tokio::sync::Mutex<()>,
-    /// Interactive calls so far.
-    calls: AtomicU64,
     /// The permits for connections to workers: a part of the files that this process may have open.
     sockets: Semaphore,
     /// When this server's own faults were logged.
@@ -314,7 +309,6 @@ impl Fleet {
             desks: Mutex::default(),
             workers: Mutex::default(),
             syncing: tokio::sync::Mutex::default(),
-            calls: AtomicU64::new(0),
             sockets: Semaphore::new(sockets::budget()),
             own_faults: Seldom::every(judge::SAY_AGAIN),
             topology: watch::Sender::new(0),
@@ -555,7 +549,6 @@ impl Fleet {
         timeout: Duration,
     ) -> Result<Inferred, InferError> {
         let deadline = Instant::now() + timeout;
-        let request = self.inner.calls.fetch_add(1, Ordering::Relaxed);
         let rank = Rank::interactive().of(tenant);
         let mut want = Want { model: model.into(), rank, avoid: SmallVec::new(), alone: false };
         let mut last = None;
@@ -573,7 +566,7 @@ impl Fleet {
             let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
                 return Err(InferError::Timeout(timeout));
             };
-            let sent = match slot.tell(request, at, sent) {
+            let sent = match slot.tell_of_call(at, sent) {
                 Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => Ok(*answer),
                 sent => sent,
             };

@@ -58,8 +58,6 @@ pub enum Sign {
     Broken,
     /// With a success that is no answer: a number for how it looks, so that those of one page are alike.
     Bad(u64),
-    /// Not within its time.
-    Silent,
 }
 
 impl std::fmt::Display for Sign {
@@ -68,7 +66,6 @@ impl std::fmt::Display for Sign {
             Self::Status(status) => write!(f, "answers {status} to every request"),
             Self::Broken => f.write_str("breaks off every request"),
             Self::Bad(_) => f.write_str("answers every request with the same, and that is no answer"),
-            Self::Silent => f.write_str("answers no request in time"),
         }
     }
 }
@@ -167,6 +164,13 @@ struct Fault {
     /// When the next request finds out whether it still is.
     next: Instant,
     gap: Duration,
+}
+
+impl Fault {
+    /// How many times [`TRUST`] has passed since the next request may be sent. Only after that moment.
+    fn trusted(&self, now: Instant) -> u32 {
+        u32::try_from((now - self.next).as_secs() / TRUST.as_secs()).unwrap_or(u32::MAX / 2)
+    }
 }
 
 /// What one worker's answers say of it.
@@ -301,8 +305,10 @@ impl Outage {
             None => Gate::Open,
             Some(fault) if now < fault.next => Gate::Closed,
             Some(fault) => {
-                let trusted = (now - fault.next).as_secs() / TRUST.as_secs();
-                Gate::Trial(1 << u32::try_from(trusted).unwrap_or(MOST_TRUST).min(MOST_TRUST))
+                let trusted = fault.trusted(now);
+                // One more each time after the last doubling: what became of those before may tell nothing, for instance
+                // because a caller hung up.
+                Gate::Trial((1 << trusted.min(MOST_TRUST)) + trusted.saturating_sub(MOST_TRUST))
             }
         }
     }
@@ -316,8 +322,7 @@ impl Outage {
             if now < fault.next {
                 return Some(fault.next);
             }
-            let trusted = u32::try_from((now - fault.next).as_secs() / TRUST.as_secs()).unwrap_or(MOST_TRUST);
-            (trusted < MOST_TRUST).then(|| fault.next + TRUST * (trusted + 1))
+            Some(fault.next + TRUST * (fault.trusted(now) + 1))
         });
         // What is held is looked at again when that is over.
         held.or(fault)

@@ -10,7 +10,8 @@ use std::{
 };
 
 use tidemill::{
-    domain::BatchStatus,
+    domain::{BatchStatus, Endpoint, Scope},
+    fleet::Tenant,
     scheduler::{SchedulerOptions, TryPolicy},
     sim::SimConfig,
 };
@@ -120,24 +121,46 @@ async fn a_few_lines_that_all_fail_end_after_their_tries() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_answers_nobody_in_time_is_at_fault() {
-    let out = Arc::new(AtomicBool::new(true));
-    let raw = {
-        let out = out.clone();
-        Raw::start(move |_| if out.load(Ordering::SeqCst) { Reply::Nothing } else { Reply::good() }).await
-    };
+async fn a_batch_whose_every_line_takes_too_long_ends() {
+    let raw = Raw::start(|_| Reply::Nothing).await;
     let folder = tempfile::tempdir().unwrap();
-    let quick = SchedulerOptions { request_timeout: Duration::from_millis(500), ..once() };
+    let brief = TryPolicy { max_tries: 2, ..options().tries };
+    let quick = SchedulerOptions { request_timeout: Duration::from_millis(100), tries: brief, ..options() };
     let node = Node::start_with(folder.path(), &[], quick, 32).await;
     node.fleet.register(&raw.url()).await.unwrap();
     let lines = chats(40);
-    let id = node.submit(&lines, 40).await;
-    node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains("answers no request in time since "))).await;
-    out.store(false, Ordering::SeqCst);
-    let batch = node.ended(&id).await;
+    let batch = node.ended(&node.submit(&lines, 40).await).await;
     let (output, errors) = node.results(&batch).await;
     assert_one_line_each(&lines, &output, &errors);
-    assert!(errors.is_empty(), "{:?}", errors.first());
+    assert!(output.is_empty() && errors.iter().all(|line| line["error"]["code"] == "request_timeout"), "{errors:?}");
+    node.stop().await;
+}
+
+/// One caller's calls that fail have no worker held for others.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_of_one_caller_that_fail_hold_up_nobodys_batch() {
+    let raw = Raw::start(|body: &str| match body.contains("poison") {
+        true => Reply::Answer(500, "application/json", r#"{"error":{"message":"no"}}"#.into()),
+        false => Reply::Later(Duration::from_millis(20)),
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], options(), 8).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let call = || async {
+        let body = r#"{"model":"sim","messages":[{"role":"user","content":"poison"}]}"#.into();
+        let (eve, within) = (Tenant::named("eve"), Duration::from_secs(10));
+        node.fleet.infer(eve, Endpoint::ChatCompletions, "sim", body, within).await
+    };
+    let calls = async {
+        loop {
+            let _ = futures::future::join_all((0..16).map(|_| call())).await;
+            tokio::task::yield_now().await;
+        }
+    };
+    let batch = async { node.ended(&node.submit(&chats(60), 60).await).await };
+    let batch = tokio::select! { batch = batch => batch, () = calls => unreachable!() };
+    assert_eq!((batch.counts.completed, batch.counts.failed), (60, 0));
     node.stop().await;
 }
 
@@ -211,7 +234,7 @@ async fn a_dead_model_of_a_gateway_holds_no_other_model() {
     node.waits(&dead, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
     let well = node.ended(&node.submit(&of("well"), 30).await).await;
     assert_eq!((well.counts.completed, well.counts.failed), (60, 0));
-    let still = node.store.batch(&dead).await.unwrap().unwrap();
+    let still = node.store.batch(&dead, &Scope::All).await.unwrap().unwrap();
     assert_eq!((still.counts.completed, still.counts.failed), (0, 0), "what the other model answers ends no line");
     out.store(false, Ordering::SeqCst);
     let batch = node.ended(&dead).await;
