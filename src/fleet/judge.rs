@@ -87,11 +87,10 @@ fn sign(failure: &Failure) -> Option<Sign> {
         // It may be as good as this worker's answers get.
         FailureKind::BadAnswer if failure.is_doubtful => None,
         FailureKind::BadAnswer => failure.looks.map(Sign::Bad),
-        // Slow lines and an engine that hangs look the same, and each try costs the worker a whole time-out: the tries
-        // bound that. The health check finds a worker that answers nothing at all.
-        FailureKind::Timeout => None,
         FailureKind::Status | FailureKind::Refused => failure.answer.as_ref().map(|answer| Sign::Status(answer.status)),
         FailureKind::Connection => Some(Sign::Broken),
+        // A time-out too: slow lines and an engine that hangs look the same, and each try costs the worker a whole
+        // time-out, which the tries bound. The health check finds a worker that answers nothing at all.
         _ => None,
     }
 }

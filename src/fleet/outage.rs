@@ -318,12 +318,10 @@ impl Outage {
     pub fn changes_at(&self, now: Instant) -> Option<Instant> {
         let held = [self.asked, self.paused.map(|(until, _)| until)].into_iter().flatten().filter(|until| now < *until);
         let held = held.max();
-        let fault = self.fault.as_ref().and_then(|fault| {
-            if now < fault.next {
-                return Some(fault.next);
-            }
-            Some(fault.next + TRUST * (fault.trusted(now) + 1))
-        });
+        let fault = self
+            .fault
+            .as_ref()
+            .map(|fault| if now < fault.next { fault.next } else { fault.next + TRUST * (fault.trusted(now) + 1) });
         // What is held is looked at again when that is over.
         held.or(fault)
     }
