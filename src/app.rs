@@ -37,6 +37,7 @@ use crate::{
     service::{Parts, Service},
     store::{Store, StoreError},
     supervise::{Died, Part, Supervisor},
+    upkeep::{self, Upkeep},
     words,
 };
 
@@ -108,7 +109,7 @@ pub struct App {
     /// Ends the API and the progress streams.
     serving: CancellationToken,
     server: JoinHandle<()>,
-    /// Ends the scheduler, once calls are over.
+    /// Ends the scheduler and the upkeep, once calls are over.
     scheduling: CancellationToken,
     scheduler: JoinHandle<()>,
     /// Ends the delivery of webhooks.
@@ -211,6 +212,9 @@ impl App {
         let webhooks = Webhooks::new(store.clone(), webhooks).map_err(AppError::Webhooks)?;
         let delivering = CancellationToken::new();
         let deliverer = Deliverer::new(webhooks.clone(), delivering.clone());
+        let sweeps = upkeep::all(&store, &blobs, &webhooks, config.lease);
+        let upkeep = Upkeep::new(store.clone(), node.clone(), sweeps);
+        supervisor.spawn(Part::Upkeep, &scheduling, upkeep.run(scheduling.clone()));
         let deliverer = run_if(config.has_role(Role::Delivery), Part::Webhooks, &delivering, deliverer.run().boxed());
 
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
@@ -325,6 +329,7 @@ async fn open(config: &ServeConfig) -> Result<Store, AppError> {
         Database::Sqlite(path) => {
             let store = Store::sqlite(&path).await?;
             let released = store.release_all().await?;
+            store.free_sweeps().await?;
             if released > 0 {
                 tracing::info!(segments = released, "taking over from a run that did not end in order");
             }

@@ -18,6 +18,7 @@
 //! - [`scheduler`]: claims segments, decides which line goes to which worker, and runs a segment.
 //! - [`delivery`]: webhooks: signs, sends and retries them, keeps dead letters.
 //! - [`progress`]: durable changes in, event streams out.
+//! - [`upkeep`]: everything periodic: windows, garbage, retention. A new sweep goes here.
 //! - [`access`]: who calls: tokens, roles, owners, and the limits per caller.
 //! - [`service`]: the use cases behind every API: all rules, and one error type. The logic of a new call goes here.
 //! - [`api`]: gRPC and HTTP: they translate calls for the service and decide nothing. A new protocol goes here.
@@ -46,6 +47,7 @@ pub mod sim;
 pub mod store;
 pub mod supervise;
 pub mod telemetry;
+pub mod upkeep;
 pub mod words;
 
 /// The wire contract, generated from `proto/tidemill/v1`.

@@ -20,8 +20,8 @@ pub enum Part {
     Api,
     /// Claims segments and keeps their leases.
     Scheduler,
-    /// Closes windows and deletes garbage.
-    Sweeps,
+    /// Does what is periodic: closes windows, deletes garbage and old rows.
+    Upkeep,
     /// Finds out which batches have changed.
     Hub,
     /// Reads a watched batch that has changed.
@@ -38,8 +38,6 @@ pub enum Part {
     Webhooks,
     /// Retries many dead letters.
     RetryJobs,
-    /// Ends the attempts of dead senders, and deletes old webhooks.
-    WebhookUpkeep,
     /// Encrypts stored webhook secrets with the current master key.
     Resealing,
     /// Receives notifications of other nodes' commits (PostgreSQL only).
@@ -50,10 +48,10 @@ pub enum Part {
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 14] = [
         Self::Api,
         Self::Scheduler,
-        Self::Sweeps,
+        Self::Upkeep,
         Self::Hub,
         Self::HubRead,
         Self::Heartbeat,
@@ -62,7 +60,6 @@ impl Part {
         Self::Limit,
         Self::Webhooks,
         Self::RetryJobs,
-        Self::WebhookUpkeep,
         Self::Resealing,
         Self::Listener,
         Self::StoreCheck,
@@ -74,7 +71,7 @@ impl Part {
         match self {
             Self::Api => "api",
             Self::Scheduler => "scheduler",
-            Self::Sweeps => "sweeps",
+            Self::Upkeep => "upkeep",
             Self::Hub => "hub",
             Self::HubRead => "hub-read",
             Self::Heartbeat => "heartbeat",
@@ -83,7 +80,6 @@ impl Part {
             Self::Limit => "limit",
             Self::Webhooks => "webhooks",
             Self::RetryJobs => "retry-jobs",
-            Self::WebhookUpkeep => "webhook-upkeep",
             Self::Resealing => "resealing",
             Self::Listener => "listener",
             Self::StoreCheck => "store-check",
@@ -241,7 +237,7 @@ mod tests {
             });
             let died = supervisor.died().await;
             assert_eq!((died.part, died.why.as_str()), (Part::Hub, why));
-            supervisor.spawn_once(Part::Sweeps, panics("later"));
+            supervisor.spawn_once(Part::Upkeep, panics("later"));
             supervisor.ended().await;
             assert_eq!(supervisor.died().await.part, Part::Hub, "the first");
             assert_eq!(died.to_string(), format!("the part \"hub\" of the server has died: {why}"));

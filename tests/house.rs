@@ -18,6 +18,7 @@ const ROOMS: &[&[&str]] = &[
     &["api"],
     &["service"],
     &["access"],
+    &["upkeep"],
     &["progress"],
     &["scheduler"],
     &["delivery", "fleet", "ingest", "sim"],

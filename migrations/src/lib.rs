@@ -16,6 +16,7 @@ mod m20261201_000006_fair_claims;
 mod m20261201_000007_checksums;
 mod m20261202_000008_leftovers;
 mod m20261203_000009_worker_health;
+mod m20261205_000010_sweeps;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -35,6 +36,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261201_000007_checksums::Migration),
             Box::new(m20261202_000008_leftovers::Migration),
             Box::new(m20261203_000009_worker_health::Migration),
+            Box::new(m20261205_000010_sweeps::Migration),
         ]
     }
 }

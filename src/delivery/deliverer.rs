@@ -1,21 +1,17 @@
-//! A server's work for webhooks: the outbox, retries of many dead letters, and housekeeping.
+//! A server's work for webhooks: the outbox and retries of many dead letters. What is periodic is `upkeep`'s.
 
 use std::time::Duration;
 
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{Webhooks, jobs, metrics, outbox::Outbox, send::batch_context};
 use crate::{
-    domain::{Clocks, Scope},
+    domain::Scope,
     fault,
     store::{SecretOf, StoreError},
     supervise::{Part, named},
 };
-
-/// Time between two deletions of old webhooks.
-const PURGE_EVERY: Duration = Duration::from_secs(3_600);
 
 /// Delivers this node's part of the outbox until it is told to stop.
 pub struct Deliverer {
@@ -36,7 +32,6 @@ impl Deliverer {
         if !self.webhooks.inner.vault.is_sealing() {
             warn!("no master key: webhook secrets are stored unsealed; set TIDEMILL_MASTER_KEY");
         }
-        let keeping = Housekeeping { webhooks: self.webhooks.clone(), shutdown: self.shutdown.clone() };
         let outbox = Outbox::new(self.webhooks.clone(), self.shutdown.clone());
         self.webhooks.take_over().await;
         let jobs = async {
@@ -47,13 +42,12 @@ impl Deliverer {
         };
         let resealing = async {
             tokio::select! {
-                () = keeping.reseal() => {}
+                () = self.webhooks.reseal() => {}
                 () = self.shutdown.cancelled() => {}
             }
         };
         tokio::join!(
             named(Part::Webhooks, outbox.run()),
-            named(Part::WebhookUpkeep, keeping.run()),
             named(Part::Resealing, resealing),
             named(Part::RetryJobs, jobs)
         );
@@ -66,93 +60,72 @@ impl Webhooks {
     /// does it, the others wait.
     pub(super) async fn take_over(&self) {
         if self.inner.options.sole_node {
-            self.inner.taken_over.get_or_init(|| self.reap(true)).await;
+            let reap = async || {
+                if let Err(error) = self.reap(true).await {
+                    warn!(%error, "leases of webhooks can't be looked at");
+                }
+            };
+            self.inner.taken_over.get_or_init(reap).await;
         }
     }
 
-    async fn reap(&self, all: bool) {
-        if let Err(error) = self.try_reap(all).await {
-            warn!(%error, "leases of webhooks can't be looked at");
-        }
-    }
-
-    async fn try_reap(&self, all: bool) -> Result<(), StoreError> {
+    /// Ends attempts whose lease has expired, or `all`, and expires progress events. Returns the number of attempts.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(crate) async fn reap(&self, all: bool) -> Result<u64, StoreError> {
         let inner = &self.inner;
         let schedule = &inner.options.schedule;
         let reaped = inner.store.reap_deliveries(all, |attempts| schedule.nominal(attempts)).await?;
-        if reaped.pending > 0 || reaped.dead > 0 {
+        let count = reaped.pending + reaped.dead;
+        if count > 0 {
             info!(again = reaped.pending, dead = reaped.dead, "webhooks whose sender is gone");
-            metrics::reaped(reaped.pending + reaped.dead);
+            metrics::reaped(count);
             inner.wake.notify_one();
         }
         metrics::oldest_due(inner.store.oldest_due().await?.unwrap_or_default());
-        Ok(())
+        Ok(count)
     }
-}
 
-/// Periodic work.
-struct Housekeeping {
-    webhooks: Webhooks,
-    shutdown: CancellationToken,
-}
+    /// Time between two checks for expired leases and for a clock that was set back.
+    pub(crate) fn reap_interval(&self) -> Duration {
+        self.inner.options.reap
+    }
 
-impl Housekeeping {
-    async fn run(&self) {
-        let mut purge_at = Instant::now();
-        let mut clocks = Clocks::default();
-        loop {
-            fault::panic_in(Part::WebhookUpkeep);
-            if let Err(error) = self.mend(&mut clocks).await {
-                // The next check starts from scratch.
-                clocks = Clocks::default();
-                warn!(%error, "what is due can't be compared with the database's clock");
-            }
-            self.webhooks.reap(false).await;
-            if Instant::now() >= purge_at {
-                purge_at = Instant::now() + PURGE_EVERY;
-                if let Err(error) = self.purge().await {
-                    warn!(%error, "old webhooks can't be deleted");
-                }
-            }
-            tokio::select! {
-                () = tokio::time::sleep(self.webhooks.inner.options.reap) => {}
-                () = self.shutdown.cancelled() => return,
-            }
+    /// Shortens waits and leases after the database's clock was set back. Returns the number of deliveries.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(crate) async fn mend_due_times(&self) -> Result<u64, StoreError> {
+        let mended = self.inner.store.mend_due_times().await?;
+        if mended > 0 {
+            warn!(
+                mended,
+                "the database's clock was set back; webhooks that were due later than they can be are due anew"
+            );
+            self.inner.wake.notify_one();
         }
+        Ok(mended)
     }
 
-    /// Shortens waits and leases if the database's clock was set back, so that they do not last longer for it.
-    async fn mend(&self, clocks: &mut Clocks) -> Result<(), StoreError> {
-        let inner = &self.webhooks.inner;
-        let asked = Instant::now().into_std();
-        let said = inner.store.clock().await?;
-        if clocks.may_be_back(asked, Instant::now().into_std(), said) {
-            let mended = inner.store.mend_due_times().await?;
-            if mended > 0 {
-                warn!(
-                    mended,
-                    "the database's clock was set back; webhooks that were due later than they can be are due anew"
-                );
-                inner.wake.notify_one();
-            }
-        }
-        Ok(())
-    }
-
-    async fn purge(&self) -> Result<(), StoreError> {
-        let inner = &self.webhooks.inner;
+    /// Deletes dead letters and settled deliveries whose time is over. Returns how many.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(crate) async fn purge(&self) -> Result<u64, StoreError> {
+        let inner = &self.inner;
         let dead_letters = inner.store.purge_dead_letters(inner.options.keep_dead_letters, &Scope::All).await?;
         let deliveries = inner.store.purge_deliveries(inner.options.keep_deliveries).await?;
         if dead_letters > 0 || deliveries > 0 {
             info!(dead_letters, deliveries, "old webhooks deleted");
         }
-        Ok(())
+        Ok(dead_letters + deliveries)
     }
 
     /// Encrypts stored secrets with the current master key, so that the previous one can be removed.
     async fn reseal(&self) {
         fault::panic_in(Part::Resealing);
-        let inner = &self.webhooks.inner;
+        let inner = &self.inner;
         // Without a key nothing can be encrypted.
         let Some(current) = inner.vault.mark() else { return };
         let mut unopened = 0u64;

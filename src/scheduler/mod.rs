@@ -1,9 +1,8 @@
 //! Which segments this node runs, and the run of each.
 //!
 //! [`plan`], [`order`], [`lines`], [`tries`] and [`deaths`] decide, purely; [`segment`] and [`work`] run one segment with
-//! [`checkpoint`] for what must be durable; [`claiming`] claims segments, beside this file's loop; [`sweeps`] closes
-//! windows and deletes garbage. This file starts the runs, keeps their leases and tells them what has become of their
-//! batches.
+//! [`checkpoint`] for what must be durable; [`claiming`] claims segments, beside this file's loop. This file starts the
+//! runs, keeps their leases and tells them what has become of their batches.
 
 mod aside;
 mod checkpoint;
@@ -19,7 +18,6 @@ pub mod plan;
 mod seat;
 mod segment;
 mod stages;
-mod sweeps;
 mod tries;
 mod troubles;
 mod work;
@@ -212,15 +210,6 @@ impl Scheduler {
     /// Runs until the shutdown, and then until every segment is finished or given back.
     pub async fn run(mut self) {
         Self::describe_metrics();
-        let (sweeps, shutdown) =
-            (sweeps::run(self.store.clone(), self.blobs.clone(), self.options.lease), self.shutdown.clone());
-        let sweeps = async move {
-            tokio::select! {
-                () = sweeps => {}
-                () = shutdown.cancelled() => {}
-            }
-        };
-        let sweeps = self.fleet.supervisor().spawn(Part::Sweeps, &self.shutdown, sweeps);
         let shutdown = self.shutdown.clone();
         let (ended, mut endings) = mpsc::unbounded_channel();
         let (claims, mut claimed) = mpsc::unbounded_channel();
@@ -299,8 +288,6 @@ impl Scheduler {
         drop(claims);
         self.drain(&mut endings, &mut claimed, &ended).await;
         drop(round);
-        // It ends with the same token.
-        let _ = sweeps.await;
     }
 
     /// Lets every run end or give its segment back, and keeps their leases meanwhile. What can't be written in time,

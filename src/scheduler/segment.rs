@@ -259,7 +259,7 @@ impl Run {
 
     /// Deletes objects that an earlier owner wrote and did not live to name. It can't name them any more either: its epoch
     /// is over. What can't be deleted now lies there until the segment is claimed again, or until its batch has ended: then
-    /// [`super::sweeps`] looks for it.
+    /// a sweep looks for it.
     async fn remove_orphans(&self, named: &[Part]) {
         let Ok(keys) = self.blobs.list(&results::folder(&self.claimed.segment)).await else { return };
         let orphans: Vec<String> = keys

@@ -14,8 +14,10 @@ use crate::domain::Timestamp;
 
 /// Time for readers that have begun to finish reading a released object.
 const GRACE: Duration = Duration::from_secs(600);
-/// Time until an object that was taken for deletion is offered again.
+/// Time until an object that was taken for deletion is offered again. It doubles each time, up to [`DOUBLINGS`].
 const TAKEN: Duration = Duration::from_secs(300);
+/// The longest time is 2^6 times as long: 5 hours and 20 minutes.
+const DOUBLINGS: u32 = 6;
 /// The longest time of an upload.
 const UPLOAD: Duration = Duration::from_secs(24 * 3_600);
 
@@ -39,7 +41,7 @@ impl Store {
 
     async fn abandon_upload_once(&self, key: &str) -> Result<(), StoreError> {
         let at = now(self.read()).await?;
-        let noted = garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0) };
+        let noted = garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0), tries: Set(0) };
         // One statement, because a crash between two would leave an object that nothing names.
         garbage::Entity::insert(noted)
             .on_conflict(
@@ -68,7 +70,8 @@ impl Store {
     }
 
     /// Takes at most `limit` objects to delete, the longest due first. Unless they are forgotten, they are offered
-    /// again after a while. So nodes don't take the same ones, and an object that can't be deleted blocks no other.
+    /// again after a while, each time after a longer one. So nodes don't take the same ones, and objects that can't be
+    /// deleted block no others.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -89,9 +92,13 @@ impl Store {
             // As an array it is evaluated once, whatever the plan.
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
-        let sql = format!("UPDATE garbage SET delete_after = $1 WHERE object_key {of_these} RETURNING object_key");
+        let wait = i64::try_from(TAKEN.as_micros()).unwrap_or(i64::MAX);
+        let sql = format!(
+            "UPDATE garbage SET delete_after = $2 + ($1 << CASE WHEN tries < {DOUBLINGS} THEN tries ELSE {DOUBLINGS} END), \
+             tries = tries + 1 WHERE object_key {of_these} RETURNING object_key"
+        );
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let values = [at.plus(TAKEN).0.into(), at.0.into(), limit.into()];
+        let values = [wait.into(), at.0.into(), limit.into()];
         let rows = self.inner.write.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
         rows.iter().map(|row| Ok(row.try_get("", "object_key")?)).collect()
     }
@@ -129,7 +136,7 @@ async fn note<C: ConnectionTrait>(
 ) -> Result<(), StoreError> {
     let rows: Vec<_> = keys
         .into_iter()
-        .map(|key| garbage::ActiveModel { object_key: Set(key), delete_after: Set(delete_after.0) })
+        .map(|key| garbage::ActiveModel { object_key: Set(key), delete_after: Set(delete_after.0), tries: Set(0) })
         .collect();
     for some in rows.chunks(1_000) {
         garbage::Entity::insert_many(some.to_vec())

@@ -1,13 +1,14 @@
 //! Which blob store holds the objects that this database names.
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseBackend, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set,
-    Statement,
+    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QueryOrder, QuerySelect, Set, Statement,
 };
 
 use super::{
     DatabaseTransaction, Store, StoreError,
     entity::{batch, blob_store, file, node},
+    nodes::dead_since,
+    now,
 };
 use crate::domain::NodeId;
 
@@ -49,12 +50,12 @@ impl Store {
         Ok(())
     }
 
-    /// Whether the database names no file, has no batch, and no node but this one.
+    /// Whether the database names no file, has no batch, and no live node but this one.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn is_unused_but_by(&self, own: &NodeId) -> Result<bool, StoreError> {
-        Ok(is_unused_but_by(self.read(), own).await?)
+        is_unused_but_by(self.read(), own).await
     }
 
     /// Writes the id down, unless there is one that counts: any that a used database has. `give` gives it to the store
@@ -73,7 +74,7 @@ impl Store {
         let tx = self.begin().await?;
         self.one_at_a_time(&tx).await?;
         if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await.map_err(failed)? {
-            if row.store_id == id || !is_unused_but_by(&tx, own).await.map_err(failed)? {
+            if row.store_id == id || !is_unused_but_by(&tx, own).await? {
                 return Ok(row.store_id);
             }
             blob_store::Entity::delete_by_id(ROW).exec(&tx).await.map_err(failed)?;
@@ -102,8 +103,10 @@ impl Store {
     }
 }
 
-async fn is_unused_but_by(connection: &impl ConnectionTrait, own: &NodeId) -> Result<bool, DbErr> {
-    let others = node::Entity::find().filter(node::Column::Id.ne(own.as_str()));
+async fn is_unused_but_by(connection: &impl ConnectionTrait, own: &NodeId) -> Result<bool, StoreError> {
+    let others = node::Entity::find()
+        .filter(node::Column::Id.ne(own.as_str()))
+        .filter(node::Column::HeartbeatAt.gte(dead_since(now(connection).await?)));
     Ok(others.one(connection).await?.is_none()
         && file::Entity::find().one(connection).await?.is_none()
         && batch::Entity::find().one(connection).await?.is_none())

@@ -26,6 +26,7 @@ mod queue;
 mod reach;
 mod schema;
 mod scoped;
+mod sweeps;
 mod turns;
 mod wanted;
 mod webhooks;
@@ -56,6 +57,7 @@ pub use files::{DeletedFile, InsertedFile};
 pub use nodes::NodeRecord;
 pub use pages::{BatchFilter, FileFilter};
 pub use parts::{Commit, FinalObject, NewPart, Part};
+pub use sweeps::{SweepRow, WantedSweep};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
     DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,

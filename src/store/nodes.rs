@@ -7,7 +7,7 @@ use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query:
 use super::{Store, StoreError, again::again, entity::node, now};
 use crate::domain::{NodeId, Timestamp};
 
-/// A node without a heartbeat for this long is dead, and its row is deleted.
+/// A node without a heartbeat for this long is dead.
 const DEAD: Duration = Duration::from_secs(600);
 
 /// A node, as other nodes see it.
@@ -26,8 +26,7 @@ pub struct NodeRecord {
 }
 
 impl Store {
-    /// Registers this node or renews its heartbeat; also restores a row that other nodes deleted. Deletes rows of dead
-    /// nodes.
+    /// Registers this node or renews its heartbeat; also restores a row that other nodes deleted.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -46,12 +45,23 @@ impl Store {
         };
         let known = OnConflict::column(node::Column::Id).update_column(node::Column::HeartbeatAt).to_owned();
         node::Entity::insert(row).on_conflict(known).exec_without_returning(&self.inner.write).await?;
-        let dead = i64::try_from(DEAD.as_micros()).unwrap_or(i64::MAX);
-        node::Entity::delete_many()
-            .filter(node::Column::HeartbeatAt.lt(at.0.saturating_sub(dead)))
-            .exec(&self.inner.write)
-            .await?;
         Ok(())
+    }
+
+    /// Deletes the rows of dead nodes. Returns how many.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn forget_dead_nodes(&self) -> Result<u64, StoreError> {
+        let dead = node::Column::HeartbeatAt.lt(dead_since(now(self.read()).await?));
+        // Usually there are none, and SQLite's only writer should not be used for that.
+        if node::Entity::find().filter(dead.clone()).one(self.read()).await?.is_none() {
+            return Ok(0);
+        }
+        again(|| async {
+            Ok(node::Entity::delete_many().filter(dead.clone()).exec(&self.inner.write).await?.rows_affected)
+        })
+        .await
     }
 
     /// Deletes this node's row at an orderly stop.
@@ -86,4 +96,9 @@ impl Store {
         };
         Ok(rows.into_iter().map(record).collect())
     }
+}
+
+/// A node is dead if its last heartbeat was before this.
+pub(super) fn dead_since(at: Timestamp) -> i64 {
+    at.0.saturating_sub(i64::try_from(DEAD.as_micros()).unwrap_or(i64::MAX))
 }

@@ -17,6 +17,7 @@ use tidemill::{
     scheduler::{Scheduler, SchedulerOptions, TryPolicy},
     sim::{Sim, SimConfig},
     store::{CreatedBatch, InsertedFile, Store},
+    upkeep::{self, Upkeep},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -78,6 +79,7 @@ pub struct Node {
     pub hub: Hub,
     shutdown: CancellationToken,
     scheduler: JoinHandle<()>,
+    upkeep: JoinHandle<()>,
     /// The workers are looked after until the scheduler has stopped.
     fleet_shutdown: CancellationToken,
 }
@@ -125,22 +127,26 @@ impl Node {
     ) -> Self {
         let store = Store::sqlite(&folder.join("db")).await.unwrap();
         store.release_all().await.unwrap();
+        store.free_sweeps().await.unwrap();
         let (shutdown, fleet_shutdown) = (CancellationToken::new(), CancellationToken::new());
         let urls: Vec<String> = workers.iter().map(|worker| worker.url()).collect();
         Fleet::configure(&store, &urls).await.unwrap();
         let fleet = Fleet::start(store.clone(), fleet, &TaskTracker::new(), fleet_shutdown.clone()).await.unwrap();
-        let scheduler =
-            Scheduler::new(store.clone(), blobs.clone(), fleet.clone(), NodeId::generate(), options, shutdown.clone());
+        let (node, sweeps) = (NodeId::generate(), upkeep::of_batches(&store, &blobs, options.lease));
+        let upkeep = Upkeep::new(store.clone(), node.clone(), sweeps);
+        let upkeep = tokio::spawn(upkeep.run(shutdown.clone()));
+        let scheduler = Scheduler::new(store.clone(), blobs.clone(), fleet.clone(), node, options, shutdown.clone());
         let hub = Hub::new(store.clone(), fleet.clone(), scheduler.troubles(), shutdown.clone());
         let scheduler = tokio::spawn(scheduler.run());
         let reader = Reader::new(store.clone(), blobs.clone());
-        Self { store, blobs, fleet, reader, hub, shutdown, scheduler, fleet_shutdown }
+        Self { store, blobs, fleet, reader, hub, shutdown, scheduler, upkeep, fleet_shutdown }
     }
 
     /// Stops in order.
     pub async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(PATIENCE, self.scheduler).await.expect("the scheduler stops").unwrap();
+        tokio::time::timeout(PATIENCE, self.upkeep).await.expect("the upkeep stops").unwrap();
         self.fleet_shutdown.cancel();
         self.store.close().await;
     }

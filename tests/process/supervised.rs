@@ -1,5 +1,5 @@
 //! A part of the server that panics ends the process, with its name in the log: a server that serves without its outbox, its
-//! heartbeat or its sweeps would be found out by what is missing.
+//! heartbeat or its upkeep would be found out by what is missing.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ macro_rules! parts {
 parts! {
     api: Api;
     scheduler: Scheduler;
-    sweeps: Sweeps;
+    upkeep: Upkeep;
     hub: Hub;
     hub_read: HubRead;
     heartbeat: Heartbeat;
@@ -34,7 +34,6 @@ parts! {
     limit: Limit;
     webhooks: Webhooks;
     retry_jobs: RetryJobs;
-    webhook_upkeep: WebhookUpkeep;
     resealing: Resealing;
     listener: Listener;
     store_check: StoreCheck;

@@ -163,6 +163,15 @@ async fn garbage_is_taken_by_one_node_at_a_time_and_what_stays_blocks_nothing(db
     assert!(db.store.take_garbage(10).await.unwrap().is_empty(), "what could not be deleted rests");
     db.store.forget_garbage(&taken[..29]).await.unwrap();
     assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1, "but is not forgotten");
+    // Each time it fails it rests for longer: ten minutes, twenty, and so on up to five hours and twenty minutes.
+    let mut rests = Vec::new();
+    for _ in 0..8 {
+        db.execute("UPDATE garbage SET delete_after = 1").await;
+        let before = db.store.clock().await.unwrap().0;
+        assert_eq!(db.store.take_garbage(10).await.unwrap(), taken[29..]);
+        rests.push((db.number("SELECT delete_after FROM garbage").await - before) / 60_000_000);
+    }
+    assert_eq!(rests, [10, 20, 40, 80, 160, 320, 320, 320]);
     // An upload that breaks off while its note is there is due at once, in one statement.
     db.store.begin_upload("inputs/late").await.unwrap();
     db.store.abandon_upload("inputs/late").await.unwrap();

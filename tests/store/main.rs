@@ -22,4 +22,5 @@ mod rivals;
 mod start;
 #[path = "../support/mod.rs"]
 mod support;
+mod sweeps;
 mod workers;

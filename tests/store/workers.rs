@@ -92,6 +92,7 @@ async fn nodes_come_live_and_go(db: Db) {
         let (before, others) = (at - seconds * 1_000_000, others.as_str());
         db.execute(&format!("UPDATE nodes SET heartbeat_at = {before} WHERE id = '{others}'")).await;
         db.store.heartbeat(&node, "1.0.0", "api,scheduler").await.unwrap();
+        db.store.forget_dead_nodes().await.unwrap();
         db.store.nodes().await.unwrap().len()
     };
     assert_eq!((silent(590).await, silent(601).await), (2, 1));

@@ -12,10 +12,11 @@ use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{
     delivery::{Deliverer, Options, Webhooks, schedule::Schedule},
     domain::{
-        Scope, Timestamp,
+        NodeId, Scope, Timestamp,
         webhook::{AttemptResult, DeliveryState, ErrorKind, WebhookTarget},
     },
     store::{BeginRetry, ClaimShare, Settlement, with_clock},
+    upkeep::{self, Upkeep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -136,7 +137,10 @@ async fn a_clock_set_back_does_not_hold_a_retry() {
     let schedule = Schedule::try_new(vec![Duration::from_secs(4)]).unwrap();
     let options = Options { schedule, reap: Duration::from_millis(100), ..db.options() };
     let (webhooks, shutdown) = (Webhooks::new(db.store.clone(), options).unwrap(), CancellationToken::new());
-    let running = tokio::spawn(with_clock(clock, Deliverer::new(webhooks, shutdown.clone()).run()));
+    let upkeep = Upkeep::new(db.store.clone(), NodeId::generate(), upkeep::of_webhooks(&webhooks));
+    let (upkeep, deliverer) = (upkeep.run(shutdown.clone()), Deliverer::new(webhooks, shutdown.clone()));
+    let both = async { tokio::join!(deliverer.run(), upkeep) };
+    let running = tokio::spawn(with_clock(clock, both));
     eventually("the first attempt has failed", || async {
         let one = db.deliveries(&batch.id).await.remove(0);
         (one.state == DeliveryState::Pending && one.attempts == 1).then_some(())

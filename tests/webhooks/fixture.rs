@@ -21,6 +21,7 @@ use tidemill::{
         AttemptRecord, ClaimedSegment, CreatedBatch, DeadLetter, DeadLetterFilter, DeliveryFilter, DeliveryRecord,
         FinalObject, NewPart, Store,
     },
+    upkeep::{self, Upkeep},
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -249,7 +250,13 @@ pub struct Running {
 impl Running {
     pub fn start(webhooks: Webhooks) -> Self {
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(Deliverer::new(webhooks.clone(), shutdown.clone()).run());
+        let (deliverer, store) = (Deliverer::new(webhooks.clone(), shutdown.clone()), webhooks.store().clone());
+        let upkeep = Upkeep::new(store.clone(), NodeId::generate(), upkeep::of_webhooks(&webhooks));
+        let stop = shutdown.clone();
+        let task = tokio::spawn(async move {
+            store.free_sweeps().await.unwrap();
+            tokio::join!(deliverer.run(), upkeep.run(stop));
+        });
         Self { webhooks, stop: shutdown.drop_guard(), task }
     }
 

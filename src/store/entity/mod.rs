@@ -14,6 +14,7 @@ pub(super) mod leftover;
 pub(super) mod node;
 pub(super) mod part;
 pub(super) mod segment;
+pub(super) mod sweep;
 pub(super) mod webhook_attempt;
 pub(super) mod webhook_dead_letter;
 pub(super) mod webhook_delivery;
