@@ -4,6 +4,7 @@
     .ci/mutations.py            all of them
     .ci/mutations.py NAME...    only these
     .ci/mutations.py --list     what there is
+    .ci/mutations.py --check    only whether each text is still there, and each test: takes no time
 
 Each mutant is an edit of the source: the text that is there, once, and the text that takes its place, in which MUTANT is
 true if this mutant is to run. All are compiled together, in a copy below target/mutations, and one is chosen by the
@@ -61,19 +62,19 @@ MUTANTS = [
             return Ok(Commit::Fenced);
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // The same part""",
+        // A repeated call""",
         """        let tx = self.begin().await?;
         if !hold(&tx, of, epoch).await? && !MUTANT {
             return Ok(Commit::Fenced);
         }
         let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // The same part""")], [FENCED, SIMULATION]),
+        // A repeated call""")], [FENCED, SIMULATION]),
     Mutant("fence-end", "a segment is ended whatever the epoch", [(PARTS,
         "            .filter(fenced(of, epoch))\n            .exec(&tx)",
         "            .filter(if MUTANT { super::claims::any_epoch(of) } else { fenced(of, epoch) })\n            .exec(&tx)"),
-        (CLAIMS, "/// The segment, if it is still leased under this epoch.\n",
+        (CLAIMS, "/// Selects the segment if it is still leased under this epoch.\n",
         "pub(super) fn any_epoch(of: &SegmentRef) -> Condition {\n    " + ANY_EPOCH + "\n}\n\n"
-        "/// The segment, if it is still leased under this epoch.\n")], [FENCED, SIMULATION]),
+        "/// Selects the segment if it is still leased under this epoch.\n")], [FENCED, SIMULATION]),
     Mutant("fence-torn", "parts are taken back whatever the epoch", [(PARTS,
         """        if !hold(&tx, of, epoch).await? {
             return Ok(Commit::Fenced);
@@ -320,6 +321,21 @@ def mutated():
     return files
 
 
+def missing():
+    """The tests that are named here and that no source has."""
+    sources = {}
+    for path in sorted((ROOT / "tests").glob("*/**/*.rs")):
+        target = path.relative_to(ROOT / "tests").parts[0]
+        sources[target] = sources.get(target, "") + f"mod {path.stem};\n" + path.read_text()
+    for mutant in MUTANTS:
+        for test in mutant.tests:
+            target, name = test.split(" ")
+            *modules, function = name.split("::")
+            wanted = [f"mod {module};" for module in modules] + ([f"fn {function}"] if function else [])
+            if not all(text in sources.get(target, "") for text in wanted):
+                yield f"{mutant.name}: {test}"
+
+
 def write(files):
     for path in SOURCE.rglob("*") if SOURCE.exists() else []:
         if path.is_file() and str(path.relative_to(SOURCE)) not in files:
@@ -374,6 +390,12 @@ def main():
     if asked == ["--list"]:
         for mutant in MUTANTS:
             print(f"{mutant.name:18} {mutant.what}")
+        return
+    if asked == ["--check"]:
+        mutated()
+        if gone := list(missing()):
+            sys.exit("there are no such tests:\n" + "\n".join(gone))
+        print(f"the source has the texts of all {len(MUTANTS)} mutants, and their tests")
         return
     known = {mutant.name for mutant in MUTANTS}
     if not known.issuperset(asked):
