@@ -168,8 +168,9 @@ impl Blobs {
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), BlobError> {
         self.is_still_ours().await?;
-        let put = self.store.put(&Path::from(key), PutPayload::from_bytes(bytes)).await;
-        put.map(|_| ()).map_err(BlobError::of_write)
+        let key = Path::from(key);
+        self.store.put(&key, PutPayload::from_bytes(bytes)).await.map_err(BlobError::of_write)?;
+        self.was_ours(&key).await
     }
 
     /// Begins an object of unknown size.
@@ -182,7 +183,7 @@ impl Blobs {
         if let Some(directory) = &self.directory {
             let path = directory.path_to_filesystem(&key).map_err(BlobError::of_write)?;
             let file = LocalWriter::create(path).await.map_err(BlobError::of_file)?;
-            return Ok(ObjectWriter(Writer::Local(file)));
+            return Ok(ObjectWriter(Writer::Local { file, key, blobs: self.clone() }));
         }
         let upload = self.store.put_multipart(&key).await.map_err(BlobError::of_write)?;
         Ok(ObjectWriter(Writer::Parts(WriteMultipart::new_with_chunk_size(upload, WRITE_CHUNK))))
@@ -249,9 +250,9 @@ impl Blobs {
         self.delete_unchecked(key).await
     }
 
-    /// Removes files of a directory that have been half written and left: nobody has added to them for an hour. An upload is
-    /// broken off after minutes without a byte, and everything else is written in one go. An hour by the directory's own
-    /// clock: it may be another machine's. Returns how many; other stores keep none.
+    /// Removes files of a directory that have been half written and left: nobody has added to them for an hour. An
+    /// upload is broken off after minutes without a byte, and everything else is written in one go. An hour by the
+    /// directory's own clock: it may be another machine's. Returns how many; other stores keep none.
     ///
     /// # Errors
     /// [`BlobError::Failed`].
@@ -290,7 +291,7 @@ impl Blobs {
 pub struct ObjectWriter(Writer);
 
 enum Writer {
-    Local(LocalWriter),
+    Local { file: LocalWriter, key: Path, blobs: Blobs },
     Parts(WriteMultipart),
 }
 
@@ -301,7 +302,7 @@ impl ObjectWriter {
     /// [`BlobError::Failed`].
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), BlobError> {
         match &mut self.0 {
-            Writer::Local(file) => file.write(bytes).await.map_err(BlobError::of_file),
+            Writer::Local { file, .. } => file.write(bytes).await.map_err(BlobError::of_file),
             Writer::Parts(upload) => {
                 upload.wait_for_capacity(WRITE_CONCURRENCY).await.map_err(BlobError::of_write)?;
                 upload.write(&bytes);
@@ -316,7 +317,10 @@ impl ObjectWriter {
     /// [`BlobError::Failed`]; then there is no such object.
     pub async fn finish(self) -> Result<(), BlobError> {
         match self.0 {
-            Writer::Local(file) => file.finish().await.map_err(BlobError::of_file),
+            Writer::Local { file, key, blobs } => {
+                file.finish().await.map_err(BlobError::of_file)?;
+                blobs.was_ours(&key).await
+            }
             Writer::Parts(upload) => upload.finish().await.map(|_| ()).map_err(BlobError::of_write),
         }
     }
@@ -327,7 +331,7 @@ impl ObjectWriter {
     /// [`BlobError::Failed`].
     pub async fn abort(self) -> Result<(), BlobError> {
         match self.0 {
-            Writer::Local(file) => file.abort().await.map_err(BlobError::of_file),
+            Writer::Local { file, .. } => file.abort().await.map_err(BlobError::of_file),
             Writer::Parts(upload) => upload.abort().await.map_err(BlobError::of_write),
         }
     }
@@ -379,8 +383,8 @@ fn sync_folder(_: &FsPath) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Removes half-written files, as old as is wanted, and returns how many. The local store, too, writes `name#N` and renames it
-/// when it is whole. What goes away meanwhile is fine: others may be at work.
+/// Removes half-written files, as old as is wanted, and returns how many. The local store, too, writes `name#N` and
+/// renames it when it is whole. What goes away meanwhile is fine: others may be at work.
 fn remove_staged(folder: &FsPath, wanted: &dyn Fn(SystemTime) -> bool) -> std::io::Result<u64> {
     let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
     let entries = match std::fs::read_dir(folder) {

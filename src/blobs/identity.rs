@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use object_store::{ObjectStoreExt, path::Path};
 use parking_lot::Mutex;
 
 use super::{BlobError, Blobs};
@@ -104,6 +105,19 @@ impl Blobs {
         if self.directory.is_some() { self.verify().await } else { self.is_ours() }
     }
 
+    /// Called after an object was written. If the volume was unmounted since the check before the write, the object
+    /// lies in the folder below it: it is removed, and the write has failed.
+    pub(super) async fn was_ours(&self, key: &Path) -> Result<(), BlobError> {
+        if self.directory.is_none() {
+            return Ok(());
+        }
+        let verified = self.verify().await;
+        if matches!(verified, Err(BlobError::Foreign(_))) {
+            let _ = self.store.delete(key).await;
+        }
+        verified
+    }
+
     /// A missing object counts as missing only if the store is the right one.
     pub(super) async fn missing(&self, error: BlobError) -> BlobError {
         match error {
@@ -154,6 +168,11 @@ mod tests {
         assert!(matches!(blobs.put("c", Bytes::new()).await, Err(BlobError::Foreign(_))));
         assert!(matches!(blobs.writer("c").await, Err(BlobError::Foreign(_))));
         assert!(matches!(blobs.delete("a").await, Err(BlobError::Foreign(_))));
+        // A write that was checked just before.
+        let late = Path::from("results/b/1");
+        blobs.store.put(&late, "x".into()).await.unwrap();
+        assert!(matches!(blobs.was_ours(&late).await, Err(BlobError::Foreign(_))), "it would be hidden and lost");
+        assert_eq!(std::fs::read_dir(folder.path().join("blobs")).unwrap().count(), 0, "nothing is left of it");
         assert!(blobs.foreign().unwrap().contains("is not there"));
         std::fs::write(folder.path().join("blobs").join(ID_KEY), "two\n").unwrap();
         assert!(matches!(blobs.verify().await, Err(BlobError::Foreign(_))));
