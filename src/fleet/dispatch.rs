@@ -30,8 +30,8 @@ use crate::{
 pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
 /// The longest pause that a worker may ask for.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// What vLLM (0.32 and later) reads a request's priority from, before its body. With `--scheduling-policy fcfs` it makes no
-/// use of it, and other servers do not know it.
+/// What vLLM (0.32 and later) reads a request's priority from, before its body. With `--scheduling-policy fcfs` it
+/// makes no use of it, and other servers do not know it.
 const PRIORITY: HeaderName = HeaderName::from_static("x-vllm-priority");
 
 /// Bad answers that have so many first bytes in common look alike: an answer to a request has its id there.
@@ -147,6 +147,8 @@ pub struct Failure {
     pub worker: WorkerKey,
     /// The answer may be as good as this worker's answers get: it is taken when there are no more tries.
     pub is_doubtful: bool,
+    /// The answer is a success, but a proxy's page or cut short: the worker may not have answered at all.
+    pub is_page: bool,
     /// For a success that is no answer: a number for how it looks, the same for those that look alike.
     pub looks: Option<u64>,
     /// What may tell later that the worker was at fault; none: it was not, or that is known already.
@@ -199,7 +201,8 @@ pub fn may_refuse_priority(answer: &Answer) -> bool {
     matches!(answer.status, 400 | 422) && answer.body.windows(8).any(|word| word.eq_ignore_ascii_case(b"priority"))
 }
 
-/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a minute.
+/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a
+/// minute.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wish = match text.parse::<f64>() {
@@ -339,7 +342,8 @@ impl Slot {
     fn judge(&self, call: &Call<'_>, head: &Head, answer: Answer) -> Result<Answer, Failure> {
         let reading = answer::read(call.endpoint, &answer.body).map_err(|not_json| {
             let message = format!("the worker's answer is not JSON: {not_json}");
-            self.bad(FailureKind::BadAnswer, &message, head, &answer.body)
+            let failure = self.bad(FailureKind::BadAnswer, &message, head, &answer.body);
+            Failure { is_page: not_json.is_page(), ..failure }
         })?;
         let answer = Answer { usage: Some(reading.usage), ..answer };
         let path = call.endpoint;
@@ -412,6 +416,7 @@ impl Slot {
             retry_after: None,
             worker: self.worker.key,
             is_doubtful: false,
+            is_page: false,
             looks: None,
             blame: None,
         }

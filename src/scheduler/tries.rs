@@ -25,7 +25,8 @@ const REFUSALS: u32 = 2;
 /// The longest wait of a request whose worker has died or is at fault, because the request waits for a worker anyway.
 const WORKER_CAP: Duration = Duration::from_millis(500);
 
-/// Longer than a gateway's upstream takes to restart as a rule, and short enough for whoever tries out a request that can't work.
+/// Longer than a gateway's upstream takes to restart as a rule, and short enough for whoever tries out a request that
+/// can't work.
 const PATIENCE: Duration = Duration::from_secs(25);
 
 /// How often and how patiently requests are tried.
@@ -33,16 +34,17 @@ const PATIENCE: Duration = Duration::from_secs(25);
 pub struct TryPolicy {
     /// Tries in all, 1 or more.
     pub max_tries: u32,
-    /// The wait after the first failed try. The second is twice as long, the third 16 times, and each further one four times
-    /// the one before.
+    /// The wait after the first failed try. The second is twice as long, the third 16 times, and each further one four
+    /// times the one before.
     pub base: Duration,
     /// The longest wait.
     pub cap: Duration,
     /// How often a request may meet a worker that takes none, before that is its answer. With the default waits a
     /// thousand times last six hours or more; a batch's window may close before.
     pub max_pauses: u32,
-    /// A request whose last try has failed by a status is sent again and again for so long since its first failure, while
-    /// its worker has answered nothing since then: then it is not clear whether the request or the worker is at fault.
+    /// A request whose last try has failed by a status, a page or an answer cut short is sent again until this time
+    /// after its first failure, as long as its worker answers nothing else: until then it is not clear whether the
+    /// request or the worker is at fault.
     pub patience: Duration,
 }
 
@@ -132,8 +134,9 @@ impl Tally {
 }
 
 impl TryPolicy {
-    /// Counts a failure. Returns how long to wait before the next try; none: that was the last. `random` is in 0..1, and
-    /// spreads the waits over the upper half of their span, so that requests that failed together don't come back together.
+    /// Counts a failure. Returns how long to wait before the next try; none: that was the last. `random` is in 0..1,
+    /// and spreads the waits over the upper half of their span, so that requests that failed together don't come back
+    /// together.
     pub fn next(
         &self,
         tally: &mut Tally,

@@ -41,8 +41,9 @@ pub const PART_LINES: usize = 1_000;
 /// A part is written when it has this many bytes.
 pub const PART_BYTES: usize = 4 * 1024 * 1024;
 
-/// How long a segment is kept while no worker serves its models, if lines in it have failed: given back, it would forget
-/// how often, and a request that kills the only worker would kill it again and again. A vLLM worker is back within minutes.
+/// How long a segment is kept while no worker serves its models, if lines in it have failed: given back, it would
+/// forget how often, and a request that kills the only worker would kill it again and again. A vLLM worker is back
+/// within minutes.
 const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
 
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
@@ -174,8 +175,8 @@ impl Work<'_> {
         }
     }
 
-    /// Sends what is ready, as far as slots are free or were waited for; where none is, one wish a lane waits for all that
-    /// it needs.
+    /// Sends what is ready, as far as slots are free or were waited for; where none is, one wish a lane waits for all
+    /// that it needs.
     fn send_ready(&mut self, in_flight: &FuturesUnordered<BoxFuture<'static, Sent>>, wishes: &mut [Option<Acquire>]) {
         for (lane, wish) in self.list.lanes().zip(wishes) {
             while let Some(key) = self.list.peek(lane) {
@@ -248,8 +249,8 @@ impl Work<'_> {
         });
     }
 
-    /// Ends the lines whose last try has failed, once it is clear that the worker is not at fault, or nothing is heard of
-    /// that; runs the others again.
+    /// Ends the lines whose last try has failed, once it is clear that the worker is not at fault, or nothing is heard
+    /// of that; runs the others again.
     fn settle_doubts(&mut self, now: Instant) {
         let others = self.list.open() > self.doubtful.len();
         let patience = self.run.options.tries.patience;
@@ -322,8 +323,8 @@ impl Work<'_> {
         .boxed()
     }
 
-    /// Takes what came of requests. Their slots go back together, so that another segment is woken once for all of them,
-    /// and before the results are written down, so that nobody waits for that.
+    /// Takes what came of requests. Their slots go back together, so that another segment is woken once for all of
+    /// them, and before the results are written down, so that nobody waits for that.
     fn take_all(&mut self, all: Vec<Sent>) {
         let (mut slots, mut results) = (Vec::with_capacity(all.len()), Vec::with_capacity(all.len()));
         for Sent { seat, key, at, result } in all {
@@ -372,9 +373,10 @@ impl Work<'_> {
             // Not only while that is open: it may have been decided between the failure and now.
             None => match failure.blame.clone().filter(|_| failure.may_be_the_workers()) {
                 Some(blame) => {
-                    let by_status = matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
                     let patience = self.run.options.tries.patience;
-                    let again = by_status.then(|| self.list.ask_again(key, patience, now)).flatten();
+                    let by_proxy =
+                        failure.is_page || matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
+                    let again = by_proxy.then(|| self.list.ask_again(key, patience, now)).flatten();
                     let (doubt, worker) = (Doubt::new(blame, again, now), worker.clone());
                     self.doubtful.push(Doubtful { doubt, key, worker, failure });
                 }

@@ -166,13 +166,15 @@ async fn calls_of_one_caller_that_fail_hold_up_nobodys_batch() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_a_few_lines_survives_an_outage_too() {
-    for (status, lines) in [(502, 1), (503, 7), (404, 3)] {
+    // With 200 it is a proxy's page, or what a proxy has cut off.
+    let pages = ["<html>no</html>", r#"{"id":"chatcmpl-1","choices":[{"ind"#];
+    for (status, lines, page) in [(502, 1, 0), (503, 7, 0), (404, 3, 0), (200, 1, 0), (200, 7, 1)] {
         let seen = Arc::new(AtomicUsize::new(0));
         let raw = {
             let seen = seen.clone();
             // Each line is failed four times, on average.
             let reply = move |_: &str| match seen.fetch_add(1, Ordering::SeqCst) {
-                before if before < 4 * lines => Reply::Answer(status, "text/html", "<html>no</html>".into()),
+                before if before < 4 * lines => Reply::Answer(status, "text/html", pages[page].into()),
                 _ => Reply::good(),
             };
             Raw::start(reply).await
@@ -273,11 +275,11 @@ async fn a_worker_that_has_pushed_back_is_checked_no_more_often_than_others() {
     let node = Node::start_with(folder.path(), &[], options(), 4).await;
     node.fleet.register(&raw.url()).await.unwrap();
     assert_eq!(node.ended(&node.submit(&chats(3), 3).await).await.counts.completed, 3);
-    let before = raw.checks();
+    let (before, began) = (raw.checks(), tokio::time::Instant::now());
     // A slow machine makes fewer checks, never more.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let checks = raw.checks() - before;
-    assert!(checks <= 8, "{checks} checks in 3 s");
+    let (checks, seconds) = (raw.checks() - before, began.elapsed().as_secs() as usize);
+    assert!(checks <= 2 + 2 * seconds, "{checks} checks in {seconds} s");
     node.stop().await;
 }
 

@@ -4,14 +4,30 @@ use std::fmt::Write;
 
 /// Why a body is not JSON.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct NotJson(String);
+#[error("{why}")]
+pub struct NotJson {
+    why: String,
+    is_page: bool,
+}
 
 impl NotJson {
     /// `error` is the JSON reader's error; `None` if the text is not UTF-8.
     pub(super) fn of(bytes: &[u8], error: Option<&serde_json::Error>) -> Self {
-        Self(known(bytes).map_or_else(|| at(bytes, error), str::to_owned))
+        Self { why: known(bytes).map_or_else(|| at(bytes, error), str::to_owned), is_page: is_page(bytes, error) }
     }
+
+    /// Whether it may come from a proxy and not from an engine: a page, plain text, or an answer that ends early.
+    #[must_use]
+    pub fn is_page(&self) -> bool {
+        self.is_page
+    }
+}
+
+fn is_page(bytes: &[u8], error: Option<&serde_json::Error>) -> bool {
+    let text = bytes.trim_ascii_start();
+    let is_stream = text.starts_with(b"data:") || text.starts_with(b"event:");
+    let is_text = text.first().is_some_and(|first| *first == b'<' || first.is_ascii_alphabetic());
+    error.is_some_and(|error| error.is_eof() || (is_text && !is_stream))
 }
 
 /// The format that the first bytes reveal.
@@ -90,4 +106,26 @@ pub fn excerpt(bytes: &[u8], most: usize) -> String {
         text.push('…');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::read;
+    use crate::domain::Endpoint;
+
+    #[test]
+    fn what_a_proxy_sends_is_told_from_what_an_engine_sends() {
+        for (bytes, is_page) in [
+            (&b"<html>log in</html>"[..], true),
+            (b"", true),
+            (b"no healthy upstream", true),
+            (br#"{"id":"chatcmpl-1","choices":[{"ind"#, true),
+            (br#"{"choices":[],"logprob":-Infinity}"#, false),
+            (b"data: {\"choices\":[]}\n\n", false),
+            (b"\x1f\x8b\x08", false),
+        ] {
+            let not_json = read(Endpoint::ChatCompletions, bytes).unwrap_err();
+            assert_eq!(not_json.is_page(), is_page, "{not_json}");
+        }
+    }
 }
