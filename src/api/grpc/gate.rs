@@ -1,22 +1,19 @@
-//! What every RPC passes: who calls, a span, a count and a time.
+//! The gate that every RPC passes: it finds the caller, and gives the call a span, a count and a time.
 
 use std::{
     collections::HashMap,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use axum::{
-    body::{Body, HttpBody},
     extract::{Request, State},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
-use hyper::body::{Frame, SizeHint};
+use hyper::body::Frame;
 use prost::Message;
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
@@ -29,7 +26,7 @@ use crate::{
     access::{Account, Caller, Denied, Held, Peer, Received},
     api::{
         gate::{Gate, TraceId, trace_id},
-        http::counted,
+        http::observed::{Observer, observed},
     },
     pb,
     service::ServiceError,
@@ -40,16 +37,16 @@ use crate::{
 const REQUESTS: &str = "tidemill_grpc_requests_total";
 /// Seconds that RPCs took, streams to their end, by `method` and `code`.
 const SECONDS: &str = "tidemill_grpc_request_seconds";
-/// Where the packages of calls that need no token begin.
+/// Prefixes of the paths that need no token.
 const OPEN: [&str; 2] = ["/grpc.health.", REFLECTION];
 const REFLECTION: &str = "/grpc.reflection.";
-/// The streams that read objects.
+/// The streaming methods that read objects.
 const READS: [&str; 2] = ["StreamResults", "DownloadFile"];
 
-/// The gate of gRPC: the one of every protocol, and the methods that exist.
+/// gRPC's gate: that of every protocol, and the methods that exist.
 pub(super) struct Methods {
     gate: Arc<Gate>,
-    /// The paths that exist: a client must not be able to make up new label values.
+    /// The methods by path. Others get no label of their own: clients must not be able to create labels.
     known: HashMap<String, Method>,
 }
 
@@ -63,11 +60,11 @@ struct Method {
 /// What a call of a method keeps busy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
-    /// Little, and not for long.
+    /// Little, for a short time.
     Call,
-    /// A place of those for uploads, once it has begun.
+    /// A place for uploads, once it has begun.
     Upload,
-    /// A stream that lasts, and costs little.
+    /// A long stream that costs little.
     Watch,
     /// A stream that reads objects.
     Download,
@@ -89,7 +86,7 @@ impl Methods {
         if open { Ok(Caller::anonymous()) } else { Ok(self.gate.caller(headers)?) }
     }
 
-    /// What the caller has of streams goes up by one until the result is dropped.
+    /// Counts the call's stream for the caller, until the result is dropped.
     fn hold(&self, class: Class, account: &Account) -> Result<Option<Held>, ServiceError> {
         Ok(match class {
             Class::Call | Class::Upload => None,
@@ -102,15 +99,15 @@ impl Methods {
 /// The caller of a request, which the gate has let in.
 ///
 /// # Errors
-/// `UNAUTHENTICATED` if it did not, which can't be.
+/// `UNAUTHENTICATED` if it did not, which can't happen.
 pub(super) fn caller_of<T>(request: &tonic::Request<T>) -> Result<Caller, Status> {
     request.extensions().get::<Caller>().cloned().ok_or_else(|| ServiceError::from(Denied::TokenMissing).into())
 }
 
-/// Whom the request counts for. Every request that passes the gate has one.
+/// The account that pays for the request. Every request that passes the gate has one.
 ///
 /// # Errors
-/// As of [`caller_of`].
+/// Those of [`caller_of`].
 pub(super) fn account_of<T>(request: &tonic::Request<T>) -> Result<Account, Status> {
     let account = request.extensions().get::<Account>().cloned();
     account.map_or_else(|| Ok(Account::of(&caller_of(request)?, None)), Ok)
@@ -156,7 +153,7 @@ pub(super) async fn pass(State(methods): State<Arc<Methods>>, mut request: Reque
                 Class::Upload => {
                     let received = Received::default();
                     request.extensions_mut().insert(received.clone());
-                    request.map(|body| counted::count(body, received))
+                    request.map(|body| observed(body, received))
                 }
                 // Whoever uses reflection may send the next question much later.
                 Class::Watch if request.uri().path().starts_with(REFLECTION) => request,
@@ -169,7 +166,7 @@ pub(super) async fn pass(State(methods): State<Arc<Methods>>, mut request: Reque
     let (parts, body) = response.into_parts();
     // An error before the first message has its code in the headers; otherwise it comes in the trailers.
     record.code = code(&parts.headers);
-    Response::from_parts(parts, Body::new(Recorded { body, record, _held: held }))
+    Response::from_parts(parts, observed(body, Recorded { record, _held: held }))
 }
 
 /// The response, if it begins within the client's deadline.
@@ -210,7 +207,7 @@ pub(super) fn timeout(text: &str) -> Option<Duration> {
     }
 }
 
-/// Refuses what is no gRPC call at the path of a method: a browser, curl, a form of another site's page.
+/// Refuses requests to a method's path that are not gRPC: from a browser, curl, or a form on another site's page.
 pub(super) async fn only_grpc(request: Request, next: Next) -> Response {
     if super::is_grpc(&request) {
         return next.run(request).await;
@@ -234,7 +231,7 @@ struct Record {
     span: Span,
     method: Arc<str>,
     began: Instant,
-    /// None: it has not ended. If it never does, the client went away.
+    /// `None`: it has not ended yet. If it is dropped like this, the client has gone away.
     code: Option<Code>,
 }
 
@@ -253,36 +250,22 @@ impl Drop for Record {
     }
 }
 
-/// A response body that is looked at for its end.
+/// Looks at a response's body for its end.
 struct Recorded {
-    body: Body,
     record: Record,
-    /// Of the caller's streams, this one.
+    /// The caller's count of streams, while this one lasts.
     _held: Option<Held>,
 }
 
-impl HttpBody for Recorded {
-    type Data = Bytes;
-    type Error = axum::Error;
+impl Observer for Recorded {
+    fn span(&self) -> Span {
+        self.record.span.clone()
+    }
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        let _entered = this.record.span.enter();
-        let polled = Pin::new(&mut this.body).poll_frame(cx);
-        if let Poll::Ready(Some(Ok(frame))) = &polled
-            && let Some(trailers) = frame.trailers_ref()
-        {
-            this.record.code = code(trailers);
+    fn passed(&mut self, frame: &Frame<Bytes>) {
+        if let Some(trailers) = frame.trailers_ref() {
+            self.record.code = code(trailers);
         }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

@@ -1,37 +1,35 @@
-//! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus, and for files. Every request passes a gate as
-//! every RPC does: who calls, a span, a count and a time.
+//! Plain HTTP beside gRPC: for load balancers, orchestrators and Prometheus, and for files. Every request passes a gate
+//! as every RPC does: who calls, a span, a count and a time.
 //!
 //! - `listener` takes the connections and ends them. `hosts`: by which names the server may be called, and from which web
-//!   pages. `panics`: what a handler answers that panics. `counted`: how much of a request has come.
+//!   pages. `panics`: what a handler answers that panics. `observed`: bodies whose bytes and end are noted.
 //! - `downloads`: files. `told`: errors in HTTP's words.
 
-pub(super) mod counted;
 mod downloads;
 pub(super) mod hosts;
 pub(super) mod listener;
+pub(super) mod observed;
 pub(super) mod panics;
 mod told;
 
 use std::{
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use axum::{
     Extension, Router,
-    body::{Body, HttpBody},
+    body::HttpBody,
     extract::{Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
-use bytes::Bytes;
 use http::{StatusCode, header};
-use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
+
+use observed::{Observer, observed};
 
 use super::{
     gate::{Gate, TraceId, trace_id},
@@ -163,7 +161,7 @@ async fn pass(
     record.status = Some(response.status());
     response.map(|body| {
         record.ended = body.is_end_stream();
-        Body::new(Recorded { body, record, _held: held })
+        observed(body, Recorded { record, _held: held })
     })
 }
 
@@ -191,32 +189,20 @@ impl Drop for Record {
     }
 }
 
-/// A response body that is looked at for its end.
+/// Looks at a response's body for its end.
 struct Recorded {
-    body: Body,
     record: Record,
     /// Of the caller's downloads, this one.
     _held: Option<Held>,
 }
 
-impl HttpBody for Recorded {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        let _entered = this.record.span.enter();
-        let polled = Pin::new(&mut this.body).poll_frame(cx);
-        this.record.ended |= matches!(polled, Poll::Ready(None)) || this.body.is_end_stream();
-        polled
+impl Observer for Recorded {
+    fn span(&self) -> Span {
+        self.record.span.clone()
     }
 
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+    fn ended(&mut self) {
+        self.record.ended = true;
     }
 }
 

@@ -3,16 +3,13 @@
 use std::{
     convert::Infallible,
     future::pending,
-    pin::Pin,
     sync::{Arc, OnceLock},
-    task::{Context, Poll},
     time::Duration,
 };
 
-use axum::body::{Body, HttpBody};
-use bytes::Bytes;
+use axum::body::Body;
 use http::{Request, Response};
-use hyper::body::{Frame, Incoming, SizeHint};
+use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -32,7 +29,10 @@ use super::{
     crowd::Id,
     watched::{Watch, Watched},
 };
-use crate::access::Peer;
+use crate::{
+    access::Peer,
+    api::http::observed::{Observer, observed},
+};
 
 /// A silent HTTP/2 connection is asked whether it still lives this often, and cut if no answer comes in this time.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
@@ -200,7 +200,7 @@ async fn answer(
     let mut request = request.map(Body::new);
     request.extensions_mut().insert(peer);
     let response = router.oneshot(request).await?;
-    Ok(response.map(|body| Body::new(Held { body, _open: open })))
+    Ok(response.map(|body| observed(body, open)))
 }
 
 /// The requests of one connection.
@@ -252,25 +252,5 @@ impl Requests {
     }
 }
 
-/// A response's body, which keeps its request open.
-struct Held {
-    body: Body,
-    _open: OpenRequest,
-}
-
-impl HttpBody for Held {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
+/// A response's body keeps its request open.
+impl Observer for OpenRequest {}
