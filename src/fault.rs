@@ -11,7 +11,8 @@ use crate::supervise::Part;
 
 /// The points at which the process can be made to die. Each is a moment at which one write is durable and the next is
 /// not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Fault {
     /// An upload's object exists, its row does not.
     UploadObject,
@@ -26,7 +27,8 @@ pub enum Fault {
     /// A segment's end is written, with the last segment the batch's end and its webhooks too; nobody has been
     /// notified.
     SegmentFinished,
-    /// Within the transaction that claims deliveries: they are leased, their attempts are not written, nothing is committed.
+    /// Within the transaction that claims deliveries: they are leased, their attempts are not written, nothing is
+    /// committed.
     DeliveryClaimed,
     /// A delivery's claim and its attempt are written; nothing is sent.
     DeliveryAttempt,
@@ -37,35 +39,10 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// All of them.
-    pub const ALL: [Self; 10] = [
-        Self::UploadObject,
-        Self::PartObject,
-        Self::PartRow,
-        Self::SegmentFinish,
-        Self::MergedObject,
-        Self::SegmentFinished,
-        Self::DeliveryClaimed,
-        Self::DeliveryAttempt,
-        Self::DeliveryAnswered,
-        Self::DeliverySettled,
-    ];
-
     /// The point's name in `TIDEMILL_FAULT`.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::UploadObject => "upload-object",
-            Self::PartObject => "part-object",
-            Self::PartRow => "part-row",
-            Self::SegmentFinish => "segment-finish",
-            Self::MergedObject => "merged-object",
-            Self::SegmentFinished => "segment-finished",
-            Self::DeliveryClaimed => "delivery-claimed",
-            Self::DeliveryAttempt => "delivery-attempt",
-            Self::DeliveryAnswered => "delivery-answered",
-            Self::DeliverySettled => "delivery-settled",
-        }
+        self.into()
     }
 }
 
@@ -122,24 +99,27 @@ pub(crate) fn panic_in(_: crate::supervise::Part) {}
 fn parse(text: &str) -> Option<(Armed, u32)> {
     let (name, at) = text.split_once(':').unwrap_or((text, "1"));
     let armed = match name.strip_prefix("panic-") {
-        Some(name) => Armed::Panic(Part::ALL.into_iter().find(|part| part.name() == name)?),
-        None => Armed::Death(Fault::ALL.into_iter().find(|fault| fault.name() == name)?),
+        Some(name) => Armed::Panic(name.parse().ok()?),
+        None => Armed::Death(name.parse().ok()?),
     };
     Some((armed, at.parse().ok().filter(|at| *at > 0)?))
 }
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
 
     #[test]
     fn points_are_named_and_counted() {
-        for fault in Fault::ALL {
-            assert_eq!(parse(fault.name()), Some((Armed::Death(fault), 1)));
-            assert_eq!(parse(&format!("{}:7", fault.name())), Some((Armed::Death(fault), 7)));
+        assert_eq!((Fault::PartObject.name(), Part::HubRead.name()), ("part-object", "hub-read"));
+        for fault in Fault::VARIANTS {
+            assert_eq!(parse(fault.name()), Some((Armed::Death(*fault), 1)));
+            assert_eq!(parse(&format!("{}:7", fault.name())), Some((Armed::Death(*fault), 7)));
         }
-        for part in Part::ALL {
-            assert_eq!(parse(&format!("panic-{part}:2")), Some((Armed::Panic(part), 2)));
+        for part in Part::VARIANTS {
+            assert_eq!(parse(&format!("panic-{part}:2")), Some((Armed::Panic(*part), 2)));
         }
         for bad in ["", "part", "panic-", "panic-part", "part-row:", "part-row:0", "part-row:x", ":1"] {
             assert_eq!(parse(bad), None, "{bad}");

@@ -14,7 +14,8 @@ use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// A task that runs as long as the server does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Part {
     /// Answers gRPC and HTTP.
     Api,
@@ -47,43 +48,10 @@ pub enum Part {
 }
 
 impl Part {
-    /// All of them.
-    pub const ALL: [Self; 14] = [
-        Self::Api,
-        Self::Scheduler,
-        Self::Upkeep,
-        Self::Hub,
-        Self::HubRead,
-        Self::Heartbeat,
-        Self::Workers,
-        Self::Probe,
-        Self::Limit,
-        Self::Webhooks,
-        Self::RetryJobs,
-        Self::Resealing,
-        Self::Listener,
-        Self::StoreCheck,
-    ];
-
     /// The part's name in the log, and after `panic-` in `TIDEMILL_FAULT`.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Api => "api",
-            Self::Scheduler => "scheduler",
-            Self::Upkeep => "upkeep",
-            Self::Hub => "hub",
-            Self::HubRead => "hub-read",
-            Self::Heartbeat => "heartbeat",
-            Self::Workers => "workers",
-            Self::Probe => "probe",
-            Self::Limit => "limit",
-            Self::Webhooks => "webhooks",
-            Self::RetryJobs => "retry-jobs",
-            Self::Resealing => "resealing",
-            Self::Listener => "listener",
-            Self::StoreCheck => "store-check",
-        }
+        self.into()
     }
 }
 

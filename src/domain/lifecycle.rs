@@ -1,7 +1,8 @@
 //! The lifecycle of a batch as one pure function: `(state, input) -> (state, ...)`, or a refusal.
 
 /// The states of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::EnumString, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum BatchStatus {
     /// Its input is being checked.
     Validating,
@@ -37,22 +38,13 @@ impl BatchStatus {
     /// The state's name in OpenAI's terms, as stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Validating => "validating",
-            Self::InProgress => "in_progress",
-            Self::Finalizing => "finalizing",
-            Self::Completed => "completed",
-            Self::Failed => "failed",
-            Self::Expired => "expired",
-            Self::Cancelling => "cancelling",
-            Self::Cancelled => "cancelled",
-        }
+        self.into()
     }
 
     /// The state of that name.
     #[must_use]
     pub fn from_text(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|status| status.as_str() == text)
+        text.parse().ok()
     }
 
     /// Whether the state is final.
@@ -185,6 +177,18 @@ mod tests {
 
     const INPUTS: [Input; 5] =
         [Input::Validated, Input::Unrunnable, Input::CancelRequested, Input::WindowClosed, Input::AllLinesDone];
+
+    /// Databases have them: a variant may be renamed, its name may not.
+    #[test]
+    fn stored_names_stay_as_they_are() {
+        let names = BatchStatus::ALL.map(BatchStatus::as_str);
+        assert_eq!(
+            names,
+            ["validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
+        );
+        assert_eq!(names.map(BatchStatus::from_text), BatchStatus::ALL.map(Some));
+        assert_eq!(BatchStatus::from_text("Completed"), None);
+    }
 
     fn run(inputs: &[Input]) -> (Vec<BatchStatus>, Option<Ending>) {
         let (mut path, mut ending) = (vec![BatchStatus::Validating], None);

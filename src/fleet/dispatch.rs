@@ -80,7 +80,8 @@ impl Answer {
 }
 
 /// Why a try gave no answer that can be kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum FailureKind {
     /// The connection broke while the worker had the request.
     Connection,
@@ -114,21 +115,7 @@ impl FailureKind {
     /// The label in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Connection => "connection",
-            Self::Timeout => "timeout",
-            Self::Unreachable => "unreachable",
-            Self::Abandoned => "abandoned",
-            Self::Removed => "removed",
-            Self::Status => "status",
-            Self::Busy => "busy",
-            Self::NoModel => "no_model",
-            Self::BadAnswer => "bad_answer",
-            Self::CutOff => "cut_off",
-            Self::Refused => "refused",
-            Self::Outage => "outage",
-            Self::Local => "local",
-        }
+        self.into()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
+use strum::EnumCount;
 
 /// One request in this many is measured, so that the hot path reads no clocks.
 const SAMPLE: u32 = 64;
@@ -13,7 +14,8 @@ const MEMORY: u32 = 100;
 const SECONDS: &str = "tidemill_request_stage_seconds";
 
 /// A stage of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Stage {
     /// From the start of its segment's run until a worker has a slot for it.
     Queue,
@@ -25,30 +27,16 @@ pub enum Stage {
     Persist,
 }
 
-impl Stage {
-    /// In the order in which a request goes through them.
-    pub const ALL: [Self; 4] = [Self::Queue, Self::Dispatch, Self::Worker, Self::Persist];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Queue => "queue",
-            Self::Dispatch => "dispatch",
-            Self::Worker => "worker",
-            Self::Persist => "persist",
-        }
-    }
-}
-
 /// The measurements of this node's runs. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Stages {
-    means: Arc<Mutex<[Mean; Stage::ALL.len()]>>,
+    means: Arc<Mutex<[Mean; Stage::COUNT]>>,
 }
 
 impl Stages {
     /// Records how long a stage took.
     pub(super) fn took(&self, stage: Stage, time: Duration) {
-        metrics::histogram!(SECONDS, "stage" => stage.label()).record(time.as_secs_f64());
+        metrics::histogram!(SECONDS, "stage" => <&str>::from(stage)).record(time.as_secs_f64());
         self.means.lock()[stage as usize].add(time);
     }
 

@@ -4,6 +4,7 @@
 use std::{path::Path, time::Duration};
 
 use sea_orm::{ConnectionTrait, Database, Statement};
+use strum::VariantArray;
 use tidemill::{
     fault::Fault,
     pb::{
@@ -31,7 +32,7 @@ macro_rules! deaths {
         #[test]
         fn every_point_has_its_test() {
             let tested = [$(Fault::$fault),*];
-            assert!(Fault::ALL.iter().all(|fault| tested.contains(fault)));
+            assert!(Fault::VARIANTS.iter().all(|fault| tested.contains(fault)));
         }
         mod sqlite {
             $(#[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,8 @@
 //! The outcome of an attempt.
 
 /// Why an attempt failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::EnumString, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum ErrorKind {
     /// The receiver answered with a status other than 2xx.
     Status,
@@ -28,42 +29,16 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    const ALL: [Self; 11] = [
-        Self::Status,
-        Self::Gone,
-        Self::Timeout,
-        Self::Dns,
-        Self::Connect,
-        Self::Transport,
-        Self::ForbiddenAddress,
-        Self::InvalidUrl,
-        Self::SecretUnopenable,
-        Self::EndpointDeleted,
-        Self::Unknown,
-    ];
-
     /// Its name, as stored and as in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Status => "status",
-            Self::Gone => "gone",
-            Self::Timeout => "timeout",
-            Self::Dns => "dns",
-            Self::Connect => "connect",
-            Self::Transport => "transport",
-            Self::ForbiddenAddress => "forbidden_address",
-            Self::InvalidUrl => "invalid_url",
-            Self::SecretUnopenable => "secret_unopenable",
-            Self::EndpointDeleted => "endpoint_deleted",
-            Self::Unknown => "unknown",
-        }
+        self.into()
     }
 
     /// The kind of that name.
     #[must_use]
     pub fn from_text(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+        text.parse().ok()
     }
 
     /// Whether a retry can't help.
@@ -108,5 +83,31 @@ impl AttemptResult {
     #[must_use]
     pub fn succeeded(&self) -> bool {
         self.error.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Databases have them: a variant may be renamed, its name may not.
+    #[test]
+    fn stored_names_stay_as_they_are() {
+        let names = [
+            "status",
+            "gone",
+            "timeout",
+            "dns",
+            "connect",
+            "transport",
+            "forbidden_address",
+            "invalid_url",
+            "secret_unopenable",
+            "endpoint_deleted",
+            "unknown",
+        ];
+        let kinds = names.map(|name| ErrorKind::from_text(name).unwrap());
+        assert_eq!(kinds.map(ErrorKind::as_str), names);
+        assert_eq!(ErrorKind::from_text("nothing"), None);
     }
 }
