@@ -156,7 +156,7 @@ async fn created(batch: &pb::Batch, watch: bool, client: &Client) -> anyhow::Res
         return follow(&batch.id, true, client).await;
     }
     if client.json {
-        out::line(json::batch(batch))?;
+        out::line(json::of(batch))?;
     } else {
         // Only the id goes to stdout, where scripts read it.
         out::line(&batch.id)?;
@@ -183,7 +183,7 @@ async fn get(id: &str, client: &Client) -> anyhow::Result<pb::Batch> {
 
 fn show(batch: &pb::Batch, client: &Client) -> anyhow::Result<()> {
     if client.json {
-        out::line(json::batch(batch))?;
+        out::line(json::of(batch))?;
     } else {
         out::line(out::batch(batch))?;
     }
@@ -205,7 +205,7 @@ async fn list(args: ListArgs, client: &Client) -> anyhow::Result<u8> {
         left = left.saturating_sub(u32::try_from(page.batches.len())?);
         for batch in &page.batches {
             if client.json {
-                out::line(json::batch(batch))?;
+                out::line(json::of(batch))?;
             } else {
                 rows.push(row(batch));
             }

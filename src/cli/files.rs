@@ -85,7 +85,7 @@ pub async fn run(command: FilesCommand, client: &Client) -> anyhow::Result<()> {
         FilesCommand::Upload(args) => {
             let file = Upload::open(&args.file).await?.named(args.filename).send(client, args.request_id).await?;
             if client.json {
-                out::line(json::file(&file))?;
+                out::line(json::of(&file))?;
             } else {
                 out::line(&file.id)?;
                 note(&format!("{} requests, {} bytes", file.line_count, file.bytes));
@@ -96,7 +96,7 @@ pub async fn run(command: FilesCommand, client: &Client) -> anyhow::Result<()> {
             let request = pb::GetFileRequest { file_id: id };
             let file = retry(|| async { client.batches().get_file(request.clone()).await }).await?;
             if client.json {
-                out::line(json::file(&file))?;
+                out::line(json::of(&file))?;
             } else {
                 out::line(out::file(&file))?;
             }
@@ -121,7 +121,7 @@ async fn list(args: ListArgs, client: &Client) -> anyhow::Result<()> {
         left = left.saturating_sub(u32::try_from(page.files.len())?);
         for file in &page.files {
             if client.json {
-                out::line(json::file(file))?;
+                out::line(json::of(file))?;
             } else {
                 rows.push(row(file));
             }

@@ -51,7 +51,7 @@ pub async fn run(args: InferArgs, client: &Client) -> anyhow::Result<u8> {
     let answer = patiently(asked, say).await?.into_inner();
     let succeeded = (200..300).contains(&answer.status_code);
     if client.json {
-        out::line(render::answer(&answer))?;
+        out::line(render::of(&answer))?;
     } else {
         let text = String::from_utf8_lossy(&answer.body);
         let content = content(&answer.body).filter(|_| plain && succeeded);

@@ -212,7 +212,7 @@ impl Sinks {
     fn take(&mut self, result: &pb::BatchResult) -> io::Result<()> {
         self.failed += u64::from(!result.succeeded);
         if self.json {
-            return self.output.write(format!("{}\n", json::result(result)).as_bytes());
+            return self.output.write(format!("{}\n", json::of(result)).as_bytes());
         }
         let sink = if result.succeeded { Some(&mut self.output) } else { self.errors.as_mut() };
         match sink {

@@ -95,9 +95,9 @@ impl Look {
 
     fn json(&self) -> Value {
         json!({
-            "workers": self.workers.iter().map(json::worker).collect::<Vec<_>>(),
-            "request_stages": json::stages(&self.stages),
-            "batches": self.batches.iter().map(json::batch).collect::<Vec<_>>(),
+            "workers": json::list(&self.workers),
+            "request_stages": json::of(&self.stages),
+            "batches": json::list(&self.batches),
         })
     }
 

@@ -104,7 +104,7 @@ impl Follower<'_> {
         self.view.apply(what);
         self.meter.show(&self.view);
         if self.client.json && !matches!(what, Event::Heartbeat(_)) {
-            out::line(json::event(event))?;
+            out::line(json::of(event))?;
         }
         match what {
             Event::StateChanged(batch) if exit_code(batch).is_some() => Ok(Some(batch.clone())),

@@ -6,12 +6,12 @@ use anyhow::{Context, bail};
 use axum::{Router, body::Bytes, extract::State, http::HeaderMap, routing::post};
 use clap::{Args, Subcommand};
 use http::{HeaderName, HeaderValue, StatusCode};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::{
     client::{Client, retry},
-    json::time,
+    json,
     meter::note_terminal,
     out,
 };
@@ -225,7 +225,7 @@ async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::R
                 request.page_token = page.next_page_token;
             }
             if client.json {
-                return Ok(all.iter().try_for_each(|one| out::line(dead_letter(one)))?);
+                return Ok(all.iter().try_for_each(|one| out::line(json::of(one)))?);
             }
             let rows: Vec<_> = all
                 .into_iter()
@@ -238,16 +238,14 @@ async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::R
         }
         DeadLettersCommand::Get(Id { id }) => {
             let request = pb::GetDeadLetterRequest { dead_letter_id: id };
-            out::line(pretty(&dead_letter(&hooks.get_dead_letter(request).await?.into_inner()))?)?;
+            out::line(pretty(&json::of(&hooks.get_dead_letter(request).await?.into_inner()))?)?;
         }
         DeadLettersCommand::Retry { id, force } => {
             // The id makes a repeated call after a lost answer harmless.
             let request_id = uuid::Uuid::new_v4().to_string();
             let request = pb::RetryDeadLetterRequest { dead_letter_id: id, force, request_id };
             let came = retry(|| async { client.webhooks().retry_dead_letter(request.clone()).await }).await?;
-            let shown = json!({"retry_success": came.retry_success, "forced": came.forced,
-                "http_status": came.http_status, "error_message": came.error_message});
-            out::line(shown)?;
+            out::line(json::of(&came))?;
             if !came.retry_success {
                 bail!("the receiver did not accept it: {}", came.error_message);
             }
@@ -264,15 +262,15 @@ async fn dead_letters(command: DeadLettersCommand, client: &Client) -> anyhow::R
                 ..Default::default()
             };
             let made = hooks.retry_dead_letters(request).await?.into_inner();
-            out::line(json!({"matched": made.matched, "job": made.job.as_ref().map(job)}))?;
+            out::line(json::of(&made))?;
         }
         DeadLettersCommand::Purge { older_than } => {
             let older_than = Some(prost_types::Duration::try_from(older_than)?);
             let purged = hooks.purge_dead_letters(pb::PurgeDeadLettersRequest { older_than }).await?.into_inner();
-            out::line(json!({"purged": purged.purged}))?;
+            out::line(json::of(&purged))?;
         }
         DeadLettersCommand::Job(Id { id }) => {
-            out::line(job(&hooks.get_retry_job(pb::GetRetryJobRequest { retry_job_id: id }).await?.into_inner()))?;
+            out::line(json::of(&hooks.get_retry_job(pb::GetRetryJobRequest { retry_job_id: id }).await?.into_inner()))?;
         }
     }
     Ok(())
@@ -284,7 +282,7 @@ async fn deliveries(command: DeliveriesCommand, client: &Client) -> anyhow::Resu
             let request = pb::ListDeliveriesRequest { batch_id: batch, page_size: 100, ..Default::default() };
             let page = retry(|| async { client.webhooks().list_deliveries(request.clone()).await }).await?;
             if client.json {
-                return Ok(page.deliveries.iter().try_for_each(|one| out::line(delivery(one)))?);
+                return Ok(page.deliveries.iter().try_for_each(|one| out::line(json::of(one)))?);
             }
             let rows: Vec<_> = page
                 .deliveries
@@ -298,7 +296,7 @@ async fn deliveries(command: DeliveriesCommand, client: &Client) -> anyhow::Resu
         }
         DeliveriesCommand::Get(Id { id }) => {
             let request = pb::GetDeliveryRequest { delivery_id: id };
-            out::line(pretty(&delivery(&client.webhooks().get_delivery(request).await?.into_inner()))?)?;
+            out::line(pretty(&json::of(&client.webhooks().get_delivery(request).await?.into_inner()))?)?;
         }
     }
     Ok(())
@@ -310,20 +308,21 @@ async fn endpoints(command: EndpointsCommand, client: &Client) -> anyhow::Result
         EndpointsCommand::Create { url, events } => {
             let request = pb::CreateEndpointRequest { url, events, ..Default::default() };
             let made = hooks.create_endpoint(request).await?.into_inner();
-            out::line(json!({"endpoint": made.endpoint.as_ref().map(endpoint), "secret": made.secret}))?;
+            out::line(json::of(&made))?;
         }
         EndpointsCommand::List => {
             let request = pb::ListEndpointsRequest { page_size: 1_000, ..Default::default() };
             let page = hooks.list_endpoints(request).await?.into_inner();
-            page.endpoints.iter().try_for_each(|one| out::line(endpoint(one)))?;
+            page.endpoints.iter().try_for_each(|one| out::line(json::of(one)))?;
         }
         EndpointsCommand::Get(Id { id }) => {
-            out::line(endpoint(&hooks.get_endpoint(pb::GetEndpointRequest { endpoint_id: id }).await?.into_inner()))?;
+            let found = hooks.get_endpoint(pb::GetEndpointRequest { endpoint_id: id }).await?.into_inner();
+            out::line(json::of(&found))?;
         }
         EndpointsCommand::Disable { id, reason } => {
-            out::line(endpoint(&switch(client, id, true, reason).await?))?;
+            out::line(json::of(&switch(client, id, true, reason).await?))?;
         }
-        EndpointsCommand::Enable(Id { id }) => out::line(endpoint(&switch(client, id, false, String::new()).await?))?,
+        EndpointsCommand::Enable(Id { id }) => out::line(json::of(&switch(client, id, false, String::new()).await?))?,
         EndpointsCommand::Delete(Id { id }) => {
             hooks.delete_endpoint(pb::DeleteEndpointRequest { endpoint_id: id }).await?;
         }
@@ -331,12 +330,11 @@ async fn endpoints(command: EndpointsCommand, client: &Client) -> anyhow::Result
             let overlap = Some(prost_types::Duration::try_from(overlap)?);
             let request = pb::RotateSecretRequest { endpoint_id: id, overlap, ..Default::default() };
             let made = hooks.rotate_secret(request).await?.into_inner();
-            out::line(json!({"endpoint": made.endpoint.as_ref().map(endpoint), "secret": made.secret}))?;
+            out::line(json::of(&made))?;
         }
         EndpointsCommand::Test(Id { id }) => {
             let came = hooks.send_test_event(pb::SendTestEventRequest { endpoint_id: id }).await?.into_inner();
-            out::line(json!({"success": came.success, "http_status": came.http_status,
-                "error_message": came.error_message, "delivery_id": came.delivery_id}))?;
+            out::line(json::of(&came))?;
             if !came.success {
                 bail!("the endpoint did not accept it: {}", came.error_message);
             }
@@ -445,45 +443,8 @@ fn pretty(value: &Value) -> serde_json::Result<String> {
     serde_json::to_string_pretty(value)
 }
 
-fn dead_letter(of: &pb::DeadLetter) -> Value {
-    json!({"id": of.id, "batch_id": of.batch_id, "delivery_id": of.delivery_id, "webhook_url": of.webhook_url,
-        "event": of.event, "payload": of.payload, "error_kind": of.error_kind, "error_message": of.error_message,
-        "attempts": of.attempts, "last_attempt_time": time(of.last_attempt_time.as_ref()),
-        "create_time": time(of.create_time.as_ref()), "retried_time": time(of.retried_time.as_ref()),
-        "retry_success": of.retry_success, "retry_count": of.retry_count,
-        "attempt_log": of.attempt_log.iter().map(attempt).collect::<Vec<_>>()})
-}
-
-fn attempt(of: &pb::DeliveryAttempt) -> Value {
-    json!({"generation": of.generation, "attempt": of.attempt, "outcome": of.outcome, "error_kind": of.error_kind,
-        "error_message": of.error_message, "http_status": of.http_status, "response_excerpt": of.response_excerpt,
-        "start_time": time(of.start_time.as_ref()), "end_time": time(of.end_time.as_ref()), "forced": of.forced})
-}
-
 fn delivery_state(of: &pb::Delivery) -> &'static str {
     of.state().as_str_name().trim_start_matches("DELIVERY_STATE_")
-}
-
-fn delivery(of: &pb::Delivery) -> Value {
-    json!({"id": of.id, "batch_id": of.batch_id, "endpoint_id": of.endpoint_id, "event": of.event,
-        "webhook_url": of.webhook_url, "state": delivery_state(of), "attempts": of.attempts,
-        "max_attempts": of.max_attempts, "next_attempt_time": time(of.next_attempt_time.as_ref()),
-        "error_message": of.error_message, "create_time": time(of.create_time.as_ref()),
-        "settle_time": time(of.settle_time.as_ref()), "payload": of.payload,
-        "attempt_log": of.attempt_log.iter().map(attempt).collect::<Vec<_>>()})
-}
-
-fn endpoint(of: &pb::WebhookEndpoint) -> Value {
-    json!({"id": of.id, "url": of.url, "events": of.events, "max_retries": of.max_retries,
-        "disabled": of.disabled, "disabled_reason": of.disabled_reason,
-        "previous_secret_expire_time": time(of.previous_secret_expire_time.as_ref()),
-        "create_time": time(of.create_time.as_ref()), "update_time": time(of.update_time.as_ref())})
-}
-
-fn job(of: &pb::RetryJob) -> Value {
-    json!({"id": of.id, "state": of.state().as_str_name().trim_start_matches("RETRY_JOB_STATE_"),
-        "matched": of.matched, "succeeded": of.succeeded, "failed": of.failed, "skipped": of.skipped,
-        "create_time": time(of.create_time.as_ref()), "end_time": time(of.end_time.as_ref())})
 }
 
 #[cfg(test)]

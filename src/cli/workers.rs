@@ -82,7 +82,7 @@ pub async fn run(command: WorkersCommand, client: &Client) -> anyhow::Result<()>
     };
     if client.json {
         for worker in &workers {
-            out::line(json::worker(worker))?;
+            out::line(json::of(worker))?;
         }
         return Ok(());
     }
