@@ -9,6 +9,8 @@ mod files;
 mod foreign;
 mod http;
 mod overload;
+#[path = "../support/patience.rs"]
+mod patience;
 #[path = "../support/raw.rs"]
 mod raw;
 mod shutdown;

@@ -8,7 +8,10 @@ use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_types::StatusExt;
 
-use crate::support::{Server, chunk, expect, inline, lines, spec};
+use crate::{
+    patience::ends,
+    support::{Server, chunk, expect, inline, lines, spec},
+};
 
 fn end(status: &Status) {
     assert!(status.get_details_retry_info().is_some(), "{status:?}");
@@ -89,13 +92,12 @@ async fn clients_that_hang_do_not_hold_the_server_up() {
     client.clone().list_files(pb::ListFilesRequest::default()).await.unwrap();
     let began = Instant::now();
     server.shutdown.cancel();
-    (&mut server.running).await.unwrap().unwrap();
+    ends("the server ends", &mut server.running).await.unwrap().unwrap();
     let took = began.elapsed();
-    assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(6), "{took:?}");
+    assert!(took >= Duration::from_secs(2), "{took:?}");
     // They are cut, not forgotten.
     let mut rest = Vec::new();
-    let cut = tokio::time::timeout(Duration::from_secs(5), half.read_to_end(&mut rest)).await;
-    assert!(cut.is_ok(), "the connection is still open");
+    let _ = ends("the connection is closed", half.read_to_end(&mut rest)).await;
     let status = call.await.unwrap().unwrap_err();
     assert!(matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled), "{status:?}");
     drop(send);

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// No call takes so long.
-const ANSWER: Duration = Duration::from_secs(60);
+const ANSWER: Duration = Duration::from_secs(300);
 /// Odd texts for each field, besides NUL.
 const EACH: usize = 5;
 /// Calls at a time.

@@ -29,9 +29,9 @@ use tokio::time::{Instant, timeout};
 use tonic::{Code, transport::Channel};
 
 /// Longer than anything here takes; a test that waits for it has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// How long a server may take to stop.
-const STOP: Duration = Duration::from_secs(30);
+const STOP: Duration = Duration::from_secs(300);
 
 #[derive(Parser)]
 struct Flags {

@@ -109,15 +109,15 @@ async fn an_unhealthy_workers_hanging_requests_are_abandoned_not_waited_for() {
     let (sick, other) = (Worker::start(SimConfig::default()).await, Worker::start(SimConfig::default()).await);
     sick.sim.faults().always(Some(Fault::Hang));
     let folder = tempfile::tempdir().unwrap();
-    let node = Node::start(folder.path(), &[&sick, &other]).await;
+    // Nobody who waits for the time-out is in time.
+    let patient = SchedulerOptions { request_timeout: 10 * PATIENCE, ..options() };
+    let node = Node::start_with(folder.path(), &[&sick, &other], patient, 64).await;
     let lines = chats(100);
     let id = node.submit(&lines, 100).await;
     node.when(&id, |batch| batch.counts.completed > 0).await;
     assert!(sick.sim.faults().in_flight() > 0);
     sick.sim.faults().set_unhealthy(true);
-    let started = tokio::time::Instant::now();
     let batch = node.ended(&id).await;
-    assert!(started.elapsed() < options().request_timeout, "nobody waits for the time-out");
     let (output, errors) = node.results(&batch).await;
     assert_one_line_each(&lines, &output, &errors);
     assert!(errors.is_empty(), "{:?}", errors.first());

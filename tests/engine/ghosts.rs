@@ -11,9 +11,6 @@ use tidemill::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Generous: what is waited for takes milliseconds.
-const SOON: Duration = Duration::from_secs(30);
-
 /// Its health checks are asked, and are answered as far as there are permits.
 #[derive(Clone)]
 struct Slow {
@@ -27,7 +24,7 @@ async fn until(what: &str, so: impl Fn() -> bool) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    tokio::time::timeout(SOON, wait).await.unwrap_or_else(|_| panic!("never {what}"));
+    tokio::time::timeout(crate::harness::PATIENCE, wait).await.unwrap_or_else(|_| panic!("never {what}"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -131,7 +131,7 @@ async fn a_closed_window_ends_the_rest_as_expired() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(200), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 8).await;
     let mut lines = chats(120);
@@ -168,7 +168,7 @@ async fn results_stream_while_the_batch_runs_and_resume_at_every_cursor() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_higher_priority_goes_first() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(30), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 4).await;
     let low = node.submit_as(&chats(3_000), 1_000, -1).await;

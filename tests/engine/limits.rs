@@ -30,8 +30,9 @@ async fn seen(node: &Node, until: impl Fn(&WorkerView) -> bool) -> WorkerView {
     tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{:?}", node.fleet.workers()))
 }
 
+/// So slow that a busy machine can keep as many requests in flight as it runs.
 fn slow(max_num_seqs: usize) -> SimConfig {
-    SimConfig { latency: Duration::from_millis(150), max_num_seqs, ..SimConfig::default() }
+    SimConfig { latency: Duration::from_secs(1), max_num_seqs, ..SimConfig::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -43,6 +44,7 @@ async fn a_worker_that_runs_many_gets_many_and_its_limit_is_shown() {
     let id = node.submit(&lines, 1_000).await;
     let view = seen(&node, |worker| worker.limit >= 200 && worker.in_flight >= 200).await;
     assert!(view.load.is_some());
+    worker.sim.faults().set_slow_down(0.05);
     let batch = node.ended(&id).await;
     assert_eq!(batch.status, BatchStatus::Completed);
     let (output, errors) = node.results(&batch).await;
@@ -58,7 +60,8 @@ async fn the_limit_stays_under_its_cap_and_a_fixed_one_stays_where_it_is() {
         let folder = tempfile::tempdir().unwrap();
         let node = node(&folder, &worker, limit).await;
         let id = node.submit(&chats(if most == 90 { 1_500 } else { 100 }), 500).await;
-        seen(&node, |worker| worker.limit == most).await;
+        seen(&node, |worker| worker.limit == most && worker.in_flight == most).await;
+        worker.sim.faults().set_slow_down(0.05);
         assert_eq!(
             node.ended(&id).await.counts.completed,
             node.store.batch(&id, &Scope::All).await.unwrap().unwrap().counts.total

@@ -13,11 +13,15 @@ mod faulty;
 mod gateways;
 mod ghosts;
 mod harness;
+mod in_time;
 mod leftovers;
 mod lifecycle;
 mod limits;
 mod order;
 mod outages;
+#[allow(dead_code)] // other tests use more of it
+#[path = "../support/patience.rs"]
+mod patience;
 mod places;
 mod priority;
 mod raw;

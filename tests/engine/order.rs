@@ -89,7 +89,7 @@ async fn each_prompt_has_its_worker() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_batch_of_another_owner_does_not_wait_for_a_large_one() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(20), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(80), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 8).await;
     let large = node.submit_of("large", &chats(4_000), 500).await;
@@ -99,6 +99,7 @@ async fn a_small_batch_of_another_owner_does_not_wait_for_a_large_one() {
     let done = node.store.batch(&large, &Scope::All).await.unwrap().unwrap().counts.completed;
     // With equal shares the large one gets on by about as much as the small one has.
     assert!(done < 1_000, "the small batch waited until {done} of the large one were done");
+    worker.sim.faults().set_slow_down(0.05);
     assert_eq!(node.ended(&large).await.counts.completed, 4_000);
     node.stop().await;
 }

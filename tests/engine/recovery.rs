@@ -10,7 +10,7 @@ use crate::harness::{Node, Worker, assert_one_line_each, chats, options};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_in_order_loses_nothing_and_repeats_nothing() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(40), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(200), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 16).await;
     let lines = chats(400);
@@ -31,7 +31,7 @@ async fn a_stop_in_order_loses_nothing_and_repeats_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn torn_and_missing_parts_are_run_again() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(40), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(150), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 16).await;
     let lines = chats(400);

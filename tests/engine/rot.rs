@@ -47,7 +47,7 @@ async fn ends_whole(node: &Node, id: &BatchId, lines: &[String]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_part_with_a_changed_byte_is_run_again() {
-    let worker = Worker::start(SimConfig { latency: Duration::from_millis(40), ..SimConfig::default() }).await;
+    let worker = Worker::start(SimConfig { latency: Duration::from_millis(150), ..SimConfig::default() }).await;
     let folder = tempfile::tempdir().unwrap();
     let node = Node::start_with(folder.path(), &[&worker], options(), 16).await;
     let lines = chats(300);

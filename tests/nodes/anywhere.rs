@@ -15,15 +15,13 @@ use tidemill::{
 use crate::{
     calls::{Anybody, of_file},
     cluster::{Cluster, worker},
-    faults::until,
     history::{self, Submitted},
     hooks::{self, admin},
     receiver::{Receiver, Reply},
-    support::postgres,
+    support::{patience::until, postgres},
     together,
 };
 
-const SOON: Duration = Duration::from_secs(20);
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 const NEXT_SECRET: &str = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
 /// Their places in the cluster.
@@ -51,13 +49,16 @@ async fn a_batch_is_watched_read_and_cancelled_where_nobody_runs_it() {
     let Some(database) = postgres::database().await else { return };
     let config = SimConfig { latency: Duration::from_millis(100), ..SimConfig::default() };
     let (mut cluster, sim, here, there) = apart(&database, config).await;
+    // So slow at first that nobody can miss how it goes on.
+    sim.faults().set_slow_down(20.0);
     let file = here.upload(&history::input(400), "f").await;
     let id = there.create(&file, "b").await;
     assert_eq!(here.create(&file, "b").await, id, "the same batch at both");
     // WatchBatch, StreamResults, GetBatch and DownloadFile, all at the node that neither took the file nor runs it.
     let (batch, beside) = (Submitted::of(&there, id.clone(), 400), Submitted::of(&here, id.clone(), 400));
     let progress = async || there.get(&id).await.request_counts.unwrap().completed;
-    until("progress is seen there", SOON, async || (1..400).contains(&progress().await)).await;
+    until("progress is seen there", async || (1..400).contains(&progress().await)).await;
+    sim.faults().set_slow_down(1.0);
     assert_eq!(batch.check(&there).await, BatchStatus::Completed);
     assert_eq!(beside.check(&here).await, BatchStatus::Completed);
     assert_eq!(there.download(&file).await, here.download(&file).await);
@@ -67,7 +68,7 @@ async fn a_batch_is_watched_read_and_cancelled_where_nobody_runs_it() {
     let id = here.create(&file, "c").await;
     let watched = Submitted::of(&here, id.clone(), 5_000);
     let before = sim.faults().received();
-    until("it is under way", SOON, async || sim.faults().received() > before + 50).await;
+    until("it is under way", async || sim.faults().received() > before + 50).await;
     there.cancel(&id).await;
     assert_eq!(watched.check(&here).await, BatchStatus::Cancelled);
     assert!(sim.faults().received() < before + 4_000, "the runner has stopped");
@@ -107,7 +108,7 @@ async fn dead_letters_are_seen_and_retried_where_nobody_sent_them() {
     let (mut one, mut two) = (admin(cluster.nodes[HERE].address).await, admin(cluster.nodes[THERE].address).await);
     let list = ListDeadLettersRequest { page_size: 10, ..ListDeadLettersRequest::default() };
     let mut dead = Vec::new();
-    until("all are dead letters", SOON, async || {
+    until("all are dead letters", async || {
         dead = one.list_dead_letters(list.clone()).await.unwrap().into_inner().dead_letters;
         dead.len() == 4
     })
@@ -130,7 +131,7 @@ async fn dead_letters_are_seen_and_retried_where_nobody_sent_them() {
     assert_eq!(job.matched, 3);
     let retry_job_id = job.job.unwrap().id;
     let mut ended = pb::RetryJob::default();
-    until("the job is done", SOON, async || {
+    until("the job is done", async || {
         let request = GetRetryJobRequest { retry_job_id: retry_job_id.clone() };
         ended = two.get_retry_job(request).await.unwrap().into_inner();
         ended.state() == RetryJobState::Done
@@ -182,7 +183,7 @@ async fn an_endpoint_made_at_one_node_is_changed_at_another_and_served_by_a_thir
     // Both nodes can say what became of it.
     for client in [&mut one, &mut two] {
         let list = ListDeliveriesRequest { batch_id: batch.clone(), ..ListDeliveriesRequest::default() };
-        until("it is delivered", SOON, async || {
+        until("it is delivered", async || {
             let found = client.list_deliveries(list.clone()).await.unwrap().into_inner().deliveries;
             found.len() == 1 && found[0].state() == pb::DeliveryState::Delivered
         })

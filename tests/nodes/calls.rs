@@ -17,7 +17,10 @@ use tidemill::pb::{
 };
 use tonic::{Code, Status};
 
-use crate::cluster::{Client, client};
+use crate::{
+    cluster::{Client, client},
+    support::patience::HANG,
+};
 
 /// No call takes longer, but for streams; those are quiet for longer only if their node is gone.
 const QUIET: Duration = Duration::from_secs(20);
@@ -213,13 +216,15 @@ impl Anybody {
         }
     }
 
-    /// Every state change of every batch after the sequence, until nothing more comes for 3 s.
-    pub async fn all_states(&self, mut after_sequence: i64) -> Vec<State> {
+    /// Every state change of every batch after the sequence: until all are there, and nothing more comes for 3 s.
+    pub async fn all_states(&self, mut after_sequence: i64, all: impl Fn(&[State]) -> bool) -> Vec<State> {
         let mut states = Vec::new();
         let mut client = self.connect().await;
         let request = WatchBatchesRequest { after_sequence, min_interval: None };
         let mut stream = client.watch_batches(request).await.unwrap().into_inner();
-        while let Ok(event) = tokio::time::timeout(Duration::from_secs(3), stream.message()).await {
+        loop {
+            let patience = if all(&states) { Duration::from_secs(3) } else { HANG };
+            let Ok(event) = tokio::time::timeout(patience, stream.message()).await else { break };
             let event = event.unwrap().unwrap();
             if let Some(Event::StateChanged(batch)) = event.event {
                 assert!(event.sequence > after_sequence, "sequences grow");

@@ -14,7 +14,7 @@ use crate::{
     hooks::{self, Hooks, Via},
     proxy::{Held, Proxy},
     setting,
-    support::postgres,
+    support::{patience::HANG, postgres},
 };
 
 const NODES: usize = 3;
@@ -161,7 +161,7 @@ async fn whatever_dies_every_line_ends_once_and_every_webhook_is_settled() {
         assert!(node.is_alive(), "a node ended by itself");
     }
 
-    let patience = Duration::from_secs(60 + seconds);
+    let patience = HANG + Duration::from_secs(seconds);
     let checking = async {
         let mut checked = Vec::new();
         for (batch, via) in submitted {

@@ -14,22 +14,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::support::{patience::ends, ports};
+
 /// The generated client.
 pub type Client = BatchServiceClient<Channel>;
 
 /// How long a node keeps its work after its last sign of life.
 pub const LEASE: Duration = Duration::from_secs(3);
 /// A node that can't start yet (its database is away) is started again for this long.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = crate::support::patience::HANG;
 
 /// The program under test: what cargo has built for it, or another build of it, such as `target/release/tidemill`.
 pub fn program() -> PathBuf {
     std::env::var_os("TIDEMILL_BIN").map_or_else(|| env!("CARGO_BIN_EXE_tidemill").into(), PathBuf::from)
-}
-
-/// An address where nobody listens at this moment, for a process that has to come back to the same one.
-fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// A simulated worker in this process.
@@ -44,6 +41,7 @@ pub async fn worker(config: SimConfig) -> (Sim, String) {
 /// A simulated worker that is a process of its own.
 pub struct WorkerProcess {
     pub address: SocketAddr,
+    _reserved: ports::Address,
     flags: Vec<String>,
     child: Option<Child>,
 }
@@ -52,7 +50,8 @@ impl WorkerProcess {
     /// Starts one that serves the model `sim`, with these flags besides.
     pub async fn start(flags: &[&str]) -> Self {
         let flags = ["--models", "sim"].iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
-        let mut worker = Self { address: free_address(), flags, child: None };
+        let reserved = ports::reserve();
+        let mut worker = Self { address: reserved.address, _reserved: reserved, flags, child: None };
         worker.restart().await;
         worker
     }
@@ -91,6 +90,7 @@ pub struct Cluster {
 /// One node: a process that comes and goes, and an address that stays.
 pub struct Node {
     pub address: SocketAddr,
+    _reserved: ports::Address,
     data_dir: PathBuf,
     database: String,
     flags: Vec<String>,
@@ -120,10 +120,11 @@ impl Cluster {
 
     /// Starts one more that knows the database under this URL.
     pub async fn add_behind(&mut self, database: &str, flags: &[&str]) {
-        let (address, database) = (free_address(), database.to_owned());
+        let (reserved, database) = (ports::reserve(), database.to_owned());
         let data_dir = self.folder.path().join(format!("node-{}", self.nodes.len()));
         let flags = self.flags.iter().cloned().chain(flags.iter().map(|flag| (*flag).to_owned())).collect();
-        let mut node = Node { address, data_dir, database, flags, child: None };
+        let address = reserved.address;
+        let mut node = Node { address, _reserved: reserved, data_dir, database, flags, child: None };
         node.restart().await;
         self.nodes.push(node);
     }
@@ -182,7 +183,7 @@ impl Node {
 
     pub async fn is_ready(&self) -> bool {
         tidemill::telemetry::install_tls_provider();
-        let client = reqwest::Client::builder().timeout(Duration::from_secs(2)).build().unwrap();
+        let client = reqwest::Client::builder().timeout(Duration::from_secs(10)).build().unwrap();
         let answer = client.get(format!("http://{}/readyz", self.address)).send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
@@ -210,7 +211,7 @@ impl Node {
     pub async fn terminate(&mut self) {
         self.signal("TERM").await;
         let mut child = self.child.take().unwrap();
-        assert!(tokio::time::timeout(Duration::from_secs(30), child.wait()).await.unwrap().unwrap().success());
+        assert!(ends("the node stops", child.wait()).await.unwrap().success());
     }
 
     /// SIGSTOP: no instruction of it runs, its connections stay open.
@@ -242,9 +243,9 @@ pub async fn client(address: SocketAddr) -> Result<Client, tonic::transport::Err
 pub async fn channel(address: SocketAddr) -> Result<Channel, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     endpoint
-        .connect_timeout(Duration::from_secs(1))
-        .http2_keep_alive_interval(Duration::from_secs(1))
-        .keep_alive_timeout(Duration::from_secs(1))
+        .connect_timeout(Duration::from_secs(5))
+        .http2_keep_alive_interval(Duration::from_secs(2))
+        .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
         .connect()
         .await

@@ -128,7 +128,10 @@ pub fn check_states(states: &[State], last: BatchStatus) {
 /// The log of all state changes holds each once, and every watcher was told what it holds.
 pub async fn check_events(anybody: &Anybody, watched: &[(String, BatchStatus)]) {
     let mut by_batch: HashMap<String, Vec<State>> = HashMap::new();
-    for state in anybody.all_states(1).await {
+    let ended = |states: &[State], (id, status): &(String, BatchStatus)| {
+        states.iter().any(|state| state.batch == *id && state.status == *status)
+    };
+    for state in anybody.all_states(1, |states| watched.iter().all(|batch| ended(states, batch))).await {
         by_batch.entry(state.batch.clone()).or_default().push(state);
     }
     for (id, status) in watched {

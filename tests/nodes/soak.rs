@@ -21,7 +21,7 @@ use crate::{
     history::{self, answer_tokens, check_states},
     hooks::{self, Hooks, Via},
     setting,
-    support::postgres,
+    support::{patience::HANG, postgres},
 };
 
 const NODES: usize = 3;
@@ -105,7 +105,7 @@ async fn nodes_killed_every_few_seconds_lose_and_double_nothing() {
         kills += 1;
     }
     let killed_for = all_there.elapsed();
-    let patience = Duration::from_secs(60 + 3 * seconds);
+    let patience = HANG + Duration::from_secs(3 * seconds);
     let all_ended = async {
         while let Some(ended) = watchers.join_next().await {
             check_states(&ended.unwrap(), BatchStatus::Completed);
@@ -118,7 +118,7 @@ async fn nodes_killed_every_few_seconds_lose_and_double_nothing() {
     let took = began.elapsed();
     hooks.calm();
     // A long run has the time to wait until the leases of killed senders run out by themselves.
-    hooks.settle(&database, Duration::from_secs(90), seconds < 60).await;
+    hooks.settle(&database, HANG, seconds < 60).await;
     let settled = began.elapsed();
 
     let (mut checked, mut prompt_tokens) = (Vec::new(), 0);

@@ -12,7 +12,10 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
 use super::{create, download, input, upload, watch, worker};
-use crate::server::{Client, Server};
+use crate::{
+    server::{Client, Server},
+    support::patience::until,
+};
 
 fn reason(status: &Status) -> (Code, String) {
     (status.code(), status.get_details_error_info().expect("ErrorInfo always").reason)
@@ -81,9 +84,11 @@ async fn a_single_request_goes_ahead_of_a_batch_that_fills_the_worker() {
     let mut client = server.client().await;
     let file = upload(&mut client, input(400)).await;
     let batch = create(&mut client, &file, "").await;
-    while sim.faults().in_flight() < 4 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until("the worker is full", async || sim.faults().in_flight() == 4).await;
+    // What is sent from now on takes so long that the call is in line before the next request can be sent.
+    sim.faults().set_slow_down(50.0);
+    let before = sim.faults().received();
+    until("all its requests are slow", async || sim.faults().received() >= before + 4).await;
     let body = json!({"model": "sim", "messages": [{"role": "user", "content": "now"}], "max_tokens": 2});
     sim.faults().record(true);
     let answer = client.infer(infer(&body)).await.unwrap().into_inner();
@@ -104,14 +109,12 @@ async fn a_single_request_tells_why_it_has_no_answer() {
     let mut server = Server::start(&["--worker", &url]).await;
     let mut client = server.client().await;
     let body = |model: &str| json!({"model": model, "messages": [{"role": "user", "content": "hi"}]});
-    let mut tries = 0;
     // The worker is found healthy a moment after the start.
-    while let Err(status) = client.infer(infer(&body("sim"))).await {
-        assert_eq!(reason(&status), (Code::Unavailable, "NO_WORKER".into()));
-        tries += 1;
-        assert!(tries < 200, "{status:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    until("the worker is found", async || {
+        let answer = client.infer(infer(&body("sim"))).await;
+        answer.map_err(|status| assert_eq!(reason(&status), (Code::Unavailable, "NO_WORKER".into()))).is_ok()
+    })
+    .await;
     let status = client.infer(infer(&body("unheard-of"))).await.unwrap_err();
     assert_eq!(reason(&status), (Code::Unavailable, "NO_WORKER".into()));
     assert!(status.message().contains("unheard-of") && status.get_details_retry_info().is_some(), "{status:?}");

@@ -3,10 +3,9 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::TcpListener,
+    net::{Shutdown, TcpListener, TcpStream},
     sync::Arc,
     thread,
-    time::Duration,
 };
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
@@ -20,7 +19,14 @@ use crate::{
     commands::{run, said},
     receiver::SECRET,
     server::Server,
+    support::patience::{HANG, until},
 };
+
+/// Waits until the other side has gone: what is left unread would reset the connection before the answer is read.
+fn read_to_end(socket: &mut TcpStream) {
+    let _ = socket.set_read_timeout(Some(HANG));
+    while let Ok(1..) = socket.read(&mut [0; 4_096]) {}
+}
 
 /// Serves one certificate to everybody; returns its port.
 fn tls_port(certificate: CertificateDer<'static>, key: &KeyPair) -> u16 {
@@ -35,9 +41,7 @@ fn tls_port(certificate: CertificateDer<'static>, key: &KeyPair) -> u16 {
             thread::spawn(move || {
                 let mut tls = ServerConnection::new(config).unwrap();
                 let _ = Stream::new(&mut tls, &mut socket).read(&mut [0; 1_024]);
-                // What is left unread would reset the connection before the alert is read.
-                let _ = socket.set_read_timeout(Some(Duration::from_secs(5)));
-                let _ = socket.read(&mut [0; 16_384]);
+                read_to_end(&mut socket);
             });
         }
     });
@@ -53,6 +57,8 @@ fn plain_port(answer: &'static [u8]) -> u16 {
             thread::spawn(move || {
                 let _ = socket.read(&mut [0; 4_096]);
                 let _ = socket.write_all(answer);
+                let _ = socket.shutdown(Shutdown::Write);
+                read_to_end(&mut socket);
             });
         }
     });
@@ -157,19 +163,16 @@ async fn a_server_says_what_is_wrong_with_the_certificate_or_port_of_a_worker_an
     let server = Server::in_environment(&flags, environment, None).await;
     let at = format!("http://{}", server.address());
     for (url, words) in &ports.bad {
-        let found = async {
-            loop {
-                let listed = run(&at, &["workers", "list", "--json"]).await;
-                let listed = String::from_utf8(listed.stdout).unwrap();
-                let workers = listed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-                let worker = workers.into_iter().find(|one| one["url"].as_str().unwrap().starts_with(url)).unwrap();
-                if let Some(error) = worker["last_error"].as_str().filter(|error| !error.is_empty()) {
-                    return error.to_owned();
-                }
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        };
-        let text = tokio::time::timeout(Duration::from_secs(120), found).await.expect("it is probed");
+        let mut text = String::new();
+        until("it is probed", async || {
+            let listed = run(&at, &["workers", "list", "--json"]).await;
+            let listed = String::from_utf8(listed.stdout).unwrap();
+            let mut workers = listed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+            let worker = workers.find(|one| one["url"].as_str().unwrap().starts_with(url)).unwrap();
+            text = worker["last_error"].as_str().unwrap_or_default().to_owned();
+            !text.is_empty()
+        })
+        .await;
         assert!(text.contains(words), "{url}: {text}");
         assert_ours(&text);
 

@@ -4,7 +4,6 @@ use std::{
     io::Read as _,
     path::Path,
     process::{Output, Stdio},
-    time::Duration,
 };
 
 use axum::http::StatusCode;
@@ -18,7 +17,12 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::{create, input, server::Server, upload, watch, worker};
+use crate::{
+    create, input,
+    server::Server,
+    support::patience::{ends, until},
+    upload, watch, worker,
+};
 
 /// The program as a client of that server.
 pub fn tidemill(server: &str, arguments: &[&str]) -> Command {
@@ -30,8 +34,7 @@ pub fn tidemill(server: &str, arguments: &[&str]) -> Command {
 
 /// Runs a command to its end.
 pub async fn run(server: &str, arguments: &[&str]) -> Output {
-    let ended = tokio::time::timeout(Duration::from_secs(60), tidemill(server, arguments).output());
-    ended.await.unwrap_or_else(|_| panic!("{arguments:?} does not end")).unwrap()
+    ends(format!("{arguments:?} ends"), tidemill(server, arguments).output()).await.unwrap()
 }
 
 /// What it said on stderr.
@@ -56,7 +59,7 @@ async fn failed_batch(server: &Server, sim: &Sim) -> String {
 async fn interrupt(child: &mut Child) -> Option<i32> {
     let id = child.id().unwrap().to_string();
     assert!(Command::new("kill").args(["-INT", &id]).status().await.unwrap().success());
-    tokio::time::timeout(Duration::from_secs(120), child.wait()).await.expect("Ctrl-C ends it").unwrap().code()
+    ends("Ctrl-C ends it", child.wait()).await.unwrap().code()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,9 +88,7 @@ async fn ctrl_c_ends_the_command_and_not_the_batch_and_says_so() {
         let mut text = String::new();
         let follows = async {
             if arguments.contains(&"--follow") {
-                while !Path::new(&format!("{}.part", out.display())).exists() {
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
+                until("it writes", async || Path::new(&format!("{}.part", out.display())).exists()).await;
             } else if arguments.contains(&"--json") {
                 events.next_line().await.unwrap().unwrap();
             } else {
@@ -96,7 +97,7 @@ async fn ctrl_c_ends_the_command_and_not_the_batch_and_says_so() {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(120), follows).await.expect("it follows the batch");
+        ends("it follows the batch", follows).await;
         assert_eq!(interrupt(&mut child).await, Some(130), "{arguments:?}");
         while let Some(line) = lines.next_line().await.unwrap() {
             text.push_str(&(line + "\n"));
@@ -227,7 +228,7 @@ async fn shown(server: &str, arguments: &[&str]) -> String {
         }
         bytes
     });
-    let bytes = tokio::time::timeout(Duration::from_secs(120), reading).await.expect("it ends").unwrap();
+    let bytes = ends("it ends", reading).await.unwrap();
     drop(child);
     String::from_utf8(bytes).unwrap().replace("\r\n", "\n")
 }

@@ -18,7 +18,10 @@ use crate::{
     assert_complete, input,
     receiver::{Receiver, SECRET, SILENT},
     server::Server,
-    support::postgres,
+    support::{
+        patience::{ends, until},
+        postgres,
+    },
     try_upload, worker,
 };
 
@@ -131,7 +134,7 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), settled).await.expect("the webhook is delivered or dead")
+        ends("the webhook is delivered or dead", settled).await
     }
 
     /// Every object of results is named by a row; also when the dead server, or one that was frozen, comes to write what it
@@ -158,12 +161,7 @@ impl World {
             database.execute_unprepared("UPDATE leftovers SET look_after = 1").await.unwrap().rows_affected(),
             1
         );
-        let swept = async {
-            while !unnamed().await.is_empty() {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(60), swept).await.expect("what nothing names is deleted");
+        until("what nothing names is deleted", async || unnamed().await.is_empty()).await;
         database.close().await.unwrap();
         assert_complete(&mut self.server.client().await, batch, LINES).await;
     }

@@ -1,10 +1,7 @@
 //! A server that sees other objects than the database names harms nobody: it does not start, or it waits. A blob store
 //! that can't be used is found at the start and said in words.
 
-use std::{
-    process::Output,
-    time::{Duration, Instant},
-};
+use std::{process::Output, time::Duration};
 
 use sea_orm::{ConnectionTrait, Database, DatabaseBackend, Statement};
 use serde_json::Value;
@@ -17,10 +14,10 @@ use tonic::Code;
 use tonic_types::StatusExt;
 
 use crate::{
-    assert_complete, create, input,
+    assert_complete, completed, create, input,
     s3::{BUCKET, Fault, On, S3},
     server::Server,
-    support::postgres,
+    support::{patience::until, postgres},
     try_upload, upload, worker,
 };
 
@@ -31,12 +28,7 @@ fn said(output: &Output) -> String {
 
 async fn completes(server: &Server, batch: &str, lines: usize) {
     let mut client = server.client().await;
-    let request = GetBatchRequest { batch_id: batch.to_owned() };
-    let began = Instant::now();
-    while client.get_batch(request.clone()).await.unwrap().into_inner().status() != BatchStatus::Completed {
-        assert!(began.elapsed() < Duration::from_secs(60), "the batch does not complete:\n{}", server.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    completed(&mut client, batch).await;
     assert_complete(&mut client, batch, lines).await;
 }
 
@@ -78,11 +70,7 @@ async fn servers_that_start_together_on_a_new_database_agree_on_one_id() {
     let mut servers: Vec<_> = (0..5).map(|_| Server::new(&flags)).collect();
     servers.iter_mut().for_each(Server::spawn_unready);
     for server in &mut servers {
-        let began = Instant::now();
-        while !server.is_ready().await {
-            assert!(server.is_alive() && began.elapsed() < Duration::from_secs(60), "{}", server.log());
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        server.ready().await;
     }
     let connection = Database::connect(&database).await.unwrap();
     let sql = Statement::from_string(DatabaseBackend::Postgres, "SELECT store_id FROM blob_store");
@@ -106,19 +94,16 @@ async fn a_volume_that_is_unmounted_fails_nothing_and_all_goes_on_when_it_is_bac
     let mut client = server.client().await;
     let file = upload(&mut client, input(200)).await;
     let running = create(&mut client, &file, "").await;
-    while sim.faults().received() < 20 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until("the batch runs", async || sim.faults().received() >= 20).await;
+    // It can't complete before the volume is gone.
+    sim.faults().sleep();
     std::fs::rename(&mounted, &away).unwrap();
     std::fs::create_dir(&mounted).unwrap();
+    sim.faults().wake_up();
     // One that begins without its input is the worst: it would be failed for good.
     let begun = create(&mut client, &file, "another").await;
     let ready = async || reqwest::get(format!("http://{}/readyz", server.address())).await.unwrap();
-    let began = Instant::now();
-    while ready().await.status().is_success() {
-        assert!(began.elapsed() < Duration::from_secs(30));
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    until("the server notices", async || !ready().await.status().is_success()).await;
     assert!(ready().await.text().await.unwrap().contains("is not the one of the database"));
     let refusal = try_upload(&mut client, input(3), "").await.unwrap_err();
     assert_eq!(refusal.code(), Code::FailedPrecondition, "{refusal:?}");
@@ -153,9 +138,7 @@ async fn a_blob_store_that_cannot_be_used_is_found_at_the_start_and_said_in_word
         }
         let mut server = Server::new(&["--blobs", &blobs]);
         server.environment = environment;
-        let began = Instant::now();
         let refusal = said(&server.second().await);
-        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         assert!(refusal.contains("can't be used") && refusal.contains("--blobs"), "{refusal}");
         assert!(!server.folder().join("tidemill.db").exists(), "nothing was touched before");
         refusal

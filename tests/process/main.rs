@@ -51,6 +51,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use server::{Client, Server};
+use support::patience::{ends, until};
 
 const LINES: usize = 3_000;
 
@@ -133,6 +134,14 @@ async fn watch(server: Server, batch_id: String) -> Vec<BatchStatus> {
     }
 }
 
+/// Waits until the batch is completed.
+async fn completed(client: &mut Client, batch_id: &str) {
+    let get = GetBatchRequest { batch_id: batch_id.to_owned() };
+    let is_completed =
+        async || client.get_batch(get.clone()).await.unwrap().into_inner().status() == BatchStatus::Completed;
+    until("the batch completes", is_completed).await;
+}
+
 /// Every line exactly once, in input order, each with its own answer.
 async fn assert_complete(client: &mut Client, batch_id: &str, count: usize) {
     let batch = client.get_batch(GetBatchRequest { batch_id: batch_id.to_owned() }).await.unwrap().into_inner();
@@ -166,7 +175,7 @@ async fn ten_kills_lose_and_double_nothing_and_a_watcher_misses_nothing() {
         let mut client = server.client().await;
         assert_eq!(create(&mut client, &file, "once").await, batch, "the same request id is the same batch");
     }
-    let states = tokio::time::timeout(Duration::from_secs(120), watcher).await.expect("the batch ends").unwrap();
+    let states = ends("the batch ends", watcher).await.unwrap();
     assert_eq!(
         states,
         [BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Completed],
@@ -239,12 +248,7 @@ async fn an_upload_that_is_killed_on_a_shared_directory_goes_within_hours() {
         file.set_modified(std::time::SystemTime::now() - Duration::from_secs(2 * 3_600)).unwrap();
     }
     server.restart().await;
-    let gone = async {
-        while entries(&inputs) > 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    assert!(tokio::time::timeout(Duration::from_secs(60), gone).await.is_ok(), "it is still there");
+    until("it is gone", async || entries(&inputs) == 0).await;
     server.kill().await;
 }
 
@@ -271,13 +275,7 @@ async fn killed_half_way(server: &mut Server, inputs: &std::path::Path) {
     let uploading = tokio::spawn(async move {
         client.upload_file(tokio_stream::wrappers::ReceiverStream::new(receiver)).await.map(|_| ())
     });
-    for _ in 0..500 {
-        if entries(inputs) > 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(entries(inputs) > 0, "the upload is under way");
+    until("the upload is under way", async || entries(inputs) > 0).await;
     server.kill().await;
     assert!(uploading.await.unwrap().is_err());
     sending.abort();
@@ -297,12 +295,7 @@ async fn sigterm_drains_and_ends_with_success() {
         .unwrap()
         .into_inner();
     events.message().await.unwrap();
-    for _ in 0..500 {
-        if sim.faults().in_flight() > 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("requests are sent", async || sim.faults().in_flight() > 0).await;
     assert!(server.terminate().await.success());
     let end = loop {
         match events.message().await {
@@ -313,14 +306,7 @@ async fn sigterm_drains_and_ends_with_success() {
     };
     assert_eq!(end.code(), tonic::Code::Unavailable, "{end:?}");
     server.restart().await;
-    for _ in 0..600 {
-        let mut client = server.client().await;
-        let found = client.get_batch(GetBatchRequest { batch_id: batch.clone() }).await.unwrap().into_inner();
-        if found.status() == BatchStatus::Completed {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    completed(&mut server.client().await, &batch).await;
     assert_complete(&mut server.client().await, &batch, 500).await;
     assert_eq!(sim.faults().received(), 500, "requests in flight were waited for, so none ran twice");
     server.kill().await;

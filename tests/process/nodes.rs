@@ -21,15 +21,9 @@ async fn two_servers_share_the_work_and_one_goes_on_when_the_other_is_killed() {
     let batch = create(&mut two.client().await, &file, "once").await;
     assert_eq!(create(&mut one.client().await, &file, "once").await, batch, "one batch on both servers");
     let watching = tokio::spawn(watch(two.clone(), batch.clone()));
-    for _ in 0..2_000 {
-        if sim.faults().received() > 600 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert!(sim.faults().received() > 600, "the batch is well under way");
+    support::patience::until("the batch is well under way", async || sim.faults().received() > 600).await;
     one.kill().await;
-    let states = tokio::time::timeout(Duration::from_secs(90), watching).await.expect("the batch ends").unwrap();
+    let states = support::patience::ends("the batch ends", watching).await.unwrap();
     assert_eq!(states, [BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Completed]);
     one.restart().await;
     assert_complete(&mut one.client().await, &batch, 3_000).await;

@@ -18,6 +18,7 @@ use crate::{
     input,
     receiver::{Receiver, SECRET},
     server::Server,
+    support::patience::until,
     try_upload, upload, watch, worker,
 };
 
@@ -91,18 +92,14 @@ async fn every_family_of_a_server_that_has_worked_is_described_and_a_removed_wor
     receiver.wait(1).await;
 
     let named = |page: &str, url: &str| page.lines().filter(|line| line.contains(&format!("\"{url}"))).count();
-    let both = async {
-        loop {
-            let page = page(&server).await;
-            // The second one's outage is counted by its name.
-            let outage = page.contains(&format!("tidemill_worker_outages_total{{worker=\"{second}"));
-            if named(&page, &first) > 5 && named(&page, &second) > 5 && outage {
-                return page;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    let before = tokio::time::timeout(Duration::from_secs(120), both).await.expect("both workers have their series");
+    let mut before = String::new();
+    until("both workers have their series", async || {
+        before = page(&server).await;
+        // The second one's outage is counted by its name.
+        let outage = before.contains(&format!("tidemill_worker_outages_total{{worker=\"{second}"));
+        named(&before, &first) > 5 && named(&before, &second) > 5 && outage
+    })
+    .await;
     let families = Families::of(&before);
     for name in &families.sampled {
         assert!(families.help.get(name).is_some_and(|help| help.len() > 10), "{name} has no HELP");
@@ -114,12 +111,7 @@ async fn every_family_of_a_server_that_has_worked_is_described_and_a_removed_wor
     assert!(families.sampled.len() > 20, "{:?}", families.sampled);
 
     workers.remove_worker(RemoveWorkerRequest { worker_id: added.id }).await.unwrap();
-    let gone = async {
-        while named(&page(&server).await, &second) > 0 {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(120), gone).await.unwrap_or_else(|_| panic!("the removed worker stays"));
+    until("the removed worker's series go", async || named(&page(&server).await, &second) == 0).await;
     // Nothing brings them back.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let after = page(&server).await;

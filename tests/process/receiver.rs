@@ -62,8 +62,7 @@ impl Receiver {
     /// Waits for so many webhooks.
     pub async fn wait(&self, count: usize) {
         let mut seen = self.inner.count.subscribe();
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(60), seen.wait_for(|seen| *seen >= count));
-        waited.await.expect("a webhook comes").unwrap();
+        crate::support::patience::ends("a webhook comes", seen.wait_for(|seen| *seen >= count)).await.unwrap();
     }
 }
 

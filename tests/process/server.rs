@@ -6,7 +6,7 @@ use std::{
     path::Path,
     process::{ExitStatus, Output, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tidemill::{
@@ -15,6 +15,11 @@ use tidemill::{
 };
 use tokio::process::{Child, Command};
 use tonic::transport::{Channel, Endpoint};
+
+use crate::support::{
+    patience::{HANG, ends, until},
+    ports,
+};
 
 /// The generated client.
 pub type Client = BatchServiceClient<Channel>;
@@ -33,7 +38,7 @@ pub struct Server {
 
 struct Shared {
     folder: tempfile::TempDir,
-    address: SocketAddr,
+    address: ports::Address,
     flags: Vec<String>,
 }
 
@@ -84,8 +89,8 @@ impl Server {
     /// One that does not run yet.
     pub fn new(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        // Free at this moment; the server has to come back to the same one.
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        // The server has to come back to the same one.
+        let address = ports::reserve();
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         Self {
             shared: Arc::new(Shared { folder, address, flags }),
@@ -132,7 +137,7 @@ impl Server {
         let (reader, mut writer) = std::io::pipe().unwrap();
         // All that a pipe takes, less what a start logs at least.
         std::io::Write::write_all(&mut writer, &[b' '; 65_000]).unwrap();
-        let mut command = self.command(&self.shared.address.to_string());
+        let mut command = self.command(&self.address().to_string());
         self.child = Some(command.stderr(writer).spawn().unwrap());
         let id = self.child.as_ref().unwrap().id().unwrap();
         let waits = || {
@@ -141,13 +146,12 @@ impl Server {
                 |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
             tasks.flatten().map(waits).any(|wait| wait.contains("pipe_write"))
         };
-        for _ in 0..1_000 {
-            if waits() {
-                return reader;
-            }
+        let began = Instant::now();
+        while !waits() {
+            assert!(began.elapsed() < HANG, "its log is never full");
             std::thread::sleep(Duration::from_millis(10));
         }
-        panic!("its log is never full");
+        reader
     }
 
     fn spawn(&self, fault: Option<&str>) -> Child {
@@ -156,7 +160,7 @@ impl Server {
             .append(true)
             .open(self.shared.folder.path().join("server.log"))
             .unwrap();
-        let mut command = self.command(&self.shared.address.to_string());
+        let mut command = self.command(&self.address().to_string());
         if let Some(fault) = fault {
             command.env("TIDEMILL_FAULT", fault);
         }
@@ -169,20 +173,19 @@ impl Server {
     }
 
     async fn run(&mut self, fault: Option<String>) {
-        let mut child = self.spawn(fault.as_deref());
-        for _ in 0..600 {
-            if let Some(status) = child.try_wait().unwrap() {
-                let log = std::fs::read_to_string(self.shared.folder.path().join("server.log")).unwrap();
-                panic!("the server ended with {status}:\n{log}");
+        self.child = Some(self.spawn(fault.as_deref()));
+        self.ready().await;
+    }
+
+    /// Waits until the process answers and takes calls.
+    pub async fn ready(&mut self) {
+        until("the server is ready", async || {
+            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                panic!("the server ended with {status}:\n{}", self.log());
             }
-            let ready = reqwest_ready(self.shared.address).await;
-            if ready {
-                self.child = Some(child);
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        panic!("the server is not ready after 12 s");
+            reqwest_ready(self.address()).await
+        })
+        .await;
     }
 
     /// SIGKILL.
@@ -193,8 +196,7 @@ impl Server {
     /// Waits until the process has died where it was told to.
     pub async fn died(&mut self) {
         let mut child = self.child.take().unwrap();
-        let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await;
-        let status = ended.expect("it comes to the point where it has to die").unwrap();
+        let status = ends("it comes to the point where it has to die", child.wait()).await.unwrap();
         assert_eq!(status.signal(), Some(6), "{status}");
     }
 
@@ -203,7 +205,7 @@ impl Server {
         let mut child = self.child.take().unwrap();
         let id = child.id().unwrap().to_string();
         assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
-        tokio::time::timeout(Duration::from_secs(30), child.wait()).await.expect("it stops").unwrap()
+        ends("it stops", child.wait()).await.unwrap()
     }
 
     /// Sends a signal: `TERM`, `HUP`.
@@ -212,17 +214,11 @@ impl Server {
         assert!(Command::new("kill").args([&format!("-{name}"), &id]).status().await.unwrap().success());
     }
 
-    /// How the process ended, and how long it took from now on.
-    pub async fn ended(&mut self, within: Duration) -> (ExitStatus, Duration) {
-        let (mut child, began) = (self.child.take().unwrap(), std::time::Instant::now());
-        let ended = tokio::time::timeout(within, child.wait()).await;
-        let status = ended.unwrap_or_else(|_| panic!("it has not ended within {within:?}:\n{}", self.log())).unwrap();
-        (status, began.elapsed())
-    }
-
-    /// Whether it answers and takes calls.
-    pub async fn is_ready(&self) -> bool {
-        reqwest_ready(self.shared.address).await
+    /// How the process ended.
+    pub async fn ended(&mut self) -> ExitStatus {
+        let mut child = self.child.take().unwrap();
+        let ended = tokio::time::timeout(HANG, child.wait()).await;
+        ended.unwrap_or_else(|_| panic!("it has not ended:\n{}", self.log())).unwrap()
     }
 
     /// Whether the process runs.
@@ -233,7 +229,7 @@ impl Server {
     /// A second process on the same data, on another port.
     pub async fn second(&self) -> Output {
         let mut command = self.command("127.0.0.1:0");
-        tokio::time::timeout(Duration::from_secs(120), command.output()).await.expect("it refuses to start").unwrap()
+        ends("it refuses to start", command.output()).await.unwrap()
     }
 
     pub fn folder(&self) -> &Path {
@@ -242,15 +238,27 @@ impl Server {
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.shared.address
+        self.shared.address.address
+    }
+
+    /// Waits until SIGTERM no longer simply kills it.
+    pub async fn handles_signals(&self) {
+        let sigterm = 1 << (15 - 1);
+        until("it handles SIGTERM", async || u64::from_str_radix(&self.status("SigCgt"), 16).unwrap() & sigterm != 0)
+            .await;
     }
 
     /// A line of `/proc/<pid>/status` in bytes: `VmRSS`, what is resident now, or `VmHWM`, the most that ever was.
     pub fn memory(&self, line: &str) -> usize {
+        self.status(line).trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+    }
+
+    /// A line of `/proc/<pid>/status`.
+    fn status(&self, line: &str) -> String {
         let id = self.child.as_ref().unwrap().id().unwrap();
         let text = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
         let value = text.lines().find_map(|text| text.strip_prefix(line)?.strip_prefix(':')).unwrap();
-        value.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+        value.trim().to_owned()
     }
 
     /// What its process has used of processors until now.
@@ -265,7 +273,7 @@ impl Server {
 
     /// One line of its metrics, by its beginning.
     pub async fn metric(&self, begin: &str) -> Option<String> {
-        let text = reqwest::get(format!("http://{}/metrics", self.shared.address)).await.unwrap().text().await.unwrap();
+        let text = reqwest::get(format!("http://{}/metrics", self.address())).await.unwrap().text().await.unwrap();
         text.lines().find_map(|line| line.strip_prefix(begin)).map(|value| value.trim().to_owned())
     }
 
@@ -280,7 +288,7 @@ impl Server {
     }
 
     async fn channel(&self) -> Channel {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.shared.address)).unwrap();
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address())).unwrap();
         loop {
             if let Ok(channel) = endpoint.connect().await {
                 return channel;

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use serde_json::Value;
 use tokio::process::Command;
 
-use crate::{commands::said, server::Server};
+use crate::{commands::said, server::Server, support::patience::ends};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_misspelt_variable_is_warned_about_and_its_value_is_not_shown() {
@@ -81,8 +81,7 @@ async fn whatever_keeps_a_server_from_starting_is_a_line_of_json_where_the_log_i
             } else {
                 program.args(["--log-format", "json"]);
             }
-            let ended = tokio::time::timeout(std::time::Duration::from_secs(60), program.output());
-            let ended = ended.await.unwrap_or_else(|_| panic!("{arguments:?} keeps it waiting")).unwrap();
+            let ended = ends(format!("{arguments:?} keeps it from starting"), program.output()).await.unwrap();
             let text = said(&ended);
             assert!(matches!(ended.status.code(), Some(1 | 2)), "{arguments:?}: {text}");
             let lines: Vec<Value> = text

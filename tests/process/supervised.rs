@@ -1,8 +1,6 @@
 //! A part of the server that panics ends the process, with its name in the log: a server that serves without its outbox, its
 //! heartbeat or its upkeep would be found out by what is missing.
 
-use std::time::Duration;
-
 use strum::VariantArray;
 use tidemill::{pb::WatchBatchRequest, sim::SimConfig, supervise::Part};
 
@@ -66,7 +64,7 @@ async fn ends_with_its_name(part: Part) {
             while let Ok(Some(_)) = watching.message().await {}
         }));
     }
-    let (status, _) = server.ended(Duration::from_secs(30)).await;
+    let status = server.ended().await;
     let log = server.log();
     assert_eq!(status.code(), Some(1), "{log}");
     let last = log.lines().rfind(|line| line.starts_with("error:")).unwrap_or_else(|| panic!("{log}"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tidemill::sim::SimConfig;
 use tokio::process::Command;
 
-use crate::{server::Server, worker};
+use crate::{server::Server, support::patience::until, worker};
 
 const LINES: usize = 1_500;
 
@@ -51,16 +51,13 @@ async fn three_times_the_weight_is_three_times_the_places() {
     std::fs::write(&tokens, format!("{first}\n{second}\n")).unwrap();
     let flags = ["--worker", &url, "--worker-max-in-flight", "32", "--tokens", tokens.to_str().unwrap()];
     let mut server = Server::start(&flags).await;
-    // The light one is there first, and its window closes first.
+    // The light one is there first, and its window closes first. It gets nowhere before the other is there.
+    sim.faults().set_slow_down(100.0);
     submit(&server, "light", &light).await;
     submit(&server, "heavy", &heavy).await;
+    sim.faults().set_slow_down(1.0);
     let received = |owner: &str| sim.faults().times_received(&format!("\"{owner} "));
-    let wait = async {
-        while received("heavy") < LINES {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(120), wait).await.expect("the heavy batch is sent");
+    until("the heavy batch is sent", async || received("heavy") == LINES).await;
     let is_heavy: Vec<bool> =
         sim.faults().recorded().iter().map(|one| memchr::memmem::find(&one.body, b"\"heavy ").is_some()).collect();
     let begin = is_heavy.iter().position(|heavy| *heavy).unwrap();

@@ -21,7 +21,7 @@ use tidemill::{
     },
     objects,
     pb::{
-        BatchStatus, CreateBatchRequest, CreateEndpointRequest, DeliveryState, GetBatchRequest, GetEndpointRequest,
+        CreateBatchRequest, CreateEndpointRequest, DeliveryState, GetBatchRequest, GetEndpointRequest,
         ListDeadLettersRequest, ListDeliveriesRequest, WebhookConfig, create_batch_request::Input,
     },
     sim::SimConfig,
@@ -83,31 +83,21 @@ async fn create(client: &mut Client, text: String, request: CreateBatchRequest) 
 }
 
 async fn completed(client: &mut Client, id: &str) {
-    let wait = async {
-        loop {
-            let batch = client.get_batch(GetBatchRequest { batch_id: id.to_owned() }).await.unwrap().into_inner();
-            if batch.status() == BatchStatus::Completed {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), wait).await.expect("it completes");
+    crate::completed(client, id).await;
 }
 
 /// The states of a batch's webhooks, once `until` holds of them.
 async fn deliveries(server: &Server, batch: &str, until: impl Fn(&[DeliveryState]) -> bool) -> Vec<DeliveryState> {
     let mut webhooks = server.webhooks().await;
     let request = ListDeliveriesRequest { batch_id: batch.to_owned(), ..ListDeliveriesRequest::default() };
-    for _ in 0..1_500 {
+    let mut states = Vec::new();
+    crate::support::patience::until("the webhooks get there", async || {
         let found = webhooks.list_deliveries(request.clone()).await.unwrap().into_inner().deliveries;
-        let states: Vec<_> = found.iter().map(tidemill::pb::Delivery::state).collect();
-        if until(&states) {
-            return states;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("the webhooks don't get there: {:?}", webhooks.list_deliveries(request).await)
+        states = found.iter().map(tidemill::pb::Delivery::state).collect();
+        until(&states)
+    })
+    .await;
+    states
 }
 
 fn flags<'a>(worker: &'a str, database: Option<&'a str>) -> Vec<&'a str> {
@@ -345,11 +335,7 @@ async fn servers_that_start_together_on_data_of_earlier_versions_agree_on_one_id
         let mut servers: Vec<_> = (0..5).map(|_| Server::new(&flags)).collect();
         servers.iter_mut().for_each(Server::spawn_unready);
         for server in &mut servers {
-            let began = std::time::Instant::now();
-            while !server.is_ready().await {
-                assert!(server.is_alive() && began.elapsed() < Duration::from_secs(120), "{}", server.log());
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            server.ready().await;
         }
         let connection = connect(Some(&url), Path::new("")).await;
         let sql = Statement::from_string(sea_orm::DatabaseBackend::Postgres, "SELECT store_id FROM blob_store");

@@ -1,6 +1,6 @@
 //! What is shown of workers: by the API and by the command line.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tidemill::{
@@ -8,7 +8,7 @@ use tidemill::{
     sim::{Fault, SimConfig},
 };
 
-use crate::{create, server::Server, upload, watch, worker};
+use crate::{create, server::Server, support::patience::until, upload, watch, worker};
 
 /// Chats with a long beginning in common.
 fn alike(count: usize) -> String {
@@ -32,7 +32,8 @@ async fn said(server: &Server, arguments: &[&str]) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn how_a_worker_does_and_where_time_goes_is_shown() {
-    let latency = Duration::from_millis(40);
+    // Long beside what a busy machine takes to send a request.
+    let latency = Duration::from_millis(200);
     let (_, url) = worker(SimConfig { latency, max_num_seqs: 32, ..SimConfig::default() }).await;
     let mut server = Server::start(&["--worker", &url, "--flush-interval", "100ms"]).await;
     let mut workers = WorkerAdminClient::connect(format!("http://{}", server.address())).await.unwrap();
@@ -41,25 +42,21 @@ async fn how_a_worker_does_and_where_time_goes_is_shown() {
     assert_eq!(fresh.request_stages, Some(pb::RequestStages::default()), "nothing was sent yet");
     assert_eq!((fresh.workers[0].prefix_hit_rate, fresh.workers[0].request_time), (None, None));
 
-    let file = upload(&mut server.client().await, alike(1_500)).await;
+    let file = upload(&mut server.client().await, alike(500)).await;
     let batch = create(&mut server.client().await, &file, "").await;
     watch(server.clone(), batch).await;
-    let mut tries = 0;
-    let (shown, stages) = loop {
-        let mut all = list().await;
-        let one = all.workers.remove(0);
-        if one.prefix_hit_rate.is_some() && one.request_time.is_some() {
-            break (one, all.request_stages.unwrap());
-        }
-        tries += 1;
-        assert!(tries < 1_500, "{one:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    };
+    let mut all = fresh;
+    until("the worker's figures are there", async || {
+        all = list().await;
+        all.workers[0].prefix_hit_rate.is_some() && all.workers[0].request_time.is_some()
+    })
+    .await;
+    let (shown, stages) = (all.workers.remove(0), all.request_stages.unwrap());
     assert!(shown.prefix_hit_rate.unwrap() > 0.9 && shown.prefix_hit_rate.unwrap() <= 1.0, "{shown:?}");
     let time = |of: Option<prost_types::Duration>| Duration::try_from(of.unwrap()).unwrap();
     assert!(time(shown.request_time) >= latency && time(stages.worker) >= latency, "{shown:?} {stages:?}");
     assert!(time(stages.dispatch) < time(stages.worker), "{stages:?}");
-    // A thousand requests, 32 at a time: a line waits longer than it is at the worker.
+    // Hundreds of requests, 32 at a time: a line waits longer than it is at the worker.
     assert!(time(stages.queue) > latency && time(stages.persist) > Duration::ZERO, "{stages:?}");
 
     let listed: Value = serde_json::from_str(&said(&server, &["workers", "list", "--json"]).await).unwrap();
@@ -117,16 +114,16 @@ async fn a_bad_answer_is_in_the_log_with_all_that_helps_and_not_a_thousand_times
     let mut client = server.client().await;
     let file = upload(&mut client, alike(100)).await;
     let batch = create(&mut client, &file, "").await;
-    let read = || std::fs::read_to_string(server.folder().join("server.log")).unwrap();
-    while !read().contains("please log in") {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let began = Instant::now();
+    until("the answer is logged", async || server.log().contains("please log in")).await;
     // Until it answers otherwise, the worker is held and no line ends.
     sim.faults().clear();
     watch(server.clone(), batch).await;
-    let log = read();
+    let log = server.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("please log in")).collect();
-    assert!((1..=4).contains(&lines.len()), "many bad answers in some seconds: {lines:?}");
+    // One every ten seconds, and the first.
+    let most = 2 + usize::try_from(began.elapsed().as_secs() / 10).unwrap();
+    assert!((1..=most).contains(&lines.len()), "many bad answers, at most {most} of them logged: {lines:?}");
     for word in ["WARN", "HTML", "status 200", "text/html", "26 bytes", &url] {
         assert!(lines[0].contains(word), "{} does not say {word}", lines[0]);
     }

@@ -8,7 +8,10 @@ use tidemill::{
     store::{Commit, StoreError},
 };
 
-use crate::fixture::{Db, LEASE, new_batch, part};
+use crate::{
+    fixture::{Db, LEASE, new_batch, part},
+    support::patience::until,
+};
 
 #[tokio::test]
 async fn a_deadlock_is_nobody_elses_business() {
@@ -17,7 +20,7 @@ async fn a_deadlock_is_nobody_elses_business() {
     let claimed = db.claim(&batch.id).await;
     // This one never gives up first.
     let other = db.raw.begin().await.unwrap();
-    other.execute_unprepared("SET LOCAL deadlock_timeout = '60s'").await.unwrap();
+    other.execute_unprepared("SET LOCAL deadlock_timeout = '900s'").await.unwrap();
     let id = &batch.id;
     other.execute_unprepared(&format!("SELECT 1 FROM batches WHERE id = '{id}' FOR UPDATE")).await.unwrap();
     let (store, segment, epoch) = (db.store.clone(), claimed.segment.clone(), claimed.epoch);
@@ -25,9 +28,7 @@ async fn a_deadlock_is_nobody_elses_business() {
     // It has the segment and waits for the batch.
     let waiting =
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    while db.number(waiting).await == 0 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("the commit waits", async || db.number(waiting).await > 0).await;
     // Each waits for the other now, until PostgreSQL ends the commit.
     other.execute_unprepared(&format!("SELECT 1 FROM segments WHERE batch_id = '{id}' FOR UPDATE")).await.unwrap();
     other.commit().await.unwrap();
@@ -35,13 +36,8 @@ async fn a_deadlock_is_nobody_elses_business() {
     let found = db.get(id).await.counts;
     assert_eq!(found.completed, 2, "once");
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-    for _ in 0..100 {
-        if db.number(deadlocks).await == 1 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    panic!("there was no deadlock: this test has tested nothing");
+    // Or this test has tested nothing.
+    until("the deadlock is counted", async || db.number(deadlocks).await == 1).await;
 }
 
 #[tokio::test]
@@ -106,9 +102,7 @@ async fn a_call_is_refused_when_the_connections_stand_still() {
     }
     let waiting =
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    while db.number(waiting).await < 2 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    until("both wait", async || db.number(waiting).await == 2).await;
     let refused = few.ping().await.unwrap_err();
     assert!(matches!(refused, StoreError::Unavailable(_)), "{refused}");
     assert_eq!(db.number(waiting).await, 2, "it was refused while they stood still");

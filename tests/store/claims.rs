@@ -8,7 +8,10 @@ use tidemill::{
     store::{ClaimedSegment, Commit},
 };
 
-use crate::fixture::{Db, LEASE, final_object, key, new_batch, part};
+use crate::{
+    fixture::{Db, LEASE, final_object, key, new_batch, part},
+    support::patience::until,
+};
 
 async fn many_claimers_never_get_the_same_segment(db: Db) {
     const SEGMENTS: i32 = 40;
@@ -240,15 +243,13 @@ async fn a_clock_set_back_makes_no_lease_of_a_dead_owner_last_for_as_long(db: Db
     db.store.renew_leases(&node, std::slice::from_ref(&living.segment), LEASE).await.unwrap();
     assert_eq!(mend(LEASE).await, 1);
     assert_eq!(mend(lease).await, 2, "the least of all");
-    let taken = async {
-        loop {
-            if let Some(taken) = db.store.claim_segment(&NodeId::generate(), &batch.id, -1, LEASE).await.unwrap() {
-                return taken;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let taken = tokio::time::timeout(Duration::from_secs(60), taken).await.expect("its lease ends");
+    let mut taken = None;
+    until("its lease ends", async || {
+        taken = db.store.claim_segment(&NodeId::generate(), &batch.id, -1, LEASE).await.unwrap();
+        taken.is_some()
+    })
+    .await;
+    let taken = taken.unwrap();
     assert_eq!((taken.segment.clone(), taken.epoch), (dead.segment.clone(), Epoch(2)));
     let late = db.store.commit_part(&dead.segment, dead.epoch, &part(0..1, [])).await.unwrap();
     assert_eq!(late, Commit::Fenced);

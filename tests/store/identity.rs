@@ -104,7 +104,7 @@ async fn a_server_whose_database_was_given_other_objects_ends(db: Db) {
     let watched = objects::watch(db.store.clone(), blobs, tokio_util::sync::CancellationToken::new());
     // It was frozen for long, and another one has found the database unused.
     db.execute("UPDATE blob_store SET store_id = 'store_other'").await;
-    let ended = tokio::time::timeout(Duration::from_secs(60), watched).await.expect("it ends");
+    let ended = crate::support::patience::ends("it ends", watched).await;
     assert!(ended.unwrap_err().contains("store_other"));
 }
 

@@ -1,5 +1,9 @@
 //! What several test binaries share.
 
+#[allow(dead_code)] // not all do
+pub mod patience;
+#[allow(dead_code)] // few binaries do
+pub mod ports;
 pub mod postgres;
 #[allow(dead_code)] // few binaries do
 pub mod rivals;

@@ -5,6 +5,8 @@ use std::{future::Future, time::Duration};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use sea_orm::{ConnectionTrait, DatabaseConnection, Statement, TransactionTrait};
 
+use super::patience::ends;
+
 /// Counts what is done again on this thread while it lives: for tests whose runtime is this thread alone.
 pub struct Repeats {
     metrics: PrometheusHandle,
@@ -30,7 +32,7 @@ pub async fn deadlock<T>(raw: &DatabaseConnection, first: &str, second: &str, ca
     let repeats = Repeats::count();
     let other = raw.begin().await.unwrap();
     // This one never gives up first.
-    other.execute_unprepared("SET LOCAL deadlock_timeout = '60s'").await.unwrap();
+    other.execute_unprepared("SET LOCAL deadlock_timeout = '900s'").await.unwrap();
     other.execute_unprepared(first).await.unwrap();
     let rival = async {
         let waiting =
@@ -46,9 +48,8 @@ pub async fn deadlock<T>(raw: &DatabaseConnection, first: &str, second: &str, ca
         other.execute_unprepared(second).await.unwrap();
         other.rollback().await.unwrap();
     };
-    let (done, ()) = tokio::time::timeout(Duration::from_secs(50), async { tokio::join!(call, rival) })
-        .await
-        .expect("the call waits for what the other has, and the other for what the call has");
+    let both = async { tokio::join!(call, rival) };
+    let (done, ()) = ends("the call waits for what the other has, and the other for what the call has", both).await;
     assert!(repeats.seen() > 0, "there was no deadlock: this test has tested nothing");
     done
 }

@@ -302,7 +302,7 @@ async fn a_row_that_cannot_be_claimed_keeps_none_from_being_settled(db: Db) {
 /// Waits until so many are delivered.
 async fn delivered(db: &Db, wanted: usize) {
     let sql = "SELECT COUNT(*) AS n FROM webhook_deliveries WHERE state = 'delivered'";
-    let asked = tokio::time::timeout(Duration::from_secs(90), async {
+    let asked = tokio::time::timeout(crate::support::patience::HANG, async {
         loop {
             let statement = Statement::from_string(db.raw.get_database_backend(), sql);
             let count: i64 = db.raw.query_one_raw(statement).await.unwrap().unwrap().try_get("", "n").unwrap();
