@@ -1,6 +1,6 @@
-//! What libraries report, in words. Their own texts name their own parts ("builder error", "relative URL without a base");
-//! a person wants to know what happened and what to do. Whatever is shown of a connection, a URL or a file that failed is
-//! worded here, for every part of tidemill alike. No text holds a URL, a key or a password.
+//! Explains libraries' errors. The libraries name their own parts ("builder error", "relative URL without a base"), but
+//! a person wants to know what happened and what to do. Every message about a failed connection, URL or file comes from
+//! here. No message contains a URL, a key or a password.
 
 use std::{error::Error, io};
 
@@ -9,7 +9,7 @@ use rustls::{AlertDescription, CertificateError, Error as TlsError};
 #[cfg(test)]
 mod tests;
 
-/// Who is at the other end: what can be done about its certificate depends on it.
+/// The other end of a connection. What a user can do about its certificate depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// A worker, as the server sees it.
@@ -20,7 +20,7 @@ pub enum Peer {
     Server,
     /// PostgreSQL.
     Database,
-    /// S3 and its like.
+    /// S3 or another object store.
     ObjectStore,
 }
 
@@ -44,7 +44,7 @@ impl Peer {
     }
 }
 
-/// Why a connection or a request failed: the cause that says most, not where in which library it was met.
+/// Why a connection or a request failed: the most telling cause.
 #[must_use]
 pub fn cause(peer: Peer, error: &(dyn Error + 'static)) -> String {
     let find = |told: &dyn Fn(&(dyn Error + 'static)) -> Option<String>| chain(error).find_map(told);
@@ -57,13 +57,13 @@ pub fn cause(peer: Peer, error: &(dyn Error + 'static)) -> String {
         .unwrap_or_else(|| plain(&chain(error).last().unwrap_or(error).to_string()))
 }
 
-/// Whether the other end's certificate, or ours, is what the connection failed by.
+/// Whether the connection failed because of the other end's certificate, or ours.
 #[must_use]
 pub fn is_tls(error: &(dyn Error + 'static)) -> bool {
     chain(error).any(<dyn Error + 'static>::is::<TlsError>)
 }
 
-/// That a disk is full, if that is why something failed.
+/// The message for a full disk, if that is the cause.
 #[must_use]
 pub fn full_disk(error: &(dyn Error + 'static)) -> Option<String> {
     use io::ErrorKind as K;
@@ -71,13 +71,14 @@ pub fn full_disk(error: &(dyn Error + 'static)) -> Option<String> {
     chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).find(full).map(file)
 }
 
-/// Whether what answered does not speak HTTP/2, so it can't be a gRPC server.
+/// Whether the other end does not speak HTTP/2, and so can't be a gRPC server.
 #[must_use]
 pub fn is_no_grpc(error: &(dyn Error + 'static)) -> bool {
     chain(error).filter_map(|cause| cause.downcast_ref::<h2::Error>()).any(is_no_http2)
 }
 
-/// An error and its causes, outermost first. What an [`io::Error`] wraps is one of them, although its `source` skips it.
+/// An error and its causes, outermost first. What an [`io::Error`] wraps is one of them, although its `source` skips
+/// it.
 fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |error| beneath(*error))
 }
@@ -124,7 +125,7 @@ pub fn file(error: &io::Error) -> String {
     words.to_owned()
 }
 
-/// Why a text is no URL, and what is missing.
+/// Why a text is not a URL, and what is missing.
 #[must_use]
 pub fn url(error: url::ParseError) -> &'static str {
     use url::ParseError as E;
@@ -231,7 +232,7 @@ fn certificate(peer: Peer, bad: &CertificateError) -> String {
     }
 }
 
-/// The names of a certificate as people know them: rustls lists them as `DnsName("a")`.
+/// A certificate's names without rustls' notation, `DnsName("a")`.
 fn names(presented: &[String]) -> String {
     const SHOWN: usize = 3;
     let bare = |name: &String| name.split('"').nth(1).unwrap_or(name).to_owned();
@@ -308,7 +309,7 @@ fn http2(error: &h2::Error) -> Option<String> {
     error.reason().map(|reason| format!("{who} {did} ({})", reason.description()))
 }
 
-/// A library's own text where there are no better words, without what only its authors understand.
+/// A library's own text, for errors that have no message here, without the parts that only its authors understand.
 fn plain(text: &str) -> String {
     let words = match text {
         "deadline has elapsed" | "operation timed out" => "timed out",

@@ -6,29 +6,29 @@ use crate::domain::{Owner, Scope};
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Everything with their own files and batches.
+    /// May do everything with their own files and batches.
     Submit,
-    /// Everything.
+    /// May do everything.
     Admin,
 }
 
-/// Who calls. Every request that has passed a gate has one.
+/// The caller of a request that has passed a gate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// What they make belongs to.
+    /// The owner of what they create.
     pub owner: Owner,
-    /// What they may do.
+    /// The role.
     pub role: Role,
 }
 
 impl Caller {
-    /// Whoever calls a server without tokens, or one that asks for client certificates only.
+    /// The caller of a server without tokens, or of one that only asks for client certificates.
     #[must_use]
     pub fn anonymous() -> Self {
         Self { owner: Owner::nobody(), role: Role::Admin }
     }
 
-    /// Whose files, batches and webhooks they may read and change.
+    /// The files, batches and webhooks that they may read and change.
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self.role {
@@ -37,7 +37,7 @@ impl Caller {
         }
     }
 
-    /// Refuses all but admins.
+    /// Refuses callers that are not admins.
     ///
     /// # Errors
     /// [`Denied::AdminOnly`].

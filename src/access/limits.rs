@@ -1,4 +1,4 @@
-//! How much one caller may ask of this server: token buckets, one set a token name, and a bound on uploads at a time.
+//! Limits per caller: token buckets, one set per token name, and places for uploads.
 //!
 //! Each server counts for itself and forgets at a restart. Queued lines are counted in the database, for all servers.
 
@@ -16,15 +16,15 @@ use super::{
 };
 use crate::domain::Owner;
 
-/// The span of the byte limit.
+/// The period of the byte limit.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-/// Seconds' worth of requests that may come at once.
+/// The burst: this many seconds' worth of requests may come at once.
 const BURST_SECONDS: f64 = 2.0;
-/// How long an upload waits for its turn: clients have seen nothing go wrong by then, and their deadlines are longer.
+/// How long an upload waits for its turn. Clients notice no failure in this time, and their deadlines are longer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long to wait before trying again where others end all the time.
+/// The retry delay where places become free all the time.
 const SOON: Duration = Duration::from_secs(1);
-/// Bytes of waiting `Infer` requests that one caller may have in this server's memory.
+/// The most bytes of waiting `Infer` requests that one caller may hold in this server's memory.
 const INFER_BYTES: u64 = 256 * 1024 * 1024;
 
 const WATCHES: Kind = Kind {
@@ -52,24 +52,24 @@ const INFER_MEMORY: Kind = Kind {
     again: SOON,
 };
 
-/// What one token name may ask of one server; 0 stands for no limit.
+/// The limits of one token name at one server. 0 means no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallerLimits {
-    /// RPCs a second; twice as many may come at once.
+    /// RPCs per second; a burst of twice as many is allowed.
     pub requests_per_second: u32,
-    /// Bytes uploaded in any 24 hours, about: what is used comes back evenly over a day.
+    /// Bytes uploaded in about 24 hours. The allowance refills evenly over a day.
     pub bytes_per_day: u64,
-    /// Requests without a result in all the caller's batches, over all servers.
+    /// Requests without a result in all of the caller's batches, on all servers.
     pub queued_lines: u64,
-    /// Uploads at a time, of all callers together; the next ones wait. Each holds up to 12 MB of memory.
+    /// Uploads at a time, of all callers together; more of them wait. Each holds up to 12 MB of memory.
     pub concurrent_uploads: u32,
-    /// `Infer` calls of one caller at a time, waiting and running.
+    /// `Infer` calls of one caller at a time, waiting or running.
     pub infer_calls: u32,
     /// Streams of one caller that watch batches, health or reflection.
     pub watches: u32,
     /// Downloads and result streams of one caller, over gRPC and HTTP.
     pub downloads: u32,
-    /// How long an upload may take in all, however fast it comes.
+    /// The longest that an upload may take, at any speed.
     pub longest_upload: Duration,
     /// How long an upload waits for its turn before it is refused.
     pub upload_patience: Duration,
@@ -91,14 +91,14 @@ impl Default for CallerLimits {
     }
 }
 
-/// How fast a bucket fills, and how much it holds.
+/// A bucket's refill rate and capacity.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Rate {
     per_second: f64,
     most: f64,
 }
 
-/// What is left, and when that was so. Pure: time comes as an argument, from any fixed point.
+/// The amount left at a time. Pure: times are arguments, counted from any fixed point.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Bucket {
     left: f64,
@@ -110,11 +110,11 @@ impl Rate {
         Bucket { left: self.most, at: now }
     }
 
-    /// Takes some, if that much is there; else nothing. More than the bucket holds is taken from a full one, which is then
-    /// in debt: it will be served late, not never.
+    /// Takes an amount if the bucket has it, else nothing. An amount above the capacity is taken from a full bucket,
+    /// which then owes the rest: such a call is served late, but not never.
     ///
     /// # Errors
-    /// How long it will be until it is there.
+    /// The time until the bucket has the amount.
     fn take(self, bucket: &mut Bucket, amount: f64, now: Duration) -> Result<(), Duration> {
         let passed = now.saturating_sub(bucket.at).as_secs_f64();
         bucket.left = (bucket.left + passed * self.per_second).min(self.most);
@@ -135,13 +135,13 @@ struct Buckets {
     bytes: Bucket,
 }
 
-/// The limits and what is used of them.
+/// The limits, and how much of them is used.
 pub struct Limiter {
     limits: CallerLimits,
     requests: Rate,
     bytes: Rate,
     began: Instant,
-    /// There are as many as the token file has names.
+    /// At most one per name in the token file.
     accounts: Mutex<HashMap<Owner, Buckets>>,
     uploads: Arc<Uploads>,
     infers: Arc<Quota>,
@@ -150,18 +150,18 @@ pub struct Limiter {
     pub(crate) downloads: Arc<Quota>,
 }
 
-/// Work that a call makes: every way to make some passes [`Limiter::admit`].
+/// Work that a call creates. Every way to create work passes [`Limiter::admit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// A batch of a file that is there.
+    /// A batch of an uploaded file.
     Batch,
-    /// A batch of lines that the server writes to a file of its own first: so many bytes.
+    /// A batch whose lines the server first writes to a file, with their number of bytes.
     Lines(u64),
-    /// A request that runs at once: so many bytes.
+    /// A request that runs at once, with its number of bytes.
     Now(u64),
 }
 
-/// What a call holds while it makes its work.
+/// What a call holds while it creates its work.
 #[derive(Default)]
 pub struct Admitted {
     _place: Option<Place>,
@@ -169,7 +169,7 @@ pub struct Admitted {
 }
 
 impl Limiter {
-    /// Nothing of these limits is used yet.
+    /// A limiter without any use yet.
     #[allow(clippy::cast_precision_loss)] // limits, not accounts
     #[must_use]
     pub fn new(limits: CallerLimits) -> Self {
@@ -230,7 +230,7 @@ impl Limiter {
             .map_err(|wait| LimitReached::Bytes { per_day: self.limits.bytes_per_day, wait }.counted())
     }
 
-    /// How long an upload may take in all.
+    /// The longest that an upload may take.
     #[must_use]
     pub fn longest_upload(&self) -> Duration {
         self.limits.longest_upload
@@ -242,7 +242,7 @@ impl Limiter {
         (self.limits.queued_lines > 0).then(|| i64::try_from(self.limits.queued_lines).unwrap_or(i64::MAX))
     }
 
-    /// Whether so many lines may be added to those that are queued.
+    /// Checks whether `added` lines fit beside the `queued` ones.
     ///
     /// # Errors
     /// [`LimitReached::QueuedLines`].
@@ -255,10 +255,11 @@ impl Limiter {
         }
     }
 
-    /// Lets a call make work: counts its bytes and waits for an upload's turn where it writes a file, as an upload would.
+    /// Admits work: counts its bytes. A call that makes the server write a file first waits for its turn, as an upload
+    /// does.
     ///
     /// # Errors
-    /// [`LimitReached`]: the caller has too much already.
+    /// [`LimitReached`]: the caller is at a limit.
     pub async fn admit(&self, owner: &Owner, account: &Account, work: Work) -> Result<Admitted, LimitReached> {
         match work {
             Work::Batch => Ok(Admitted::default()),
@@ -275,16 +276,17 @@ impl Limiter {
         }
     }
 
-    /// Whether uploads wait for their turn.
+    /// Whether uploads wait for a place.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
         self.uploads.is_crowded()
     }
 
-    /// Waits for an upload's turn. Until then nothing of it is read: the client is held back by flow control.
+    /// Waits for a place for an upload. Until then the server reads nothing of it, and flow control holds the client
+    /// back.
     ///
     /// # Errors
-    /// [`LimitReached::Uploads`], if it does not come.
+    /// [`LimitReached::Uploads`] if no place becomes free in time.
     pub async fn upload(&self, account: &Account, received: Option<Received>) -> Result<Place, LimitReached> {
         self.uploads
             .enter(account, received, self.limits.upload_patience)

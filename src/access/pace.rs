@@ -1,4 +1,4 @@
-//! How slow an upload may be: it holds one of the places of [`super::Limiter`], which others may be waiting for.
+//! How slow an upload may be. It holds one of the places of [`super::Limiter`], for which others may be waiting.
 
 use std::{
     sync::{
@@ -8,44 +8,44 @@ use std::{
     time::Duration,
 };
 
-/// An upload that the server has waited so long for is given up: it holds temporary files, too.
+/// The server aborts an upload after waiting this long for its bytes: it also holds temporary files.
 pub const IDLE: Duration = Duration::from_secs(300);
-/// The same while other uploads wait for their turn: in time for these, which wait no longer than 30 s.
+/// The same while other uploads wait for a place: in time for them, because they wait for at most 30 s.
 pub const CROWDED: Duration = Duration::from_secs(10);
-/// Bytes that make good for a second's wait: slower than any line, so that only who hardly sends at all is meant.
+/// Bytes that make up for a second's wait. Every network is faster than this, so only stalled uploads are aborted.
 pub const LEAST: u64 = 1024;
-/// How long an upload may take in all: as long as a file may be on its way, however fast it comes.
+/// The longest that an upload may take, at any speed.
 pub const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
-/// How often is looked, at least.
+/// The longest time between two checks.
 pub const LOOK: Duration = Duration::from_secs(1);
 
-/// How long an upload has kept the server waiting, less what it has sent. Pure: the time comes from the caller, who counts
-/// only what was waited for the client, not what the client was made to wait.
+/// How long an upload has kept the server waiting, less what it has sent. Pure: the caller measures the time, and
+/// counts only waits for the client, not the client's waits for the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pace {
     waited: Duration,
 }
 
 impl Pace {
-    /// So long was waited, and so many bytes have come.
+    /// Counts a wait, and the bytes that came after it.
     pub fn came(&mut self, waited: Duration, bytes: u64) {
         let worth = Duration::from_secs(bytes / LEAST) + Duration::from_secs(bytes % LEAST) / LEAST as u32;
         self.waited = (self.waited + waited).saturating_sub(worth);
     }
 
-    /// Whether to wait no longer.
+    /// Whether the upload is to be aborted. `crowded`: other uploads wait for a place.
     #[must_use]
     pub fn is_over(self, crowded: bool) -> bool {
         self.waited >= if crowded { CROWDED } else { IDLE }
     }
 }
 
-/// The bytes of a request's body that have come so far, those of an unfinished message too. An extension of the request.
+/// Counts the received bytes of a request's body, also those of an unfinished message. An extension of the request.
 #[derive(Clone, Debug, Default)]
 pub struct Received(Arc<AtomicU64>);
 
 impl Received {
-    /// How many have come.
+    /// The number of received bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -56,7 +56,7 @@ impl Received {
         Self(Arc::new(AtomicU64::new(bytes)))
     }
 
-    /// More bytes have come.
+    /// Counts more bytes.
     pub fn add(&self, bytes: u64) {
         self.0.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! The places for uploads, and who has to give one up. [`Places`] is pure; [`Uploads`] waits around it.
+//! Places for uploads, and which upload gives way to another. [`Places`] decides, purely; [`Uploads`] waits.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -12,21 +12,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Account, Received};
 
-/// An upload, or who waits for a place, of this process.
+/// Identifies an upload of this process that has a place or waits for one.
 type Id = u64;
 
-/// Slower than this, in bytes a second, an upload of somebody with more than a fair share gives way at once.
+/// In bytes per second: a slower upload of an account with more than its fair share gives way at once.
 const TRICKLE: u64 = 64 * 1024;
-/// Slower than this an upload gives way although nobody has more than one, to somebody who has none.
+/// A slower upload gives way to an account without any place, even if no account has more than one.
 const CRAWL: u64 = 16 * 1024;
-/// An upload's speed is known after this time.
+/// An upload's speed is measured after this time.
 const KNOWN: Duration = Duration::from_secs(5);
-/// After waiting this long, somebody with less than a fair share gets a place however fast the others are.
+/// After waiting this long, an account with less than its fair share gets a place, however fast the other uploads are.
 const FAIR: Duration = Duration::from_secs(10);
-/// How often those who wait look whether somebody has to give way.
+/// How often waiting uploads check whether another one has to give way.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The places that are taken, and those who wait for one.
+/// The taken places, and the uploads that wait for one.
 #[derive(Debug)]
 struct Places {
     most: usize,
@@ -38,14 +38,14 @@ struct Places {
 struct Taken {
     account: Account,
     since: Instant,
-    /// Bytes that have come. None: the server itself does the work, which takes no time that matters.
+    /// Counts the received bytes. `None`: the server itself does the work, in negligible time.
     received: Option<Received>,
-    /// It was asked to give way, and has not gone yet.
+    /// Whether it was asked to give way and still holds its place.
     leaving: bool,
 }
 
 impl Taken {
-    /// Bytes a second, once that is known.
+    /// Bytes per second, once measured.
     fn speed(&self, now: Instant) -> Option<u64> {
         let age = now.saturating_duration_since(self.since);
         let bytes = self.received.as_ref().filter(|_| !self.leaving && age >= KNOWN)?.bytes();
@@ -62,7 +62,7 @@ impl Places {
         counts
     }
 
-    /// Gives free places to those who wait: to whoever has fewest, then to whoever has waited longest.
+    /// Which waiting upload gets a free place: one of the account with the fewest places, then the longest waiting.
     fn grant(&mut self) -> Option<Id> {
         if self.taken.len() >= self.most {
             return None;
@@ -73,9 +73,10 @@ impl Places {
         next.map(|(id, _)| *id)
     }
 
-    /// Which upload gives way now, if one must: somebody waits who would have fewer places, with one more, than another
-    /// has now. Of those who have most, the slowest upload goes: at once if it trickles, else when the other has waited
-    /// long enough. Where nobody has more than one, somebody without any takes the place of the slowest that crawls.
+    /// Which upload gives way now, if one must. One must if a waiting account would, with one place more, still have
+    /// fewer than another account has now. The slowest upload of the accounts with the most places goes: at once if it
+    /// is slower than [`TRICKLE`], else after the other has waited for [`FAIR`]. If no account has more than one place,
+    /// an account without any replaces the slowest upload below [`CRAWL`].
     fn gives_way(&self, now: Instant) -> Option<Id> {
         let counts = self.counts();
         let leaving = self.taken.values().filter(|taken| taken.leaving).count();
@@ -85,7 +86,7 @@ impl Places {
         let mut poor: Vec<Instant> =
             self.waiting.values().filter(|(account, _)| is_poor(account)).map(|(_, since)| *since).collect();
         poor.sort_unstable();
-        // Those who leave make place for the first of them.
+        // Uploads that are leaving make place for the first ones.
         let since = *poor.get(leaving)?;
         let rich = self.taken.iter().filter(|(_, taken)| count(&taken.account) == most);
         let (id, speed) = rich
@@ -99,21 +100,21 @@ impl Places {
     }
 }
 
-/// The places, and those who wait.
+/// Hands out the places.
 pub(crate) struct Uploads {
     inner: Mutex<Inner>,
 }
 
 struct Inner {
     places: Places,
-    /// Told when the place is there.
+    /// Notified when the place is granted.
     told: HashMap<Id, oneshot::Sender<()>>,
-    /// Cancelled when the upload has to give way.
+    /// Cancelled when the upload must give way.
     give_way: HashMap<Id, CancellationToken>,
     next: Id,
 }
 
-/// A place for an upload. Free again when it is dropped.
+/// A place for an upload, free again when dropped.
 pub struct Place {
     uploads: Arc<Uploads>,
     id: Id,
@@ -121,7 +122,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Waits until the upload has to make place for somebody else.
+    /// Completes when the upload must give way.
     pub fn gives_way(&self) -> impl Future<Output = ()> + Send + use<> {
         self.give_way.clone().cancelled_owned()
     }
@@ -136,7 +137,7 @@ impl Drop for Place {
     }
 }
 
-/// Somebody who waits. Waits no more when it is dropped; a place that it was given meanwhile is free again.
+/// A waiting upload. Dropping it ends the wait, and frees a place that was granted meanwhile.
 struct Waits<'a> {
     uploads: &'a Arc<Uploads>,
     id: Id,
@@ -177,7 +178,7 @@ impl Uploads {
         Arc::new(Self { inner: Mutex::new(inner) })
     }
 
-    /// Whether somebody waits.
+    /// Whether an upload waits.
     pub(crate) fn is_crowded(&self) -> bool {
         !self.inner.lock().places.waiting.is_empty()
     }

@@ -1,4 +1,4 @@
-//! How much one caller may have under way at a time.
+//! How many calls of a kind one caller may have under way at a time.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -6,12 +6,12 @@ use parking_lot::Mutex;
 
 use super::{Caller, LimitReached, Peer};
 
-/// Whom a call counts for: the token's name, and without tokens the peer. An extension of every request.
+/// Who pays for a call: the token's name or, without tokens, the peer. An extension of every request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Account(Arc<str>);
 
 impl Account {
-    /// Without tokens everybody has the same rights, but not the same share: each peer counts for itself.
+    /// The account of a caller. Without tokens all callers have the same rights, but each peer has its own limits.
     #[must_use]
     pub fn of(caller: &Caller, peer: Option<&Peer>) -> Self {
         match (caller.owner.as_str(), peer) {
@@ -21,29 +21,29 @@ impl Account {
         }
     }
 
-    /// Its name.
+    /// The name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// What one caller may have of one kind at a time.
+/// The limit of one kind, and its use by each account.
 pub(crate) struct Quota {
-    /// 0: no limit.
+    /// 0 means no limit.
     most: u64,
     kind: Kind,
     used: Mutex<HashMap<Account, u64>>,
 }
 
-/// What is limited, in the words of the refusal.
+/// What is limited, in the words of the error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// A stable name of the refusal, for programs.
+    /// The error's stable reason, for programs.
     pub reason: &'static str,
     /// Such as "streams that watch batches".
     pub what: &'static str,
-    /// What to do about it.
+    /// What the caller can do.
     pub advice: &'static str,
     /// When to try again.
     pub again: Duration,
@@ -54,7 +54,7 @@ impl Quota {
         Arc::new(Self { most, kind, used: Mutex::default() })
     }
 
-    /// Takes some for as long as the result is there.
+    /// Takes an amount until the result is dropped.
     ///
     /// # Errors
     /// [`LimitReached::AtATime`]: the caller has too much under way.
@@ -70,7 +70,7 @@ impl Quota {
     }
 }
 
-/// A part of what one caller may have at a time. Given back when it is dropped.
+/// An amount taken from a quota, given back when it is dropped.
 pub struct Held {
     quota: Arc<Quota>,
     account: Account,

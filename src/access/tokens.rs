@@ -1,5 +1,6 @@
-//! Access tokens: they come from a file, one a line: `name role sha256:<hex of the token>`, and if wanted `weight=<1 to 1000>`.
-//! Only hashes are kept: a token has enough randomness of its own (see `tidemill token`) that a fast hash protects it.
+//! Access tokens: they come from a file, one a line: `name role sha256:<hex of the token>`, and if wanted `weight=<1 to
+//! 1000>`. Only hashes are kept: a token has enough randomness of its own (see `tidemill token`) that a fast hash
+//! protects it.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +17,7 @@ use crate::domain::{Weight, Weights};
      and after it, if wanted, \"weight=<1 to 1000>\""
 )]
 pub struct TokensError {
-    /// From 1.
+    /// The line's number, from 1.
     pub line: usize,
     /// What is wrong.
     pub problem: String,
@@ -30,8 +31,8 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Reads a token file. `#` begins a comment line. A name may have several tokens, for a change of token without a gap,
-    /// if their role and weight are the same. Without a weight it is 1.
+    /// Reads a token file. `#` begins a comment line. A name may have several tokens, for a change of token without a
+    /// gap, if their role and weight are the same. Without a weight it is 1.
     ///
     /// # Errors
     /// [`TokensError`]: the first bad line.
@@ -84,19 +85,19 @@ impl Tokens {
         Ok(Self { known, weights })
     }
 
-    /// How large the shares of the workers are of those whose tokens these are.
+    /// The owners' weights: how large their shares of the workers are.
     #[must_use]
     pub fn weights(&self) -> Weights {
         self.weights.clone()
     }
 
-    /// Whether there are none: then nobody may call.
+    /// Whether there are no tokens; then nobody may call.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.known.is_empty()
     }
 
-    /// Whose token this is. Takes as long for a wrong one as for a right one.
+    /// The caller with this token. A wrong token takes as long as a right one.
     #[must_use]
     pub fn find(&self, token: &str) -> Option<&Caller> {
         let hash = digest(token);
@@ -109,7 +110,7 @@ impl Tokens {
         found
     }
 
-    /// Who sends this `authorization` header, if there is one.
+    /// The caller with this `authorization` header, if there is one.
     ///
     /// # Errors
     /// [`Denied`].

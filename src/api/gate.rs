@@ -1,4 +1,4 @@
-//! What every request passes, whichever protocol it speaks: who calls, and how much of the server they may hold.
+//! The gate that every request passes, in every protocol: who the caller is, and how much of the server they may hold.
 
 use std::sync::Arc;
 
@@ -13,9 +13,9 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceId(pub Arc<str>);
 
-/// What the gates need to know.
+/// What the protocols' gates share.
 pub(super) struct Gate {
-    /// None: whoever gets through is admin.
+    /// `None`: every caller is admin.
     tokens: Option<Tokens>,
     limits: Arc<Limiter>,
 }
@@ -25,7 +25,7 @@ impl Gate {
         Self { tokens, limits }
     }
 
-    /// Who calls, if they may.
+    /// The caller, if they may call.
     ///
     /// # Errors
     /// The caller is unknown, or calls too often.
@@ -42,12 +42,12 @@ impl Gate {
         Ok(caller)
     }
 
-    /// What the caller has of streams that watch goes up by one until the result is dropped.
+    /// Counts a stream that watches for the caller, until the result is dropped.
     pub(super) fn watch(&self, account: &Account) -> Result<Held, LimitReached> {
         self.limits.watches.take(account, 1)
     }
 
-    /// The same for one download.
+    /// Counts a download for the caller, until the result is dropped.
     pub(super) fn download(&self, account: &Account) -> Result<Held, LimitReached> {
         self.limits.downloads.take(account, 1)
     }

@@ -1,4 +1,4 @@
-//! The server: assembled here, and stopped in order.
+//! Assembles the server, and stops it in order.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -19,36 +19,35 @@ use super::{
 };
 use crate::{access::Tokens, service::Service, words};
 
-/// How long connections that were cut have to notice.
+/// How long cut connections have to end.
 const CUT: Duration = Duration::from_secs(1);
 
-/// PEM files.
+/// The paths of the PEM files.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
     /// The server's certificate chain.
     pub cert: PathBuf,
-    /// Its key.
+    /// The certificate's key.
     pub key: PathBuf,
-    /// Who must have signed a client's certificate; none: clients need no certificate.
+    /// The authorities for clients' certificates. `None`: clients need no certificate.
     pub client_ca: Option<PathBuf>,
 }
 
-/// How to serve.
+/// How the server serves.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// Whether the services of tidemill are there, or only health, metrics and reflection.
+    /// Whether tidemill's services are served, or only health, metrics and reflection.
     pub rpcs: bool,
-    /// None: no TLS.
+    /// `None`: no TLS.
     pub tls: Option<TlsFiles>,
-    /// None: whoever gets through is admin.
+    /// `None`: every caller is admin.
     pub tokens: Option<Tokens>,
-    /// A connection is asked to make place for a new one after this time, more or less 10% (so that nodes that started
-    /// together don't move their clients together), for load balancers to rebalance. Streams on it go on to their end.
-    /// None: never.
+    /// A connection is asked to end after this time, ±10% (so that nodes that started together don't move their clients
+    /// together), so that load balancers can rebalance. Its streams go on to their end. `None`: never.
     pub max_connection_age: Option<Duration>,
     /// How long a shutdown waits for RPCs to end.
     pub drain_timeout: Duration,
-    /// Connections at a time; none: half of the descriptors that the process may have, at most 10,000.
+    /// The most connections at a time. `None`: half of the process's limit of open files, at most 10,000.
     pub max_connections: Option<u32>,
     /// Names, besides addresses and local names, by which clients may call a server without access tokens.
     pub public_hosts: Vec<String>,
@@ -69,7 +68,7 @@ impl Default for ServerOptions {
 }
 
 impl ServerOptions {
-    /// Reads the TLS files, and forgets them.
+    /// Checks that the TLS files can be used.
     ///
     /// # Errors
     /// [`ServeError`] if they can't be used.
@@ -87,7 +86,7 @@ pub enum ServeError {
     /// A TLS file can't be read.
     #[error("can't read {}: {}", path.display(), words::file(source))]
     TlsFile {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
@@ -95,7 +94,7 @@ pub enum ServeError {
     /// A TLS file is not what it should be.
     #[error("{}: {problem}", path.display())]
     Tls {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
@@ -105,9 +104,9 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves gRPC and HTTP on `listener` until `shutdown`, then in this order: health says NOT_SERVING, streams that would not
-/// end by themselves end with UNAVAILABLE, no more connections are taken, RPCs have `drain_timeout` to end, and what is left
-/// is cut. `shutdown` must be the token that ends the hub's streams, or a parent of it.
+/// Serves gRPC and HTTP on `listener` until `shutdown`, then in this order: health says NOT_SERVING, streams that would
+/// not end by themselves end with UNAVAILABLE, no more connections are taken, RPCs have `drain_timeout` to end, and
+/// what is left is cut. `shutdown` must be the token that ends the hub's streams, or a parent of it.
 ///
 /// # Errors
 /// [`ServeError`].

@@ -26,9 +26,9 @@ pub(super) fn describe_metrics() {
 }
 
 impl Slot {
-    /// Tells the worker what came of the request that was sent at `sent`: call it once for each. `request` is the same each
-    /// time the request is sent. Where the worker is at fault, the failure becomes an [`FailureKind::Outage`]; where that
-    /// may turn out later, it says so ([`Failure::blame`]).
+    /// Reports the outcome of a request that was sent at `sent`. Call it once per request. `request` identifies it over
+    /// all its tries. If the worker is at fault, the failure becomes a [`FailureKind::Outage`]; if that may turn out
+    /// later, the failure has a [`Failure::blame`].
     ///
     /// # Errors
     /// The failure.
@@ -45,8 +45,8 @@ impl Slot {
         }
     }
 
-    /// The same of a request that nothing is known to wait for besides its caller, who chose its body and its time. A success
-    /// ends an outage; a failure is its own, so that one caller can't have a worker held for all.
+    /// The same for an `Infer` call. Its success ends an outage, but its failure counts only for itself, because its
+    /// caller chose its body and deadline: one caller must not be able to have a worker held for all.
     ///
     /// # Errors
     /// The failure.
@@ -95,7 +95,7 @@ fn sign(failure: &Failure) -> Option<Sign> {
     }
 }
 
-/// Opens and closes a worker as time passes, until it is forgotten.
+/// Updates a worker's gate as time passes, until the worker is removed.
 pub(super) async fn keep_gate(fleet: Arc<Inner>, worker: Arc<Worker>) {
     loop {
         let at = worker.state.lock().outages.changes_at(Instant::now());
@@ -113,7 +113,8 @@ pub(super) async fn keep_gate(fleet: Arc<Inner>, worker: Arc<Worker>) {
     }
 }
 
-/// What this server lacks, if that and not the worker is why something failed: file descriptors, memory, ports, a network.
+/// What this server lacks (file descriptors, memory, ports, a network), if the error came from that and not from the
+/// worker.
 pub(super) fn own_fault(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     let mut at = Some(error);
     while let Some(error) = at {

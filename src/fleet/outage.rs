@@ -1,13 +1,12 @@
-//! Whether failures are the worker's or the requests': a pure function of what came back, and when.
+//! Decides whether failures are the worker's fault or the requests': a pure function of the outcomes and their times.
 //!
-//! One request that fails while others succeed is at fault itself. When many requests of a worker fail alike and none
-//! succeeds, the worker is at fault, or what stands in front of it: a gateway without its upstream, a key that is not
-//! taken, a path that is not there. Then the worker is held: one request at a time finds out whether it answers again,
-//! at growing intervals. What fails meanwhile uses up no try. The first success ends it.
+//! A request that fails while others succeed is at fault itself. If many requests of a worker fail alike and none
+//! succeeds, the worker is at fault, or something in front of it: a gateway without its upstream, a wrong key, a
+//! missing path. Then the worker is held: single requests on trial find out, at growing intervals, whether it answers
+//! again. Failures meanwhile use up no try. The first success ends the outage.
 //!
-//! A 429 or 503 without `Retry-After` holds the worker for a moment too. That moment doubles while nothing else comes
-//! back, and the first success ends it as well. A worker that answers most requests is not held for a few that it pushes
-//! back: its successes earn that.
+//! A 429 or 503 without `Retry-After` also holds the worker, for a short pause. The pause doubles until a request
+//! succeeds. A worker that answers most requests is not held for a few push-backs: four successes offset one.
 
 use std::{
     sync::{
@@ -20,43 +19,43 @@ use std::{
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-/// Different requests that must fail alike, without a success in between, before the worker is at fault. A batch of fewer
-/// lines ends after its tries, whatever the reason.
+/// This many different requests must fail alike, without a success in between, before the worker is at fault.
 pub const REQUESTS: usize = 8;
-/// Of the failures since the last success, at least so many must be alike: three of four.
+/// The share of the failures since the last success that must be alike: three of four.
 const ALIKE: (usize, usize) = (3, 4);
-/// So soon after a success the worker is not at fault yet: a few lines in a row may have it in themselves.
+/// For this long after a success the worker is not at fault: a few bad lines may follow each other.
 const GRACE: Duration = Duration::from_millis(100);
-/// How long a worker at fault is left alone before the first request that finds out whether it still is. Doubles.
+/// The time before the first request on trial. It doubles with each that fails.
 pub const FIRST_GAP: Duration = Duration::from_millis(100);
-/// The longest such time: an outage that ends is noticed within it.
+/// The longest such time, and so the longest time until the end of an outage is noticed.
 pub const LONGEST_GAP: Duration = Duration::from_secs(5);
-/// In an outage requests fail at once as a rule. While those on trial have not failed for so long, twice as many are sent.
+/// Requests usually fail at once in an outage. Each time that those on trial have not failed for this long, twice as
+/// many are sent.
 const TRUST: Duration = Duration::from_secs(2);
-/// Doublings of the requests on trial.
+/// The most doublings of the requests on trial.
 const MOST_TRUST: u32 = 16;
-/// After so long without a failure what failed before says nothing any more.
+/// Failures are forgotten after this time without another one.
 const FORGOTTEN: Duration = Duration::from_secs(60);
-/// A worker that fails everything for so long is named, before it is certain that it is at fault.
+/// A worker that has failed everything for this long is named to users, although it may not be at fault.
 const SUSPICIOUS: Duration = Duration::from_secs(2);
-/// Connections that break together are one death of the worker.
+/// Connections that break within this time count as one death of the worker.
 const TOGETHER: Duration = Duration::from_millis(500);
-/// The hold after a first 429 or 503 without `Retry-After`, and the longest.
+/// The first and the longest pause after a 429 or 503 without `Retry-After`.
 pub const FIRST_PAUSE: Duration = Duration::from_millis(50);
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// So many successes earn one push-back without a hold: fewer than one answer in five is a push-back then.
+/// This many successes offset one push-back, so a worker with fewer than one push-back in five answers is not held.
 const EARNS_ONE: u32 = 4;
-/// At most so many push-backs are earned: a worker that takes nothing any more is held after as many.
+/// The most push-backs that successes offset. A worker that accepts nothing any more is held after as many.
 const MOST_EARNED: u32 = 8;
 
-/// How a request failed, where that may be the worker's fault.
+/// How a request failed, if that may be the worker's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sign {
-    /// With this status.
+    /// The worker answered with this status.
     Status(u16),
     /// The connection broke.
     Broken,
-    /// With a success that is no answer: a number for how it looks, so that those of one page are alike.
+    /// The answer was a success, but unusable. The number is a hash of its beginning, equal for copies of one page.
     Bad(u64),
 }
 
@@ -70,7 +69,7 @@ impl std::fmt::Display for Sign {
     }
 }
 
-/// What becomes clear about a failure after it was counted: whether the worker was at fault. Clones share it.
+/// The verdict on a failure, which may come after the failure was counted. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Blame(Arc<Shared>);
 
@@ -80,14 +79,14 @@ struct Shared {
     failures: AtomicU32,
 }
 
-/// Whose failure it was.
+/// Who is at fault for a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Not known yet: nothing has succeeded since, and not enough has failed.
+    /// Not known yet: nothing has succeeded since, and too little has failed.
     Open,
-    /// The worker's.
+    /// The worker.
     Worker,
-    /// The request's.
+    /// The request.
     Request,
 }
 
@@ -95,7 +94,7 @@ impl Blame {
     const WORKER: u8 = 1;
     const REQUEST: u8 = 2;
 
-    /// What is known now. Whoever acts on it asks once: the next moment it may be another.
+    /// The verdict so far. It may change at any moment, so callers ask once and act on that.
     #[must_use]
     pub fn verdict(&self) -> Verdict {
         match self.0.whose.load(Ordering::Acquire) {
@@ -117,7 +116,7 @@ impl Blame {
         self.verdict() == Verdict::Open
     }
 
-    /// How many failures speak in this matter so far.
+    /// The number of failures under this verdict so far.
     #[must_use]
     pub fn failures(&self) -> u32 {
         self.0.failures.load(Ordering::Acquire)
@@ -136,12 +135,12 @@ impl PartialEq for Blame {
 
 impl Eq for Blame {}
 
-/// What may be sent to a worker at a moment, as far as this decides it.
+/// How many requests may be sent to a worker now, as far as outages are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
     /// As many requests as it has slots.
     Open,
-    /// So many in all until one comes back: they find out whether it answers again.
+    /// This many on trial, in all, until one comes back: they find out whether it answers again.
     Trial(u32),
     /// None.
     Closed,
@@ -161,43 +160,43 @@ struct Alike {
 struct Fault {
     sign: Sign,
     since: Instant,
-    /// When the next request finds out whether it still is.
+    /// When the next request on trial may be sent.
     next: Instant,
     gap: Duration,
 }
 
 impl Fault {
-    /// How many times [`TRUST`] has passed since the next request may be sent. Only after that moment.
+    /// How many times [`TRUST`] has passed since `next`. Call it only after that moment.
     fn trusted(&self, now: Instant) -> u32 {
         u32::try_from((now - self.next).as_secs() / TRUST.as_secs()).unwrap_or(u32::MAX / 2)
     }
 }
 
-/// What one worker's answers say of it.
+/// The state of one worker, according to its answers.
 #[derive(Clone, Debug, Default)]
 pub struct Outage {
     /// Failures since the last success.
     failures: SmallVec<[Alike; 2]>,
     first_failure: Option<Instant>,
     last_failure: Option<Instant>,
-    /// Shared by these failures.
+    /// The verdict of these failures.
     verdict: Blame,
     /// When connections last broke together.
     broke: Option<Instant>,
     fault: Option<Fault>,
-    /// When it was last found to be well again. What was sent before and fails is what its outage has left behind.
+    /// When its last outage ended. A request sent before that which fails belongs to the outage.
     recovered: Option<Instant>,
-    /// It takes nothing until then, for it asked for that.
+    /// The end of the hold that its last `Retry-After` asked for.
     asked: Option<Instant>,
-    /// It takes nothing until then or until it has answered something; and how long that was.
+    /// The end of its pause, unless it answers before, and the pause's length.
     paused: Option<(Instant, Duration)>,
-    /// Successes that no push-back has used up, [`MOST_EARNED`] times [`EARNS_ONE`] at most.
+    /// Successes that have not offset a push-back, at most [`MOST_EARNED`] times [`EARNS_ONE`].
     credit: u32,
     succeeded: Option<Instant>,
 }
 
 impl Outage {
-    /// A request came back with an answer that is its own. Returns whether requests may go there that might not before.
+    /// A request has its answer. Returns whether this ends a hold.
     pub fn succeeded(&mut self, now: Instant) -> bool {
         if !self.failures.is_empty() {
             self.forget();
@@ -212,7 +211,7 @@ impl Outage {
         recovers || paused
     }
 
-    /// What failed so far was the requests' fault.
+    /// Decides that the failures so far were the requests' fault, and forgets them.
     fn forget(&mut self) {
         self.failures.clear();
         if self.verdict.is_open() {
@@ -222,8 +221,8 @@ impl Outage {
         self.first_failure = None;
     }
 
-    /// A request that was sent at `sent` failed. `request` is the same each time it is sent. Returns whether the worker is
-    /// at fault for it, and what will tell that later.
+    /// A request that was sent at `sent` has failed. `request` identifies it over all its tries. Returns whether the
+    /// worker is at fault, and the verdict, which may come later.
     pub fn failed(&mut self, sign: Sign, request: u64, sent: Instant, now: Instant) -> (bool, Blame) {
         if let Some(fault) = &mut self.fault {
             if sent >= fault.next {
@@ -243,7 +242,7 @@ impl Outage {
             self.broke = Some(now);
         }
         if together {
-            // A worker that dies breaks off all it has: that is one failure, of it and not of them.
+            // A worker that dies breaks all its connections: that is one failure, and the worker's.
             return (false, self.verdict.clone());
         }
         if self.last_failure.replace(now).is_some_and(|last| now >= last + FORGOTTEN) {
@@ -274,8 +273,8 @@ impl Outage {
         (true, verdict)
     }
 
-    /// It said 429 or 503. `asked`: its `Retry-After`. Without one, only a request sent after the last pause makes it longer,
-    /// and what the successes before have earned holds nothing.
+    /// It answered 429 or 503. `asked`: its `Retry-After`. Without one it pauses, unless earlier successes offset this.
+    /// Only a request sent after the last pause makes the next one longer.
     pub fn pushed_back(&mut self, asked: Option<Duration>, sent: Instant, now: Instant) {
         match asked {
             Some(asked) => self.asked = self.asked.max(Some(now + asked)),
@@ -290,12 +289,12 @@ impl Outage {
         }
     }
 
-    /// It is another one now, or was away.
+    /// Forgets everything but its `Retry-After`: it was replaced, or was away.
     pub fn reset(&mut self) {
         *self = Self { asked: self.asked, ..Self::default() };
     }
 
-    /// What may be sent there.
+    /// How many requests may be sent now.
     #[must_use]
     pub fn gate(&self, now: Instant) -> Gate {
         if self.asked.is_some_and(|until| now < until) || self.paused.is_some_and(|(until, _)| now < until) {
@@ -306,14 +305,14 @@ impl Outage {
             Some(fault) if now < fault.next => Gate::Closed,
             Some(fault) => {
                 let trusted = fault.trusted(now);
-                // One more each time after the last doubling: what became of those before may tell nothing, for instance
-                // because a caller hung up.
+                // One more each time after the last doubling: the ones before may have ended without an outcome, for
+                // example because a caller hung up.
                 Gate::Trial((1 << trusted.min(MOST_TRUST)) + trusted.saturating_sub(MOST_TRUST))
             }
         }
     }
 
-    /// When [`Outage::gate`] says something else by itself; none: not before something comes back.
+    /// When the result of [`Outage::gate`] changes by itself. `None`: not before a request comes back.
     #[must_use]
     pub fn changes_at(&self, now: Instant) -> Option<Instant> {
         let held = [self.asked, self.paused.map(|(until, _)| until)].into_iter().flatten().filter(|until| now < *until);
@@ -322,7 +321,7 @@ impl Outage {
             .fault
             .as_ref()
             .map(|fault| if now < fault.next { fault.next } else { fault.next + TRUST * (fault.trusted(now) + 1) });
-        // What is held is looked at again when that is over.
+        // After a hold, the caller asks again.
         held.or(fault)
     }
 
@@ -332,7 +331,7 @@ impl Outage {
         self.fault.is_some() || self.paused.is_some()
     }
 
-    /// What it may turn out to be at fault for, and since when: it has failed everything for a while, but not enough.
+    /// The failure that it may turn out to be at fault for, and since when, if it has failed everything for a while.
     #[must_use]
     pub fn suspicion(&self, now: Instant) -> Option<(Sign, Instant)> {
         let since = self.first_failure.filter(|since| self.fault.is_none() && now >= *since + SUSPICIOUS)?;
@@ -340,7 +339,7 @@ impl Outage {
         (most.count > 1).then_some((most.sign, since))
     }
 
-    /// What is wrong with it, and since when.
+    /// Its outage, if it has one: how requests fail, and since when.
     #[must_use]
     pub fn complaint(&self) -> Option<(Sign, Instant)> {
         self.fault.as_ref().map(|fault| (fault.sign, fault.since))

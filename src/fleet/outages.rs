@@ -1,8 +1,8 @@
-//! What the answers of one worker say of it, and of each of its models.
+//! The state of one worker, and of each of its models, according to its answers.
 //!
-//! A worker of one model is judged as a whole. One that serves several is a gateway as a rule, with a server behind it for
-//! each: there a model is judged by what its own requests get, and one that is dead holds neither the others nor their
-//! lines. Only connections that break are the whole worker's.
+//! A worker of one model is judged as a whole. A worker of several models is usually a gateway with a server behind it
+//! for each. There each model is judged by its own requests, so a dead model holds neither the others nor their lines.
+//! Only broken connections count for the whole worker.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -13,21 +13,21 @@ use super::{
     outage::{Blame, Gate, Outage, Sign},
 };
 
-/// Models of one worker that are kept apart, at most: behind a pattern there may be any number.
+/// The most models of one worker that are judged separately: a pattern may stand for any number.
 const MOST_MODELS: usize = 1_000;
 
 /// A worker's [`Outage`], and those of its models.
 #[derive(Debug, Default)]
 pub(super) struct Outages {
     whole: Outage,
-    /// It serves several models.
+    /// Whether models are judged separately.
     by_model: bool,
-    /// Those that something has failed for.
+    /// The models that had failures.
     models: BTreeMap<Arc<str>, Outage>,
 }
 
 impl Outages {
-    /// It lists these models.
+    /// Takes over the models that the worker lists.
     pub(super) fn serves(&mut self, models: &[Arc<str>]) {
         self.by_model = models.len() > 1 || models.iter().any(|model| names::is_pattern(model));
         if !self.by_model {
@@ -35,7 +35,7 @@ impl Outages {
         }
     }
 
-    /// Who is judged by a request for this model.
+    /// The state that a request for this model counts for.
     fn of(&mut self, model: &Arc<str>) -> &mut Outage {
         if !self.by_model {
             return &mut self.whole;

@@ -1,4 +1,4 @@
-//! Batches: create, show, list, cancel.
+//! Creates, shows, lists and cancels batches.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,42 +16,42 @@ use crate::{
     store::{BatchFilter, CancelledBatch, CreatedBatch},
 };
 
-/// Keys of files that the server makes itself. Clients' keys have no control characters.
+/// Prefix of the idempotency keys of files that the server creates. Clients' keys contain no control characters.
 const INLINE_KEY: &str = "\u{1}inline:";
 /// The name of the file of inline requests.
 const INLINE_NAME: &str = "inline.jsonl";
 
-/// A batch with its progress, as its caller may see it.
+/// A batch with its progress, as the caller may see it.
 #[derive(Clone, Debug)]
 pub struct Shown {
     /// The batch.
     pub batch: Batch,
-    /// How far it is.
+    /// The progress.
     pub progress: Progress,
 }
 
 /// A batch to create, as a client describes it.
 #[derive(Default)]
 pub struct CreateBatch {
-    /// Where its requests come from.
+    /// The source of its requests.
     pub input: Option<BatchInput>,
-    /// The url of its requests; empty: the file's.
+    /// The `url` of its requests. Empty: the file's.
     pub endpoint: String,
-    /// When it ends at the latest.
+    /// The time after which it expires.
     pub completion_window: Option<Span>,
-    /// Whether it goes before others.
+    /// Its priority over the caller's other batches.
     pub priority: i32,
-    /// The client's own notes.
+    /// The client's metadata.
     pub metadata: BTreeMap<String, String>,
-    /// The client's idempotency key; empty: none.
+    /// The client's idempotency key. Empty: none.
     pub request_id: String,
-    /// Whom to tell of it.
+    /// The receiver of its events.
     pub webhook: Option<NewWebhook>,
-    /// A registered endpoint to tell of it instead; empty: none.
+    /// A registered endpoint as the receiver instead. Empty: none.
     pub webhook_endpoint_id: String,
 }
 
-/// Where a new batch's requests come from.
+/// The source of a new batch's requests.
 #[derive(Debug)]
 pub enum BatchInput {
     /// An uploaded file, by its id.
@@ -60,25 +60,25 @@ pub enum BatchInput {
     Inline(Vec<InlineRequest>),
 }
 
-/// Which batches to list, as a client asks for them.
+/// A client's request for a list of batches.
 #[derive(Clone, Debug, Default)]
 pub struct ListBatches {
-    /// Only in one of these states; empty: in any. None stands for a state that does not exist.
+    /// Only batches in one of these states. Empty: in any. `None`: a state that does not exist.
     pub statuses: Vec<Option<BatchStatus>>,
-    /// Only those that use this model; empty: any.
+    /// Only batches that use this model. Empty: any.
     pub model: String,
-    /// Only those whose metadata has all of these pairs.
+    /// Only batches whose metadata has all of these pairs.
     pub metadata: BTreeMap<String, String>,
-    /// How many; 0: as many as the server thinks right.
+    /// The page size. 0: the server's default.
     pub page_size: i32,
-    /// Where the page before ended; empty: the first page.
+    /// The token of the previous page. Empty: the first page.
     pub page_token: String,
 }
 
-/// A [`CreateBatch`] without its webhook that keeps the rules.
+/// A valid [`CreateBatch`], without its webhook.
 struct Wanted {
     input: BatchInput,
-    /// None: the file's.
+    /// `None`: the file's.
     endpoint: Option<Endpoint>,
     window: Duration,
     priority: Priority,
@@ -87,7 +87,7 @@ struct Wanted {
 }
 
 impl Service {
-    /// Creates a batch. The same request id again answers the batch that it has made.
+    /// Creates a batch. A repeated request id returns the batch that it created.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -141,7 +141,7 @@ impl Service {
         self.insert(caller, new, inline).await
     }
 
-    /// Creates the batch. `made`: its file was made for it, and goes if it is not needed.
+    /// Creates the batch. `made`: the file was written for it, and is deleted if it is not needed.
     pub(super) async fn insert(&self, caller: &Caller, new: NewBatch, made: bool) -> Result<Shown, ServiceError> {
         let file = new.input_file_id.clone();
         let (store, scope) = (&self.parts.store, caller.scope());
@@ -276,7 +276,7 @@ fn wanted(of: CreateBatch) -> Result<Wanted, ServiceError> {
     Ok(Wanted { input, endpoint, window, priority: priority.unwrap_or_default(), metadata: of.metadata, request_id })
 }
 
-/// How many and how large they are; what is in them is for ingest to judge.
+/// Checks the number and the size of inline requests. [`crate::ingest`] checks their content.
 fn inline_requests(of: &[InlineRequest], wrong: &mut Violations) {
     let (most, bytes) = (INLINE_MAX_REQUESTS, INLINE_MAX_BYTES);
     let count = of.len();
@@ -311,7 +311,7 @@ fn not_an_input() -> ServiceError {
     ServiceError::field("input_file_id", "is the result of a batch: only a file that UploadFile made can be run")
 }
 
-/// The endpoint of a batch: its file's, which the client may repeat.
+/// The endpoint of a batch: that of its file, which the client may repeat.
 fn endpoint_of(file: &File, given: Option<Endpoint>) -> Result<Endpoint, ServiceError> {
     match (file.endpoint, given) {
         (Some(of_file), None) => Ok(of_file),

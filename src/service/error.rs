@@ -1,6 +1,6 @@
-//! What a use case refuses or can't do, for every door: each knows only how to say it in its own protocol.
+//! The error of every use case. A protocol's adapter only converts it.
 //!
-//! No message holds a path, a query or a secret: what an operator needs goes to the log.
+//! No message contains a path, a query or a secret. Details for operators go to the log.
 
 use std::time::Duration;
 
@@ -19,48 +19,48 @@ use crate::{
     words,
 };
 
-/// How long to wait before trying again what failed because something is briefly away.
+/// The retry delay while something is briefly unavailable.
 const SOON: Duration = Duration::from_secs(1);
-/// How long to wait for a worker to come.
+/// The retry delay while there is no worker.
 const LATER: Duration = Duration::from_secs(5);
 /// The longest description of one bad line in a message, in characters: the longest there is, with a `custom_id` as
 /// [`short`] makes it.
 const DESCRIPTION_LIMIT: usize = 280;
 
-/// What kind of failure it is.
+/// The kind of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
-    /// The request can't be right, whatever the state of the server.
+    /// The request is invalid in every state of the server.
     InvalidArgument,
-    /// No such thing, or it is not the caller's.
+    /// It does not exist, or is not the caller's.
     NotFound,
-    /// The request id has made something else before.
+    /// The request id was used for something else.
     AlreadyExists,
     /// The caller may not do this.
     PermissionDenied,
     /// The caller is unknown.
     Unauthenticated,
-    /// Not in the state that the thing is in.
+    /// The current state does not allow it.
     FailedPrecondition,
-    /// Somebody else was at it at the same time.
+    /// A concurrent change interfered.
     Aborted,
-    /// Beyond the end.
+    /// A position is beyond the end.
     OutOfRange,
-    /// A limit is used up.
+    /// The caller is at a limit.
     ResourceExhausted,
-    /// Something is away; the same call may work in a moment.
+    /// Something is unavailable; a retry may succeed.
     Unavailable,
     /// It took too long.
     DeadlineExceeded,
-    /// The client has gone.
+    /// The client has gone away.
     Cancelled,
     /// Stored data is lost or damaged.
     DataLoss,
-    /// A bug, or what only the server's log explains.
+    /// A bug, or something that only the server's log explains.
     Internal,
 }
 
-/// What is wrong with one field of a request, or with one line of a file.
+/// An invalid field of a request, or an invalid line of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// The field, or `line 7`.
@@ -69,22 +69,22 @@ pub struct Violation {
     pub description: String,
 }
 
-/// Why a use case did not end well.
+/// Why a use case failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ServiceError {
-    /// What kind of failure it is.
+    /// The kind of an error.
     pub code: Code,
-    /// A stable name, for programs.
+    /// The stable reason, for programs.
     pub reason: &'static str,
     /// What happened and what to do, for people.
     pub message: String,
-    /// What is wrong with which field. Only with [`Code::InvalidArgument`].
+    /// The invalid fields. Only with [`Code::InvalidArgument`].
     pub violations: Vec<Violation>,
-    /// The violations are bad lines of a file, and there are so many in all. A door that can't tell all violations says with
-    /// [`bad_lines`] how many it leaves out.
+    /// The number of bad lines in a file, if the violations are bad lines. An adapter that can't report all of them
+    /// says with [`bad_lines`] how many it leaves out.
     pub bad_lines: Option<u64>,
-    /// When to try again, where that may help.
+    /// The retry delay, if a retry may help.
     pub retry_after: Option<Duration>,
     /// Facts for programs.
     pub facts: Box<[(&'static str, String)]>,
@@ -104,24 +104,24 @@ impl ServiceError {
         }
     }
 
-    /// An error that goes away by itself.
+    /// A temporary error.
     pub fn retry(code: Code, reason: &'static str, message: impl Into<String>, after: Duration) -> Self {
         Self { retry_after: Some(after), ..Self::new(code, reason, message) }
     }
 
-    /// Bad input: what is wrong with which field.
+    /// Invalid input, with the invalid fields.
     pub fn invalid(reason: &'static str, message: impl Into<String>, violations: Vec<Violation>) -> Self {
         Self { violations, ..Self::new(Code::InvalidArgument, reason, message) }
     }
 
-    /// One field of the request is wrong.
+    /// One invalid field of the request.
     pub fn field(field: &str, description: impl Into<String>) -> Self {
         let description = description.into();
         let message = format!("{field}: {description}");
         Self::invalid("INVALID_REQUEST", message, vec![Violation { field: field.to_owned(), description }])
     }
 
-    /// The server stops; another one, or this one in a moment, goes on.
+    /// The server stops. Another one, or this one after its restart, answers the retry.
     #[must_use]
     pub fn shutting_down() -> Self {
         let message = "the server is shutting down; go on where you were in a moment";
@@ -149,14 +149,14 @@ pub(super) fn no_endpoint(id: &str) -> ServiceError {
     ServiceError::new(Code::NotFound, "ENDPOINT_NOT_FOUND", format!("no webhook endpoint {:?}", short(id)))
 }
 
-/// What is wrong inside goes to the log only.
+/// An internal error. Its details go only to the log.
 fn internal(error: &dyn std::error::Error) -> ServiceError {
     seldom!(error, %error, "internal error");
     let message = "the server has met an error that it can't handle; its log says more";
     ServiceError::new(Code::Internal, "INTERNAL", message)
 }
 
-/// Bytes in the blob store are not those that were written. `what` names the segment.
+/// The blob store returned other bytes than were written. `what` names the segment.
 pub(super) fn damaged(what: &str) -> ServiceError {
     seldom!(error, what, "stored data is damaged");
     ServiceError::new(Code::DataLoss, "DATA_DAMAGED", format!("damaged in the blob store: {what}"))
@@ -322,7 +322,7 @@ pub(super) fn dead_letter(refused: RetryError, id: &str) -> ServiceError {
     }
 }
 
-/// Why there is no file. `name` names a line's field in the violations.
+/// Why a file was not created. `name` gives a line's field in the violations its name.
 pub(crate) fn ingest(error: IngestError, name: fn(u64) -> String) -> ServiceError {
     match error {
         IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
@@ -357,7 +357,7 @@ pub(crate) fn line_name(line: u64) -> String {
     format!("line {line}")
 }
 
-/// The bad lines, each in full; the message counts them all.
+/// The error for bad lines, each described in full. The message counts all of them.
 fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> ServiceError {
     let describe = |error: &LineReport| match &error.custom_id {
         Some(id) => format!("{} (custom_id {:?})", error.message, short(id)),
@@ -369,7 +369,7 @@ fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> 
     ServiceError { bad_lines: Some(total), ..ServiceError::invalid("INVALID_FILE", message, violations) }
 }
 
-/// The message of an error that names bad lines of a file, of which so many are listed beside it.
+/// The message of an error for bad lines, `listed` of which are among the violations.
 #[must_use]
 pub fn bad_lines(total: u64, listed: usize, first: Option<&Violation>) -> String {
     let first = first.map(|first| format!("; {}: {}", first.field, shortened(&first.description, DESCRIPTION_LIMIT)));
@@ -384,7 +384,7 @@ pub fn bad_lines(total: u64, listed: usize, first: Option<&Violation>) -> String
     format!("{summary}{more}{}", first.unwrap_or_default())
 }
 
-/// A description in at most that many characters.
+/// A description, shortened to at most `most` characters.
 #[must_use]
 pub fn shortened(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
@@ -393,7 +393,7 @@ pub fn shortened(text: &str, most: usize) -> String {
     text.chars().take(most - 1).chain(['…']).collect()
 }
 
-/// Collects what is wrong with a request, field by field.
+/// Collects the invalid fields of a request.
 #[derive(Debug, Default)]
 pub(super) struct Violations(Vec<Violation>);
 
@@ -402,14 +402,14 @@ impl Violations {
         self.0.push(Violation { field: field.into(), description: description.into() });
     }
 
-    /// Adds one unless `good`.
+    /// Adds a violation unless `good`.
     pub(super) fn check(&mut self, good: bool, field: &str, description: impl Into<String>) {
         if !good {
             self.add(field, description);
         }
     }
 
-    /// An error if there are any, reason `INVALID_REQUEST`.
+    /// An error with the reason `INVALID_REQUEST` if there are violations.
     pub(super) fn finish(self) -> Result<(), ServiceError> {
         let Some(first) = self.0.first() else { return Ok(()) };
         let message = format!("{}: {}", first.field, first.description);

@@ -1,4 +1,4 @@
-//! Files: upload, show, list, delete, read.
+//! Uploads, shows, lists, deletes and reads files.
 
 use std::pin::Pin;
 
@@ -22,34 +22,34 @@ use crate::{
 
 /// The most bytes of a file name.
 const FILENAME: usize = 255;
-/// How much of an upload under a known request id is compared with the file that it has made.
+/// How many bytes of a repeated upload are compared with the file of its request id.
 const COMPARED: usize = 4 * 1024 * 1024;
 
 /// A file to upload, as a client describes it.
 #[derive(Clone, Debug, Default)]
 pub struct NewFile {
-    /// A name for people; empty: the server gives one.
+    /// A name for people. Empty: the server chooses one.
     pub filename: String,
     /// `batch`, or empty.
     pub purpose: String,
-    /// Its size, if it is known beforehand; 0: it is not.
+    /// Its size. 0: not known in advance.
     pub total_bytes: i64,
-    /// The client's idempotency key; empty: none.
+    /// The client's idempotency key. Empty: none.
     pub request_id: String,
 }
 
-/// Which files to list, as a client asks for them.
+/// A client's request for a list of files.
 #[derive(Clone, Debug, Default)]
 pub struct ListFiles {
     /// `batch`, `batch_output`, or empty for any.
     pub purpose: String,
-    /// How many; 0: as many as the server thinks right.
+    /// The page size. 0: the server's default.
     pub page_size: i32,
-    /// Where the page before ended; empty: the first page.
+    /// The token of the previous page. Empty: the first page.
     pub page_token: String,
 }
 
-/// An upload under way. Dropped before [`FileUpload::finish`], it leaves nothing behind.
+/// An upload in progress. If it is dropped before [`FileUpload::finish`], it leaves nothing behind.
 pub struct FileUpload {
     service: Service,
     caller: Caller,
@@ -58,26 +58,26 @@ pub struct FileUpload {
 }
 
 enum State {
-    /// The bytes make a new file.
+    /// The bytes become a new file.
     New(Box<Upload>),
-    /// The request id has made this file before: the bytes are compared with it.
+    /// The request id has created this file: the bytes are compared with it.
     Known(Box<Compared>),
-    /// It has, and nothing more is compared.
+    /// The request id has created this file, and enough was compared.
     Settled(Box<File>),
 }
 
-/// A file under a known request id, as far as it has been compared with what comes. Whoever sends a large file again because
-/// the answer was lost need not send all of it: the announced size and [`COMPARED`] bytes are looked at.
+/// Compares a repeated upload with the file of its request id. A client that lost the answer to a large upload need not
+/// send all of it again: only the announced size and [`COMPARED`] bytes are compared.
 struct Compared {
     file: File,
     stored: Pin<Box<dyn Stream<Item = Result<Bytes, ReadError>> + Send>>,
-    /// Read from the file and not compared yet.
+    /// Bytes of the file that are not compared yet.
     left: Bytes,
     bytes: usize,
 }
 
 impl Service {
-    /// Begins an upload, once it is its turn. `received` counts what comes of it, so that a slow one can give way.
+    /// Begins an upload when it has a place. `received` counts its bytes, so that a slow upload can give way.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -109,10 +109,10 @@ impl Service {
         Ok(FileUpload { service: self.clone(), caller: caller.clone(), place, state })
     }
 
-    /// An upload as a whole, in the time that it may take.
+    /// Runs a whole upload, within the longest time for one.
     ///
     /// # Errors
-    /// What `taking` says, or that it took too long.
+    /// Those of `taking`, or that it took too long.
     pub async fn in_time<T, E: From<ServiceError>>(&self, taking: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let longest = self.limits.longest_upload();
         tokio::time::timeout(longest, taking).await.unwrap_or_else(|_| {
@@ -121,7 +121,7 @@ impl Service {
         })
     }
 
-    /// Whether uploads wait for their turn.
+    /// Whether uploads wait for a place.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
         self.limits.is_crowded()
@@ -172,7 +172,7 @@ impl Service {
         }
     }
 
-    /// A file that the caller may see, to be read from `offset` on.
+    /// A file that the caller may see, for reading from `offset`.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -182,10 +182,10 @@ impl Service {
         self.find_file(caller, &id).await
     }
 
-    /// The bytes of a file that the caller has found, from `offset` on.
+    /// The bytes of a file from `offset`. The caller must be allowed to see it.
     ///
     /// # Errors
-    /// [`ServiceError`], at once or on the way.
+    /// [`ServiceError`], at once or in the stream.
     pub async fn read_file(
         &self,
         file: &File,
@@ -216,13 +216,13 @@ impl Service {
 }
 
 impl FileUpload {
-    /// Whether nothing more need come: the file is there.
+    /// Whether no more bytes are needed, because the file exists.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         matches!(self.state, State::Settled(_))
     }
 
-    /// Waits until this upload has to make place for somebody else's.
+    /// Completes when this upload must give way to another.
     pub fn gives_way(&self) -> impl Future<Output = ServiceError> + Send + use<> {
         let is_new = matches!(self.state, State::New(_));
         let gives_way = self.place.gives_way();
@@ -254,7 +254,7 @@ impl FileUpload {
         Ok(())
     }
 
-    /// Nothing more comes: the file.
+    /// Ends the upload and returns the file.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -272,7 +272,7 @@ impl FileUpload {
 }
 
 impl Compared {
-    /// Compares the next bytes with the file. Whether that was enough.
+    /// Compares the next bytes with the file. Returns whether enough was compared.
     async fn compare(&mut self, mut came: Bytes) -> Result<bool, ServiceError> {
         self.bytes += came.len();
         while !came.is_empty() {
@@ -313,23 +313,23 @@ fn other_contents(file: &FileId) -> ServiceError {
     ServiceError::new(Code::AlreadyExists, "REQUEST_ID_REUSED", message)
 }
 
-/// How patiently a door waits for the pieces of an upload.
+/// Waits for the pieces of an upload, as long as their pace allows.
 pub struct Patience {
     received: Received,
     pace: Pace,
 }
 
 impl Patience {
-    /// `received` counts what comes of the upload.
+    /// `received` counts the upload's bytes.
     #[must_use]
     pub fn new(received: Received) -> Self {
         Self { received, pace: Pace::default() }
     }
 
-    /// The next piece, if it comes soon enough: sooner while `crowded`. None is the end.
+    /// The next piece, if it comes in time; there is less time while `crowded`. `None` is the end.
     ///
     /// # Errors
-    /// Those of the pieces; [`ServiceError`] if hardly anything comes.
+    /// Those of the pieces; [`ServiceError`] if the upload is too slow.
     pub async fn next<T, E: From<ServiceError>>(
         &mut self,
         crowded: impl Fn() -> bool,

@@ -1,4 +1,4 @@
-//! One request at once.
+//! Runs single requests.
 
 use std::time::Duration;
 
@@ -11,11 +11,11 @@ use crate::{
     fleet::{Inferred, Tenant},
 };
 
-/// How long a request may run where the client sets no deadline.
+/// How long a request may run if the client sets no deadline.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
 impl Service {
-    /// Sends one request to a worker and waits for its answer. It runs at once or not at all: it is not queued.
+    /// Sends one request to a worker and waits for its answer. It is not stored: if the server stops, it is lost.
     ///
     /// # Errors
     /// [`ServiceError`].

@@ -1,6 +1,6 @@
-//! The use cases: what a caller can ask of a server, whichever door the request comes through. Domain types go in and come
-//! out, and one [`ServiceError`] says why not; a door only translates. Every rule is here: what a request may say, who sees
-//! what, idempotency, quotas.
+//! The use cases: what a caller can ask of a server, whichever door the request comes through. Domain types go in and
+//! come out, and one [`ServiceError`] says why not; a door only translates. Every rule is here: what a request may say,
+//! who sees what, idempotency, quotas.
 //!
 //! - [`files`]: upload, show, list, delete, read. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
 //!   requests once more. [`infer`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
@@ -46,24 +46,24 @@ use crate::{
     telemetry::seldom,
 };
 
-/// The parts of a server that the use cases work with.
+/// The parts of a server that the use cases need.
 #[derive(Clone)]
 pub struct Parts {
     /// The database.
     pub store: Store,
     /// The objects.
     pub blobs: Blobs,
-    /// Takes uploads.
+    /// Validates and stores uploads.
     pub ingest: Ingest,
     /// Reads files and results.
     pub reader: Reader,
-    /// Tells how far batches are.
+    /// The batches' progress.
     pub hub: Hub,
     /// The workers.
     pub fleet: Fleet,
-    /// Where the time of this process's requests goes.
+    /// The times that this process's requests spend in each stage.
     pub stages: Stages,
-    /// Whom to tell of batches.
+    /// The webhooks.
     pub webhooks: Webhooks,
 }
 
@@ -72,9 +72,9 @@ pub struct Parts {
 pub struct Service {
     parts: Parts,
     limits: Arc<Limiter>,
-    /// How large the callers' shares of the workers are.
+    /// The owners' shares of the workers.
     weights: Weights,
-    /// Ends streams that would not end by themselves.
+    /// Ends streams at the shutdown.
     shutdown: CancellationToken,
 }
 
@@ -85,16 +85,16 @@ impl Service {
         Self { parts, limits: Arc::new(Limiter::new(limits)), weights, shutdown }
     }
 
-    /// How much callers may ask, for the gates.
+    /// The limits of callers, for the protocols' gates.
     #[must_use]
     pub fn limits(&self) -> &Arc<Limiter> {
         &self.limits
     }
 
-    /// Whether this server can take work now: why not, if it can't.
+    /// Checks whether this server can accept work now.
     ///
     /// # Errors
-    /// In words for people.
+    /// The reason why not, for people.
     pub async fn ready(&self, within: Duration) -> Result<(), &'static str> {
         if self.shutdown.is_cancelled() {
             return Err("shutting down");
@@ -112,15 +112,15 @@ impl Service {
         }
     }
 
-    /// The waits between the attempts of a webhook's delivery that has so many, and from its first to its last.
+    /// The waits between a delivery's attempts, if it has this many, and the time from the first to the last.
     #[must_use]
     pub fn webhook_schedule(&self, max_attempts: i32) -> (Vec<Duration>, Duration) {
         (self.parts.webhooks.schedule(max_attempts), self.parts.webhooks.horizon(max_attempts))
     }
 
-    /// Lets a call make work, which every way to make some passes: its lines, bytes and turn count as those of an upload and
-    /// a batch. What is not allowed is refused before anything is written; [`Self::insert`] counts the lines once more, with
-    /// the batch, so that batches created at the same moment can't pass the limit together.
+    /// Lets a call make work, which every way to make some passes: its lines, bytes and turn count as those of an
+    /// upload and a batch. What is not allowed is refused before anything is written; [`Self::insert`] counts the lines
+    /// once more, with the batch, so that batches created at the same moment can't pass the limit together.
     async fn admit(
         &self,
         caller: &Caller,

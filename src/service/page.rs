@@ -1,4 +1,4 @@
-//! Page tokens: opaque, and good only for the list and the filters that they came from.
+//! Page tokens: opaque, and valid only for the list and the filters that they came from.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest, Sha256};
@@ -8,36 +8,36 @@ use crate::domain::text::is_storable;
 
 /// The first byte of a token: its format.
 const VERSION: u8 = 1;
-/// How much of the filters' hash a token holds.
+/// The number of bytes of the filters' hash in a token.
 const HASH: usize = 8;
-/// How many items a page has where nothing is said, and at most.
+/// The default page size, and the largest.
 const DEFAULT_SIZE: i32 = 50;
 const MAX_SIZE: i32 = 1_000;
-/// The most bytes of items in a page, as its door writes them: gRPC's message is 4 MiB at most. A page that this cuts short
-/// has a next one.
+/// The most bytes of items in a page, as the protocol encodes them: a gRPC message has at most 4 MiB. A page that is
+/// cut short by this has a next page.
 const BYTES: usize = 3 * 1024 * 1024;
 
-/// What a list has found: one item more than the page has, if there are as many.
+/// The items found for a page, and one more if there is a next page.
 #[derive(Debug)]
 pub struct Found<T> {
     /// The items.
     pub items: Vec<T>,
-    /// Cuts them to the page, once it is known how large they are.
+    /// Cuts the items to the page, once their sizes are known.
     pub page: Page,
 }
 
-/// Which page of which list.
+/// A page of a list.
 #[derive(Debug)]
 pub struct Page {
-    /// How many items at most.
+    /// The most items.
     pub size: u64,
-    /// The id of the last item of the page before.
+    /// The id of the previous page's last item.
     pub after: Option<String>,
     filters: [u8; HASH],
 }
 
 impl Page {
-    /// Reads a request's page fields. `filters` are all others of its fields that choose what is listed, and who asks.
+    /// Reads a request's page fields. `filters`: its other fields that select the items, and the caller.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -57,8 +57,8 @@ impl Page {
         Ok(Self { size: u64::try_from(size).unwrap_or(0), after, filters })
     }
 
-    /// Cuts the items that were found, one more than `size` of them if there are as many, to the page, and makes the token
-    /// of the next. `bytes`: how large an item is as the door writes it.
+    /// Cuts the items to the page, and creates the token of the next page if there is one. `bytes`: the size of an item
+    /// as the protocol encodes it.
     pub fn finish<T>(&self, items: Vec<T>, bytes: impl Fn(&T) -> usize, id: impl Fn(&T) -> &str) -> (Vec<T>, String) {
         let found = items.len();
         let mut room = BYTES;

@@ -1,4 +1,4 @@
-//! The results of a batch, one by one, and its result files.
+//! Reads the results of a batch, one by one or as files.
 
 use futures::{StreamExt, stream::BoxStream};
 
@@ -10,11 +10,10 @@ use crate::{
 };
 
 impl Service {
-    /// The results of a batch, in input order, after a cursor; empty: from the first on. `follow`: also those that are still
-    /// to come.
+    /// The results of a batch after a cursor; an empty cursor starts at the first. `follow`: also the future ones.
     ///
     /// # Errors
-    /// [`ServiceError`], at once or on the way. The client resumes by the cursor of the last line that it got.
+    /// [`ServiceError`], at once or in the stream. The client resumes with the cursor of its last line.
     pub async fn results(
         &self,
         caller: &Caller,

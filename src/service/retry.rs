@@ -1,4 +1,4 @@
-//! A batch's failed requests once more: a new batch of a new input file, of the lines that ended in its error file.
+//! Retries a batch's failed requests: a new batch of a new input file with the lines that ended in its error file.
 
 use bytes::{BufMut, BytesMut};
 
@@ -17,12 +17,12 @@ use crate::{
     store::{SegmentRecord, Store, StoreError},
 };
 
-/// Keys of batches' files of failed lines. Clients' keys have no control characters.
+/// Prefix of the idempotency keys of files of failed lines. Clients' keys contain no control characters.
 const RETRY_KEY: &str = "\u{1}retry:";
-/// Segments asked for at a time.
+/// Segments read per query.
 const SEGMENT_PAGE: u64 = 256;
 
-/// Why there is no file of failed lines.
+/// Why a file of failed lines was not created.
 #[derive(Debug, thiserror::Error)]
 enum RetryError {
     /// The batch is still running: more lines may fail.
@@ -68,8 +68,8 @@ impl From<RetryError> for ServiceError {
 }
 
 impl Service {
-    /// Creates a batch of the requests of an ended one that failed. The same request id again answers the batch that it has
-    /// made.
+    /// Creates a batch of the failed requests of an ended batch. A repeated request id returns the batch that it
+    /// created.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -110,7 +110,7 @@ impl Service {
         self.insert(caller, new, true).await
     }
 
-    /// The work of writing a batch's failed lines again: about so many bytes, as if all its lines were equally long.
+    /// The work of copying a batch's failed lines. Its bytes are estimated as if all lines had the same length.
     async fn copied(&self, batch: &Batch) -> Result<Work, ServiceError> {
         let input = self.parts.store.file(&batch.input_file_id, &Scope::All).await?;
         let bytes = input.map_or(0, |file| u128::try_from(file.bytes).unwrap_or(0));
@@ -120,8 +120,8 @@ impl Service {
     }
 }
 
-/// Makes an input file of exactly the lines that failed, byte for byte and in input order, a segment in memory at a time.
-/// It is `owner`'s. The same `request_id` for the same batch gives the same file.
+/// Creates an input file of exactly the failed lines, byte for byte and in input order, with one segment in memory at a
+/// time. It belongs to `owner`. A repeated `request_id` for the same batch returns the same file.
 ///
 /// # Errors
 /// [`RetryError`]: then there is no new file.

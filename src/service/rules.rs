@@ -1,4 +1,4 @@
-//! What a request may say, whichever door it comes through: lengths, ranges and texts. What is wrong is named field by field.
+//! The rules for the fields of requests, in every protocol: lengths, ranges and texts. Errors name the fields.
 //!
 //! Lengths are in bytes.
 
@@ -21,15 +21,15 @@ use crate::{
 
 /// The most bytes of a request id.
 pub(super) const REQUEST_ID: usize = 128;
-/// The most bytes of an id, a model or another short text to look something up by: longer ones can't be any.
+/// The most bytes of an id, a model or another short text for a lookup; nothing has a longer one.
 pub(super) const NAME: usize = 512;
 /// The most pairs of metadata, and bytes of a key and of a value.
 const METADATA: (usize, usize, usize) = (16, 64, 512);
 
-/// A span of time as a client wrote it.
+/// A duration as the client wrote it.
 pub type Span = Result<Duration, NotASpan>;
 
-/// It is negative, or no span at all.
+/// It is negative or malformed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotASpan;
 
@@ -64,7 +64,7 @@ pub(super) fn worker_id(text: &str) -> Result<WorkerId, ServiceError> {
     if storable(text, NAME) { Ok(id) } else { Err(FleetError::NotFound(id).into()) }
 }
 
-/// How a worker's health is to be checked. An empty path and a span of 0 stand for the server's settings.
+/// How to check a worker's health. An empty path and a duration of 0 mean the server's settings.
 pub(super) fn health_change(path: Option<&str>, interval: Option<Span>) -> Result<HealthChange, ServiceError> {
     let path = match path {
         None => None,
@@ -83,7 +83,7 @@ pub(super) fn health_change(path: Option<&str>, interval: Option<Span>) -> Resul
     Ok(HealthChange { path, interval })
 }
 
-/// An idempotency key; an empty text stands for none.
+/// An idempotency key. Empty: none.
 pub(super) fn request_id(text: String, wrong: &mut Violations, field: &str) -> Option<String> {
     // Control characters are kept for the keys that the server makes itself.
     let good = text.len() <= REQUEST_ID && is_plain(&text);
@@ -100,7 +100,7 @@ pub(super) fn window(of: Option<Span>, wrong: &mut Violations) -> Duration {
     window.unwrap_or(DEFAULT_WINDOW)
 }
 
-/// The least time between two progress events.
+/// The shortest time between two progress events.
 pub(super) fn min_interval(of: Option<Span>) -> Result<Duration, ServiceError> {
     let Some(given) = of else { return Ok(DEFAULT_INTERVAL) };
     let (least, most) = INTERVAL_RANGE;
@@ -110,7 +110,7 @@ pub(super) fn min_interval(of: Option<Span>) -> Result<Duration, ServiceError> {
         .ok_or_else(|| ServiceError::field("min_interval", "must be 0.050s to 60s"))
 }
 
-/// A span that may have any length.
+/// A duration of any length.
 pub(super) fn span(of: Option<Span>, field: &str) -> Result<Option<Duration>, ServiceError> {
     of.transpose().map_err(|NotASpan| ServiceError::field(field, "must not be negative"))
 }
@@ -140,7 +140,7 @@ pub(super) fn endpoint(text: &str, wrong: &mut Violations) -> Option<Endpoint> {
     known
 }
 
-/// A short text to look something up by; an empty one stands for none.
+/// A short text for a lookup. Empty: none.
 pub(super) fn text(of: String, field: &str) -> Result<Option<String>, ServiceError> {
     if !storable(&of, NAME) {
         return Err(ServiceError::field(field, format!("must be at most {NAME} bytes without NUL")));
@@ -148,7 +148,7 @@ pub(super) fn text(of: String, field: &str) -> Result<Option<String>, ServiceErr
     Ok((!of.is_empty()).then_some(of))
 }
 
-/// An id that must be given.
+/// A required id.
 pub(super) fn id(of: String, field: &str) -> Result<String, ServiceError> {
     text(of, field)?.ok_or_else(|| ServiceError::field(field, "is empty"))
 }

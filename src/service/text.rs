@@ -1,6 +1,6 @@
-//! A client's own words in a message.
+//! Quotes clients' texts in messages.
 
-/// A client's own text, fit for a message.
+/// A client's text, fit for a message.
 #[must_use]
 pub fn short(text: &str) -> String {
     if text.chars().count() <= 80 {

@@ -13,10 +13,10 @@ use crate::{
 pub type Events = BoxStream<'static, Result<Event, ServiceError>>;
 
 impl Service {
-    /// The events of one batch after a revision; 0: from its present state on.
+    /// The events of one batch after a revision. 0: its current state first.
     ///
     /// # Errors
-    /// [`ServiceError`], at once or on the way.
+    /// [`ServiceError`], at once or in the stream.
     pub async fn watch_batch(
         &self,
         caller: &Caller,
@@ -36,10 +36,10 @@ impl Service {
             .boxed())
     }
 
-    /// The events of all of the caller's batches after a sequence number; 0: from their present states on.
+    /// The events of all of the caller's batches after a sequence number. 0: their current states first.
     ///
     /// # Errors
-    /// [`ServiceError`], at once or on the way.
+    /// [`ServiceError`], at once or in the stream.
     pub async fn watch_batches(
         &self,
         caller: &Caller,

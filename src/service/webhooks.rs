@@ -1,4 +1,4 @@
-//! Webhooks: whom a batch tells, registered endpoints, deliveries and their attempts, dead letters and their retries.
+//! Webhooks: the receivers of batches' events, registered endpoints, deliveries and attempts, dead letters and retries.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,42 +25,42 @@ use crate::{
     },
 };
 
-/// The most bytes of why an endpoint is disabled.
+/// The most bytes of the reason why an endpoint is disabled.
 const REASON: usize = 256;
 
-/// A webhook, as a client describes it. Not shown for debugging: it holds a secret.
+/// A webhook, as a client describes it. It has no `Debug`, because it contains a secret.
 #[derive(Clone, Default)]
 pub struct NewWebhook {
-    /// Where it goes.
+    /// The receiver's URL.
     pub url: String,
-    /// What signs it; empty: what the server has.
+    /// The signing secret. Empty: the server's.
     pub secret: String,
-    /// Attempts in all; 0: as many as the server thinks right.
+    /// The most attempts. 0: the server's default.
     pub max_retries: i32,
-    /// For one whole attempt.
+    /// The time for one attempt.
     pub timeout: Option<Span>,
-    /// What to tell; empty: every end of a batch.
+    /// The events to send. Empty: every end of a batch.
     pub events: Vec<String>,
 }
 
-/// What to change of an endpoint: what is not given stays.
+/// Changes to an endpoint. `None` leaves a field unchanged.
 #[derive(Clone, Debug, Default)]
 pub struct UpdateEndpoint {
-    /// Where it is.
+    /// The URL.
     pub url: Option<String>,
-    /// What it wants to hear of; empty: as before.
+    /// The events to send. Empty: unchanged.
     pub events: Vec<String>,
-    /// Attempts in all.
+    /// The most attempts.
     pub max_retries: Option<i32>,
-    /// For one whole attempt.
+    /// The time for one attempt.
     pub timeout: Option<Span>,
     /// Whether it is disabled.
     pub disabled: Option<bool>,
-    /// Why it is disabled; empty: no reason.
+    /// The reason for disabling it. Empty: none.
     pub disabled_reason: String,
 }
 
-/// Which dead letters, as a client asks for them. Empty texts stand for any.
+/// A client's filter for dead letters. An empty text matches any.
 #[derive(Clone, Debug, Default)]
 pub struct DeadLettersWanted {
     /// Those of this batch.
@@ -77,7 +77,7 @@ pub struct DeadLettersWanted {
     pub created_before: Option<i64>,
 }
 
-/// Which deliveries, as a client asks for them. Empty texts stand for any.
+/// A client's filter for deliveries. An empty text matches any.
 #[derive(Clone, Debug, Default)]
 pub struct DeliveriesWanted {
     /// Those of this batch.
@@ -86,21 +86,22 @@ pub struct DeliveriesWanted {
     pub endpoint_id: String,
     /// Those of this event.
     pub event: String,
-    /// Those in this state; none within: a state that does not exist.
+    /// Only those in this state. `Some(None)`: a state that does not exist.
     pub state: Option<Option<DeliveryState>>,
 }
 
 /// What a retry of many dead letters found, and the job that does it.
 #[derive(Clone, Debug)]
 pub struct RetriedMany {
-    /// How many match.
+    /// The number of matching dead letters.
     pub matched: i64,
-    /// None where the call only asked how many.
+    /// `None` if the call only asked for the number.
     pub job: Option<RetryJob>,
 }
 
 impl Service {
-    /// Where a new batch's webhooks go: what the request says, or the old form in its metadata; or a registered endpoint.
+    /// The receiver of a new batch's webhooks: that of the request, or of the old form in its metadata, or a registered
+    /// endpoint.
     pub(super) async fn webhook_of_batch(
         &self,
         caller: &Caller,
@@ -188,7 +189,7 @@ impl Service {
         changed.map_err(|refused| error::accept(refused, ""))?.ok_or_else(|| no_endpoint(id.as_str()))
     }
 
-    /// Deletes an endpoint that nothing waits for.
+    /// Deletes an endpoint without waiting deliveries.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -205,8 +206,8 @@ impl Service {
         }
     }
 
-    /// Gives an endpoint a new secret, made here if `secret` is empty; the one before signs too for `overlap`. It is never
-    /// shown again.
+    /// Gives an endpoint a new secret, generated if `secret` is empty. The previous one also signs for `overlap`. The
+    /// secret is never shown again.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -224,7 +225,7 @@ impl Service {
         rotated.map_err(|refused| error::accept(refused, ""))?.ok_or_else(|| no_endpoint(id.as_str()))
     }
 
-    /// Sends an endpoint a test event, now and once.
+    /// Sends a test event to an endpoint, now and once.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -308,7 +309,7 @@ impl Service {
         Ok((found, attempts))
     }
 
-    /// Sends a dead letter now, once. The same request id again sends nothing and answers the same.
+    /// Sends a dead letter now, once. A repeated request id sends nothing and returns the same answer.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -346,7 +347,7 @@ impl Service {
         }
     }
 
-    /// Retries every dead letter that matches and was not delivered since, in the background. `dry_run`: only counts them.
+    /// Retries all matching dead letters that were not delivered since, in the background. `dry_run`: only counts them.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -365,7 +366,7 @@ impl Service {
         Ok(RetriedMany { matched: job.matched, job: Some(job) })
     }
 
-    /// Deletes the caller's dead letters that are older than an age, which must be given. Answers how many.
+    /// Deletes the caller's dead letters above an age, which is required. Returns their number.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -402,7 +403,7 @@ impl Service {
         Ok(Found { items, page })
     }
 
-    /// Stops a retry job after what it has in flight.
+    /// Stops a retry job after its attempts in flight.
     ///
     /// # Errors
     /// [`ServiceError`].

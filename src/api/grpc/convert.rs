@@ -1,4 +1,4 @@
-//! Domain types to wire types.
+//! Converts domain types to wire types.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::{
     service::{Code, Service, ServiceError, batches::Shown},
 };
 
-/// A point in time on the wire.
+/// A wire timestamp.
 pub(super) fn timestamp(of: Timestamp) -> prost_types::Timestamp {
     let micros = i32::try_from(of.0.rem_euclid(1_000_000)).unwrap_or(0);
     prost_types::Timestamp { seconds: of.unix_seconds(), nanos: micros * 1_000 }
@@ -25,7 +25,7 @@ pub(super) fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
     at.map(timestamp)
 }
 
-/// A span on the wire.
+/// A wire duration.
 pub(super) fn span(of: Duration) -> prost_types::Duration {
     prost_types::Duration {
         seconds: i64::try_from(of.as_secs()).unwrap_or(i64::MAX),
@@ -91,7 +91,7 @@ pub(super) fn shown(of: Shown, service: &Service) -> pb::Batch {
     batch(of.batch, Some(of.progress), service)
 }
 
-/// A batch. Without `known` progress, what its own numbers say.
+/// A batch. Without `known` progress, that of its own counts.
 fn batch(of: Batch, known: Option<Progress>, service: &Service) -> pb::Batch {
     let webhook = of.webhook.as_ref().map(|webhook| webhook_to_proto(webhook, service));
     let known = known.unwrap_or_else(|| Progress { counts: of.counts, usage: of.usage, ..Progress::default() });
@@ -153,7 +153,7 @@ pub(super) fn event(of: Event, service: &Service) -> pb::BatchEvent {
     }
 }
 
-/// A result, if it fits into a message of so many bytes.
+/// A result, if it fits into a message of this many bytes.
 pub(super) fn result(of: ResultLine, most: usize) -> Result<pb::BatchResult, Status> {
     let cursor = of.cursor.to_string();
     if of.line.len() > most - 4_096 {

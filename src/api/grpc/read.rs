@@ -1,4 +1,4 @@
-//! Wire types to what the service takes. Nothing is checked here that another door would have to check too.
+//! Converts wire types to the service's arguments. Checks that every protocol needs are in the service.
 
 use std::time::Duration;
 
@@ -29,12 +29,12 @@ pub(super) fn span(of: Option<prost_types::Duration>) -> Option<Span> {
     })
 }
 
-/// A time, in microseconds since the Unix epoch.
+/// A timestamp, in microseconds since the Unix epoch.
 pub(super) fn micros(of: Option<prost_types::Timestamp>) -> Option<i64> {
     of.map(|at| at.seconds.saturating_mul(1_000_000).saturating_add(i64::from(at.nanos) / 1_000))
 }
 
-/// The client's deadline, a little earlier, so that our answer says what it was.
+/// A little less than the client's deadline, so that our error arrives before the client gives up.
 pub(super) fn deadline(metadata: &MetadataMap) -> Option<Duration> {
     let timeout = gate::timeout(metadata.get("grpc-timeout")?.to_str().ok()?)?;
     Some(timeout.saturating_sub((timeout / 20).min(Duration::from_millis(50))))
@@ -113,7 +113,7 @@ pub(super) fn webhook(of: pb::WebhookConfig) -> NewWebhook {
     }
 }
 
-/// A new endpoint is a webhook with a name.
+/// The webhook of a new endpoint.
 pub(super) fn endpoint(of: pb::CreateEndpointRequest) -> NewWebhook {
     NewWebhook {
         url: of.url,
@@ -124,7 +124,7 @@ pub(super) fn endpoint(of: pb::CreateEndpointRequest) -> NewWebhook {
     }
 }
 
-/// An endpoint's id and what to change of it.
+/// An endpoint's id, and the changes to it.
 pub(super) fn update_endpoint(of: pb::UpdateEndpointRequest) -> (String, UpdateEndpoint) {
     let change = UpdateEndpoint {
         url: of.url,
@@ -137,7 +137,7 @@ pub(super) fn update_endpoint(of: pb::UpdateEndpointRequest) -> (String, UpdateE
     (of.endpoint_id, change)
 }
 
-/// The state to list deliveries by; unspecified: any.
+/// The state to list deliveries by. Unspecified means any.
 pub(super) fn delivery_state(of: i32) -> Option<Option<DeliveryState>> {
     let state = match pb::DeliveryState::try_from(of) {
         Ok(pb::DeliveryState::Unspecified) => return None,

@@ -1,7 +1,7 @@
-//! The service's errors on the wire: each becomes a `google.rpc.Status` here and nowhere else.
+//! Converts the service's errors to `google.rpc.Status`. No other module does.
 //!
-//! Each carries an `ErrorInfo` with a stable reason and the domain "tidemill"; bad input also a `BadRequest`, and what goes
-//! away by itself a `RetryInfo`.
+//! Each has an `ErrorInfo` with a stable reason and the domain "tidemill". Bad input also has a `BadRequest`, and a
+//! temporary failure a `RetryInfo`.
 
 use std::collections::HashMap;
 
@@ -13,8 +13,8 @@ use crate::service::{self, ServiceError, Violation, bad_lines, shortened};
 
 /// The `domain` of every `ErrorInfo`.
 pub(super) const DOMAIN: &str = "tidemill";
-/// The most bytes of the field violations of one error. They travel base64-coded (a third more) in the trailers, beside the
-/// message, percent-coded, and many clients refuse more than 8 KiB of trailers (gRPC's default limit on metadata).
+/// The most bytes of the field violations of one error. They travel base64-coded (a third more) in the trailers, beside
+/// the message, percent-coded, and many clients refuse more than 8 KiB of trailers (gRPC's default limit on metadata).
 /// A hundred bad lines of a file fit, each in about 30 characters.
 const VIOLATIONS_LIMIT: usize = 4_700;
 /// The longest message, in bytes: it travels percent-coded beside the details, and once more in them.
@@ -64,7 +64,7 @@ fn grpc_code(of: service::Code) -> Code {
     }
 }
 
-/// An error that only this door knows.
+/// An error that only exists in gRPC.
 pub(super) fn error(code: Code, reason: &'static str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     Status::with_error_details(code, cut(message.into(), MESSAGE_LIMIT), details)
@@ -80,7 +80,7 @@ pub(in crate::api) fn crashed(message: &str) -> Response {
     error(Code::Internal, "INTERNAL", message).into_http()
 }
 
-/// How many of these can be told.
+/// How many of these fit.
 fn fitting(violations: &[Violation]) -> usize {
     let mut room = VIOLATIONS_LIMIT;
     let fits = |one: &&Violation| {
@@ -93,8 +93,7 @@ fn fitting(violations: &[Violation]) -> usize {
     violations.iter().take_while(fits).count()
 }
 
-/// Bad lines, each in words that leave room for the others. Better all of them in few words than a few of them in many: the
-/// first is told in full in the message.
+/// Violations for bad lines, each short enough that all fit. The error's message describes the first line in full.
 fn few_words(violations: &[Violation]) -> Vec<Violation> {
     let all = |most| -> Vec<Violation> {
         let short =
@@ -108,8 +107,8 @@ fn few_words(violations: &[Violation]) -> Vec<Violation> {
         .unwrap_or_else(|| all(25))
 }
 
-/// What tonic itself answers to a message that can't be read, which it calls an internal error although the client made it.
-/// Every other status stays as it is.
+/// Corrects tonic's own status for an unreadable message: tonic calls it an internal error, although the client caused
+/// it. Other statuses pass unchanged.
 pub(super) fn unreadable(status: Status) -> Status {
     if !status.details().is_empty() {
         return status;

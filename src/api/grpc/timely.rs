@@ -1,4 +1,4 @@
-//! How slow the message of a call may be that is no upload.
+//! How slowly the message of a call may arrive, except in uploads.
 
 use std::{
     pin::Pin,
@@ -15,17 +15,17 @@ use tonic::Code;
 use super::status::error;
 use crate::access::LEAST;
 
-/// How long the message may take to come, at the least rate.
+/// The time for a message besides what its bytes take at the least rate.
 const MESSAGE_GRACE: Duration = Duration::from_secs(10);
-/// The same at any rate: enough for the largest message over a line of 300 kbit/s.
+/// The longest time for a message, at any rate: enough for the largest message at 300 kbit/s.
 const MESSAGE_LONGEST: Duration = Duration::from_secs(120);
 
-/// The body of a call whose message must come in time: a client can't keep a call open by sending a byte now and then.
+/// A request body that must arrive in time, so that a client can't keep a call open by sending a byte now and then.
 pub(super) struct Timely {
     body: Body,
     came: u64,
     began: Instant,
-    /// Made when the body first has to be waited for.
+    /// Created when the body is first waited for.
     over: Option<Pin<Box<Sleep>>>,
 }
 
