@@ -2,7 +2,7 @@
 """Runs a batch against a real vLLM, kills tidemill and stops vLLM in the middle, and checks that nothing is lost.
 
     real_vllm.py --vllm .ci/vllm.py [--requests 200] [--kills 1] [--stops 3]
-                 [--binary target/release/tidemill]
+                 [--binary target/debug/tidemill]
 
 Starts `vllm.py serve` (or uses --worker URL), then `tidemill serve` on a fresh data directory, and submits chat requests.
 While the batch runs, it kills and restarts tidemill at random moments, and then stops vLLM with SIGTERM and starts it
@@ -143,7 +143,7 @@ def main():
     arguments.add_argument("--kills", type=int, default=1)
     arguments.add_argument("--stops", type=int, default=0, help="how often to stop vLLM with SIGTERM")
     arguments.add_argument("--tokens", type=int, default=200, help="the most tokens of an answer")
-    arguments.add_argument("--binary", default="target/release/tidemill")
+    arguments.add_argument("--binary", default="target/debug/tidemill")
     arguments.add_argument("--seed", type=int, default=int(time.time()))
     options = arguments.parse_args()
     dice = random.Random(options.seed)

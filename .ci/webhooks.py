@@ -2,7 +2,7 @@
 """What tidemill sends, checked by verifiers that others wrote: the standardwebhooks package, OpenAI's SDK, and a receiver
 that serialises the JSON again. And the receivers that are shipped, each run on a real delivery.
 
-    .ci/webhooks.py [--bin target/release]
+    .ci/webhooks.py [--bin target/debug]
 
 Starts the built programs on free ports. TypeScript runs with Node.js and npm packages in a temporary folder. Go's receiver
 is not run here: it needs Go.
@@ -243,7 +243,7 @@ def typescript(folder):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "target/release")
+    parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "target/debug")
     binaries = parser.parse_args().bin.resolve()
     with tempfile.TemporaryDirectory(prefix="tidemill-webhooks-") as name:
         folder = pathlib.Path(name)
