@@ -78,7 +78,9 @@ struct World {
 
 impl World {
     async fn start(database: Option<String>, status: u16, fault: Option<(Fault, u32)>) -> Self {
-        let config = SimConfig { latency: Duration::from_millis(40), max_num_seqs: 16, ..SimConfig::default() };
+        // To die at a later part, the answers must come over a time in which even a busy machine writes several parts.
+        let latency = Duration::from_millis(if fault.is_some_and(|(_, visit)| visit > 1) { 400 } else { 40 });
+        let config = SimConfig { latency, max_num_seqs: 16, ..SimConfig::default() };
         let (_, worker) = worker(config).await;
         let mut flags = vec!["--worker", &worker, "--flush-interval", "50ms", "--lease", "3s"];
         flags.extend(["--webhook-allow-cidr", "127.0.0.0/8", "--webhook-retry-schedule", "1s,2s,4s"]);
