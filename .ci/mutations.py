@@ -57,38 +57,36 @@ ANY_EPOCH = '''Condition::all()
 
 MUTANTS = [
     Mutant("fence-part", "a part is committed whatever the epoch", [(PARTS,
-        """        let tx = self.begin().await?;
-        if !hold(&tx, of, epoch).await? {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // A repeated call""",
-        """        let tx = self.begin().await?;
-        if !hold(&tx, of, epoch).await? && !MUTANT {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // A repeated call""")], [FENCED, SIMULATION]),
+        """            if !hold(&tx, of, epoch).await? {
+                return roll_back(Commit::Fenced);
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            // A repeated call""",
+        """            if !hold(&tx, of, epoch).await? && !MUTANT {
+                return roll_back(Commit::Fenced);
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            // A repeated call""")], [FENCED, SIMULATION]),
     Mutant("fence-end", "a segment is ended whatever the epoch", [(PARTS,
-        "            .filter(fenced(of, epoch))\n            .exec(&tx)",
-        "            .filter(if MUTANT { super::claims::any_epoch(of) } else { fenced(of, epoch) })\n            .exec(&tx)"),
+        ".filter(fenced(of, epoch))\n                .exec(&tx)",
+        ".filter(if MUTANT { super::claims::any_epoch(of) } else { fenced(of, epoch) })\n                .exec(&tx)"),
         (CLAIMS, "/// Selects the segment if it is still leased under this epoch.\n",
         "pub(super) fn any_epoch(of: &SegmentRef) -> Condition {\n    " + ANY_EPOCH + "\n}\n\n"
         "/// Selects the segment if it is still leased under this epoch.\n")], [FENCED, SIMULATION]),
     Mutant("fence-torn", "parts are taken back whatever the epoch", [(PARTS,
-        """        if !hold(&tx, of, epoch).await? {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        if convert""",
-        """        if !hold(&tx, of, epoch).await? && !MUTANT {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        if convert""")], [FENCED]),
+        """            if !hold(&tx, of, epoch).await? {
+                return roll_back(Commit::Fenced);
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            if convert""",
+        """            if !hold(&tx, of, epoch).await? && !MUTANT {
+                return roll_back(Commit::Fenced);
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            if convert""")], [FENCED]),
     Mutant("fence-release", "a segment is given back whatever the epoch", [(CLAIMS,
-        "            .filter(fenced(of, epoch))\n            .exec(&self.inner.write)",
-        "            .filter(if MUTANT { any_epoch(of) } else { fenced(of, epoch) })\n            .exec(&self.inner.write)")],
+        ".filter(fenced(of, epoch))\n                .exec(&tx)",
+        ".filter(if MUTANT { any_epoch(of) } else { fenced(of, epoch) })\n                .exec(&tx)")],
         [FENCED, SIMULATION]),
     Mutant("fence-fail", "a batch is failed whatever the epoch", [("src/store/batches.rs",
         "        if !hold(&tx, of, epoch).await? {", "        if !hold(&tx, of, epoch).await? && !MUTANT {")],
@@ -107,16 +105,16 @@ MUTANTS = [
         "        epoch: Set(epoch.0),", "        epoch: Set(if MUTANT { 0 } else { epoch.0 }),")],
         ["store fencing::"]),
     Mutant("part-after-end", "a part is committed after its batch has ended", [(PARTS,
-        """        if convert::status(&row.status)?.is_terminal() {
-            return Ok(Commit::Fenced);
-        }
-        let at = now(&tx).await?;
-        insert(""",
-        """        if convert::status(&row.status)?.is_terminal() && !MUTANT {
-            return Ok(Commit::Fenced);
-        }
-        let at = now(&tx).await?;
-        insert(""")], [SIMULATION]),
+        """            if convert::status(&row.status)?.is_terminal() {
+                return roll_back(Commit::Fenced);
+            }
+            let at = now(&tx).await?;
+            insert(""",
+        """            if convert::status(&row.status)?.is_terminal() && !MUTANT {
+                return roll_back(Commit::Fenced);
+            }
+            let at = now(&tx).await?;
+            insert(""")], [SIMULATION]),
     Mutant("claim-epoch", "a claim does not add to the epoch", [
         (CLAIMS, "Expr::col(segment::Column::Epoch).add(1))", "Expr::col(segment::Column::Epoch).add(i64::from(!MUTANT)))"),
         (CLAIMS, "epoch: Epoch(row.epoch + 1)", "epoch: Epoch(row.epoch + i64::from(!MUTANT))")], [FENCED, SIMULATION]),
@@ -223,26 +221,28 @@ MUTANTS = [
         (EVENTS, "    webhooks::enqueue_state(tx, row, status, at).await",
         "    if MUTANT && status == BatchStatus::Completed {\n        return Ok(());\n    }\n"
         "    webhooks::enqueue_state(tx, row, status, at).await"),
-        (PARTS, """        if !ended {
-            row.revision += 1;
-            webhooks::enqueue_progress(&tx, &mut row, at).await?;
-            row.into_active_model().reset_all().update(&tx).await?;
-        }
-        self.commit(tx, &of.batch).await?;
-""", """        let status = row.status.clone();
-        if !ended {
-            row.revision += 1;
-            webhooks::enqueue_progress(&tx, &mut row, at).await?;
-            row.into_active_model().reset_all().update(&tx).await?;
-        }
-        self.commit(tx, &of.batch).await?;
-        if MUTANT && convert::status(&status)? == crate::domain::BatchStatus::Completed {
-            let tx = self.begin().await?;
-            if let Some(row) = lock_batch(&tx, &of.batch).await? {
-                webhooks::enqueue_state(&tx, &row, crate::domain::BatchStatus::Completed, at).await?;
+        (PARTS, """            if !ended {
+                row.revision += 1;
+                webhooks::enqueue_progress(&tx, &mut row, at).await?;
+                row.into_active_model().reset_all().update(&tx).await?;
             }
-            tx.commit().await?;
-        }
+            announce(tx, &of.batch, Commit::Done)
+""", """            let status = row.status.clone();
+            if !ended {
+                row.revision += 1;
+                webhooks::enqueue_progress(&tx, &mut row, at).await?;
+                row.into_active_model().reset_all().update(&tx).await?;
+            }
+            if MUTANT && convert::status(&status)? == crate::domain::BatchStatus::Completed {
+                tx.commit().await?;
+                self.changed(&of.batch);
+                let tx = self.begin().await?;
+                if let Some(row) = lock_batch(&tx, &of.batch).await? {
+                    webhooks::enqueue_state(&tx, &row, crate::domain::BatchStatus::Completed, at).await?;
+                }
+                return announce(tx, &of.batch, Commit::Done);
+            }
+            announce(tx, &of.batch, Commit::Done)
 """)], ["webhooks atomic::"]),
     Mutant("attempt-late", "no row of an attempt before it is sent", [(OUTBOX,
         "    tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()])).await?;\n",
@@ -265,7 +265,7 @@ MUTANTS = [
         "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {")],
         ["webhooks late::", SIMULATION]),
     Mutant("reap-early", "a lease on a delivery ends before its time", [(SETTLE,
-        "        if !all {\n            find = find", "        if !all && !MUTANT {\n            find = find")],
+        "            if !all {\n                find = find", "            if !all && !MUTANT {\n                find = find")],
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
     Mutant("reap-never", "a lease on a delivery never ends", [(SETTLE,
         "webhook_delivery::Column::LeaseExpiresAt.lt(at.0)",
@@ -276,8 +276,8 @@ MUTANTS = [
         "        if !MUTANT {\n            dead_letters::insert(tx, &row, error, at).await?;\n        }")],
         ["webhooks failures_end_as_a_dead_letter", SIMULATION]),
     Mutant("retry-busy", "two retries of a dead letter at a time", [(DEAD,
-        "if row.lease_expires_at.is_some_and(|until| until >= at.0) {\n            return Ok(BeginRetry::Busy);",
-        "if row.lease_expires_at.is_some_and(|until| until >= at.0) && !MUTANT {\n            return Ok(BeginRetry::Busy);")],
+        "if row.lease_expires_at.is_some_and(|until| until >= at.0) {\n                return roll_back(BeginRetry::Busy);",
+        "if row.lease_expires_at.is_some_and(|until| until >= at.0) && !MUTANT {\n                return roll_back(BeginRetry::Busy);")],
         ["webhooks of_two_retries_at_the_same_time_one_sends", SIMULATION]),
     Mutant("retry-lost", "a retry whose sender is gone stays as begun when the next one begins", [(DEAD,
         "        if row.lease_expires_at.is_some() {\n", "        if row.lease_expires_at.is_some() && !MUTANT {\n")],

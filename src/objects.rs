@@ -87,7 +87,7 @@ pub async fn establish(
             }
             // An id that exists was written by a server that died before it could record it in the database.
             let id = found.clone().unwrap_or_else(|| format!("store_{}", Uuid::now_v7().simple()));
-            let give = async {
+            let give = || async {
                 if found.is_some() {
                     return Ok(());
                 }

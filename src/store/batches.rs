@@ -8,7 +8,6 @@ use sea_orm::{
 
 use super::{
     Store, StoreError,
-    again::again,
     convert::{self, to_json},
     entity::{batch, batch_metadata, batch_model, file},
     events::{Telling, append, fail, lock_batch, transition},
@@ -16,6 +15,7 @@ use super::{
     parts::{Commit, hold},
     queue::{ids_parameter, queued_lines_of, texts_of},
     scoped::within,
+    write::{announce, commit, roll_back},
 };
 use crate::domain::{
     Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Owner, Priority, Scope, SegmentRef,
@@ -74,67 +74,63 @@ impl Store {
         scope: &Scope,
         most: Option<i64>,
     ) -> Result<CreatedBatch, StoreError> {
-        again(|| self.create_batch_once(new.clone(), scope, most)).await
-    }
-
-    async fn create_batch_once(
-        &self,
-        new: NewBatch,
-        scope: &Scope,
-        most: Option<i64>,
-    ) -> Result<CreatedBatch, StoreError> {
-        let tx = self.begin().await?;
-        if most.is_some() {
-            lock_queue(&tx, &new.owner).await?;
-        }
-        // The lock keeps the file from being deleted before its batch is there.
-        let find = within(file::Entity::find_by_id(new.input_file_id.as_str()), file::Column::Owner, scope);
-        let Some(input) = find.lock_exclusive().one(&tx).await? else {
-            return match find_existing(&tx, &new).await? {
-                Some(existing) => Ok(CreatedBatch::Existing(Box::new(existing))),
-                None => Ok(CreatedBatch::FileNotFound),
-            };
-        };
-        let input = File::try_from(input)?;
-        let (FileKind::Input, Some(object_key)) = (&input.kind, &input.object_key) else {
-            return Ok(CreatedBatch::WrongPurpose);
-        };
-        let at = now(&tx).await?;
-        let id = BatchId::generate();
-        let mut row = new_row(&id, &new, &input, object_key, at)?;
-        let inserted = batch::Entity::insert(row.clone().into_active_model())
-            .on_conflict(OnConflict::columns([batch::Column::Owner, batch::Column::RequestId]).do_nothing().to_owned())
-            .exec_without_returning(&tx)
-            .await?;
-        if inserted == 0 {
-            let existing =
-                find_existing(&tx, &new).await?.ok_or_else(|| StoreError::Corrupt("a batch id twice".into()))?;
-            return Ok(CreatedBatch::Existing(Box::new(existing)));
-        }
-        if let Some(most) = most {
-            let queued = queued_lines_of(&tx, &new.owner).await?;
-            if queued > most {
-                return Ok(CreatedBatch::TooManyLines { queued: queued - input.line_count, added: input.line_count });
+        let new = &new;
+        self.write(|tx| async move {
+            if most.is_some() {
+                lock_queue(&tx, &new.owner).await?;
             }
-        }
-        insert_filter_rows(&tx, &id, &new, &input).await?;
-        let copied = tx
-            .execute_raw(Statement::from_sql_and_values(
-                tx.get_database_backend(),
-                "INSERT INTO segments (batch_id, idx, first_line, line_span, requests, byte_offset, byte_length, models, \
-                 input_crc32c, state, epoch) SELECT $1, idx, first_line, line_span, requests, byte_offset, \
+            // The lock keeps the file from being deleted before its batch is there.
+            let find = within(file::Entity::find_by_id(new.input_file_id.as_str()), file::Column::Owner, scope);
+            let Some(input) = find.lock_exclusive().one(&tx).await? else {
+                return match find_existing(&tx, new).await? {
+                    Some(existing) => roll_back(CreatedBatch::Existing(Box::new(existing))),
+                    None => roll_back(CreatedBatch::FileNotFound),
+                };
+            };
+            let input = File::try_from(input)?;
+            let (FileKind::Input, Some(object_key)) = (&input.kind, &input.object_key) else {
+                return roll_back(CreatedBatch::WrongPurpose);
+            };
+            let at = now(&tx).await?;
+            let id = BatchId::generate();
+            let mut row = new_row(&id, new, &input, object_key, at)?;
+            let inserted = batch::Entity::insert(row.clone().into_active_model())
+                .on_conflict(
+                    OnConflict::columns([batch::Column::Owner, batch::Column::RequestId]).do_nothing().to_owned(),
+                )
+                .exec_without_returning(&tx)
+                .await?;
+            if inserted == 0 {
+                let existing =
+                    find_existing(&tx, new).await?.ok_or_else(|| StoreError::Corrupt("a batch id twice".into()))?;
+                return roll_back(CreatedBatch::Existing(Box::new(existing)));
+            }
+            if let Some(most) = most {
+                let queued = queued_lines_of(&tx, &new.owner).await?;
+                if queued > most {
+                    let added = input.line_count;
+                    return roll_back(CreatedBatch::TooManyLines { queued: queued - added, added });
+                }
+            }
+            insert_filter_rows(&tx, &id, new, &input).await?;
+            let copied = tx
+                .execute_raw(Statement::from_sql_and_values(
+                    tx.get_database_backend(),
+                    "INSERT INTO segments (batch_id, idx, first_line, line_span, requests, byte_offset, byte_length, \
+                 models, input_crc32c, state, epoch) SELECT $1, idx, first_line, line_span, requests, byte_offset, \
                  byte_length, models, crc32c, 'queued', 0 FROM file_segments WHERE file_id = $2",
-                [id.as_str().into(), new.input_file_id.as_str().into()],
-            ))
-            .await?
-            .rows_affected();
-        row.segments = i32::try_from(copied).map_err(|_| StoreError::Corrupt("too many segments".into()))?;
-        append(&tx, &row, at).await?;
-        // The file was validated when it was uploaded.
-        let moved = transition(&tx, &mut row, Input::Validated, at).await?;
-        debug_assert_eq!(moved, Ok(true));
-        self.commit(tx, &id).await?;
-        Ok(CreatedBatch::New(Box::new(row.try_into()?)))
+                    [id.as_str().into(), new.input_file_id.as_str().into()],
+                ))
+                .await?
+                .rows_affected();
+            row.segments = i32::try_from(copied).map_err(|_| StoreError::Corrupt("too many segments".into()))?;
+            append(&tx, &row, at).await?;
+            // The file was validated when it was uploaded.
+            let moved = transition(&tx, &mut row, Input::Validated, at).await?;
+            debug_assert_eq!(moved, Ok(true));
+            announce(tx, &id, CreatedBatch::New(Box::new(row.try_into()?)))
+        })
+        .await
     }
 
     /// One batch.
@@ -159,25 +155,18 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn cancel_batch(&self, id: &BatchId, scope: &Scope) -> Result<CancelledBatch, StoreError> {
-        again(|| self.cancel_batch_once(id, scope)).await
-    }
-
-    async fn cancel_batch_once(&self, id: &BatchId, scope: &Scope) -> Result<CancelledBatch, StoreError> {
-        let tx = self.begin().await?;
-        let found = lock_batch(&tx, id).await?.filter(|row| scope.sees(&row.owner.as_str().into()));
-        let Some(mut row) = found else { return Ok(CancelledBatch::NotFound) };
-        let at = now(&tx).await?;
-        match transition(&tx, &mut row, Input::CancelRequested, at).await? {
-            Ok(changed) => {
-                if changed {
-                    self.commit(tx, id).await?;
-                } else {
-                    tx.commit().await?;
-                }
-                Ok(CancelledBatch::Batch(Box::new(row.try_into()?)))
+        self.write(|tx| async move {
+            let found = lock_batch(&tx, id).await?.filter(|row| scope.sees(&row.owner.as_str().into()));
+            let Some(mut row) = found else { return roll_back(Ok(CancelledBatch::NotFound)) };
+            let at = now(&tx).await?;
+            match transition(&tx, &mut row, Input::CancelRequested, at).await? {
+                // One that can't be read is cancelled all the same.
+                Ok(true) => announce(tx, id, Batch::try_from(row).map(Box::new).map(CancelledBatch::Batch)),
+                Ok(false) => commit(tx, Batch::try_from(row).map(Box::new).map(CancelledBatch::Batch)),
+                Err(_) => roll_back(Batch::try_from(row).map(Box::new).map(CancelledBatch::Ended)),
             }
-            Err(_) => Ok(CancelledBatch::Ended(Box::new(row.try_into()?))),
-        }
+        })
+        .await?
     }
 
     /// Fails a batch that can't continue, if its segment is still leased under `epoch`. Does nothing to one that has
@@ -186,36 +175,35 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn fail_batch(&self, of: &SegmentRef, epoch: Epoch, error: BatchError) -> Result<Commit, StoreError> {
-        match again(|| self.fail_batch_once(of, epoch, error.clone(), Telling::Webhook)).await {
+        match self.fail_batch_telling(of, epoch, &error, Telling::Webhook).await {
             Err(refused) if refused.is_final() => {
                 tracing::error!(batch = %of.batch, %refused, "a failed batch's webhook can't be written; nobody hears of it");
-                again(|| self.fail_batch_once(of, epoch, error.clone(), Telling::Nobody)).await
+                self.fail_batch_telling(of, epoch, &error, Telling::Nobody).await
             }
             done => done,
         }
     }
 
-    async fn fail_batch_once(
+    async fn fail_batch_telling(
         &self,
         of: &SegmentRef,
         epoch: Epoch,
-        error: BatchError,
+        error: &BatchError,
         telling: Telling,
     ) -> Result<Commit, StoreError> {
-        let tx = self.begin().await?;
-        if !hold(&tx, of, epoch).await? {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        row.errors = to_json(&vec![error])?;
-        let at = now(&tx).await?;
-        match fail(&tx, &mut row, telling, at).await? {
-            Ok(true) => {
-                self.commit(tx, &of.batch).await?;
-                Ok(Commit::Done)
+        self.write(|tx| async move {
+            if !hold(&tx, of, epoch).await? {
+                return roll_back(Commit::Fenced);
             }
-            Ok(false) | Err(_) => Ok(Commit::Fenced),
-        }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            row.errors = to_json(&[error])?;
+            let at = now(&tx).await?;
+            match fail(&tx, &mut row, telling, at).await? {
+                Ok(true) => announce(tx, &of.batch, Commit::Done),
+                Ok(false) | Err(_) => roll_back(Commit::Fenced),
+            }
+        })
+        .await
     }
 
     /// Closes the windows of at most `limit` batches whose time is up. Returns their ids.
@@ -235,7 +223,7 @@ impl Store {
             .await?;
         let mut closed = Vec::new();
         for id in due.into_iter().map(BatchId::from_text) {
-            match again(|| self.close_window_once(&id)).await {
+            match self.close_window(&id).await {
                 Ok(true) => closed.push(id),
                 Ok(false) => {}
                 // One that can't be written does not keep other windows open.
@@ -246,17 +234,18 @@ impl Store {
         Ok(closed)
     }
 
-    async fn close_window_once(&self, id: &BatchId) -> Result<bool, StoreError> {
-        let tx = self.begin().await?;
-        let Some(mut row) = lock_batch(&tx, id).await? else { return Ok(false) };
-        let at = now(&tx).await?;
-        if row.expires_at <= at.0
-            && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
-        {
-            self.commit(tx, id).await?;
-            return Ok(true);
-        }
-        Ok(false)
+    async fn close_window(&self, id: &BatchId) -> Result<bool, StoreError> {
+        self.write(|tx| async move {
+            let Some(mut row) = lock_batch(&tx, id).await? else { return roll_back(false) };
+            let at = now(&tx).await?;
+            if row.expires_at <= at.0
+                && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
+            {
+                return announce(tx, id, true);
+            }
+            roll_back(false)
+        })
+        .await
     }
 
     /// The number of unfinished batches ahead of this one.

@@ -10,12 +10,11 @@ use sea_orm::{
 };
 
 use super::{
-    Store, StoreError,
-    again::again,
-    convert,
+    Store, StoreError, convert,
     entity::{batch, segment},
     now,
     queue::texts_of,
+    write::{commit, roll_back},
 };
 use crate::domain::{
     BatchId, BatchStatus, Endpoint, Epoch, NodeId, Owner, Priority, SegmentIndex, SegmentRef, SegmentSpan, Timestamp,
@@ -199,57 +198,48 @@ impl Store {
         mask: i64,
         lease: Duration,
     ) -> Result<Option<ClaimedSegment>, StoreError> {
-        again(|| self.claim_segment_once(node, id, mask, lease)).await
-    }
-
-    async fn claim_segment_once(
-        &self,
-        node: &NodeId,
-        id: &BatchId,
-        mask: i64,
-        lease: Duration,
-    ) -> Result<Option<ClaimedSegment>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let found = segment::Entity::find()
-            .filter(segment::Column::BatchId.eq(id.as_str()))
-            .filter(claimable(at))
-            .filter(Expr::col(segment::Column::Models).bit_and(mask).ne(0))
-            .order_by_asc(segment::Column::Idx)
-            .limit(1)
-            .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
-            .one(&tx)
-            .await?;
-        let Some(row) = found else { return Ok(None) };
-        let Some(owner) = batch::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
-        if convert::status(&owner.status)?.is_terminal() {
-            return Ok(None);
-        }
-        // Read before anything is written: a lease on a row that can't be read would expire and be taken again for
-        // ever.
-        let claimed = ClaimedSegment {
-            segment: SegmentRef { batch: id.clone(), index: SegmentIndex(row.idx) },
-            epoch: Epoch(row.epoch + 1),
-            span: span(&row),
-            object_key: owner.input_object_key,
-            owner: owner.owner.into(),
-            endpoint: owner.endpoint.parse().map_err(|_| StoreError::Corrupt("an unknown endpoint".into()))?,
-            models: convert::json("model list", &owner.models)?,
-            priority: Priority::new(owner.priority).unwrap_or_default(),
-            expires_at: Timestamp(owner.expires_at),
-            ending: convert::ending(owner.ending.as_deref())?,
-        };
-        segment::Entity::update_many()
-            .col_expr(segment::Column::State, Expr::val(LEASED))
-            .col_expr(segment::Column::LeaseOwner, Expr::val(node.as_str()))
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
-            .col_expr(segment::Column::Epoch, Expr::col(segment::Column::Epoch).add(1))
-            .filter(segment::Column::BatchId.eq(id.as_str()))
-            .filter(segment::Column::Idx.eq(row.idx))
-            .exec(&tx)
-            .await?;
-        tx.commit().await?;
-        Ok(Some(claimed))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let found = segment::Entity::find()
+                .filter(segment::Column::BatchId.eq(id.as_str()))
+                .filter(claimable(at))
+                .filter(Expr::col(segment::Column::Models).bit_and(mask).ne(0))
+                .order_by_asc(segment::Column::Idx)
+                .limit(1)
+                .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
+                .one(&tx)
+                .await?;
+            let Some(row) = found else { return roll_back(None) };
+            let Some(owner) = batch::Entity::find_by_id(id.as_str()).one(&tx).await? else { return roll_back(None) };
+            if convert::status(&owner.status)?.is_terminal() {
+                return roll_back(None);
+            }
+            // Read before anything is written: a lease on a row that can't be read would expire and be taken again for
+            // ever.
+            let claimed = ClaimedSegment {
+                segment: SegmentRef { batch: id.clone(), index: SegmentIndex(row.idx) },
+                epoch: Epoch(row.epoch + 1),
+                span: span(&row),
+                object_key: owner.input_object_key,
+                owner: owner.owner.into(),
+                endpoint: owner.endpoint.parse().map_err(|_| StoreError::Corrupt("an unknown endpoint".into()))?,
+                models: convert::json("model list", &owner.models)?,
+                priority: Priority::new(owner.priority).unwrap_or_default(),
+                expires_at: Timestamp(owner.expires_at),
+                ending: convert::ending(owner.ending.as_deref())?,
+            };
+            segment::Entity::update_many()
+                .col_expr(segment::Column::State, Expr::val(LEASED))
+                .col_expr(segment::Column::LeaseOwner, Expr::val(node.as_str()))
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
+                .col_expr(segment::Column::Epoch, Expr::col(segment::Column::Epoch).add(1))
+                .filter(segment::Column::BatchId.eq(id.as_str()))
+                .filter(segment::Column::Idx.eq(row.idx))
+                .exec(&tx)
+                .await?;
+            commit(tx, Some(claimed))
+        })
+        .await
     }
 
     /// Renews the leases of the segments that a node runs, at once, and says which of them it still has, and what has become
@@ -267,30 +257,23 @@ impl Store {
         if running.is_empty() {
             return Ok(Renewed::default());
         }
-        again(|| self.renew_leases_once(node, running, lease)).await
-    }
-
-    async fn renew_leases_once(
-        &self,
-        node: &NodeId,
-        running: &[SegmentRef],
-        lease: Duration,
-    ) -> Result<Renewed, StoreError> {
         let keys = Expr::tuple([Expr::col(segment::Column::BatchId), Expr::col(segment::Column::Idx)])
             .in_tuples(running.iter().map(|segment| (segment.batch.as_str().to_owned(), segment.index.0)));
-        let held = Condition::all()
+        let held = &Condition::all()
             .add(segment::Column::LeaseOwner.eq(node.as_str()))
             .add(segment::Column::State.eq(LEASED))
             .add(keys);
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        segment::Entity::update_many()
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
-            .filter(held.clone())
-            .exec(&tx)
-            .await?;
-        tx.commit().await?;
-        let rows = segment::Entity::find().filter(held).all(self.read()).await?;
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            segment::Entity::update_many()
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(at.plus(lease).0))
+                .filter(held.clone())
+                .exec(&tx)
+                .await?;
+            commit(tx, ())
+        })
+        .await?;
+        let rows = segment::Entity::find().filter(held.clone()).all(self.read()).await?;
         let ids: Vec<String> = rows.iter().map(|row| row.batch_id.clone()).collect();
         let batches: std::collections::HashMap<String, (String, Option<String>)> = batch::Entity::find()
             .select_only()
@@ -348,18 +331,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn mend_leases(&self, longest: Duration) -> Result<u64, StoreError> {
-        again(|| self.mend_leases_once(longest)).await
-    }
-
-    async fn mend_leases_once(&self, longest: Duration) -> Result<u64, StoreError> {
-        let latest = now(self.read()).await?.plus(longest).0;
-        let mended = segment::Entity::update_many()
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(latest))
-            .filter(segment::Column::State.eq(LEASED))
-            .filter(segment::Column::LeaseExpiresAt.gt(latest))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(mended.rows_affected)
+        self.write(|tx| async move {
+            let latest = now(&tx).await?.plus(longest).0;
+            let mended = segment::Entity::update_many()
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(latest))
+                .filter(segment::Column::State.eq(LEASED))
+                .filter(segment::Column::LeaseExpiresAt.gt(latest))
+                .exec(&tx)
+                .await?;
+            commit(tx, mended.rows_affected)
+        })
+        .await
     }
 
     /// Releases a segment, to be claimed when a worker serves a model of `mask`. Does nothing if the lease is lost.
@@ -367,19 +349,18 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_segment(&self, of: &SegmentRef, epoch: Epoch, mask: i64) -> Result<(), StoreError> {
-        again(|| self.release_segment_once(of, epoch, mask)).await
-    }
-
-    async fn release_segment_once(&self, of: &SegmentRef, epoch: Epoch, mask: i64) -> Result<(), StoreError> {
-        segment::Entity::update_many()
-            .col_expr(segment::Column::State, Expr::val(QUEUED))
-            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
-            .col_expr(segment::Column::Models, Expr::val(mask))
-            .filter(fenced(of, epoch))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(())
+        self.write(|tx| async move {
+            segment::Entity::update_many()
+                .col_expr(segment::Column::State, Expr::val(QUEUED))
+                .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+                .col_expr(segment::Column::Models, Expr::val(mask))
+                .filter(fenced(of, epoch))
+                .exec(&tx)
+                .await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// Ends all leases. Only for a database without other nodes, where they are the dead predecessor's.
@@ -387,18 +368,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_all(&self) -> Result<u64, StoreError> {
-        again(|| self.release_all_once()).await
-    }
-
-    async fn release_all_once(&self) -> Result<u64, StoreError> {
-        let released = segment::Entity::update_many()
-            .col_expr(segment::Column::State, Expr::val(QUEUED))
-            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
-            .filter(segment::Column::State.eq(LEASED))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(released.rows_affected)
+        self.write(|tx| async move {
+            let released = segment::Entity::update_many()
+                .col_expr(segment::Column::State, Expr::val(QUEUED))
+                .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+                .filter(segment::Column::State.eq(LEASED))
+                .exec(&tx)
+                .await?;
+            commit(tx, released.rows_affected)
+        })
+        .await
     }
 
     /// At most `limit` of a batch's segments from `from` on, in order.

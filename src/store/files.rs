@@ -7,11 +7,11 @@ use sea_orm::{
 
 use super::{
     DatabaseTransaction, Store, StoreError,
-    again::again,
     convert::{checksum, to_json},
     entity::{batch, file, file_segment, garbage, part, segment},
     now,
     scoped::within,
+    write::{commit, roll_back},
 };
 use crate::domain::{BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp};
 
@@ -66,63 +66,57 @@ impl Store {
         request_id: Option<&str>,
         segments: &[SegmentSpan],
     ) -> Result<InsertedFile, StoreError> {
-        again(|| self.insert_file_once(new, request_id, segments)).await
-    }
-
-    async fn insert_file_once(
-        &self,
-        new: &File,
-        request_id: Option<&str>,
-        segments: &[SegmentSpan],
-    ) -> Result<InsertedFile, StoreError> {
-        let tx = self.begin().await?;
-        let row = file::ActiveModel {
-            id: Set(new.id.as_str().to_owned()),
-            owner: Set(new.owner.as_str().to_owned()),
-            kind: Set("input".to_owned()),
-            batch_id: Set(None),
-            filename: Set(new.filename.clone()),
-            bytes: Set(new.bytes),
-            line_count: Set(new.line_count),
-            models: Set(to_json(&new.models)?),
-            endpoint: Set(new.endpoint.map(|endpoint| endpoint.path().to_owned())),
-            object_key: Set(new.object_key.clone()),
-            crc32c: Set(new.crc32c.map(i64::from)),
-            request_id: Set(request_id.map(str::to_owned)),
-            created_at: Set(new.created_at.0),
-            expires_at: Set(new.expires_at.map(|at| at.0)),
-        };
-        let inserted = file::Entity::insert(row)
-            .on_conflict(OnConflict::columns([file::Column::Owner, file::Column::RequestId]).do_nothing().to_owned())
-            .exec_without_returning(&tx)
-            .await?;
-        if inserted == 0 {
-            let existing = match request_id {
-                Some(request_id) => find_by_request_id(&tx, &new.owner, request_id).await?,
-                None => None,
+        self.write(|tx| async move {
+            let row = file::ActiveModel {
+                id: Set(new.id.as_str().to_owned()),
+                owner: Set(new.owner.as_str().to_owned()),
+                kind: Set("input".to_owned()),
+                batch_id: Set(None),
+                filename: Set(new.filename.clone()),
+                bytes: Set(new.bytes),
+                line_count: Set(new.line_count),
+                models: Set(to_json(&new.models)?),
+                endpoint: Set(new.endpoint.map(|endpoint| endpoint.path().to_owned())),
+                object_key: Set(new.object_key.clone()),
+                crc32c: Set(new.crc32c.map(i64::from)),
+                request_id: Set(request_id.map(str::to_owned)),
+                created_at: Set(new.created_at.0),
+                expires_at: Set(new.expires_at.map(|at| at.0)),
             };
-            let existing = existing.ok_or_else(|| StoreError::Corrupt("a file id twice".into()))?;
-            return Ok(InsertedFile::Existing(Box::new(existing)));
-        }
-        for some in segments.chunks(ROWS_PER_INSERT) {
-            let rows = some.iter().map(|segment| file_segment::ActiveModel {
-                file_id: Set(new.id.as_str().to_owned()),
-                idx: Set(segment.index.0),
-                first_line: Set(segment.first_line),
-                line_span: Set(segment.line_span),
-                requests: Set(segment.requests),
-                byte_offset: Set(segment.offset),
-                byte_length: Set(segment.length),
-                models: Set(segment.models),
-                crc32c: Set(segment.crc32c.map(i64::from)),
-            });
-            file_segment::Entity::insert_many(rows).exec_without_returning(&tx).await?;
-        }
-        if let Some(key) = &new.object_key {
-            garbage::Entity::delete_by_id(key.clone()).exec(&tx).await?;
-        }
-        tx.commit().await?;
-        Ok(InsertedFile::New)
+            let inserted = file::Entity::insert(row)
+                .on_conflict(
+                    OnConflict::columns([file::Column::Owner, file::Column::RequestId]).do_nothing().to_owned(),
+                )
+                .exec_without_returning(&tx)
+                .await?;
+            if inserted == 0 {
+                let existing = match request_id {
+                    Some(request_id) => find_by_request_id(&tx, &new.owner, request_id).await?,
+                    None => None,
+                };
+                let existing = existing.ok_or_else(|| StoreError::Corrupt("a file id twice".into()))?;
+                return roll_back(InsertedFile::Existing(Box::new(existing)));
+            }
+            for some in segments.chunks(ROWS_PER_INSERT) {
+                let rows = some.iter().map(|segment| file_segment::ActiveModel {
+                    file_id: Set(new.id.as_str().to_owned()),
+                    idx: Set(segment.index.0),
+                    first_line: Set(segment.first_line),
+                    line_span: Set(segment.line_span),
+                    requests: Set(segment.requests),
+                    byte_offset: Set(segment.offset),
+                    byte_length: Set(segment.length),
+                    models: Set(segment.models),
+                    crc32c: Set(segment.crc32c.map(i64::from)),
+                });
+                file_segment::Entity::insert_many(rows).exec_without_returning(&tx).await?;
+            }
+            if let Some(key) = &new.object_key {
+                garbage::Entity::delete_by_id(key.clone()).exec(&tx).await?;
+            }
+            commit(tx, InsertedFile::New)
+        })
+        .await
     }
 
     /// Deletes a file that no unfinished batch reads. Its object becomes garbage; a batch's results do with the last of its
@@ -131,38 +125,36 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_file(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
-        again(|| self.delete_file_once(id, scope)).await
-    }
-
-    async fn delete_file_once(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
-        let tx = self.begin().await?;
-        let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
-        let Some(row) = find.lock_exclusive().one(&tx).await? else {
-            return Ok(DeletedFile::NotFound);
-        };
-        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
-        let user = batch::Entity::find()
-            .filter(batch::Column::InputFileId.eq(id.as_str()))
-            .filter(batch::Column::Status.is_in(unfinished))
-            .one(&tx)
-            .await?;
-        if let Some(user) = user {
-            return Ok(DeletedFile::InUse(BatchId::from_text(user.id)));
-        }
-        let at = now(&tx).await?;
-        if let Some(key) = &row.object_key {
-            super::garbage::add(&tx, [key.clone()], at).await?;
-        }
-        if let Some(of) = &row.batch_id {
-            free_results(&tx, of, id, at).await?;
-        }
-        if row.kind == "input" {
-            free_failed(&tx, id, at).await?;
-        }
-        file_segment::Entity::delete_many().filter(file_segment::Column::FileId.eq(id.as_str())).exec(&tx).await?;
-        file::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
-        tx.commit().await?;
-        Ok(DeletedFile::Deleted)
+        self.write(|tx| async move {
+            let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
+            let Some(row) = find.lock_exclusive().one(&tx).await? else {
+                return roll_back(DeletedFile::NotFound);
+            };
+            let unfinished =
+                BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+            let user = batch::Entity::find()
+                .filter(batch::Column::InputFileId.eq(id.as_str()))
+                .filter(batch::Column::Status.is_in(unfinished))
+                .one(&tx)
+                .await?;
+            if let Some(user) = user {
+                return roll_back(DeletedFile::InUse(BatchId::from_text(user.id)));
+            }
+            let at = now(&tx).await?;
+            if let Some(key) = &row.object_key {
+                super::garbage::add(&tx, [key.clone()], at).await?;
+            }
+            if let Some(of) = &row.batch_id {
+                free_results(&tx, of, id, at).await?;
+            }
+            if row.kind == "input" {
+                free_failed(&tx, id, at).await?;
+            }
+            file_segment::Entity::delete_many().filter(file_segment::Column::FileId.eq(id.as_str())).exec(&tx).await?;
+            file::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+            commit(tx, DeletedFile::Deleted)
+        })
+        .await
     }
 
     /// The segment index of an input file, in order.

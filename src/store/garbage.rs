@@ -9,7 +9,7 @@ use sea_orm::{
     sea_query::OnConflict,
 };
 
-use super::{Store, StoreError, again::again, entity::garbage, now};
+use super::{Store, StoreError, entity::garbage, now, write::commit};
 use crate::domain::Timestamp;
 
 /// Time for readers that have begun to finish reading a released object.
@@ -27,8 +27,12 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn begin_upload(&self, key: &str) -> Result<(), StoreError> {
-        let at = now(self.read()).await?;
-        again(|| note(&self.inner.write, [key.to_owned()], at.plus(UPLOAD))).await
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            note(&tx, [key.to_owned()], at.plus(UPLOAD)).await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// Makes an object due whose upload broke off.
@@ -36,20 +40,21 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn abandon_upload(&self, key: &str) -> Result<(), StoreError> {
-        again(|| self.abandon_upload_once(key)).await
-    }
-
-    async fn abandon_upload_once(&self, key: &str) -> Result<(), StoreError> {
-        let at = now(self.read()).await?;
-        let noted = garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0), tries: Set(0) };
-        // One statement, because a crash between two would leave an object that nothing names.
-        garbage::Entity::insert(noted)
-            .on_conflict(
-                OnConflict::column(garbage::Column::ObjectKey).update_column(garbage::Column::DeleteAfter).to_owned(),
-            )
-            .exec_without_returning(&self.inner.write)
-            .await?;
-        Ok(())
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let noted =
+                garbage::ActiveModel { object_key: Set(key.to_owned()), delete_after: Set(at.0), tries: Set(0) };
+            garbage::Entity::insert(noted)
+                .on_conflict(
+                    OnConflict::column(garbage::Column::ObjectKey)
+                        .update_column(garbage::Column::DeleteAfter)
+                        .to_owned(),
+                )
+                .exec_without_returning(&tx)
+                .await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// At most `limit` objects that are due for deletion, the longest due first.
@@ -76,16 +81,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn take_garbage(&self, limit: u64) -> Result<Vec<String>, StoreError> {
-        again(|| self.take_garbage_once(limit)).await
-    }
-
-    async fn take_garbage_once(&self, limit: u64) -> Result<Vec<String>, StoreError> {
-        let at = now(self.read()).await?;
         // Usually there are none, and SQLite's only writer should not be used for that.
         if self.due_garbage(1).await?.is_empty() {
             return Ok(Vec::new());
         }
-        let backend = self.inner.write.get_database_backend();
+        let backend = self.read().get_database_backend();
         let due = "SELECT object_key FROM garbage WHERE delete_after <= $2 ORDER BY delete_after LIMIT $3";
         let of_these = match backend {
             DatabaseBackend::Sqlite => format!("IN ({due})"),
@@ -93,14 +93,19 @@ impl Store {
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
         let wait = i64::try_from(TAKEN.as_micros()).unwrap_or(i64::MAX);
-        let sql = format!(
+        let sql = &format!(
             "UPDATE garbage SET delete_after = $2 + ($1 << CASE WHEN tries < {DOUBLINGS} THEN tries ELSE {DOUBLINGS} END), \
              tries = tries + 1 WHERE object_key {of_these} RETURNING object_key"
         );
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-        let values = [wait.into(), at.0.into(), limit.into()];
-        let rows = self.inner.write.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
-        rows.iter().map(|row| Ok(row.try_get("", "object_key")?)).collect()
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let values = [wait.into(), at.0.into(), limit.into()];
+            let rows = tx.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
+            let keys = rows.iter().map(|row| row.try_get("", "object_key")).collect::<Result<_, _>>()?;
+            commit(tx, keys)
+        })
+        .await
     }
 
     /// Forgets objects that have been deleted.
@@ -108,15 +113,12 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget_garbage(&self, keys: &[String]) -> Result<(), StoreError> {
-        again(|| self.forget_garbage_once(keys)).await
-    }
-
-    async fn forget_garbage_once(&self, keys: &[String]) -> Result<(), StoreError> {
-        garbage::Entity::delete_many()
-            .filter(garbage::Column::ObjectKey.is_in(keys.iter().cloned()))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(())
+        self.write(|tx| async move {
+            let these = garbage::Column::ObjectKey.is_in(keys.iter().cloned());
+            garbage::Entity::delete_many().filter(these).exec(&tx).await?;
+            commit(tx, ())
+        })
+        .await
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
     entity::{batch, blob_store, file, node},
     nodes::dead_since,
     now,
+    write::{commit, roll_back},
 };
 use crate::domain::NodeId;
 
@@ -33,9 +34,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn settled_blob_store_id(&self) -> Result<Option<String>, StoreError> {
-        let tx = self.begin().await?;
-        self.one_at_a_time(&tx).await?;
-        Ok(blob_store::Entity::find_by_id(ROW).one(&tx).await?.map(|row| row.store_id))
+        self.write(|tx| async move {
+            self.one_at_a_time(&tx).await?;
+            roll_back(blob_store::Entity::find_by_id(ROW).one(&tx).await?.map(|row| row.store_id))
+        })
+        .await
     }
 
     /// Until the transaction ends no other server decides on the id.
@@ -60,30 +63,32 @@ impl Store {
 
     /// Writes the id down, unless there is one that counts: any that a used database has. `give` gives it to the store
     /// itself before that: of nodes that start at the same time one does it, and the others wait for it. Returns the id
-    /// that counts.
+    /// that counts. `give` may be called several times.
     ///
     /// # Errors
     /// [`StoreError`], or what `give` fails with.
-    pub async fn settle_blob_store_id<E: From<StoreError>>(
-        &self,
-        id: &str,
-        own: &NodeId,
-        give: impl Future<Output = Result<(), E>>,
-    ) -> Result<String, E> {
-        let failed = |error| E::from(StoreError::from(error));
-        let tx = self.begin().await?;
-        self.one_at_a_time(&tx).await?;
-        if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await.map_err(failed)? {
-            if row.store_id == id || !is_unused_but_by(&tx, own).await? {
-                return Ok(row.store_id);
+    pub async fn settle_blob_store_id<E, F>(&self, id: &str, own: &NodeId, give: impl Fn() -> F) -> Result<String, E>
+    where
+        E: From<StoreError>,
+        F: Future<Output = Result<(), E>>,
+    {
+        let give = &give;
+        self.write(|tx| async move {
+            self.one_at_a_time(&tx).await?;
+            if let Some(row) = blob_store::Entity::find_by_id(ROW).one(&tx).await? {
+                if row.store_id == id || !is_unused_but_by(&tx, own).await? {
+                    return roll_back(Ok(row.store_id));
+                }
+                blob_store::Entity::delete_by_id(ROW).exec(&tx).await?;
             }
-            blob_store::Entity::delete_by_id(ROW).exec(&tx).await.map_err(failed)?;
-        }
-        give.await?;
-        let row = blob_store::ActiveModel { id: Set(ROW), store_id: Set(id.to_owned()) };
-        blob_store::Entity::insert(row).exec_without_returning(&tx).await.map_err(failed)?;
-        tx.commit().await.map_err(failed)?;
-        Ok(id.to_owned())
+            if let Err(error) = give().await {
+                return roll_back(Err(error));
+            }
+            let row = blob_store::ActiveModel { id: Set(ROW), store_id: Set(id.to_owned()) };
+            blob_store::Entity::insert(row).exec_without_returning(&tx).await?;
+            commit(tx, Ok(id.to_owned()))
+        })
+        .await?
     }
 
     /// Some objects that must be in the blob store, the newest first.

@@ -12,11 +12,10 @@ use sea_orm::{
 };
 
 use super::{
-    Store, StoreError,
-    again::again,
-    convert,
+    Store, StoreError, convert,
     entity::{batch, garbage, leftover, part, segment},
     now,
+    write::commit,
 };
 use crate::domain::{BatchId, Timestamp, result_keys::segment_of};
 
@@ -32,7 +31,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn note_leftovers(&self, of: &BatchId) -> Result<(), StoreError> {
-        again(|| async { note(&self.inner.write, of.as_str(), now(self.read()).await?).await }).await
+        self.write(|tx| async move {
+            note(&tx, of.as_str(), now(&tx).await?).await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// Takes at most `limit` ended batches whose folders are to be searched. Unless they are forgotten, they are
@@ -41,27 +44,28 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn take_leftovers(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
-        again(|| self.take_leftovers_once(limit)).await
-    }
-
-    async fn take_leftovers_once(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
         let at = now(self.read()).await?;
         // Usually there are none, and SQLite's only writer should not be used for that.
         let due = leftover::Entity::find().filter(leftover::Column::LookAfter.lte(at.0)).one(self.read()).await?;
         if due.is_none() {
             return Ok(Vec::new());
         }
-        let backend = self.inner.write.get_database_backend();
+        let backend = self.read().get_database_backend();
         let due = "SELECT batch_id FROM leftovers WHERE look_after <= $2 ORDER BY look_after LIMIT $3";
         let of_these = match backend {
             DatabaseBackend::Sqlite => format!("IN ({due})"),
             // As an array it is evaluated once, whatever the plan.
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
-        let sql = format!("UPDATE leftovers SET look_after = $1 WHERE batch_id {of_these} RETURNING batch_id");
-        let values = [at.plus(TAKEN).0.into(), at.0.into(), i64::try_from(limit).unwrap_or(i64::MAX).into()];
-        let rows = self.inner.write.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
-        rows.iter().map(|row| Ok(BatchId::from_text(row.try_get::<String>("", "batch_id")?))).collect()
+        let sql = &format!("UPDATE leftovers SET look_after = $1 WHERE batch_id {of_these} RETURNING batch_id");
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let values = [at.plus(TAKEN).0.into(), at.0.into(), i64::try_from(limit).unwrap_or(i64::MAX).into()];
+            let rows = tx.query_all_raw(Statement::from_sql_and_values(backend, sql, values)).await?;
+            let ids = rows.iter().map(|row| Ok(BatchId::from_text(row.try_get::<String>("", "batch_id")?)));
+            commit(tx, ids.collect::<Result<_, StoreError>>()?)
+        })
+        .await
     }
 
     /// Records that a batch's folder has been searched. A record made since then stays.
@@ -69,10 +73,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn forget_leftovers(&self, of: &BatchId) -> Result<(), StoreError> {
-        again(|| async {
-            let taken = leftover::Column::LookAfter.lte(now(self.read()).await?.plus(TAKEN).0);
-            leftover::Entity::delete_by_id(of.as_str()).filter(taken).exec(&self.inner.write).await?;
-            Ok(())
+        self.write(|tx| async move {
+            let taken = leftover::Column::LookAfter.lte(now(&tx).await?.plus(TAKEN).0);
+            leftover::Entity::delete_by_id(of.as_str()).filter(taken).exec(&tx).await?;
+            commit(tx, ())
         })
         .await
     }

@@ -5,7 +5,6 @@
 //! that reads and then writes fails with SQLITE_BUSY whatever the busy timeout); readers have connections of their own
 //! and, thanks to WAL, never wait for the writer.
 
-mod again;
 mod batches;
 mod bounded;
 mod claims;
@@ -31,6 +30,7 @@ mod turns;
 mod wanted;
 mod webhooks;
 mod workers;
+mod write;
 
 use std::{
     future::Future,
@@ -229,7 +229,7 @@ impl Store {
 
     fn of(read: Pool, write: Pool) -> Self {
         error::describe_metrics();
-        again::describe_metrics();
+        write::describe_metrics();
         let inner = Inner {
             read,
             write,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, again::again, entity::node, now};
+use super::{Store, StoreError, entity::node, now, write::commit};
 use crate::domain::{NodeId, Timestamp};
 
 /// A node without a heartbeat for this long is dead.
@@ -31,21 +31,20 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn heartbeat(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
-        again(|| self.heartbeat_once(id, version, roles)).await
-    }
-
-    async fn heartbeat_once(&self, id: &NodeId, version: &str, roles: &str) -> Result<(), StoreError> {
-        let at = now(self.read()).await?;
-        let row = node::ActiveModel {
-            id: Set(id.as_str().to_owned()),
-            version: Set(version.to_owned()),
-            roles: Set(roles.to_owned()),
-            started_at: Set(at.0),
-            heartbeat_at: Set(at.0),
-        };
-        let known = OnConflict::column(node::Column::Id).update_column(node::Column::HeartbeatAt).to_owned();
-        node::Entity::insert(row).on_conflict(known).exec_without_returning(&self.inner.write).await?;
-        Ok(())
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let row = node::ActiveModel {
+                id: Set(id.as_str().to_owned()),
+                version: Set(version.to_owned()),
+                roles: Set(roles.to_owned()),
+                started_at: Set(at.0),
+                heartbeat_at: Set(at.0),
+            };
+            let known = OnConflict::column(node::Column::Id).update_column(node::Column::HeartbeatAt).to_owned();
+            node::Entity::insert(row).on_conflict(known).exec_without_returning(&tx).await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// Deletes the rows of dead nodes. Returns how many.
@@ -58,8 +57,10 @@ impl Store {
         if node::Entity::find().filter(dead.clone()).one(self.read()).await?.is_none() {
             return Ok(0);
         }
-        again(|| async {
-            Ok(node::Entity::delete_many().filter(dead.clone()).exec(&self.inner.write).await?.rows_affected)
+        let dead = &dead;
+        self.write(|tx| async move {
+            let deleted = node::Entity::delete_many().filter(dead.clone()).exec(&tx).await?;
+            commit(tx, deleted.rows_affected)
         })
         .await
     }
@@ -69,12 +70,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn leave(&self, id: &NodeId) -> Result<(), StoreError> {
-        again(|| self.leave_once(id)).await
-    }
-
-    async fn leave_once(&self, id: &NodeId) -> Result<(), StoreError> {
-        node::Entity::delete_by_id(id.as_str()).exec(&self.inner.write).await?;
-        Ok(())
+        self.write(|tx| async move {
+            node::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+            commit(tx, ())
+        })
+        .await
     }
 
     /// All nodes that are alive, or were a moment ago, oldest first.

@@ -31,8 +31,8 @@ const QUIET: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Store {
-    /// Commits a transaction that has changed a batch, and notifies this node's listeners and the other nodes.
-    pub(super) async fn commit(&self, tx: DatabaseTransaction, batch: &BatchId) -> Result<(), StoreError> {
+    /// Lets the commit of this transaction notify the other nodes that it has changed a batch.
+    pub(super) async fn notify_with(&self, tx: &DatabaseTransaction, batch: &BatchId) -> Result<(), StoreError> {
         if !self.is_sqlite() {
             // Sent with the commit, or never.
             let word = format!("{batch} {}", self.inner.origin);
@@ -40,8 +40,6 @@ impl Store {
             let values = [CHANNEL.into(), word.into()];
             tx.execute_raw(Statement::from_sql_and_values(DatabaseBackend::Postgres, notify, values)).await?;
         }
-        tx.commit().await?;
-        self.changed(batch);
         Ok(())
     }
 

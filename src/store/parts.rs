@@ -7,12 +7,12 @@ use sea_orm::{
 
 use super::{
     DatabaseTransaction, Store, StoreError,
-    again::again,
     claims::{DONE, fenced},
     convert,
     entity::{batch, part, segment},
     events::{lock_batch, result_sizes, transition},
     garbage, now, webhooks,
+    write::{announce, roll_back},
 };
 use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::Input};
 
@@ -80,34 +80,31 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: then it may or may not have been written, and the caller does it again.
     pub async fn commit_part(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
-        again(|| self.commit_part_once(of, epoch, new)).await
-    }
-
-    async fn commit_part_once(&self, of: &SegmentRef, epoch: Epoch, new: &NewPart) -> Result<Commit, StoreError> {
-        let tx = self.begin().await?;
-        if !hold(&tx, of, epoch).await? {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        // A repeated call: an earlier commit succeeded although its answer was lost.
-        let known = part::Entity::find()
-            .filter(part::Column::BatchId.eq(of.batch.as_str()))
-            .filter(part::Column::SegmentIdx.eq(of.index.0))
-            .filter(part::Column::ObjectKey.eq(&new.object_key))
-            .one(&tx)
-            .await?;
-        if known.is_some() {
-            return Ok(Commit::Done);
-        }
-        if convert::status(&row.status)?.is_terminal() {
-            return Ok(Commit::Fenced);
-        }
-        let at = now(&tx).await?;
-        insert(&tx, &mut row, of, epoch, new, at).await?;
-        webhooks::enqueue_progress(&tx, &mut row, at).await?;
-        row.into_active_model().reset_all().update(&tx).await?;
-        self.commit(tx, &of.batch).await?;
-        Ok(Commit::Done)
+        self.write(|tx| async move {
+            if !hold(&tx, of, epoch).await? {
+                return roll_back(Commit::Fenced);
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            // A repeated call: an earlier commit succeeded although its answer was lost.
+            let known = part::Entity::find()
+                .filter(part::Column::BatchId.eq(of.batch.as_str()))
+                .filter(part::Column::SegmentIdx.eq(of.index.0))
+                .filter(part::Column::ObjectKey.eq(&new.object_key))
+                .one(&tx)
+                .await?;
+            if known.is_some() {
+                return roll_back(Commit::Done);
+            }
+            if convert::status(&row.status)?.is_terminal() {
+                return roll_back(Commit::Fenced);
+            }
+            let at = now(&tx).await?;
+            insert(&tx, &mut row, of, epoch, new, at).await?;
+            webhooks::enqueue_progress(&tx, &mut row, at).await?;
+            row.into_active_model().reset_all().update(&tx).await?;
+            announce(tx, &of.batch, Commit::Done)
+        })
+        .await
     }
 
     /// Ends a segment in one transaction: writes its last part, if there is one more, and its final object. With the
@@ -123,72 +120,63 @@ impl Store {
         object: &FinalObject,
         superseded: &[String],
     ) -> Result<Commit, StoreError> {
-        again(|| self.finish_segment_once(of, epoch, last, object, superseded)).await
-    }
-
-    async fn finish_segment_once(
-        &self,
-        of: &SegmentRef,
-        epoch: Epoch,
-        last: Option<&NewPart>,
-        object: &FinalObject,
-        superseded: &[String],
-    ) -> Result<Commit, StoreError> {
-        let tx = self.begin().await?;
-        let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-        let lines = object.output_lines.saturating_add(object.error_lines);
-        // The first promise is kept here: no segment ends without one line for each request, whatever went wrong
-        // before.
-        if let Some(held) = segment::Entity::find().filter(fenced(of, epoch)).one(&tx).await?
-            && i64::from(held.requests) != size(lines)
-        {
-            tracing::error!(segment = %of, requests = held.requests, lines, "results do not fit their requests: this is a bug");
-            return Ok(Commit::Incomplete);
-        }
-        let finished = segment::Entity::update_many()
-            .col_expr(segment::Column::State, Expr::val(DONE))
-            .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
-            .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
-            .col_expr(segment::Column::Models, Expr::val(0))
-            .col_expr(segment::Column::ObjectKey, Expr::val(object.object_key.clone()))
-            .col_expr(segment::Column::OutputBytes, Expr::val(size(object.output_bytes)))
-            .col_expr(segment::Column::ErrorBytes, Expr::val(size(object.error_bytes)))
-            .col_expr(segment::Column::OutputLines, Expr::val(size(object.output_lines)))
-            .col_expr(segment::Column::ErrorLines, Expr::val(size(object.error_lines)))
-            .col_expr(segment::Column::Crc32c, Expr::val(i64::from(object.crc32c)))
-            .filter(fenced(of, epoch))
-            .exec(&tx)
-            .await?;
-        if finished.rows_affected == 0 {
-            // A repeated call: an earlier commit succeeded although its answer was lost.
-            let ours = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0))
-                .filter(segment::Column::ObjectKey.eq(&object.object_key))
-                .one(&tx)
+        self.write(|tx| async move {
+            let size = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+            let lines = object.output_lines.saturating_add(object.error_lines);
+            // The first promise is kept here: no segment ends without one line for each request, whatever went wrong
+            // before.
+            if let Some(held) = segment::Entity::find().filter(fenced(of, epoch)).one(&tx).await?
+                && i64::from(held.requests) != size(lines)
+            {
+                let requests = held.requests;
+                tracing::error!(segment = %of, requests, lines, "results do not fit their requests: this is a bug");
+                return roll_back(Commit::Incomplete);
+            }
+            let finished = segment::Entity::update_many()
+                .col_expr(segment::Column::State, Expr::val(DONE))
+                .col_expr(segment::Column::LeaseOwner, Expr::val(Option::<String>::None))
+                .col_expr(segment::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+                .col_expr(segment::Column::Models, Expr::val(0))
+                .col_expr(segment::Column::ObjectKey, Expr::val(object.object_key.clone()))
+                .col_expr(segment::Column::OutputBytes, Expr::val(size(object.output_bytes)))
+                .col_expr(segment::Column::ErrorBytes, Expr::val(size(object.error_bytes)))
+                .col_expr(segment::Column::OutputLines, Expr::val(size(object.output_lines)))
+                .col_expr(segment::Column::ErrorLines, Expr::val(size(object.error_lines)))
+                .col_expr(segment::Column::Crc32c, Expr::val(i64::from(object.crc32c)))
+                .filter(fenced(of, epoch))
+                .exec(&tx)
                 .await?;
-            return Ok(if ours.is_some() { Commit::Done } else { Commit::Fenced });
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        if convert::status(&row.status)?.is_terminal() {
-            return Ok(Commit::Fenced);
-        }
-        let at = now(&tx).await?;
-        if let Some(last) = last {
-            insert(&tx, &mut row, of, epoch, last, at).await?;
-        }
-        garbage::add(&tx, superseded.iter().cloned(), at).await?;
-        row.segments_done += 1;
-        if row.segments_done >= row.segments && !is_complete(&tx, &mut row).await? {
-            return Ok(Commit::Incomplete);
-        }
-        let ended = row.segments_done >= row.segments
-            && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
-        if !ended {
-            row.revision += 1;
-            webhooks::enqueue_progress(&tx, &mut row, at).await?;
-            row.into_active_model().reset_all().update(&tx).await?;
-        }
-        self.commit(tx, &of.batch).await?;
-        Ok(Commit::Done)
+            if finished.rows_affected == 0 {
+                // A repeated call: an earlier commit succeeded although its answer was lost.
+                let ours = segment::Entity::find_by_id((of.batch.as_str().to_owned(), of.index.0))
+                    .filter(segment::Column::ObjectKey.eq(&object.object_key))
+                    .one(&tx)
+                    .await?;
+                return roll_back(if ours.is_some() { Commit::Done } else { Commit::Fenced });
+            }
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            if convert::status(&row.status)?.is_terminal() {
+                return roll_back(Commit::Fenced);
+            }
+            let at = now(&tx).await?;
+            if let Some(last) = last {
+                insert(&tx, &mut row, of, epoch, last, at).await?;
+            }
+            garbage::add(&tx, superseded.iter().cloned(), at).await?;
+            row.segments_done += 1;
+            if row.segments_done >= row.segments && !is_complete(&tx, &mut row).await? {
+                return roll_back(Commit::Incomplete);
+            }
+            let ended = row.segments_done >= row.segments
+                && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
+            if !ended {
+                row.revision += 1;
+                webhooks::enqueue_progress(&tx, &mut row, at).await?;
+                row.into_active_model().reset_all().update(&tx).await?;
+            }
+            announce(tx, &of.batch, Commit::Done)
+        })
+        .await
     }
 
     /// A segment's parts, in commit order.
@@ -226,38 +214,35 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn drop_parts(&self, of: &SegmentRef, epoch: Epoch, torn: &[Part]) -> Result<Commit, StoreError> {
-        again(|| self.drop_parts_once(of, epoch, torn)).await
-    }
-
-    async fn drop_parts_once(&self, of: &SegmentRef, epoch: Epoch, torn: &[Part]) -> Result<Commit, StoreError> {
-        let tx = self.begin().await?;
-        if !hold(&tx, of, epoch).await? {
-            return Ok(Commit::Fenced);
-        }
-        let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return Ok(Commit::Fenced) };
-        if convert::status(&row.status)?.is_terminal() {
-            return Ok(Commit::Fenced);
-        }
-        let mut dropped = Vec::with_capacity(torn.len());
-        for one in torn {
-            let deleted = part::Entity::delete_by_id((of.batch.as_str().to_owned(), one.seq))
-                .filter(part::Column::SegmentIdx.eq(of.index.0))
-                .exec(&tx)
-                .await?;
-            // `None`: an earlier call succeeded although its answer was lost.
-            if deleted.rows_affected == 1 {
-                count(&mut row, &one.content, -1);
-                dropped.push(one.content.object_key.clone());
+        self.write(|tx| async move {
+            if !hold(&tx, of, epoch).await? {
+                return roll_back(Commit::Fenced);
             }
-        }
-        if dropped.is_empty() {
-            return Ok(Commit::Done);
-        }
-        garbage::add(&tx, dropped, now(&tx).await?).await?;
-        row.revision += 1;
-        row.into_active_model().reset_all().update(&tx).await?;
-        self.commit(tx, &of.batch).await?;
-        Ok(Commit::Done)
+            let Some(mut row) = lock_batch(&tx, &of.batch).await? else { return roll_back(Commit::Fenced) };
+            if convert::status(&row.status)?.is_terminal() {
+                return roll_back(Commit::Fenced);
+            }
+            let mut dropped = Vec::with_capacity(torn.len());
+            for one in torn {
+                let deleted = part::Entity::delete_by_id((of.batch.as_str().to_owned(), one.seq))
+                    .filter(part::Column::SegmentIdx.eq(of.index.0))
+                    .exec(&tx)
+                    .await?;
+                // `None`: an earlier call succeeded although its answer was lost.
+                if deleted.rows_affected == 1 {
+                    count(&mut row, &one.content, -1);
+                    dropped.push(one.content.object_key.clone());
+                }
+            }
+            if dropped.is_empty() {
+                return roll_back(Commit::Done);
+            }
+            garbage::add(&tx, dropped, now(&tx).await?).await?;
+            row.revision += 1;
+            row.into_active_model().reset_all().update(&tx).await?;
+            announce(tx, &of.batch, Commit::Done)
+        })
+        .await
     }
 }
 

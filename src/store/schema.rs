@@ -9,7 +9,7 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, Statement};
 use tidemill_migrations::{Migrator, MigratorTrait, requires};
 
-use super::{Store, StoreError, again::has_code};
+use super::{Store, StoreError, write::has_code};
 
 /// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
 const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");

@@ -2,7 +2,12 @@
 
 use sea_orm::{ActiveModelTrait, ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, again::again, entity::worker, now};
+use super::{
+    Store, StoreError,
+    entity::worker,
+    now,
+    write::{commit, roll_back},
+};
 use crate::domain::{HealthChange, HealthInterval, HealthPath, OwnHealth, Timestamp, WorkerId};
 
 /// A worker as stored.
@@ -66,7 +71,15 @@ impl Store {
     /// [`StoreError`].
     pub async fn configure_workers(&self, urls: &[String]) -> Result<(), StoreError> {
         if self.is_sqlite() {
-            again(|| self.forget_configured_except(urls)).await?;
+            self.write(|tx| async move {
+                worker::Entity::delete_many()
+                    .filter(worker::Column::FromConfig.eq(true))
+                    .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
+                    .exec(&tx)
+                    .await?;
+                commit(tx, ())
+            })
+            .await?;
         }
         for url in urls {
             self.upsert(url, true, &HealthChange::default()).await?;
@@ -74,60 +87,43 @@ impl Store {
         Ok(())
     }
 
-    async fn forget_configured_except(&self, urls: &[String]) -> Result<(), StoreError> {
-        worker::Entity::delete_many()
-            .filter(worker::Column::FromConfig.eq(true))
-            .filter(worker::Column::Url.is_not_in(urls.iter().cloned()))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(())
-    }
-
     async fn upsert(&self, url: &str, configured: bool, health: &HealthChange) -> Result<WorkerRecord, StoreError> {
-        again(|| self.upsert_once(url, configured, health)).await
-    }
-
-    async fn upsert_once(
-        &self,
-        url: &str,
-        configured: bool,
-        health: &HealthChange,
-    ) -> Result<WorkerRecord, StoreError> {
         let from_config = configured && self.is_sqlite();
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let row = worker::ActiveModel {
-            id: Set(WorkerId::generate().into_string()),
-            url: Set(url.to_owned()),
-            draining: Set(false),
-            from_config: Set(from_config),
-            created_at: Set(at.0),
-            health_path: Set(None),
-            health_interval: Set(None),
-        };
-        worker::Entity::insert(row)
-            .on_conflict(OnConflict::column(worker::Column::Url).do_nothing().to_owned())
-            .exec_without_returning(&tx)
-            .await?;
-        let found = worker::Entity::find().filter(worker::Column::Url.eq(url)).one(&tx).await?;
-        let mut row = found.ok_or_else(|| StoreError::Corrupt("no worker after its insert".into()))?;
-        // A restart does not end the draining of a configured worker; registering it does.
-        row.draining &= configured;
-        row.from_config |= from_config;
-        let health = own_health(&row).changed(health);
-        row.health_path = health.path.as_ref().map(|path| path.as_str().to_owned());
-        row.health_interval = health.interval.map(HealthInterval::micros);
-        let change = worker::ActiveModel {
-            id: Set(row.id.clone()),
-            draining: Set(row.draining),
-            from_config: Set(row.from_config),
-            health_path: Set(row.health_path.clone()),
-            health_interval: Set(row.health_interval),
-            ..Default::default()
-        };
-        change.update(&tx).await?;
-        tx.commit().await?;
-        Ok(from_row(row))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let row = worker::ActiveModel {
+                id: Set(WorkerId::generate().into_string()),
+                url: Set(url.to_owned()),
+                draining: Set(false),
+                from_config: Set(from_config),
+                created_at: Set(at.0),
+                health_path: Set(None),
+                health_interval: Set(None),
+            };
+            worker::Entity::insert(row)
+                .on_conflict(OnConflict::column(worker::Column::Url).do_nothing().to_owned())
+                .exec_without_returning(&tx)
+                .await?;
+            let found = worker::Entity::find().filter(worker::Column::Url.eq(url)).one(&tx).await?;
+            let mut row = found.ok_or_else(|| StoreError::Corrupt("no worker after its insert".into()))?;
+            // A restart does not end the draining of a configured worker; registering it does.
+            row.draining &= configured;
+            row.from_config |= from_config;
+            let health = own_health(&row).changed(health);
+            row.health_path = health.path.as_ref().map(|path| path.as_str().to_owned());
+            row.health_interval = health.interval.map(HealthInterval::micros);
+            let change = worker::ActiveModel {
+                id: Set(row.id.clone()),
+                draining: Set(row.draining),
+                from_config: Set(row.from_config),
+                health_path: Set(row.health_path.clone()),
+                health_interval: Set(row.health_interval),
+                ..Default::default()
+            };
+            change.update(&tx).await?;
+            commit(tx, from_row(row))
+        })
+        .await
     }
 
     /// Marks a worker as draining. `None`: there is no such worker.
@@ -135,17 +131,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn drain_worker(&self, id: &WorkerId) -> Result<Option<WorkerRecord>, StoreError> {
-        again(|| self.drain_worker_once(id)).await
-    }
-
-    async fn drain_worker_once(&self, id: &WorkerId) -> Result<Option<WorkerRecord>, StoreError> {
-        let tx = self.begin().await?;
-        let Some(mut row) = worker::Entity::find_by_id(id.as_str()).one(&tx).await? else { return Ok(None) };
-        row.draining = true;
-        let change = worker::ActiveModel { id: Set(row.id.clone()), draining: Set(true), ..Default::default() };
-        change.update(&tx).await?;
-        tx.commit().await?;
-        Ok(Some(from_row(row)))
+        self.write(|tx| async move {
+            let Some(mut row) = worker::Entity::find_by_id(id.as_str()).one(&tx).await? else { return roll_back(None) };
+            row.draining = true;
+            let change = worker::ActiveModel { id: Set(row.id.clone()), draining: Set(true), ..Default::default() };
+            change.update(&tx).await?;
+            commit(tx, Some(from_row(row)))
+        })
+        .await
     }
 
     /// Removes a worker.
@@ -153,20 +146,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn remove_worker(&self, id: &WorkerId) -> Result<RemovedWorker, StoreError> {
-        again(|| self.remove_worker_once(id)).await
-    }
-
-    async fn remove_worker_once(&self, id: &WorkerId) -> Result<RemovedWorker, StoreError> {
-        let tx = self.begin().await?;
-        match worker::Entity::find_by_id(id.as_str()).one(&tx).await? {
-            None => Ok(RemovedWorker::NotFound),
-            Some(row) if row.from_config => Ok(RemovedWorker::FromConfig),
-            Some(row) => {
-                worker::Entity::delete_by_id(row.id).exec(&tx).await?;
-                tx.commit().await?;
-                Ok(RemovedWorker::Removed)
+        self.write(|tx| async move {
+            match worker::Entity::find_by_id(id.as_str()).one(&tx).await? {
+                None => roll_back(RemovedWorker::NotFound),
+                Some(row) if row.from_config => roll_back(RemovedWorker::FromConfig),
+                Some(row) => {
+                    worker::Entity::delete_by_id(row.id).exec(&tx).await?;
+                    commit(tx, RemovedWorker::Removed)
+                }
             }
-        }
+        })
+        .await
     }
 }
 

@@ -73,10 +73,14 @@ async fn a_server_that_starts_during_a_take_over_sees_how_it_ends(db: Db) {
     let (store, node) = (db.another().await, NodeId::generate());
     store.heartbeat(&node, "0", "").await.unwrap();
     let take_over = tokio::spawn(async move {
-        let give = async {
-            taking.send(()).unwrap();
-            wait.await.unwrap();
-            Ok::<(), StoreError>(())
+        let once = std::sync::Mutex::new(Some((taking, wait)));
+        let give = || {
+            let (taking, wait) = once.lock().unwrap().take().unwrap();
+            async move {
+                taking.send(()).unwrap();
+                wait.await.unwrap();
+                Ok::<(), StoreError>(())
+            }
         };
         store.settle_blob_store_id("store_new", &node, give).await.unwrap()
     });

@@ -5,7 +5,7 @@ use sea_orm::{ConnectionTrait, Statement};
 use super::{LEASE_MARGIN_MICROS, NEVER};
 use crate::{
     domain::{Timestamp, webhook::TIMEOUT_RANGE},
-    store::{Store, StoreError, again::again, now},
+    store::{Store, StoreError, now, write::commit},
 };
 
 impl Store {
@@ -24,34 +24,34 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn mend_due_times(&self) -> Result<u64, StoreError> {
-        again(|| self.mend_due_times_once()).await
-    }
-
-    async fn mend_due_times_once(&self) -> Result<u64, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let backend = tx.get_database_backend();
-        let longest = i64::try_from(TIMEOUT_RANGE.1.as_micros()).unwrap_or(i64::MAX) + LEASE_MARGIN_MICROS;
-        let mut changed = 0;
-        for (sql, values) in [
-            (
-                "UPDATE webhook_deliveries SET \
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let backend = tx.get_database_backend();
+            let longest = i64::try_from(TIMEOUT_RANGE.1.as_micros()).unwrap_or(i64::MAX) + LEASE_MARGIN_MICROS;
+            let mut changed = 0;
+            for (sql, values) in [
+                (
+                    "UPDATE webhook_deliveries SET \
                  next_attempt_at = next_attempt_at - (COALESCE(scheduled_at, created_at) - $1), scheduled_at = $1 \
                  WHERE state IN ('pending', 'leased') AND next_attempt_at <> $2 \
                  AND COALESCE(scheduled_at, created_at) > $1",
-                vec![at.0, NEVER],
-            ),
-            (
-                "UPDATE webhook_deliveries SET lease_expires_at = timeout + $1 \
+                    vec![at.0, NEVER],
+                ),
+                (
+                    "UPDATE webhook_deliveries SET lease_expires_at = timeout + $1 \
                  WHERE state = 'leased' AND lease_expires_at > timeout + $1",
-                vec![at.0 + LEASE_MARGIN_MICROS],
-            ),
-            ("UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1", vec![at.0 + longest]),
-        ] {
-            let values: Vec<sea_orm::Value> = values.into_iter().map(Into::into).collect();
-            changed += tx.execute_raw(Statement::from_sql_and_values(backend, sql, values)).await?.rows_affected();
-        }
-        tx.commit().await?;
-        Ok(changed)
+                    vec![at.0 + LEASE_MARGIN_MICROS],
+                ),
+                (
+                    "UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1",
+                    vec![at.0 + longest],
+                ),
+            ] {
+                let values: Vec<sea_orm::Value> = values.into_iter().map(Into::into).collect();
+                changed += tx.execute_raw(Statement::from_sql_and_values(backend, sql, values)).await?.rows_affected();
+            }
+            commit(tx, changed)
+        })
+        .await
     }
 }

@@ -24,11 +24,11 @@ use crate::{
     },
     store::{
         DatabaseTransaction, Store, StoreError,
-        again::again,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,
         pages::readable_page,
         scoped::within,
+        write::{commit, roll_back},
     },
 };
 
@@ -201,87 +201,79 @@ impl Store {
         force: bool,
         request_id: Option<&str>,
     ) -> Result<BeginRetry, StoreError> {
-        again(|| self.begin_retry_once(id, scope, force, request_id)).await
-    }
-
-    async fn begin_retry_once(
-        &self,
-        id: &DeadLetterId,
-        scope: &Scope,
-        force: bool,
-        request_id: Option<&str>,
-    ) -> Result<BeginRetry, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(BeginRetry::NotFound) };
-        if let Some(request_id) = request_id
-            && let Some(attempt) = webhook_attempt::Entity::find()
-                .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
-                .filter(webhook_attempt::Column::RequestId.eq(request_id))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(mut row) = lock(&tx, id, scope).await? else { return roll_back(BeginRetry::NotFound) };
+            if let Some(request_id) = request_id
+                && let Some(attempt) = webhook_attempt::Entity::find()
+                    .filter(webhook_attempt::Column::DeliveryId.eq(&row.delivery_id))
+                    .filter(webhook_attempt::Column::RequestId.eq(request_id))
+                    .one(&tx)
+                    .await?
+            {
+                if attempt.finished_at.is_none() {
+                    return roll_back(BeginRetry::Busy);
+                }
+                return roll_back(BeginRetry::Repeated(Box::new(row.try_into()?), Box::new(attempt.try_into()?)));
+            }
+            if row.lease_expires_at.is_some_and(|until| until >= at.0) {
+                return roll_back(BeginRetry::Busy);
+            }
+            if row.retry_success && !force {
+                return roll_back(BeginRetry::AlreadyDelivered);
+            }
+            let endpoint = match &row.endpoint_id {
+                Some(endpoint) => webhook_endpoint::Entity::find_by_id(endpoint).one(&tx).await?,
+                None => None,
+            };
+            let delivery = webhook_delivery::Entity::find_by_id(&row.delivery_id)
                 .one(&tx)
                 .await?
-        {
-            if attempt.finished_at.is_none() {
-                return Ok(BeginRetry::Busy);
+                .ok_or_else(|| StoreError::Corrupt("a dead letter without its delivery".into()))?;
+            let signing = signing(row.endpoint_id.as_deref(), endpoint.as_ref(), delivery.secret, at);
+            if signing == Signing::EndpointDeleted {
+                return roll_back(BeginRetry::EndpointDeleted);
             }
-            return Ok(BeginRetry::Repeated(Box::new(row.try_into()?), Box::new(attempt.try_into()?)));
-        }
-        if row.lease_expires_at.is_some_and(|until| until >= at.0) {
-            return Ok(BeginRetry::Busy);
-        }
-        if row.retry_success && !force {
-            return Ok(BeginRetry::AlreadyDelivered);
-        }
-        let endpoint = match &row.endpoint_id {
-            Some(endpoint) => webhook_endpoint::Entity::find_by_id(endpoint).one(&tx).await?,
-            None => None,
-        };
-        let delivery = webhook_delivery::Entity::find_by_id(&row.delivery_id)
-            .one(&tx)
-            .await?
-            .ok_or_else(|| StoreError::Corrupt("a dead letter without its delivery".into()))?;
-        let signing = signing(row.endpoint_id.as_deref(), endpoint.as_ref(), delivery.secret, at);
-        if signing == Signing::EndpointDeleted {
-            return Ok(BeginRetry::EndpointDeleted);
-        }
-        if row.lease_expires_at.is_some() {
-            // Its sender is gone, and the reaper has not been here yet; afterwards it would not see that there was one.
-            end_lost(&tx, &row.delivery_id, at).await?;
-        }
-        // An endpoint that has moved since: there.
-        let url = endpoint.as_ref().map_or(&row.webhook_url, |endpoint| &endpoint.url).clone();
-        let timeout = endpoint.as_ref().map_or(delivery.timeout, |endpoint| endpoint.timeout);
-        let lease = Uuid::new_v4().simple().to_string();
-        let forced = row.retry_success;
-        row.retry_count += 1;
-        row.retried_at = Some(at.0);
-        row.lease_token = Some(lease.clone());
-        row.lease_expires_at = Some(at.0 + timeout + LEASE_MARGIN_MICROS);
-        let generation = i32::try_from(row.retry_count).map_err(|_| StoreError::Corrupt("too many retries".into()))?;
-        let delivery_id = DeliveryId::from_text(&row.delivery_id);
-        let mut attempt = started(&delivery_id, generation, 1, at);
-        attempt.request_id = request_id.map(str::to_owned);
-        attempt.forced = forced;
-        webhook_attempt::Entity::insert(attempt.into_active_model()).exec_without_returning(&tx).await?;
-        let claim = ClaimedDelivery {
-            id: delivery_id,
-            batch_id: row.batch_id.clone().map(BatchId::from_text),
-            owner: row.owner.clone(),
-            event: event_of(&row.event)?,
-            target: target_of(&url),
-            url,
-            signing,
-            body: Bytes::from(row.payload.clone()),
-            generation,
-            attempt: 1,
-            number: i64::from(row.attempts) + row.retry_count,
-            timeout: Duration::from_micros(u64::try_from(timeout).unwrap_or(0)),
-            lease,
-            created_at: Timestamp(delivery.created_at),
-        };
-        row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(BeginRetry::Started { claim: Box::new(claim), forced })
+            if row.lease_expires_at.is_some() {
+                // Its sender is gone, and the reaper has not been here yet; afterwards it would not see that there was one.
+                end_lost(&tx, &row.delivery_id, at).await?;
+            }
+            // An endpoint that has moved since: there.
+            let url = endpoint.as_ref().map_or(&row.webhook_url, |endpoint| &endpoint.url).clone();
+            let timeout = endpoint.as_ref().map_or(delivery.timeout, |endpoint| endpoint.timeout);
+            let lease = Uuid::new_v4().simple().to_string();
+            let forced = row.retry_success;
+            row.retry_count += 1;
+            row.retried_at = Some(at.0);
+            row.lease_token = Some(lease.clone());
+            row.lease_expires_at = Some(at.0 + timeout + LEASE_MARGIN_MICROS);
+            let generation =
+                i32::try_from(row.retry_count).map_err(|_| StoreError::Corrupt("too many retries".into()))?;
+            let delivery_id = DeliveryId::from_text(&row.delivery_id);
+            let mut attempt = started(&delivery_id, generation, 1, at);
+            attempt.request_id = request_id.map(str::to_owned);
+            attempt.forced = forced;
+            webhook_attempt::Entity::insert(attempt.into_active_model()).exec_without_returning(&tx).await?;
+            let claim = ClaimedDelivery {
+                id: delivery_id,
+                batch_id: row.batch_id.clone().map(BatchId::from_text),
+                owner: row.owner.clone(),
+                event: event_of(&row.event)?,
+                target: target_of(&url),
+                url,
+                signing,
+                body: Bytes::from(row.payload.clone()),
+                generation,
+                attempt: 1,
+                number: i64::from(row.attempts) + row.retry_count,
+                timeout: Duration::from_micros(u64::try_from(timeout).unwrap_or(0)),
+                lease,
+                created_at: Timestamp(delivery.created_at),
+            };
+            row.into_active_model().reset_all().update(&tx).await?;
+            commit(tx, BeginRetry::Started { claim: Box::new(claim), forced })
+        })
+        .await
     }
 
     /// Records the outcome of a retry. `None` if the lease was lost or the dead letter was deleted: then nothing was
@@ -295,35 +287,29 @@ impl Store {
         claim: &ClaimedDelivery,
         result: &AttemptResult,
     ) -> Result<Option<DeadLetter>, StoreError> {
-        again(|| self.finish_retry_once(id, claim, result)).await
-    }
-
-    async fn finish_retry_once(
-        &self,
-        id: &DeadLetterId,
-        claim: &ClaimedDelivery,
-        result: &AttemptResult,
-    ) -> Result<Option<DeadLetter>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return Ok(None) };
-        if row.lease_token.as_deref() != Some(&claim.lease) {
-            return Ok(None);
-        }
-        finish_attempt(&tx, &claim.id, claim.generation, claim.attempt, result, at).await?;
-        row.lease_token = None;
-        row.lease_expires_at = None;
-        match &result.error {
-            // A delivered dead letter stays delivered, whatever the outcome of a forced retry.
-            None => row.retry_success = true,
-            Some(error) => {
-                row.error_kind = error.kind.as_str().to_owned();
-                row.error_message.clone_from(&error.message);
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return roll_back(None) };
+            if row.lease_token.as_deref() != Some(&claim.lease) {
+                return roll_back(None);
             }
-        }
-        let row = row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(Some(row.try_into()?))
+            finish_attempt(&tx, &claim.id, claim.generation, claim.attempt, result, at).await?;
+            row.lease_token = None;
+            row.lease_expires_at = None;
+            match &result.error {
+                // A delivered dead letter stays delivered, whatever the outcome of a forced retry.
+                None => row.retry_success = true,
+                Some(error) => {
+                    row.error_kind = error.kind.as_str().to_owned();
+                    row.error_message.clone_from(&error.message);
+                }
+            }
+            let row = row.into_active_model().reset_all().update(&tx).await?;
+            // The outcome is kept even if this version can't read the rest.
+            commit(tx, Some(DeadLetter::try_from(row)))
+        })
+        .await?
+        .transpose()
     }
 
     /// Deletes a dead letter that nobody is retrying.
@@ -331,19 +317,16 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_dead_letter(&self, id: &DeadLetterId, scope: &Scope) -> Result<DeletedDeadLetter, StoreError> {
-        again(|| self.delete_dead_letter_once(id, scope)).await
-    }
-
-    async fn delete_dead_letter_once(&self, id: &DeadLetterId, scope: &Scope) -> Result<DeletedDeadLetter, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(row) = lock(&tx, id, scope).await? else { return Ok(DeletedDeadLetter::NotFound) };
-        if row.lease_expires_at.is_some_and(|until| until >= at.0) {
-            return Ok(DeletedDeadLetter::Busy);
-        }
-        webhook_dead_letter::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
-        tx.commit().await?;
-        Ok(DeletedDeadLetter::Deleted)
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(row) = lock(&tx, id, scope).await? else { return roll_back(DeletedDeadLetter::NotFound) };
+            if row.lease_expires_at.is_some_and(|until| until >= at.0) {
+                return roll_back(DeletedDeadLetter::Busy);
+            }
+            webhook_dead_letter::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+            commit(tx, DeletedDeadLetter::Deleted)
+        })
+        .await
     }
 }
 

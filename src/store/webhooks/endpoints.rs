@@ -20,12 +20,12 @@ use crate::{
     },
     store::{
         DatabaseTransaction, Store, StoreError,
-        again::again,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
         now,
         pages::readable_page,
         scoped::within,
+        write::{commit, roll_back},
     },
 };
 
@@ -117,30 +117,28 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_endpoint(&self, new: NewEndpoint) -> Result<EndpointRecord, StoreError> {
-        again(|| self.create_endpoint_once(new.clone())).await
-    }
-
-    async fn create_endpoint_once(&self, new: NewEndpoint) -> Result<EndpointRecord, StoreError> {
-        let at = now(&self.inner.write).await?;
-        let row = webhook_endpoint::Model {
-            id: new.id.into_string(),
-            owner: new.owner.into_string(),
-            url: new.url,
-            events: to_json(&new.events)?,
-            secret: new.secret.map(|secret| secret.as_bytes().to_vec()),
-            previous_secret: None,
-            previous_secret_until: None,
-            max_attempts: new.max_attempts,
-            timeout: i64::try_from(new.timeout.as_micros()).unwrap_or(i64::MAX),
-            disabled: false,
-            disabled_reason: None,
-            created_at: at.0,
-            updated_at: at.0,
-        };
-        webhook_endpoint::Entity::insert(row.clone().into_active_model())
-            .exec_without_returning(&self.inner.write)
-            .await?;
-        row.try_into()
+        let new = &new;
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let row = webhook_endpoint::Model {
+                id: new.id.as_str().to_owned(),
+                owner: new.owner.as_str().to_owned(),
+                url: new.url.clone(),
+                events: to_json(&new.events)?,
+                secret: new.secret.as_ref().map(|secret| secret.as_bytes().to_vec()),
+                previous_secret: None,
+                previous_secret_until: None,
+                max_attempts: new.max_attempts,
+                timeout: i64::try_from(new.timeout.as_micros()).unwrap_or(i64::MAX),
+                disabled: false,
+                disabled_reason: None,
+                created_at: at.0,
+                updated_at: at.0,
+            };
+            webhook_endpoint::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
+            commit(tx, row.try_into()?)
+        })
+        .await
     }
 
     /// Endpoints, newest first, those after `after` in that order, at most `limit`.
@@ -185,51 +183,45 @@ impl Store {
         scope: &Scope,
         change: EndpointChange,
     ) -> Result<Option<EndpointRecord>, StoreError> {
-        again(|| self.update_endpoint_once(id, scope, change.clone())).await
-    }
-
-    async fn update_endpoint_once(
-        &self,
-        id: &WebhookEndpointId,
-        scope: &Scope,
-        change: EndpointChange,
-    ) -> Result<Option<EndpointRecord>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(None) };
-        if let Some(url) = change.url {
-            row.url = url;
-            // Also for deliveries being sent: their next attempts go to the new URL.
-            unsettled(id)
-                .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
-                .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
-                .exec(&tx)
-                .await?;
-        }
-        if let Some((disabled, reason)) = change.disabled {
-            if disabled != row.disabled {
-                let due = if disabled { NEVER } else { at.0 };
+        let change = &change;
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(mut row) = lock(&tx, id, scope).await? else { return roll_back(None) };
+            if let Some(url) = &change.url {
+                row.url.clone_from(url);
+                // Also for deliveries being sent: their next attempts go to the new URL.
                 unsettled(id)
-                    .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due))
-                    .col_expr(webhook_delivery::Column::ScheduledAt, Expr::val(at.0))
-                    .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+                    .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
+                    .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
                     .exec(&tx)
                     .await?;
             }
-            row.disabled = disabled;
-            row.disabled_reason = reason.filter(|_| disabled);
-        }
-        if let Some(events) = change.events {
-            row.events = to_json(&events)?;
-        }
-        row.max_attempts = change.max_attempts.unwrap_or(row.max_attempts);
-        if let Some(timeout) = change.timeout {
-            row.timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
-        }
-        row.updated_at = at.0;
-        let row = row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(Some(row.try_into()?))
+            if let Some((disabled, reason)) = &change.disabled {
+                let disabled = *disabled;
+                if disabled != row.disabled {
+                    let due = if disabled { NEVER } else { at.0 };
+                    unsettled(id)
+                        .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due))
+                        .col_expr(webhook_delivery::Column::ScheduledAt, Expr::val(at.0))
+                        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+                        .exec(&tx)
+                        .await?;
+                }
+                row.disabled = disabled;
+                row.disabled_reason = reason.clone().filter(|_| disabled);
+            }
+            if let Some(events) = change.events {
+                row.events = to_json(&events)?;
+            }
+            row.max_attempts = change.max_attempts.unwrap_or(row.max_attempts);
+            if let Some(timeout) = change.timeout {
+                row.timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
+            }
+            row.updated_at = at.0;
+            let row = row.into_active_model().reset_all().update(&tx).await?;
+            commit(tx, Some(row.try_into()?))
+        })
+        .await
     }
 
     /// Gives an endpoint a new secret; the previous one also signs for `overlap`. `None` if there is no such endpoint.
@@ -243,26 +235,17 @@ impl Store {
         secret: &SealedSecret,
         overlap: Duration,
     ) -> Result<Option<EndpointRecord>, StoreError> {
-        again(|| self.rotate_secret_once(id, scope, secret, overlap)).await
-    }
-
-    async fn rotate_secret_once(
-        &self,
-        id: &WebhookEndpointId,
-        scope: &Scope,
-        secret: &SealedSecret,
-        overlap: Duration,
-    ) -> Result<Option<EndpointRecord>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(mut row) = lock(&tx, id, scope).await? else { return Ok(None) };
-        let previous = row.secret.replace(secret.as_bytes().to_vec()).filter(|_| !overlap.is_zero());
-        row.previous_secret_until = previous.is_some().then(|| at.plus(overlap).0);
-        row.previous_secret = previous;
-        row.updated_at = at.0;
-        let row = row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(Some(row.try_into()?))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(mut row) = lock(&tx, id, scope).await? else { return roll_back(None) };
+            let previous = row.secret.replace(secret.as_bytes().to_vec()).filter(|_| !overlap.is_zero());
+            row.previous_secret_until = previous.is_some().then(|| at.plus(overlap).0);
+            row.previous_secret = previous;
+            row.updated_at = at.0;
+            let row = row.into_active_model().reset_all().update(&tx).await?;
+            commit(tx, Some(row.try_into()?))
+        })
+        .await
     }
 
     /// Deletes an endpoint that nothing waits for.
@@ -270,31 +253,29 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
-        again(|| self.delete_endpoint_once(id, scope)).await
-    }
-
-    async fn delete_endpoint_once(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
-        let tx = self.begin().await?;
-        if lock(&tx, id, scope).await?.is_none() {
-            return Ok(DeletedEndpoint::NotFound);
-        }
-        let unfinished = BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
-        let batches = batch::Entity::find()
-            .filter(batch::Column::Status.is_in(unfinished))
-            .filter(batch::Column::WebhookEndpointId.eq(id.as_str()))
-            .count(&tx)
-            .await?;
-        let deliveries = webhook_delivery::Entity::find()
-            .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
-            .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
-            .count(&tx)
-            .await?;
-        if batches > 0 || deliveries > 0 {
-            return Ok(DeletedEndpoint::InUse { batches, deliveries });
-        }
-        webhook_endpoint::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
-        tx.commit().await?;
-        Ok(DeletedEndpoint::Deleted)
+        self.write(|tx| async move {
+            if lock(&tx, id, scope).await?.is_none() {
+                return roll_back(DeletedEndpoint::NotFound);
+            }
+            let unfinished =
+                BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
+            let batches = batch::Entity::find()
+                .filter(batch::Column::Status.is_in(unfinished))
+                .filter(batch::Column::WebhookEndpointId.eq(id.as_str()))
+                .count(&tx)
+                .await?;
+            let deliveries = webhook_delivery::Entity::find()
+                .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
+                .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
+                .count(&tx)
+                .await?;
+            if batches > 0 || deliveries > 0 {
+                return roll_back(DeletedEndpoint::InUse { batches, deliveries });
+            }
+            webhook_endpoint::Entity::delete_by_id(id.as_str()).exec(&tx).await?;
+            commit(tx, DeletedEndpoint::Deleted)
+        })
+        .await
     }
 
     /// Creates a test event for an endpoint and claims it for the caller, who sends and settles it like any other.
@@ -307,28 +288,21 @@ impl Store {
         id: &WebhookEndpointId,
         scope: &Scope,
     ) -> Result<Option<ClaimedDelivery>, StoreError> {
-        again(|| self.begin_test_once(id, scope)).await
-    }
-
-    async fn begin_test_once(
-        &self,
-        id: &WebhookEndpointId,
-        scope: &Scope,
-    ) -> Result<Option<ClaimedDelivery>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let Some(endpoint) = lock(&tx, id, scope).await? else { return Ok(None) };
-        let mut row = new_delivery(WebhookEvent::Test, test_payload(at), at);
-        super::address(&mut row, &endpoint);
-        row.owner.clone_from(&endpoint.owner);
-        row.max_attempts = 1;
-        row.next_attempt_at = at.0.saturating_add(LEASE_MARGIN_MICROS);
-        webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
-        let lease = Uuid::new_v4().simple().to_string();
-        let endpoints = [(endpoint.id.clone(), endpoint)].into();
-        let claimed = take(&tx, vec![row.into()], &endpoints, &lease, at).await?.pop();
-        tx.commit().await?;
-        Ok(claimed)
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(endpoint) = lock(&tx, id, scope).await? else { return roll_back(None) };
+            let mut row = new_delivery(WebhookEvent::Test, test_payload(at), at);
+            super::address(&mut row, &endpoint);
+            row.owner.clone_from(&endpoint.owner);
+            row.max_attempts = 1;
+            row.next_attempt_at = at.0.saturating_add(LEASE_MARGIN_MICROS);
+            webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
+            let lease = Uuid::new_v4().simple().to_string();
+            let endpoints = [(endpoint.id.clone(), endpoint)].into();
+            let claimed = take(&tx, vec![row.into()], &endpoints, &lease, at).await?.pop();
+            commit(tx, claimed)
+        })
+        .await
     }
 }
 

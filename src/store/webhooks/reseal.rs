@@ -13,9 +13,9 @@ use crate::{
     },
     store::{
         Store, StoreError,
-        again::again,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
+        write::{commit, roll_back},
     },
 };
 
@@ -69,7 +69,7 @@ impl Store {
             if current.is_none() && previous.is_none() {
                 continue;
             }
-            if again(|| self.replace_secrets(&id, &row, &current, &previous)).await? {
+            if self.replace_secrets(&id, &row, &current, &previous).await? {
                 changed += 1;
             }
         }
@@ -84,16 +84,17 @@ impl Store {
         current: &Option<Vec<u8>>,
         previous: &Option<Vec<u8>>,
     ) -> Result<bool, StoreError> {
-        let tx = self.begin().await?;
-        let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return Ok(false) };
-        if (&row.secret, &row.previous_secret) != (&seen.secret, &seen.previous_secret) {
-            return Ok(false);
-        }
-        row.secret = current.clone().or(row.secret);
-        row.previous_secret = previous.clone().or(row.previous_secret);
-        row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(true)
+        self.write(|tx| async move {
+            let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return roll_back(false) };
+            if (&row.secret, &row.previous_secret) != (&seen.secret, &seen.previous_secret) {
+                return roll_back(false);
+            }
+            row.secret = current.clone().or(row.secret);
+            row.previous_secret = previous.clone().or(row.previous_secret);
+            row.into_active_model().reset_all().update(&tx).await?;
+            commit(tx, true)
+        })
+        .await
     }
 
     async fn reseal_batches(
@@ -125,24 +126,25 @@ impl Store {
             if anew.is_empty() {
                 continue;
             }
-            changed += again(|| self.replace_batch_webhooks(&anew)).await?;
+            changed += self.replace_batch_webhooks(&anew).await?;
         }
     }
 
     async fn replace_batch_webhooks(&self, anew: &[(String, String, String)]) -> Result<u64, StoreError> {
-        let mut changed = 0;
-        let tx = self.begin().await?;
-        for (id, before, now) in anew {
-            let updated = batch::Entity::update_many()
-                .col_expr(batch::Column::Webhook, Expr::val(now))
-                .filter(batch::Column::Id.eq(id))
-                .filter(batch::Column::Webhook.eq(before))
-                .exec(&tx)
-                .await?;
-            changed += updated.rows_affected;
-        }
-        tx.commit().await?;
-        Ok(changed)
+        self.write(|tx| async move {
+            let mut changed = 0;
+            for (id, before, now) in anew {
+                let updated = batch::Entity::update_many()
+                    .col_expr(batch::Column::Webhook, Expr::val(now))
+                    .filter(batch::Column::Id.eq(id))
+                    .filter(batch::Column::Webhook.eq(before))
+                    .exec(&tx)
+                    .await?;
+                changed += updated.rows_affected;
+            }
+            commit(tx, changed)
+        })
+        .await
     }
 
     async fn reseal_deliveries(
@@ -177,23 +179,24 @@ impl Store {
             if anew.is_empty() {
                 continue;
             }
-            changed += again(|| self.replace_delivery_secrets(&anew)).await?;
+            changed += self.replace_delivery_secrets(&anew).await?;
         }
     }
 
     async fn replace_delivery_secrets(&self, anew: &[(String, Vec<u8>, SealedSecret)]) -> Result<u64, StoreError> {
-        let mut changed = 0;
-        let tx = self.begin().await?;
-        for (id, before, now) in anew {
-            let updated = webhook_delivery::Entity::update_many()
-                .col_expr(webhook_delivery::Column::Secret, Expr::val(now.as_bytes().to_vec()))
-                .filter(webhook_delivery::Column::Id.eq(id))
-                .filter(webhook_delivery::Column::Secret.eq(before.clone()))
-                .exec(&tx)
-                .await?;
-            changed += updated.rows_affected;
-        }
-        tx.commit().await?;
-        Ok(changed)
+        self.write(|tx| async move {
+            let mut changed = 0;
+            for (id, before, now) in anew {
+                let updated = webhook_delivery::Entity::update_many()
+                    .col_expr(webhook_delivery::Column::Secret, Expr::val(now.as_bytes().to_vec()))
+                    .filter(webhook_delivery::Column::Id.eq(id))
+                    .filter(webhook_delivery::Column::Secret.eq(before.clone()))
+                    .exec(&tx)
+                    .await?;
+                changed += updated.rows_affected;
+            }
+            commit(tx, changed)
+        })
+        .await
     }
 }

@@ -17,12 +17,12 @@ use crate::{
     domain::{DeadLetterId, Owner, RetryJobId, Scope, Timestamp},
     store::{
         Store, StoreError,
-        again::again,
         convert::{self, to_json},
         entity::{webhook_attempt, webhook_dead_letter, webhook_retry_job},
         now,
         pages::readable_page,
         scoped::within,
+        write::{commit, roll_back},
     },
 };
 
@@ -97,36 +97,34 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn create_retry_job(&self, owner: &Owner, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
-        again(|| self.create_retry_job_once(owner, filter.clone())).await
-    }
-
-    async fn create_retry_job_once(&self, owner: &Owner, filter: DeadLetterFilter) -> Result<RetryJob, StoreError> {
         let filter = DeadLetterFilter { delivered: Some(false), ..filter };
         let matched = self.count_dead_letters(&filter).await?;
         let newest = self.dead_letters(&filter, None, 1).await?.pop();
-        let at = now(&self.inner.write).await?;
         let done = newest.is_none();
         let state = if done { RetryJobState::Done } else { RetryJobState::Running };
-        let row = webhook_retry_job::Model {
-            id: RetryJobId::generate().into_string(),
-            owner: owner.as_str().to_owned(),
-            filter: to_json(&filter)?,
-            state: state.as_str().to_owned(),
-            position: String::new(),
-            last: newest.map_or(String::new(), |newest| newest.id.into_string()),
-            matched,
-            succeeded: 0,
-            failed: 0,
-            skipped: 0,
-            lease_token: None,
-            lease_expires_at: None,
-            created_at: at.0,
-            finished_at: done.then_some(at.0),
-        };
-        webhook_retry_job::Entity::insert(row.clone().into_active_model())
-            .exec_without_returning(&self.inner.write)
-            .await?;
-        row.try_into()
+        let (filter, last) = (&to_json(&filter)?, &newest.map_or(String::new(), |newest| newest.id.into_string()));
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let row = webhook_retry_job::Model {
+                id: RetryJobId::generate().into_string(),
+                owner: owner.as_str().to_owned(),
+                filter: filter.clone(),
+                state: state.as_str().to_owned(),
+                position: String::new(),
+                last: last.clone(),
+                matched,
+                succeeded: 0,
+                failed: 0,
+                skipped: 0,
+                lease_token: None,
+                lease_expires_at: None,
+                created_at: at.0,
+                finished_at: done.then_some(at.0),
+            };
+            webhook_retry_job::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
+            commit(tx, row.try_into()?)
+        })
+        .await
     }
 
     /// One job.
@@ -161,17 +159,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn cancel_retry_job(&self, id: &RetryJobId, scope: &Scope) -> Result<Option<RetryJob>, StoreError> {
-        again(|| self.cancel_retry_job_once(id, scope)).await
-    }
-
-    async fn cancel_retry_job_once(&self, id: &RetryJobId, scope: &Scope) -> Result<Option<RetryJob>, StoreError> {
-        let at = now(&self.inner.write).await?;
-        let stop = webhook_retry_job::Entity::update_many()
-            .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Cancelled.as_str()))
-            .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
-            .filter(webhook_retry_job::Column::Id.eq(id.as_str()))
-            .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()));
-        within(stop, webhook_retry_job::Column::Owner, scope).exec(&self.inner.write).await?;
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let stop = webhook_retry_job::Entity::update_many()
+                .col_expr(webhook_retry_job::Column::State, Expr::val(RetryJobState::Cancelled.as_str()))
+                .col_expr(webhook_retry_job::Column::FinishedAt, Expr::val(at.0))
+                .filter(webhook_retry_job::Column::Id.eq(id.as_str()))
+                .filter(webhook_retry_job::Column::State.eq(RetryJobState::Running.as_str()));
+            within(stop, webhook_retry_job::Column::Owner, scope).exec(&tx).await?;
+            commit(tx, ())
+        })
+        .await?;
         self.retry_job(id, scope).await
     }
 
@@ -180,10 +178,6 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn claim_retry_job(&self, lease: Duration, but: &[Owner]) -> Result<Option<ClaimedJob>, StoreError> {
-        again(|| self.claim_retry_job_once(lease, but)).await
-    }
-
-    async fn claim_retry_job_once(&self, lease: Duration, but: &[Owner]) -> Result<Option<ClaimedJob>, StoreError> {
         // One that ends later than a whole lease from now was taken before the database's clock was set back.
         let free = |at: Timestamp| {
             Condition::any()
@@ -204,17 +198,21 @@ impl Store {
         if open(at).one(self.read()).await?.is_none() {
             return Ok(None);
         }
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let found = open(at).lock_with_behavior(LockType::Update, LockBehavior::SkipLocked).one(&tx).await?;
-        let Some(mut row) = found else { return Ok(None) };
-        let token = Uuid::new_v4().simple().to_string();
-        row.lease_token = Some(token.clone());
-        row.lease_expires_at = Some(at.plus(lease).0);
-        let row = row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        let (position, last) = (DeadLetterId::from_text(&row.position), DeadLetterId::from_text(&row.last));
-        Ok(Some(ClaimedJob { job: row.try_into()?, position, last, lease: token }))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let found = open(at).lock_with_behavior(LockType::Update, LockBehavior::SkipLocked).one(&tx).await?;
+            let Some(mut row) = found else { return roll_back(None) };
+            let token = Uuid::new_v4().simple().to_string();
+            row.lease_token = Some(token.clone());
+            row.lease_expires_at = Some(at.plus(lease).0);
+            let row = row.into_active_model().reset_all().update(&tx).await?;
+            let (position, last) = (DeadLetterId::from_text(&row.position), DeadLetterId::from_text(&row.last));
+            // One that can't be read is leased all the same, so that it is not the first again at once.
+            let job = RetryJob::try_from(row).map(|job| ClaimedJob { job, position, last, lease: token });
+            commit(tx, Some(job))
+        })
+        .await?
+        .transpose()
     }
 
     /// The next dead letters of a job, oldest first, at most `limit`.
@@ -247,44 +245,35 @@ impl Store {
         done: bool,
         lease: Duration,
     ) -> Result<bool, StoreError> {
-        again(|| self.advance_retry_job_once(of, skipped, done, lease)).await
-    }
-
-    async fn advance_retry_job_once(
-        &self,
-        of: &ClaimedJob,
-        skipped: i64,
-        done: bool,
-        lease: Duration,
-    ) -> Result<bool, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let found = webhook_retry_job::Entity::find_by_id(of.job.id.as_str())
-            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
-            .lock_exclusive()
-            .one(&tx)
-            .await?;
-        let Some(mut row) = found else { return Ok(false) };
-        // Counted from the attempts, so that what a crash interrupted is neither lost nor counted twice.
-        let ended = |outcomes: Vec<&str>| {
-            webhook_attempt::Entity::find()
-                .filter(webhook_attempt::Column::RequestId.eq(of.job.id.as_str()))
-                .filter(webhook_attempt::Column::Outcome.is_in(outcomes))
-        };
-        let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-        row.succeeded = count(ended(vec![outcome::SUCCEEDED]).count(&tx).await?);
-        row.failed = count(ended(vec![outcome::FAILED, outcome::UNKNOWN]).count(&tx).await?);
-        row.skipped += skipped;
-        of.position.as_str().clone_into(&mut row.position);
-        row.lease_expires_at = Some(at.plus(lease).0);
-        let running = row.state == RetryJobState::Running.as_str();
-        if running && done {
-            RetryJobState::Done.as_str().clone_into(&mut row.state);
-            row.finished_at = Some(at.0);
-        }
-        row.into_active_model().reset_all().update(&tx).await?;
-        tx.commit().await?;
-        Ok(running)
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let found = webhook_retry_job::Entity::find_by_id(of.job.id.as_str())
+                .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
+                .lock_exclusive()
+                .one(&tx)
+                .await?;
+            let Some(mut row) = found else { return roll_back(false) };
+            // Counted from the attempts, so that what a crash interrupted is neither lost nor counted twice.
+            let ended = |outcomes: Vec<&str>| {
+                webhook_attempt::Entity::find()
+                    .filter(webhook_attempt::Column::RequestId.eq(of.job.id.as_str()))
+                    .filter(webhook_attempt::Column::Outcome.is_in(outcomes))
+            };
+            let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+            row.succeeded = count(ended(vec![outcome::SUCCEEDED]).count(&tx).await?);
+            row.failed = count(ended(vec![outcome::FAILED, outcome::UNKNOWN]).count(&tx).await?);
+            row.skipped += skipped;
+            of.position.as_str().clone_into(&mut row.position);
+            row.lease_expires_at = Some(at.plus(lease).0);
+            let running = row.state == RetryJobState::Running.as_str();
+            if running && done {
+                RetryJobState::Done.as_str().clone_into(&mut row.state);
+                row.finished_at = Some(at.0);
+            }
+            row.into_active_model().reset_all().update(&tx).await?;
+            commit(tx, running)
+        })
+        .await
     }
 
     /// Releases a job for other nodes.
@@ -292,18 +281,17 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn release_retry_job(&self, of: &ClaimedJob) -> Result<(), StoreError> {
-        again(|| self.release_retry_job_once(of)).await
-    }
-
-    async fn release_retry_job_once(&self, of: &ClaimedJob) -> Result<(), StoreError> {
-        webhook_retry_job::Entity::update_many()
-            .col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(Option::<String>::None))
-            .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
-            .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
-            .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
-            .exec(&self.inner.write)
-            .await?;
-        Ok(())
+        self.write(|tx| async move {
+            webhook_retry_job::Entity::update_many()
+                .col_expr(webhook_retry_job::Column::LeaseToken, Expr::val(Option::<String>::None))
+                .col_expr(webhook_retry_job::Column::LeaseExpiresAt, Expr::val(Option::<i64>::None))
+                .filter(webhook_retry_job::Column::Id.eq(of.job.id.as_str()))
+                .filter(webhook_retry_job::Column::LeaseToken.eq(&of.lease))
+                .exec(&tx)
+                .await?;
+            commit(tx, ())
+        })
+        .await
     }
 }
 

@@ -17,7 +17,6 @@ use super::{
     groups::{self, Answer, Mine},
     is, outcome,
 };
-use crate::store::again::again;
 use crate::{
     domain::{
         DeliveryId, Timestamp,
@@ -28,6 +27,7 @@ use crate::{
         convert::readable,
         entity::{webhook_attempt, webhook_delivery},
         now,
+        write::{commit, roll_back},
     },
 };
 
@@ -108,14 +108,6 @@ impl Store {
     /// # Errors
     /// [`StoreError`]. Nothing is written then; the same call again is right.
     pub async fn turn_deliveries(&self, settlements: &[Settlement], shares: &[ClaimShare]) -> Result<Turn, StoreError> {
-        again(|| self.turn_deliveries_once(settlements, shares)).await
-    }
-
-    async fn turn_deliveries_once(
-        &self,
-        settlements: &[Settlement],
-        shares: &[ClaimShare],
-    ) -> Result<Turn, StoreError> {
         if settlements.is_empty() && shares.is_empty() {
             return Ok(Turn::default());
         }
@@ -133,13 +125,13 @@ impl Store {
         shares: &[ClaimShare],
         answer: Answer,
     ) -> Result<Option<Turn>, StoreError> {
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        // A dropped transaction is rolled back.
-        let Some(settled) = settle_all(&tx, settlements, at, answer).await? else { return Ok(None) };
-        let claimed = if shares.is_empty() { Vec::new() } else { claim(&tx, shares, at).await? };
-        tx.commit().await?;
-        Ok(Some(Turn { settled, claimed }))
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let Some(settled) = settle_all(&tx, settlements, at, answer).await? else { return roll_back(None) };
+            let claimed = if shares.is_empty() { Vec::new() } else { claim(&tx, shares, at).await? };
+            commit(tx, Some(Turn { settled, claimed }))
+        })
+        .await
     }
 
     /// Ends the leases of senders that are gone, and progress that nobody wants any more. `all`: every lease, not only those
@@ -149,9 +141,9 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn reap_deliveries(&self, all: bool, wait: impl Fn(i32) -> Duration) -> Result<Reaped, StoreError> {
-        let mut reaped = Reaped { expired: again(|| self.expire_progress()).await?, ..Reaped::default() };
+        let mut reaped = Reaped { expired: self.expire_progress().await?, ..Reaped::default() };
         loop {
-            let (some, last) = again(|| self.reap_some_deliveries(all, &wait)).await?;
+            let (some, last) = self.reap_some_deliveries(all, &wait).await?;
             reaped.pending += some.pending;
             reaped.dead += some.dead;
             if last {
@@ -166,46 +158,47 @@ impl Store {
         all: bool,
         wait: &impl Fn(i32) -> Duration,
     ) -> Result<(Reaped, bool), StoreError> {
-        let mut reaped = Reaped::default();
-        let tx = self.begin().await?;
-        let at = now(&tx).await?;
-        let mut find = webhook_delivery::Entity::find()
-            .filter(is(DeliveryState::Leased))
-            .order_by_asc(webhook_delivery::Column::LeaseExpiresAt)
-            .limit(REAPED_AT_ONCE)
-            .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
-        if !all {
-            find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
-        }
-        let rows = find.all(&tx).await?;
-        let last = (rows.len() as u64) < REAPED_AT_ONCE;
-        for row in rows {
-            if readable("webhook delivery", &row.id, delivery_of(&row)).is_none() {
-                // Else it would be among the first of every round.
-                let until = at.0.saturating_add(UNREADABLE_MICROS);
-                webhook_delivery::Entity::update_many()
-                    .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(until))
-                    .filter(webhook_delivery::Column::Id.eq(&row.id))
-                    .exec(&tx)
-                    .await?;
-                continue;
+        self.write(|tx| async move {
+            let mut reaped = Reaped::default();
+            let at = now(&tx).await?;
+            let mut find = webhook_delivery::Entity::find()
+                .filter(is(DeliveryState::Leased))
+                .order_by_asc(webhook_delivery::Column::LeaseExpiresAt)
+                .limit(REAPED_AT_ONCE)
+                .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
+            if !all {
+                find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
             }
-            let attempts = row.attempts;
-            match reap(&tx, row, wait(attempts), at).await? {
-                DeliveryState::Pending => reaped.pending += 1,
-                DeliveryState::Dead => reaped.dead += 1,
-                DeliveryState::Leased | DeliveryState::Delivered | DeliveryState::Cancelled => {}
+            let rows = find.all(&tx).await?;
+            let last = (rows.len() as u64) < REAPED_AT_ONCE;
+            for row in rows {
+                if readable("webhook delivery", &row.id, delivery_of(&row)).is_none() {
+                    // Else it would be among the first of every round.
+                    let until = at.0.saturating_add(UNREADABLE_MICROS);
+                    webhook_delivery::Entity::update_many()
+                        .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(until))
+                        .filter(webhook_delivery::Column::Id.eq(&row.id))
+                        .exec(&tx)
+                        .await?;
+                    continue;
+                }
+                let attempts = row.attempts;
+                match reap(&tx, row, wait(attempts), at).await? {
+                    DeliveryState::Pending => reaped.pending += 1,
+                    DeliveryState::Dead => reaped.dead += 1,
+                    DeliveryState::Leased | DeliveryState::Delivered | DeliveryState::Cancelled => {}
+                }
             }
-        }
-        dead_letters::reap(&tx, all, at).await?;
-        tx.commit().await?;
-        Ok((reaped, last))
+            dead_letters::reap(&tx, all, at).await?;
+            commit(tx, (reaped, last))
+        })
+        .await
     }
 
     async fn expire_progress(&self) -> Result<u64, StoreError> {
         let at = now(self.read()).await?;
         // Of these there is an index of its own.
-        let old = Condition::all()
+        let old = &Condition::all()
             .add(is(DeliveryState::Pending))
             .add(webhook_delivery::Column::ExpiresAt.lte(at.0))
             .add(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()));
@@ -221,13 +214,16 @@ impl Store {
         if any.is_none() {
             return Ok(0);
         }
-        let expired = webhook_delivery::Entity::update_many()
-            .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
-            .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
-            .filter(old)
-            .exec(&self.inner.write)
-            .await?;
-        Ok(expired.rows_affected)
+        self.write(|tx| async move {
+            let expired = webhook_delivery::Entity::update_many()
+                .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
+                .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
+                .filter(old.clone())
+                .exec(&tx)
+                .await?;
+            commit(tx, expired.rows_affected)
+        })
+        .await
     }
 }
 
