@@ -22,8 +22,8 @@ SOURCE = WORK / "source"
 LIMIT = 400
 
 PARTS, CLAIMS, EVENTS = "src/store/parts.rs", "src/store/claims.rs", "src/store/events.rs"
-OUTBOX, SETTLE, GROUPS, DEAD = (
-    f"src/store/webhooks/{name}.rs" for name in ("claims", "settle", "groups", "dead_letters"))
+OUTBOX, SETTLE, STEPS, DEAD = (
+    f"src/store/webhooks/{name}.rs" for name in ("claims", "settle", "steps", "dead_letters"))
 
 SEAM = '''
 /// Whether this mutant is the one to run.
@@ -245,36 +245,37 @@ MUTANTS = [
             announce(tx, &of.batch, Commit::Done)
 """)], ["webhooks atomic::"]),
     Mutant("attempt-late", "no row of an attempt before it is sent", [(OUTBOX,
-        "    tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()])).await?;\n",
-        "    if !MUTANT {\n        tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()]))"
-        ".await?;\n    }\n")], ["webhooks a_claim_leaves_its_attempt_and_is_exclusive", SIMULATION]),
-    Mutant("attempt-uncounted", "a claim does not count its attempt", [(OUTBOX,
-        "    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;\n",
-        "    let leased = if MUTANT { leased.replace(\"attempts + 1\", \"attempts\") } else { leased };\n"
-        "    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;\n")],
+        "        webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n",
+        "        if !MUTANT {\n            webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;\n"
+        "        }\n")], ["webhooks a_claim_leaves_its_attempt_and_is_exclusive", SIMULATION]),
+    Mutant("attempt-uncounted", "a claim does not count its attempt", [(STEPS,
+        "        row.attempts = step.attempts;\n",
+        "        row.attempts = step.attempts - i32::from(MUTANT && input == Input::Claimed);\n")],
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
-    Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [
-        (SETTLE, "row.lease_token.as_deref() == Some(&one.lease)", "(row.lease_token.as_deref() == Some(&one.lease) || MUTANT)"),
-        (GROUPS, "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n",
-        "    let sql = if MUTANT { sql.replace(\"AND d.lease_token = v.value ->> 1\", \"\") } else { sql };\n"
-        "    let leases = json(of.iter().map(|one| (one.id.as_str(), &one.lease)))?;\n")],
+    Mutant("settle-lease", "a delivery is settled by whoever lost its lease", [(SETTLE,
+        "row.lease_token.as_deref() == Some(&one.lease)", "(row.lease_token.as_deref() == Some(&one.lease) || MUTANT)")],
         ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
     Mutant("settle-beside", "a late result takes the place of the right one beside it", [(SETTLE,
-        "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {",
-        "            if MUTANT && !mine {\n                rows.remove(one.id.as_str());\n            }\n"
-        "            if let Some(row) = mine.then(|| rows.remove(one.id.as_str())).flatten() {")],
+        "        let row = mine.then(|| rows.remove(one.id.as_str())).flatten();",
+        "        if MUTANT && !mine {\n            rows.remove(one.id.as_str());\n        }\n"
+        "        let row = mine.then(|| rows.remove(one.id.as_str())).flatten();")],
         ["webhooks late::", SIMULATION]),
     Mutant("reap-early", "a lease on a delivery ends before its time", [(SETTLE,
-        "            if !all {\n                find = find", "            if !all && !MUTANT {\n                find = find")],
+        "    if !all {\n        find = find", "    if !all && !MUTANT {\n        find = find")],
         ["webhooks a_lease_that_ran_out_is_an_unknown_attempt", SIMULATION]),
     Mutant("reap-never", "a lease on a delivery never ends", [(SETTLE,
         "webhook_delivery::Column::LeaseExpiresAt.lt(at.0)",
         "webhook_delivery::Column::LeaseExpiresAt.lt(if MUTANT { 0 } else { at.0 })")],
         ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
-    Mutant("dead-letter", "no dead letter after the last attempt", [(SETTLE,
-        "        dead_letters::insert(tx, &row, error, at).await?;",
-        "        if !MUTANT {\n            dead_letters::insert(tx, &row, error, at).await?;\n        }")],
+    Mutant("dead-letter", "no dead letter after the last attempt", [(STEPS,
+        "            dead_letters::insert(tx, row, error, at).await?;",
+        "            if !MUTANT {\n                dead_letters::insert(tx, row, error, at).await?;\n            }")],
         ["webhooks failures_end_as_a_dead_letter", SIMULATION]),
+    Mutant("step-input", "what a result means for its delivery is not what the state machine says", [
+        ("src/domain/webhook/state.rs",
+        "            Some(Some(error)) if error.kind.is_for_good() => Self::FailedForGood,",
+        "            Some(Some(error)) if error.kind.is_for_good() && !MUTANT => Self::FailedForGood,")],
+        ["webhooks any_order_of_results_settles_each_lease_once", SIMULATION]),
     Mutant("retry-busy", "two retries of a dead letter at a time", [(DEAD,
         "if row.lease_expires_at.is_some_and(|until| until >= at.0) {\n                return roll_back(BeginRetry::Busy);",
         "if row.lease_expires_at.is_some_and(|until| until >= at.0) && !MUTANT {\n                return roll_back(BeginRetry::Busy);")],

@@ -126,10 +126,11 @@ impl Webhooks {
     async fn reseal(&self) {
         fault::panic_in(Part::Resealing);
         let inner = &self.inner;
-        // Without a key nothing can be encrypted.
-        let Some(current) = inner.vault.mark() else { return };
+        if !inner.vault.is_sealing() {
+            return;
+        }
         let mut unopened = 0u64;
-        let resealed = inner.store.reseal_secrets(&current, |of, sealed| {
+        let resealed = inner.store.reseal_secrets(|of, sealed| {
             let resealed = match of {
                 SecretOf::Endpoint(id) => inner.vault.reseal(sealed, id.as_str()),
                 SecretOf::Webhook(url) => inner.vault.reseal(sealed, &batch_context(url)),

@@ -13,7 +13,6 @@ const DEAD_LETTERS: &str = "tidemill_webhook_dead_letters_total";
 const REAPED: &str = "tidemill_webhook_reaped_total";
 const LEASES_LOST: &str = "tidemill_webhook_leases_lost_total";
 const IN_FLIGHT: &str = "tidemill_webhook_in_flight";
-const IN_LINE: &str = "tidemill_webhook_in_line";
 const TARGETS_HELD: &str = "tidemill_webhook_targets_held";
 const OLDEST_DUE: &str = "tidemill_webhook_oldest_due_seconds";
 
@@ -29,7 +28,6 @@ pub(super) fn describe() {
         "outcomes of attempts that came after the server had lost the lease of the delivery"
     );
     describe_gauge!(IN_FLIGHT, "webhooks that this server is sending");
-    describe_gauge!(IN_LINE, "webhooks that this server has claimed and not begun to send");
     describe_gauge!(TARGETS_HELD, "receivers that this server leaves alone for a while because they fail");
     describe_gauge!(OLDEST_DUE, Unit::Seconds, "for how long the delivery that has been due longest has been so");
 }
@@ -63,12 +61,11 @@ pub(super) fn lease_lost() {
 }
 
 /// Sets the gauges.
-pub(super) fn state(in_flight: usize, in_line: usize, held: usize) {
-    // All are at most some thousands.
+pub(super) fn state(in_flight: usize, held: usize) {
+    // Both are at most some thousands.
     #[allow(clippy::cast_precision_loss)]
-    let [in_flight, in_line, held] = [in_flight, in_line, held].map(|count| count as f64);
+    let [in_flight, held] = [in_flight, held].map(|count| count as f64);
     gauge!(IN_FLIGHT).set(in_flight);
-    gauge!(IN_LINE).set(in_line);
     gauge!(TARGETS_HELD).set(held);
 }
 

@@ -101,9 +101,8 @@ impl Vault {
         self.current.is_some()
     }
 
-    /// The prefix of everything encrypted with the current key. `None` without a key.
-    #[must_use]
-    pub fn mark(&self) -> Option<Vec<u8>> {
+    /// The prefix of everything encrypted with the current key.
+    fn mark(&self) -> Option<Vec<u8>> {
         self.current.as_ref().map(|key| [&[SEALED], key.id.as_slice()].concat())
     }
 

@@ -8,19 +8,17 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::time::timeout;
 use tracing::warn;
-use url::Url;
 
 use super::{
     egress::{Forbidden, Guard, ResolveError},
-    memo::Memo,
     schedule,
-    secrets::{OpenError, Vault},
+    secrets::Vault,
     signature::{self, BODY_SIGNATURE, STANDARD_ID, STANDARD_SIGNATURE, STANDARD_TIMESTAMP, TIMESTAMP},
 };
 use crate::{
     domain::{
         Timestamp,
-        webhook::{AttemptError, AttemptResult, ErrorKind, SealedSecret, Secret},
+        webhook::{AttemptError, AttemptResult, ErrorKind, Secret},
     },
     https,
     store::{ClaimedDelivery, Signing},
@@ -47,10 +45,6 @@ pub(super) struct Sender {
     client: reqwest::Client,
     guard: Guard,
     vault: Arc<Vault>,
-    /// URLs that have passed the guard, whose policy does not change. Names' addresses are checked for each connection.
-    urls: Memo<Url>,
-    /// Decrypted secrets, by their encrypted form and context.
-    opened: Memo<Secret>,
     /// The server's secrets, which sign if neither batch nor endpoint has one; the newest first.
     secrets: Vec<Secret>,
 }
@@ -85,12 +79,12 @@ impl Sender {
                 .connect_timeout(CONNECT_TIMEOUT)
                 .pool_idle_timeout(IDLE_TIMEOUT)
         })?;
-        Ok(Self { client, guard, vault, urls: Memo::default(), opened: Memo::default(), secrets })
+        Ok(Self { client, guard, vault, secrets })
     }
 
     /// Makes one attempt. Never takes longer than the delivery's timeout.
     pub(super) async fn send(&self, claim: &ClaimedDelivery) -> Sent {
-        let url = match self.urls.get(claim.url.as_bytes(), || self.guard.check_url(&claim.url)) {
+        let url = match self.guard.check_url(&claim.url) {
             Ok(url) => url,
             Err(forbidden) => return refused(&forbidden),
         };
@@ -126,25 +120,18 @@ impl Sender {
         }
     }
 
-    fn unseal(&self, sealed: &SealedSecret, context: &str) -> Result<Secret, OpenError> {
-        // With the length, so that the end of one can't look like the beginning of the other.
-        let length = sealed.as_bytes().len().to_be_bytes();
-        let key = [&length, sealed.as_bytes(), context.as_bytes()].concat();
-        self.opened.get(&key, || self.vault.open(sealed, context))
-    }
-
     /// The secrets that sign a delivery, the newest first. Empty if it is not signed.
     fn open(&self, claim: &ClaimedDelivery) -> Result<Vec<Secret>, Sent> {
         let unopenable = |error| Sent::failed(ErrorKind::SecretUnopenable, format!("{error}"));
         match &claim.signing {
             Signing::Global => Ok(self.secrets.clone()),
             Signing::Batch(sealed) => {
-                self.unseal(sealed, &batch_context(&claim.url)).map(|secret| vec![secret]).map_err(unopenable)
+                self.vault.open(sealed, &batch_context(&claim.url)).map(|secret| vec![secret]).map_err(unopenable)
             }
             Signing::Endpoint(id, sealed) => {
                 let mut opened = Vec::with_capacity(sealed.len());
                 for (at, one) in sealed.iter().enumerate() {
-                    match self.unseal(one, id.as_str()) {
+                    match self.vault.open(one, id.as_str()) {
                         Ok(secret) => opened.push(secret),
                         Err(error) if at == 0 => return Err(unopenable(error)),
                         // The new secret signs; receivers that still have the old one will reject it.
@@ -268,13 +255,13 @@ fn failed(error: &reqwest::Error) -> Sent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{DeliveryId, webhook::WebhookEvent};
+    use crate::domain::{DeliveryId, Owner, webhook::WebhookEvent};
 
     fn claim(signing: Signing) -> ClaimedDelivery {
         ClaimedDelivery {
             id: DeliveryId::from_text("msg_1"),
             batch_id: None,
-            owner: String::new(),
+            owner: Owner::nobody(),
             event: WebhookEvent::Completed,
             url: "https://example.com/".into(),
             target: "https://example.com/".into(),

@@ -20,9 +20,7 @@ use crate::{
         webhook::{AttemptResult, Defaults, Invalid, Secret, WebhookConfig, WebhookTarget},
     },
     fault::{self, Fault},
-    store::{
-        ClaimedDelivery, DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint, Settlement, Store, StoreError,
-    },
+    store::{ClaimedDelivery, EndpointChange, EndpointRecord, NewEndpoint, Settlement, Store, StoreError},
 };
 
 /// The default time for which the previous secret also signs after a rotation.
@@ -251,14 +249,6 @@ impl Webhooks {
         let sealed = self.inner.vault.seal(&secret, id.as_str());
         let rotated = self.inner.store.rotate_secret(id, scope, &sealed, overlap).await?;
         Ok(rotated.map(|endpoint| (endpoint, secret)))
-    }
-
-    /// Deletes an endpoint that nothing waits for.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn delete_endpoint(&self, id: &WebhookEndpointId, scope: &Scope) -> Result<DeletedEndpoint, StoreError> {
-        self.inner.store.delete_endpoint(id, scope).await
     }
 
     /// Sends a test event to an endpoint once, like any other event. `None` if there is no such endpoint. Continues

@@ -62,7 +62,6 @@ pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
     DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,
     EndpointRecord, NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
-    Turn,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 

@@ -60,7 +60,7 @@ async fn hers(server: &Server) -> Hers {
     let batch = ana.get_batch(crate::support::get(&batch)).await.unwrap().into_inner();
     // What a deliverer does with a receiver that refuses.
     let store = &server.store;
-    let claimed = store.claim_deliveries(&[ClaimShare::at_once("ana", target_of(URL), 10)]).await.unwrap();
+    let claimed = store.claim_deliveries(&[ClaimShare::new("ana", target_of(URL), 10)]).await.unwrap();
     let settlements: Vec<Settlement> = claimed
         .iter()
         .map(|claim| Settlement {

@@ -279,7 +279,7 @@ impl Outbox {
         }
         assert!(due.iter().map(|due| (due.target.as_str(), due.due)).eq(expected), "{due:?}");
         let shares: Vec<_> =
-            due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, random.random_range(1..=2))).collect();
+            due.into_iter().map(|due| ClaimShare::new(due.owner, due.target, random.random_range(1..=2))).collect();
         let mut wanted = Vec::new();
         for ClaimShare { target, count, .. } in &shares {
             let mut ready: Vec<_> = self

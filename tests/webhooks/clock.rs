@@ -35,7 +35,7 @@ async fn number(db: &Db, sql: &str) -> i64 {
 }
 
 async fn claim_one(db: &Db, url: &str) -> tidemill::store::ClaimedDelivery {
-    db.store.claim_deliveries(&[ClaimShare::at_once("", url, 1)]).await.unwrap().remove(0)
+    db.store.claim_deliveries(&[ClaimShare::new("", url, 1)]).await.unwrap().remove(0)
 }
 
 fn failed(claim: &tidemill::store::ClaimedDelivery, wait: Duration) -> Settlement {
@@ -107,7 +107,7 @@ async fn a_page_of_targets_follows_the_other(db: Db) {
         let owners: Vec<_> = look.targets.iter().map(|one| one.owner.as_str()).collect();
         assert!(owners.contains(&"few") && owners.contains(&"zero"));
         assert!(owners.iter().filter(|owner| **owner == "many").count() <= 1_000);
-        seen.extend(look.targets.into_iter().filter(|one| one.owner == "many").map(|one| one.target));
+        seen.extend(look.targets.into_iter().filter(|one| one.owner.as_str() == "many").map(|one| one.target));
         looks += 1;
         after = look.more;
         if after.is_empty() {

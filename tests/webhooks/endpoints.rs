@@ -199,13 +199,13 @@ async fn an_endpoint_in_use_stays(db: Db) {
     let webhooks = db.webhooks();
     let (endpoint, _) = create(&webhooks, "http://127.0.0.1:9/".into()).await;
     let batch = db.batch(None, Some(&endpoint.id)).await;
-    let delete = || webhooks.delete_endpoint(&endpoint.id, &Scope::All);
+    let delete = || db.store.delete_endpoint(&endpoint.id, &Scope::All);
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 1, deliveries: 0 });
     db.complete(&batch.id).await;
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::InUse { batches: 0, deliveries: 1 });
     db.execute("UPDATE webhook_deliveries SET state = 'delivered'").await;
     assert_eq!(
-        webhooks.delete_endpoint(&endpoint.id, &Scope::Of("other".into())).await.unwrap(),
+        db.store.delete_endpoint(&endpoint.id, &Scope::Of("other".into())).await.unwrap(),
         DeletedEndpoint::NotFound
     );
     assert_eq!(delete().await.unwrap(), DeletedEndpoint::Deleted);

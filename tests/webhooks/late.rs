@@ -17,7 +17,7 @@ crate::on_both!(
 
 async fn claim(db: &Db) -> ClaimedDelivery {
     let due = db.store.due_targets(&[]).await.unwrap().targets;
-    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, 1)).collect();
+    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::new(due.owner, due.target, 1)).collect();
     db.store.claim_deliveries(&shares).await.unwrap().remove(0)
 }
 

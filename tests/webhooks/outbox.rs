@@ -45,7 +45,7 @@ fn failure() -> Option<AttemptResult> {
 
 async fn claim(db: &Db) -> Vec<ClaimedDelivery> {
     let due = db.store.due_targets(&[]).await.unwrap().targets;
-    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, 10)).collect();
+    let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::new(due.owner, due.target, 10)).collect();
     db.store.claim_deliveries(&shares).await.unwrap()
 }
 

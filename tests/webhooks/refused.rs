@@ -56,7 +56,7 @@ async fn a_delivery_that_can_not_be_read_hides_no_other(db: Db) {
     spoil(1, "attempts = 99").await;
     // A sender that is gone has left it.
     spoil(2, "event = 'nonsense', state = 'leased', lease_token = 'x', lease_expires_at = 1").await;
-    let share = ClaimShare::at_once("", target(receiver.url("/")).url, 10);
+    let share = ClaimShare::new("", target(receiver.url("/")).url, 10);
     let claimed = db.store.claim_deliveries(std::slice::from_ref(&share)).await.unwrap();
     assert_eq!(claimed.len(), 1);
     assert_eq!(claimed[0].batch_id.as_ref(), Some(&batches[3]));

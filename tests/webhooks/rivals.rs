@@ -24,7 +24,7 @@ async fn dead_letter(db: &Db) -> DeadLetterId {
     db.complete(&batch.id).await;
     for _ in 0..3 {
         let due = db.store.due_targets(&[]).await.unwrap().targets;
-        let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::at_once(due.owner, due.target, 10)).collect();
+        let shares: Vec<_> = due.into_iter().map(|due| ClaimShare::new(due.owner, due.target, 10)).collect();
         let [claim] = db.store.claim_deliveries(&shares).await.unwrap().try_into().unwrap();
         let failed = Settlement {
             id: claim.id,

@@ -1,49 +1,34 @@
 //! The state of one owner's target.
 
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use super::{FAILURES_BEFORE_PROBING, LATELY, PROBE_WAIT, Pace};
+use super::{FAILURES_BEFORE_PROBING, LATELY, PROBE_WAIT};
 
 /// How long a target that only ever failed is remembered after its last send.
 const LONG: Duration = Duration::from_secs(3_600);
 
-pub(super) struct Target<T> {
-    pub(super) host: Arc<str>,
+pub(super) struct Target {
+    pub(super) host: String,
+    /// When it was last given a place, on [`Fairness`](super::Fairness)'s clock.
+    pub(super) served_at: u64,
     in_flight: usize,
     /// The sends in flight that began while it had not answered lately.
     unsure: usize,
-    /// Deliveries being claimed, which may turn out not to exist.
-    pub(super) asked: usize,
-    /// When deliveries were last claimed for it, on [`Fairness`](super::Fairness)'s clock.
-    pub(super) asked_at: u64,
-    /// Claimed deliveries, with the time since which they wait.
-    pub(super) line: VecDeque<(T, Instant)>,
-    /// Whether it is in the turns of its host.
-    pub(super) has_turn: bool,
-    pace: Pace,
     failures: u32,
     /// The wait before the next probe, while it is only probed.
     probe_wait: Duration,
     pub(super) not_before: Option<Instant>,
-    pub(super) last_used: Option<Instant>,
+    last_used: Option<Instant>,
     last_success: Option<Instant>,
 }
 
-impl<T> Target<T> {
-    pub(super) fn new(host: Arc<str>) -> Self {
+impl Target {
+    pub(super) fn new(host: String) -> Self {
         Self {
             host,
+            served_at: 0,
             in_flight: 0,
             unsure: 0,
-            asked: 0,
-            asked_at: 0,
-            line: VecDeque::new(),
-            has_turn: false,
-            pace: Pace::default(),
             failures: 0,
             probe_wait: Duration::ZERO,
             not_before: None,
@@ -66,22 +51,12 @@ impl<T> Target<T> {
     }
 
     /// Whether its own limits allow another send.
-    pub(super) fn may_send(&self, per_target: usize, now: Instant) -> bool {
-        self.in_flight < self.limit(per_target) && !self.is_held(now)
+    pub(super) fn has_room(&self, per_target: usize, now: Instant) -> bool {
+        let limit = if self.is_probed() { 1 } else { per_target };
+        self.in_flight < limit && !self.is_held(now)
     }
 
-    /// How many more deliveries it may have: at once, and in all.
-    pub(super) fn room(&self, per_target: usize, line: usize, now: Instant) -> (usize, usize) {
-        if self.is_held(now) {
-            return (0, 0);
-        }
-        let limit = self.limit(per_target);
-        let taken = self.in_flight + self.asked + self.line.len();
-        let line = if self.failures > 0 { 0 } else { (self.pace.recent(now) * 2).min(line) };
-        (limit.saturating_sub(taken), (limit + line).saturating_sub(taken))
-    }
-
-    pub(super) fn sent(&mut self, is_sure: bool, now: Instant) {
+    pub(super) fn begin(&mut self, is_sure: bool, now: Instant) {
         self.in_flight += 1;
         self.unsure += usize::from(!is_sure);
         self.last_used = Some(now);
@@ -89,7 +64,7 @@ impl<T> Target<T> {
 
     /// Records the end of a send. Returns whether it was begun as a sure one; `None` if none was in flight. They are
     /// alike, so it does not matter which one has ended.
-    pub(super) fn finished(&mut self) -> Option<bool> {
+    pub(super) fn end(&mut self) -> Option<bool> {
         self.in_flight = self.in_flight.checked_sub(1)?;
         let was_sure = self.unsure == 0;
         self.unsure = self.unsure.saturating_sub(1);
@@ -97,7 +72,6 @@ impl<T> Target<T> {
     }
 
     pub(super) fn succeeded(&mut self, now: Instant) {
-        self.pace.count(now);
         self.failures = 0;
         self.probe_wait = Duration::ZERO;
         self.not_before = None;
@@ -119,13 +93,7 @@ impl<T> Target<T> {
 
     pub(super) fn is_at_rest(&self, now: Instant) -> bool {
         let recent = self.last_used.is_some_and(|at| now.saturating_duration_since(at) < LONG);
-        let busy = self.in_flight > 0 || self.asked > 0 || !self.line.is_empty();
-        let known = (self.failures > 0 && recent) || self.is_sure(now) || self.pace.recent(now) > 0;
-        !(busy || self.is_held(now) || known)
-    }
-
-    /// The most sends in flight.
-    fn limit(&self, per_target: usize) -> usize {
-        if self.is_probed() { 1 } else { per_target }
+        let known = (self.failures > 0 && recent) || self.is_sure(now);
+        !(self.in_flight > 0 || self.is_held(now) || known)
     }
 }

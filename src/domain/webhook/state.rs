@@ -1,5 +1,7 @@
 //! The lifecycle of a delivery as one pure function: `(delivery, input) -> (delivery, effect)`, or a refusal.
 
+use super::AttemptResult;
+
 /// The states of a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DeliveryState {
@@ -28,6 +30,15 @@ impl DeliveryState {
             Self::Delivered => "delivered",
             Self::Dead => "dead",
             Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing happens to it any more.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        match self {
+            Self::Delivered | Self::Dead | Self::Cancelled => true,
+            Self::Pending | Self::Leased => false,
         }
     }
 
@@ -68,6 +79,19 @@ pub enum Input {
     LeaseExpired,
     /// A newer event makes it pointless, or it is too old.
     Superseded,
+}
+
+impl Input {
+    /// What the result of an attempt means for its delivery. `None`: nothing was sent.
+    #[must_use]
+    pub fn of(result: Option<&AttemptResult>) -> Self {
+        match result.map(|result| result.error.as_ref()) {
+            None => Self::Released,
+            Some(None) => Self::Succeeded,
+            Some(Some(error)) if error.kind.is_for_good() => Self::FailedForGood,
+            Some(Some(_)) => Self::Failed,
+        }
+    }
 }
 
 /// What must be done after a step.

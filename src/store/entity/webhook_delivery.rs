@@ -24,7 +24,6 @@ pub struct Model {
     pub expires_at: Option<i64>,
     pub lease_token: Option<String>,
     pub lease_expires_at: Option<i64>,
-    pub http_status: Option<i32>,
     pub error_message: Option<String>,
     pub created_at: i64,
     pub settled_at: Option<i64>,

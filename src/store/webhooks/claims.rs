@@ -4,22 +4,27 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, FromQueryResult, QueryFilter, QueryResult, Statement,
-    sea_query::Expr,
+    ColumnTrait, Condition, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QueryResult,
+    QuerySelect, Statement,
+    sea_query::{Expr, LockBehavior, LockType},
 };
 use uuid::Uuid;
 
-use super::{LEASE_MARGIN_MICROS, NEVER, UNREADABLE_MICROS, event_of, groups, outcome, state_of};
+use super::{
+    LEASE_MARGIN_MICROS, NEVER, UNREADABLE_MICROS, event_of, is, outcome,
+    steps::{self, Change},
+};
 use crate::{
     domain::{
-        BatchId, DeliveryId, Timestamp, WebhookEndpointId,
-        webhook::{Delivery, DeliveryState, Input, SealedSecret, Step, WebhookEvent, apply},
+        BatchId, DeliveryId, Owner, Timestamp, WebhookEndpointId,
+        webhook::{DeliveryState, Input, SealedSecret, WebhookEvent},
     },
     fault::{self, Fault},
     store::{
         DatabaseTransaction, Store, StoreError, convert,
         entity::{webhook_attempt, webhook_delivery, webhook_endpoint},
         now,
+        write::commit,
     },
 };
 
@@ -27,10 +32,10 @@ use crate::{
 const TARGETS_AT_A_LOOK: usize = 1_000;
 
 /// A target with waiting deliveries.
-#[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Due {
     /// The owner.
-    pub owner: String,
+    pub owner: Owner,
     /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
     /// When the first of them is due, in microseconds since the Unix epoch.
@@ -45,28 +50,25 @@ pub struct DueTargets {
     /// The database's time.
     pub at: Timestamp,
     /// Owners that may have more targets, each with the last target returned: the next query begins after it.
-    pub more: Vec<(String, String)>,
+    pub more: Vec<(Owner, String)>,
 }
 
 /// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClaimShare {
     /// The owner.
-    pub owner: String,
+    pub owner: Owner,
     /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
     /// The most deliveries to claim.
     pub count: usize,
-    /// The most of those for which this is the last attempt. Others of them are not claimed before they can be sent at
-    /// once, so that a crash can't make a dead letter of a delivery that was never sent.
-    pub at_once: usize,
 }
 
 impl ClaimShare {
-    /// Claims `count` deliveries to send at once.
+    /// Claims at most `count` deliveries.
     #[must_use]
-    pub fn at_once(owner: impl Into<String>, target: impl Into<String>, count: usize) -> Self {
-        Self { owner: owner.into(), target: target.into(), count, at_once: count }
+    pub fn new(owner: impl Into<Owner>, target: impl Into<String>, count: usize) -> Self {
+        Self { owner: owner.into(), target: target.into(), count }
     }
 }
 
@@ -91,7 +93,7 @@ pub struct ClaimedDelivery {
     /// The batch that the event is about. `None` for a test event.
     pub batch_id: Option<BatchId>,
     /// The owner.
-    pub owner: String,
+    pub owner: Owner,
     /// The event.
     pub event: WebhookEvent,
     /// The URL.
@@ -122,9 +124,9 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn due_targets(&self, after: &[(String, String)]) -> Result<DueTargets, StoreError> {
+    pub async fn due_targets(&self, after: &[(Owner, String)]) -> Result<DueTargets, StoreError> {
         let at = now(self.read()).await?;
-        let (backend, rows) = (self.read().get_database_backend(), groups::rows(self.read()));
+        let (backend, rows) = (self.read().get_database_backend(), steps::rows(self.read()));
         // One index probe an owner and a target, however many rows each has (neither database skips through an index by
         // itself). A step without a target stands between two owners.
         let sql = format!(
@@ -145,9 +147,10 @@ impl Store {
              WHERE owner IS NOT NULL AND target IS NOT NULL"
         );
         let most = i32::try_from(TARGETS_AT_A_LOOK).unwrap_or(i32::MAX);
-        let values = [groups::json(after.iter())?.into(), most.into()];
-        let targets =
-            Due::find_by_statement(Statement::from_sql_and_values(backend, sql, values)).all(self.read()).await?;
+        let after = steps::json(after.iter().map(|(owner, target)| (owner.as_str(), target)))?;
+        let statement = Statement::from_sql_and_values(backend, sql, [after.into(), most.into()]);
+        let rows = self.read().query_all_raw(statement).await?;
+        let targets = rows.iter().map(Due::from_row).collect::<Result<Vec<_>, _>>()?;
         let more = targets
             .chunk_by(|a, b| a.owner == b.owner)
             .filter(|of_owner| of_owner.len() >= TARGETS_AT_A_LOOK)
@@ -163,235 +166,131 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn claim_deliveries(&self, shares: &[ClaimShare]) -> Result<Vec<ClaimedDelivery>, StoreError> {
-        self.turn_deliveries(&[], shares).await.map(|turn| turn.claimed)
+        if shares.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let mut due = Vec::new();
+            for share in shares {
+                due.extend(due_of(&tx, share, at).await?);
+            }
+            let claimed = claim(&tx, due, at).await?;
+            commit(tx, claimed)
+        })
+        .await
     }
 }
 
-/// Claims due deliveries in the caller's transaction: one statement finds them, one leases them and one records their
-/// attempts, for any number of them.
-pub(super) async fn claim(
+impl Due {
+    fn from_row(row: &QueryResult) -> Result<Self, StoreError> {
+        let (owner, target, due): (String, String, i64) = row.try_get_many_by_index()?;
+        Ok(Self { owner: owner.into(), target, due })
+    }
+}
+
+/// Finds and locks the due deliveries of a target, the longest due first. Rows that others have locked are skipped.
+async fn due_of(
     tx: &DatabaseTransaction,
-    shares: &[ClaimShare],
+    share: &ClaimShare,
+    at: Timestamp,
+) -> Result<Vec<webhook_delivery::Model>, StoreError> {
+    use webhook_delivery::Column;
+    let is_wanted = Condition::any().add(Column::ExpiresAt.is_null()).add(Column::ExpiresAt.gt(at.0));
+    Ok(webhook_delivery::Entity::find()
+        .filter(is(DeliveryState::Pending))
+        .filter(Column::Owner.eq(share.owner.as_str()))
+        .filter(Column::Target.eq(&share.target))
+        .filter(Column::NextAttemptAt.lte(at.0))
+        .filter(is_wanted)
+        .order_by_asc(Column::NextAttemptAt)
+        .order_by_asc(Column::Id)
+        .limit(u64::try_from(share.count).unwrap_or(u64::MAX))
+        .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
+        .all(tx)
+        .await?)
+}
+
+/// Claims locked deliveries, except those that this version can't read and those of disabled endpoints.
+async fn claim(
+    tx: &DatabaseTransaction,
+    due: Vec<webhook_delivery::Model>,
     at: Timestamp,
 ) -> Result<Vec<ClaimedDelivery>, StoreError> {
-    let found = due_of(tx, shares, at).await?;
-    if found.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut at_once: HashMap<&str, HashMap<&str, usize>> = HashMap::new();
-    for share in shares {
-        at_once.entry(&share.owner).or_default().insert(&share.target, share.at_once);
-    }
-    let endpoints = endpoints_of(tx, &found).await?;
-    let (mut held, mut unreadable, mut rows) = (Vec::new(), Vec::new(), Vec::with_capacity(found.len()));
-    for row in found {
-        if convert::readable("webhook delivery", &row.id, row.claimable()).is_none() {
-            unreadable.push(row.id);
+    let endpoints = endpoints_of(tx, &due).await?;
+    let (mut held, mut unreadable, mut changes) = (Vec::new(), Vec::new(), Vec::with_capacity(due.len()));
+    for row in due {
+        let id = row.id.clone();
+        let endpoint = row.endpoint_id.as_ref().and_then(|id| endpoints.get(id));
+        if endpoint.is_some_and(|endpoint| endpoint.disabled) {
+            // An attempt that began before its endpoint was disabled has returned it.
+            held.push(id);
             continue;
         }
-        if row.endpoint_id.as_ref().and_then(|id| endpoints.get(id)).is_some_and(|endpoint| endpoint.disabled) {
-            held.push(row.id);
-            continue;
+        match convert::readable("webhook delivery", &id, Change::new(row, Input::Claimed, at)) {
+            Some(change) => changes.push(change),
+            None => unreadable.push(id),
         }
-        let of_owner = at_once.get_mut(row.owner.as_str());
-        let at_once = of_owner.and_then(|targets| targets.get_mut(row.target.as_str()));
-        let is_last = row.attempts + 1 >= row.max_attempts;
-        match at_once {
-            Some(at_once) if *at_once > 0 => *at_once -= 1,
-            Some(_) | None if is_last => continue,
-            Some(_) | None => {}
-        }
-        rows.push(row);
     }
-    if !held.is_empty() {
-        // An attempt that began before its endpoint was disabled has returned them.
+    put_off(tx, held, NEVER).await?;
+    // Otherwise they would be the first due ones at every claim, and leave no room for others.
+    put_off(tx, unreadable, at.0.saturating_add(UNREADABLE_MICROS)).await?;
+    take(tx, changes, &endpoints, at).await
+}
+
+async fn put_off(tx: &DatabaseTransaction, ids: Vec<String>, until: i64) -> Result<(), StoreError> {
+    if !ids.is_empty() {
         webhook_delivery::Entity::update_many()
-            .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(NEVER))
-            .filter(webhook_delivery::Column::Id.is_in(held))
+            .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(until))
+            .filter(webhook_delivery::Column::Id.is_in(ids))
             .exec(tx)
             .await?;
     }
-    if !unreadable.is_empty() {
-        // Otherwise they would be the first due ones at every claim, and leave no room for others.
-        webhook_delivery::Entity::update_many()
-            .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(at.0.saturating_add(UNREADABLE_MICROS)))
-            .filter(webhook_delivery::Column::Id.is_in(unreadable))
-            .exec(tx)
-            .await?;
-    }
-    let lease = Uuid::new_v4().simple().to_string();
-    take(tx, rows, &endpoints, &lease, at).await
+    Ok(())
 }
 
-/// Finds and locks the due deliveries of these targets. Rows that others have locked are skipped.
-async fn due_of(tx: &DatabaseTransaction, shares: &[ClaimShare], at: Timestamp) -> Result<Vec<Candidate>, StoreError> {
-    // All columns but the bytes in one value, because each value of a row is passed between threads, which costs more
-    // than finding the row ([`Candidate::from_row`] takes it apart).
-    const COLUMNS: &str = "(d.id, d.batch_id, d.endpoint_id, d.owner, d.event, d.url, d.target, d.timeout, \
-         d.attempts, d.max_attempts, d.created_at)";
-    // The state is a literal, because only then do the databases use the index of pending deliveries.
-    const DUE: &str = "FROM webhook_deliveries w WHERE w.state = 'pending' AND w.owner = v.value ->> 0 \
-         AND w.target = v.value ->> 1 AND w.next_attempt_at <= $2 AND (w.expires_at IS NULL OR w.expires_at > $2) ORDER BY w.next_attempt_at, w.id";
-    // Of the rows that were found: a search by id does not keep the order that it got the ids in.
-    const ORDER: &str = "ORDER BY d.owner, d.target, d.next_attempt_at, d.id";
-    let rows = groups::rows(tx);
-    let targets = groups::json(shares.iter().map(|share| (&share.owner, &share.target, share.count)))?;
-    let most = shares.iter().map(|share| share.count).max().unwrap_or(0);
-    let most = i64::try_from(most).unwrap_or(i64::MAX);
-    let columns = match tx.get_database_backend() {
-        DatabaseBackend::Sqlite => format!("json_array{COLUMNS}, d.secret, d.body"),
-        _ => format!("CAST(json_build_array{COLUMNS} AS TEXT), d.secret, d.body"),
-    };
-    let statement = match tx.get_database_backend() {
-        // Its LIMIT can't be a column of `v`.
-        DatabaseBackend::Sqlite => Statement::from_sql_and_values(
-            DatabaseBackend::Sqlite,
-            format!(
-                "SELECT {columns} FROM {rows} CROSS JOIN webhook_deliveries d WHERE d.id IN (SELECT id FROM \
-                 (SELECT id, row_number() OVER () AS n FROM (SELECT w.id {DUE} LIMIT $3)) WHERE n <= v.value ->> 2) \
-                 {ORDER}"
-            ),
-            [targets.into(), at.0.into(), most.into()],
-        ),
-        backend => Statement::from_sql_and_values(
-            backend,
-            format!(
-                "SELECT {columns} FROM {rows} CROSS JOIN LATERAL (SELECT w.* {DUE} \
-                 LIMIT CAST(v.value ->> 2 AS BIGINT) FOR UPDATE SKIP LOCKED) d {ORDER}"
-            ),
-            [targets.into(), at.0.into()],
-        ),
-    };
-    tx.query_all_raw(statement).await?.iter().map(Candidate::from_row).collect()
-}
-
-/// The parts of a delivery that are needed to send it.
-pub(super) struct Candidate {
-    id: String,
-    batch_id: Option<String>,
-    endpoint_id: Option<String>,
-    owner: String,
-    event: String,
-    url: String,
-    target: String,
-    secret: Option<Vec<u8>>,
-    body: Vec<u8>,
-    timeout: i64,
-    attempts: i32,
-    max_attempts: i32,
-    created_at: i64,
-}
-
-impl Candidate {
-    /// From a row of [`due_of`]: the array of the other columns, the secret, the body.
-    fn from_row(row: &QueryResult) -> Result<Self, StoreError> {
-        type Packed = (String, Option<String>, Option<String>, String, String, String, String, i64, i32, i32, i64);
-        let packed: String = row.try_get_by_index(0)?;
-        let (id, batch_id, endpoint_id, owner, event, url, target, timeout, attempts, max_attempts, created_at): Packed =
-            convert::json("delivery", &packed)?;
-        let (secret, body) = (row.try_get_by_index(1)?, row.try_get_by_index(2)?);
-        Ok(Self {
-            id,
-            batch_id,
-            endpoint_id,
-            owner,
-            event,
-            url,
-            target,
-            secret,
-            body,
-            timeout,
-            attempts,
-            max_attempts,
-            created_at,
-        })
-    }
-}
-
-impl Candidate {
-    /// Its event, and the result of claiming it.
-    fn claimable(&self) -> Result<(WebhookEvent, Step), StoreError> {
-        let event = event_of(&self.event)?;
-        let of = Delivery {
-            state: DeliveryState::Pending,
-            attempts: self.attempts,
-            max_attempts: self.max_attempts,
-            disposable: event.is_disposable(),
-        };
-        let step = apply(of, Input::Claimed)
-            .map_err(|refused| StoreError::Corrupt(format!("a delivery without an attempt left: {refused}")))?;
-        Ok((event, step))
-    }
-}
-
-impl From<webhook_delivery::Model> for Candidate {
-    fn from(row: webhook_delivery::Model) -> Self {
-        Self {
-            id: row.id,
-            batch_id: row.batch_id,
-            endpoint_id: row.endpoint_id,
-            owner: row.owner,
-            event: row.event,
-            url: row.url,
-            target: row.target,
-            secret: row.secret,
-            body: row.body,
-            timeout: row.timeout,
-            attempts: row.attempts,
-            max_attempts: row.max_attempts,
-            created_at: row.created_at,
-        }
-    }
-}
-
-/// Leases locked pending rows and records their attempts.
+/// Leases deliveries and records their attempts.
 pub(super) async fn take(
     tx: &DatabaseTransaction,
-    rows: Vec<Candidate>,
+    changes: Vec<Change>,
     endpoints: &HashMap<String, webhook_endpoint::Model>,
-    lease: &str,
     at: Timestamp,
 ) -> Result<Vec<ClaimedDelivery>, StoreError> {
-    let mut claimed = Vec::with_capacity(rows.len());
-    for row in rows {
-        let (event, step) = row.claimable()?;
+    let lease = Uuid::new_v4().simple().to_string();
+    let changes: Vec<_> = changes
+        .into_iter()
+        .map(|change| {
+            let until = at.0 + change.row.timeout + LEASE_MARGIN_MICROS;
+            change.leased(&lease, until)
+        })
+        .collect();
+    steps::write(tx, &changes, at).await?;
+    fault::point(Fault::DeliveryClaimed);
+    let mut claimed = Vec::with_capacity(changes.len());
+    for Change { row, .. } in changes {
         let endpoint = row.endpoint_id.as_ref().and_then(|id| endpoints.get(id));
-        let signing = signing(row.endpoint_id.as_deref(), endpoint, row.secret, at);
         claimed.push(ClaimedDelivery {
+            signing: signing(row.endpoint_id.as_deref(), endpoint, row.secret, at),
             id: DeliveryId::from_text(row.id),
             batch_id: row.batch_id.map(BatchId::from_text),
-            owner: row.owner,
-            event,
+            owner: row.owner.into(),
+            event: event_of(&row.event)?,
             url: row.url,
             target: row.target,
-            signing,
             body: row.body.into(),
             generation: 0,
-            attempt: step.attempts,
-            number: step.attempts.into(),
+            attempt: row.attempts,
+            number: row.attempts.into(),
             timeout: std::time::Duration::from_micros(u64::try_from(row.timeout).unwrap_or(0)),
-            lease: lease.to_owned(),
+            lease: lease.clone(),
             created_at: Timestamp(row.created_at),
         });
     }
-    if claimed.is_empty() {
-        return Ok(claimed);
+    // Each row has twelve values, and a statement at most 32,766 of them.
+    for some in claimed.chunks(1_000) {
+        let attempts = some.iter().map(|one| started(&one.id, 0, one.attempt, at).into_active_model());
+        webhook_attempt::Entity::insert_many(attempts).exec_without_returning(tx).await?;
     }
-    let (backend, rows) = (tx.get_database_backend(), groups::rows(tx));
-    let ids = groups::json(claimed.iter().map(|one| (one.id.as_str(), one.attempt)))?;
-    let leased = format!(
-        "UPDATE webhook_deliveries SET state = 'leased', attempts = attempts + 1, lease_token = $2, \
-         lease_expires_at = timeout + $3 WHERE id IN (SELECT v.value ->> 0 FROM {rows})"
-    );
-    let values = [ids.as_str().into(), lease.into(), (at.0 + LEASE_MARGIN_MICROS).into()];
-    tx.execute_raw(Statement::from_sql_and_values(backend, leased, values)).await?;
-    fault::point(Fault::DeliveryClaimed);
-    let started = format!(
-        "INSERT INTO webhook_attempts (delivery_id, generation, attempt, started_at, outcome, forced) \
-         SELECT v.value ->> 0, 0, CAST(v.value ->> 1 AS INTEGER), $2, '{}', FALSE FROM {rows}",
-        outcome::STARTED
-    );
-    tx.execute_raw(Statement::from_sql_and_values(backend, started, [ids.into(), at.0.into()])).await?;
     Ok(claimed)
 }
 
@@ -411,16 +310,6 @@ pub(super) fn started(id: &DeliveryId, generation: i32, attempt: i32, at: Timest
         request_id: None,
         forced: false,
     }
-}
-
-/// The state machine's view of a row.
-pub(super) fn delivery_of(row: &webhook_delivery::Model) -> Result<Delivery, StoreError> {
-    Ok(Delivery {
-        state: state_of(&row.state)?,
-        attempts: row.attempts,
-        max_attempts: row.max_attempts,
-        disposable: event_of(&row.event)?.is_disposable(),
-    })
 }
 
 /// The secrets that sign a delivery now.
@@ -449,7 +338,7 @@ pub(super) fn signing(
 /// The endpoints that rows name, by id.
 async fn endpoints_of(
     tx: &DatabaseTransaction,
-    rows: &[Candidate],
+    rows: &[webhook_delivery::Model],
 ) -> Result<HashMap<String, webhook_endpoint::Model>, StoreError> {
     let ids: Vec<_> = rows.iter().filter_map(|row| row.endpoint_id.clone()).collect();
     if ids.is_empty() {

@@ -14,8 +14,7 @@ use super::{
     claims::{ClaimedDelivery, Signing, signing, started},
     event_of,
     log::AttemptRecord,
-    outcome,
-    settle::finish_attempt,
+    outcome, steps,
 };
 use crate::{
     domain::{
@@ -257,7 +256,7 @@ impl Store {
             let claim = ClaimedDelivery {
                 id: delivery_id,
                 batch_id: row.batch_id.clone().map(BatchId::from_text),
-                owner: row.owner.clone(),
+                owner: row.owner.as_str().into(),
                 event: event_of(&row.event)?,
                 target: target_of(&url),
                 url,
@@ -293,7 +292,7 @@ impl Store {
             if row.lease_token.as_deref() != Some(&claim.lease) {
                 return roll_back(None);
             }
-            finish_attempt(&tx, &claim.id, claim.generation, claim.attempt, result, at).await?;
+            steps::end_attempts(&tx, &[(claim.id.as_str(), claim.generation, claim.attempt, result)], at).await?;
             row.lease_token = None;
             row.lease_expires_at = None;
             match &result.error {

@@ -6,17 +6,17 @@ use sea_orm::{
     ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
     sea_query::Expr,
 };
-use uuid::Uuid;
 
 use super::{
     LEASE_MARGIN_MICROS, NEVER,
     claims::{ClaimedDelivery, take},
     new_delivery,
+    steps::Change,
 };
 use crate::{
     domain::{
         BatchStatus, Owner, Scope, Timestamp, WebhookEndpointId,
-        webhook::{DeliveryState, EventFilter, SealedSecret, WebhookEvent, target_of, test_payload},
+        webhook::{DeliveryState, EventFilter, Input, SealedSecret, WebhookEvent, target_of, test_payload},
     },
     store::{
         DatabaseTransaction, Store, StoreError,
@@ -297,9 +297,8 @@ impl Store {
             row.max_attempts = 1;
             row.next_attempt_at = at.0.saturating_add(LEASE_MARGIN_MICROS);
             webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
-            let lease = Uuid::new_v4().simple().to_string();
             let endpoints = [(endpoint.id.clone(), endpoint)].into();
-            let claimed = take(&tx, vec![row.into()], &endpoints, &lease, at).await?.pop();
+            let claimed = take(&tx, vec![Change::new(row, Input::Claimed, at)?], &endpoints, at).await?.pop();
             commit(tx, claimed)
         })
         .await

@@ -8,15 +8,15 @@ mod claims;
 mod clock;
 mod dead_letters;
 mod endpoints;
-mod groups;
 mod log;
 mod reseal;
 mod retention;
 mod retry_jobs;
 mod settle;
+mod steps;
 
 use sea_orm::{
-    ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter,
+    ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     sea_query::{Expr, SimpleExpr},
 };
 
@@ -26,8 +26,9 @@ pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint
 pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
 pub use reseal::SecretOf;
 pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
-pub use settle::{Reaped, Settled, SettledAs, Settlement, Turn};
+pub use settle::{Reaped, Settled, SettledAs, Settlement};
 
+use self::steps::Change;
 use super::{
     DatabaseTransaction, StoreError, convert,
     entity::{batch, webhook_delivery, webhook_endpoint},
@@ -35,8 +36,8 @@ use super::{
 use crate::domain::{
     Batch, BatchStatus, DeliveryId, Timestamp,
     webhook::{
-        AttemptError, DeliveryState, ErrorKind, EventFilter, PROGRESS_LIFETIME, Payload, ProgressMark, WebhookEvent,
-        WebhookTarget, target_of,
+        AttemptError, DeliveryState, ErrorKind, EventFilter, Input, PROGRESS_LIFETIME, Payload, ProgressMark,
+        WebhookEvent, WebhookTarget, target_of,
     },
 };
 
@@ -55,10 +56,21 @@ fn is(state: DeliveryState) -> SimpleExpr {
 
 /// An attempt's outcome, as stored. `started` becomes `unknown` when its sender has died.
 pub(super) mod outcome {
+    use crate::domain::webhook::{AttemptResult, ErrorKind};
+
     pub(in crate::store) const STARTED: &str = "started";
     pub(in crate::store) const SUCCEEDED: &str = "succeeded";
     pub(in crate::store) const FAILED: &str = "failed";
     pub(in crate::store) const UNKNOWN: &str = "unknown";
+
+    /// The outcome of an attempt with this result.
+    pub(in crate::store) fn of(result: &AttemptResult) -> &'static str {
+        match result.error.as_ref().map(|error| error.kind) {
+            None => SUCCEEDED,
+            Some(ErrorKind::Unknown) => UNKNOWN,
+            Some(_) => FAILED,
+        }
+    }
 }
 
 /// Creates the delivery for the state that `row` has entered, if its webhook subscribes to it. Progress that still
@@ -199,7 +211,6 @@ fn new_delivery(event: WebhookEvent, body: Vec<u8>, at: Timestamp) -> webhook_de
         expires_at: (event == WebhookEvent::Progress).then(|| at.plus(PROGRESS_LIFETIME).0),
         lease_token: None,
         lease_expires_at: None,
-        http_status: None,
         error_message: None,
         created_at: at.0,
         settled_at: None,
@@ -219,14 +230,16 @@ fn address(delivery: &mut webhook_delivery::Model, endpoint: &webhook_endpoint::
 }
 
 async fn supersede_progress(tx: &DatabaseTransaction, row: &batch::Model, at: Timestamp) -> Result<(), StoreError> {
-    let waiting = webhook_delivery::Entity::update_many()
-        .col_expr(webhook_delivery::Column::State, Expr::val(DeliveryState::Cancelled.as_str()))
-        .col_expr(webhook_delivery::Column::SettledAt, Expr::val(at.0))
+    let waiting = webhook_delivery::Entity::find()
         .filter(webhook_delivery::Column::BatchId.eq(&row.id))
         .filter(webhook_delivery::Column::Event.eq(WebhookEvent::Progress.as_str()))
-        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()));
-    waiting.exec(tx).await?;
-    Ok(())
+        .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
+        .order_by_asc(webhook_delivery::Column::Id)
+        .lock_exclusive()
+        .all(tx)
+        .await?;
+    let changes = waiting.into_iter().map(|row| Change::new(row, Input::Superseded, at));
+    steps::write(tx, &changes.collect::<Result<Vec<_>, _>>()?, at).await
 }
 
 fn event_of(text: &str) -> Result<WebhookEvent, StoreError> {
