@@ -89,10 +89,8 @@ async fn create(channel: &Channel, batches: usize) {
         let mut client = BatchServiceClient::new(channel.clone());
         async move {
             for _ in (number..batches).step_by(CREATORS) {
-                let request = InlineRequest {
-                    custom_id: "a".into(),
-                    body: br#"{"model":"nobody-serves-it"}"#.to_vec().into(),
-                };
+                let request =
+                    InlineRequest { custom_id: "a".into(), body: br#"{"model":"nobody-serves-it"}"#.to_vec().into() };
                 let request = CreateBatchRequest {
                     endpoint: "/v1/chat/completions".into(),
                     input: Some(Input::InlineRequests(InlineRequests { requests: vec![request] })),
@@ -152,6 +150,7 @@ fn parent(process: &str) -> Option<String> {
 /// Seconds of CPU of a process and those that it has started and that still run.
 fn cpu_of_family(process: &str) -> f64 {
     let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let children = all.filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()) && parent(id).as_deref() == Some(process));
+    let children =
+        all.filter(|id| id.bytes().all(|byte| byte.is_ascii_digit()) && parent(id).as_deref() == Some(process));
     children.map(|id| cpu_seconds(&id)).sum::<f64>() + cpu_seconds(process)
 }
