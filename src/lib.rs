@@ -4,7 +4,8 @@
 //! The modules, each of which uses only those above it in this list (`tests/house.rs` checks that):
 //!
 //! - [`words`]: turns errors of libraries into messages for people.
-//! - [`domain`]: ids, owners and scopes, the batch lifecycle, request lines, counts. No IO, no async.
+//! - [`domain`]: ids, owners and scopes, the batch lifecycle, request lines, counts. No IO, no async, no clock, no
+//!   randomness: `ambient` reads the clock and makes new ids and secrets.
 //! - [`config`]: the one typed configuration: file, environment, flags.
 //! - [`telemetry`]: logs and metrics.
 //! - [`fault`]: points at which tests make the process die.
@@ -27,6 +28,7 @@
 //! - [`cli`]: the command line, a client of the same gRPC API.
 
 pub mod access;
+mod ambient;
 pub mod api;
 pub mod app;
 pub mod blobs;

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "house/cycles.rs"]
+mod cycles;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -31,6 +34,7 @@ const ROOMS: &[&[&str]] = &[
     &["config"],
     &["https", "supervise"],
     &["words"],
+    &["ambient"],
     &["domain"],
 ];
 /// Arrows that point up all the same, each with what would have to move.
@@ -175,6 +179,16 @@ fn the_domain_knows_no_io() {
     // Addresses of std::net are not IO.
     let io = ["tokio", "std::fs", "TcpStream", "TcpListener", "UdpSocket", "ToSocketAddrs"];
     let found = elsewhere(&io, |room, _| room != "domain");
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
+fn the_domain_reads_no_clock_and_draws_no_lots() {
+    // `std::time::Instant` as an argument is fine.
+    let found = elsewhere(
+        &["SystemTime", "Instant::now", "Timestamp::now", "generate", "rand", "uuid", "Uuid", "getrandom", "OsRng"],
+        |room, _| room != "domain",
+    );
     assert!(found.is_empty(), "{found:#?}");
 }
 

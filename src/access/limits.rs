@@ -11,8 +11,8 @@ use super::{
     LimitReached,
     pace::{LONGEST, Received},
     places::{Place, Uploads},
-    quota::{Account, Held, Kind, Quota},
-    refusal::{LATER, REFUSED},
+    quota::{Account, Held, Quota},
+    refusal::{Kind, LATER, REFUSED},
 };
 use crate::domain::Owner;
 

@@ -1,10 +1,10 @@
 //! How many calls of a kind one caller may have under way at a time.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 
-use super::{Caller, LimitReached, Peer};
+use super::{Caller, LimitReached, Peer, refusal::Kind};
 
 /// Who pays for a call: the token's name or, without tokens, the peer. An extension of every request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,19 +34,6 @@ pub(crate) struct Quota {
     most: u64,
     kind: Kind,
     used: Mutex<HashMap<Account, u64>>,
-}
-
-/// What is limited, in the words of the error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kind {
-    /// The error's stable reason, for programs.
-    pub reason: &'static str,
-    /// Such as "streams that watch batches".
-    pub what: &'static str,
-    /// What the caller can do.
-    pub advice: &'static str,
-    /// When to try again.
-    pub again: Duration,
 }
 
 impl Quota {
@@ -91,6 +78,8 @@ impl Drop for Held {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const KIND: Kind = Kind { reason: "TOO_MANY_X", what: "x", advice: "see --limit-x", again: Duration::from_secs(3) };

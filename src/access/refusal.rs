@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use super::quota::Kind;
-
 /// How long to wait before trying again what waits for others to end.
 pub(super) const LATER: Duration = Duration::from_secs(10);
 /// Counts refused calls, by reason.
@@ -21,6 +19,19 @@ pub enum Denied {
     /// The token's role does not allow it.
     #[error("this call needs a token with the role admin")]
     AdminOnly,
+}
+
+/// What is limited, in the words of the error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// The error's stable reason, for programs.
+    pub reason: &'static str,
+    /// Such as "streams that watch batches".
+    pub what: &'static str,
+    /// What the caller can do.
+    pub advice: &'static str,
+    /// When to try again.
+    pub again: Duration,
 }
 
 /// The caller has used up a limit.

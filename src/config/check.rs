@@ -58,7 +58,8 @@ impl ServeConfig {
         }
         refuse(
             "--roles",
-            "with SQLite there is only one node, which must have all roles: leave --roles out, or share a PostgreSQL database with other nodes by --database-url",
+            "with SQLite there is only one server, so it must have all roles. Leave --roles out, or use a PostgreSQL database that \
+             several servers can share (--database-url).",
         )
     }
 

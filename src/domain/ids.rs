@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use uuid::Uuid;
-
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
         $(#[$doc])*
@@ -11,11 +9,8 @@ macro_rules! text_id {
         pub struct $name(String);
 
         impl $name {
-            /// A new id. Ids made later sort after those made earlier (UUID version 7, RFC 9562).
-            #[must_use]
-            pub fn generate() -> Self {
-                Self(format!(concat!($prefix, "{}"), Uuid::now_v7().simple()))
-            }
+            /// The beginning of every id of this kind.
+            pub const PREFIX: &'static str = $prefix;
 
             /// An id from outside. Any text is accepted: an id that names nothing is simply not found.
             pub fn from_text(text: impl Into<String>) -> Self {

@@ -90,7 +90,7 @@ pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
             publish(&worker, in_flight, &mut prefix);
             // It may have been removed meanwhile.
             if worker.gone.is_cancelled() {
-                unpublish(&worker);
+                worker.unpublish();
             }
         }
     }
@@ -140,9 +140,4 @@ fn publish(worker: &Worker, in_flight: u32, prefix: &mut HitRate) {
     if let Some(rate) = hit_rate {
         show(HIT_RATE, rate);
     }
-}
-
-/// Removes the metrics of a worker.
-pub(super) fn unpublish(worker: &Worker) {
-    WORKERS.remove(&worker.url);
 }

@@ -13,142 +13,24 @@
 //! nothing else goes there until it is back. If all workers are busy, one of them is reserved: it gets nothing new
 //! until it is idle.
 
+mod desk;
 mod shares;
+mod want;
 
 use std::{
-    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
-    hash::BuildHasher,
     sync::Arc,
 };
 
 use smallvec::SmallVec;
 
 use super::names;
-use crate::domain::{Priority, Timestamp, Weight};
+use desk::{Desk, Trial};
 use shares::Shares;
-
-/// Identifies a worker on this node, for as long as this process knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkerKey(pub u32);
-
-/// The owner of work: a hash of the owner's name, because the board does not need the name, and its weight.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tenant {
-    name: u64,
-    weight: Weight,
-}
-
-impl Tenant {
-    /// The tenant of that name, with weight 1.
-    #[must_use]
-    pub fn named(owner: &str) -> Self {
-        Self { name: foldhash::quality::FixedState::default().hash_one(owner), weight: Weight::default() }
-    }
-
-    /// The same tenant with another weight. On one board, a name has the same weight everywhere.
-    #[must_use]
-    pub fn weighing(self, weight: Weight) -> Self {
-        Self { weight, ..self }
-    }
-
-    /// Its weight.
-    #[must_use]
-    pub fn weight(self) -> Weight {
-        self.weight
-    }
-}
-
-/// The order of requests: interactive calls, then higher priority, then the earlier deadline. Between tenants see
-/// [`Board`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Rank {
-    batch: bool,
-    priority: Reverse<Priority>,
-    expires_at: Timestamp,
-    tenant: Tenant,
-}
-
-impl Rank {
-    /// The rank of interactive calls, ahead of all batches.
-    #[must_use]
-    pub fn interactive() -> Self {
-        Self {
-            batch: false,
-            priority: Reverse(Priority::default()),
-            expires_at: Timestamp(0),
-            tenant: Tenant::default(),
-        }
-    }
-
-    /// The rank of a batch's requests.
-    #[must_use]
-    pub fn batch(priority: Priority, expires_at: Timestamp) -> Self {
-        Self { batch: true, priority: Reverse(priority), expires_at, tenant: Tenant::default() }
-    }
-
-    /// The same rank for a tenant.
-    #[must_use]
-    pub fn of(self, tenant: Tenant) -> Self {
-        Self { tenant, ..self }
-    }
-
-    /// The tenant.
-    #[must_use]
-    pub fn tenant(self) -> Tenant {
-        self.tenant
-    }
-
-    /// Whether it goes before the other, whatever the tenants.
-    #[must_use]
-    pub fn is_before_any(self, other: Self) -> bool {
-        (self.batch, self.priority) < (other.batch, other.priority)
-    }
-}
-
-/// What a request needs of a slot.
-#[derive(Clone, Debug)]
-pub struct Want {
-    /// The model that the worker must serve.
-    pub model: Arc<str>,
-    /// Its place in the order of requests.
-    pub rank: Rank,
-    /// Workers that have failed this request. Used only if no other worker serves the model.
-    pub avoid: SmallVec<[WorkerKey; 4]>,
-    /// Whether the worker must have nothing else in flight meanwhile.
-    pub alone: bool,
-}
+pub use want::{Holder, Rank, Tenant, Ticket, Want, WorkerKey};
 
 /// One in this many workers, and at least one, may be reserved for requests that must be alone.
 const ISOLATION_SHARE: usize = 4;
-
-/// What a slot in use counts towards: a tenant's share of a model, counted separately for interactive calls and
-/// batches.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Holder {
-    batch: bool,
-    tenant: Tenant,
-    model: Arc<str>,
-}
-
-impl Want {
-    /// The holder of the slot that it gets.
-    #[must_use]
-    pub fn holder(&self) -> Holder {
-        Holder { batch: self.rank.batch, tenant: self.rank.tenant, model: self.model.clone() }
-    }
-}
-
-/// Identifies a waiting [`Want`].
-pub type Ticket = (Rank, u64);
-
-impl Holder {
-    /// The model that the slot is for.
-    #[must_use]
-    pub fn model(&self) -> &Arc<str> {
-        &self.model
-    }
-}
 
 /// A waiting [`Want`].
 #[derive(Clone, Debug)]
@@ -158,38 +40,6 @@ struct Wish {
     slots: u32,
     /// Its turn among wishes of the same rank; the smallest goes first.
     turn: u64,
-}
-
-/// The board's knowledge of a worker.
-#[derive(Clone, Debug, Default)]
-struct Desk {
-    /// The models as listed, including patterns.
-    models: BTreeSet<Arc<str>>,
-    /// The listed patterns.
-    patterns: Vec<Arc<str>>,
-    /// Whether it is healthy and not draining, so that it is worth waiting for.
-    serving: bool,
-    /// Whether it is serving and not held.
-    open: bool,
-    limit: u32,
-    in_flight: u32,
-    /// Whether the limit was reached since the last call of [`Board::was_full`].
-    was_full: bool,
-    /// Whether its request in flight must be alone.
-    alone: bool,
-    /// Set while it is on trial: it gets a few requests that find out whether it answers again.
-    trial: Option<Trial>,
-    /// The models that are held there, each with its trial; none are allowed while it is closed.
-    held: BTreeMap<Arc<str>, Trial>,
-    /// The ticket that gets it as soon as nothing is in flight there.
-    reserved: Option<Ticket>,
-}
-
-/// The requests of a worker or model on trial: how many are allowed in all, and how many it was given.
-#[derive(Clone, Copy, Debug)]
-struct Trial {
-    allowed: u32,
-    given: u32,
 }
 
 /// All workers and all waiting wishes.
@@ -605,56 +455,6 @@ impl Board {
                 (u64::from(a.in_flight) * u64::from(b.limit)).cmp(&(u64::from(b.in_flight) * u64::from(a.limit)))
             })?;
         Some((*key, desk))
-    }
-}
-
-impl Desk {
-    /// Whether it lists the model or a matching pattern.
-    fn lists(&self, model: &str) -> bool {
-        self.models.contains(model) || self.patterns.iter().any(|pattern| names::stands_for(pattern, model))
-    }
-
-    /// Whether it or one of its models gets requests on trial.
-    fn tries_something(&self) -> bool {
-        self.trial.is_some() || self.held.values().any(|trial| trial.given < trial.allowed)
-    }
-
-    /// Adds a request in flight.
-    fn give(&mut self, want: &Want) {
-        self.in_flight += 1;
-        if let Some(trial) = self.held.get_mut(&want.model) {
-            trial.given += 1;
-        }
-        match &mut self.trial {
-            // On trial the allowance counts, not the limit.
-            Some(trial) => trial.given += 1,
-            None => self.was_full |= self.in_flight >= self.limit,
-        }
-        if want.alone {
-            self.alone = true;
-            self.reserved = None;
-        }
-    }
-
-    fn free(&self) -> bool {
-        self.trial.is_none() && self.has_place() && !self.alone && self.reserved.is_none()
-    }
-
-    /// On trial, earlier requests may hang and must not block.
-    fn has_place(&self) -> bool {
-        self.open
-            && match self.trial {
-                None => self.in_flight < self.limit,
-                Some(trial) => trial.given < trial.allowed && self.in_flight < self.limit.saturating_add(trial.allowed),
-            }
-    }
-
-    /// Whether nothing is in flight there and it is not reserved for another ticket.
-    fn idle(&self, ticket: Option<Ticket>) -> bool {
-        self.has_place()
-            && self.in_flight == 0
-            && self.limit > 0
-            && self.reserved.is_none_or(|other| Some(other) == ticket)
     }
 }
 

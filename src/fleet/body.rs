@@ -9,11 +9,10 @@ use reqwest::{
 };
 use tokio::time::Instant;
 
-use super::{
-    MAX_ANSWER,
-    memory::{AnswerMemory, Held, SMALL},
-};
+use super::memory::{AnswerMemory, Held, SMALL};
 
+/// The largest answer that is accepted: a thousand embeddings of 4,096 numbers are about 90 MB.
+pub const MAX_ANSWER: usize = 128 * 1024 * 1024;
 /// The largest window of zstd that HTTP allows (RFC 9659), as a power of two: a decoder has that much memory.
 const ZSTD_WINDOW: u32 = 23;
 

@@ -21,6 +21,7 @@ mod names;
 #[doc(hidden)]
 pub mod outage;
 mod outages;
+mod outcome;
 mod probe;
 mod reasons;
 mod slots;
@@ -44,9 +45,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
-pub use dispatch::{Answer, Call, Failure, FailureKind, MAX_ANSWER, is_retryable, may_refuse_priority};
+pub use body::MAX_ANSWER;
+pub use dispatch::{Call, is_retryable, may_refuse_priority};
 pub use memory::Held;
 pub use outage::Blame;
+pub use outcome::{Answer, Failure, FailureKind};
 pub use probe::HealthCheck;
 pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};

@@ -320,13 +320,13 @@ fn failed(error: &reqwest::Error) -> Result<Probe, OwnFault> {
     if let Some(lack) = judge::own_fault(error) {
         return Err(OwnFault(lack));
     }
-    let cause = super::dispatch::cause(error);
+    let cause = super::outcome::cause(error);
     Ok(if error.is_timeout() { Probe::Silent(cause) } else { Probe::Unwell(cause) })
 }
 
 pub(super) async fn read(mut response: Response) -> Result<Vec<u8>, String> {
     let mut page = Vec::new();
-    while let Some(piece) = response.chunk().await.map_err(|error| super::dispatch::cause(&error))? {
+    while let Some(piece) = response.chunk().await.map_err(|error| super::outcome::cause(&error))? {
         if page.len() + piece.len() > MAX_PAGE {
             return Err(format!("an answer over {MAX_PAGE} bytes"));
         }

@@ -197,7 +197,7 @@ impl Inner {
             worker.gone.cancel();
             desks.board.remove(worker.key);
         }
-        super::adapt::unpublish(worker);
+        worker.unpublish();
         self.topology.send_modify(|version| *version += 1);
         tracing::info!(worker = %worker.id, url = %worker.url, "worker removed");
     }

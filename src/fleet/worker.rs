@@ -25,7 +25,7 @@ use super::{
 use crate::{
     domain::{Endpoint, OwnHealth, Timestamp, WorkerId, text::http_url},
     store::WorkerRecord,
-    telemetry::Seldom,
+    telemetry::{Seldom, WORKERS},
 };
 
 /// The longest URL, in bytes.
@@ -325,6 +325,11 @@ impl Worker {
             health: state.own_health.clone(),
             created_at: self.created_at,
         }
+    }
+
+    /// Removes its metrics.
+    pub(super) fn unpublish(&self) {
+        WORKERS.remove(&self.url);
     }
 }
 

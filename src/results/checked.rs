@@ -9,7 +9,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 
-use super::reader::ReadError;
+use super::ReadError;
 use crate::{blobs::Blobs, domain::SegmentSpan};
 
 /// A range to read.

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::BinaryHeap};
 
 use bytes::{Bytes, BytesMut};
 
-use super::reader::ReadError;
+use super::ReadError;
 use crate::{
     blobs::{Blobs, ObjectWriter},
     domain::LineSet,

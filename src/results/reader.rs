@@ -13,11 +13,14 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream::BoxStream};
 use tokio::sync::broadcast::error::RecvError;
 
-use super::checked::{self, Block, name_of};
+use super::{
+    ReadError,
+    checked::{self, Block, name_of},
+};
 use crate::{
     blobs::{BlobError, Blobs},
     domain::{BatchId, File, FileId, FileKind, LineSet, Scope, SegmentIndex, SegmentRef, SegmentSpan},
-    store::{Part, SegmentRecord, Store, StoreError},
+    store::{Part, SegmentRecord, Store},
 };
 
 /// Segments queried at a time when a file is read.
@@ -29,26 +32,6 @@ const PART_PAGE: u64 = 32;
 const KEPT_BYTES: usize = 16 * 1024 * 1024;
 /// The time that a follower waits for a notification before it polls.
 const POLL: Duration = Duration::from_secs(1);
-
-/// Why results can't be read.
-#[derive(Debug, thiserror::Error)]
-pub enum ReadError {
-    /// The database failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The blob store failed.
-    #[error(transparent)]
-    Blob(#[from] BlobError),
-    /// An object does not match its row.
-    #[error("{0}")]
-    Corrupt(String),
-    /// A segment's bytes are not those that were written. Names the segment.
-    #[error("{0}")]
-    Damaged(String),
-    /// The results have been deleted.
-    #[error("the results of {0} have been deleted")]
-    Deleted(BatchId),
-}
 
 /// A position in a batch's stream of results, after a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,9 +6,10 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::run::Ended;
 use crate::domain::{BatchError, SegmentRef};
 
-/// The number of such runs of a segment on one node after which its batch fails.
+/// The number of such runs of a segment in a row, on one node, after which its batch fails.
 pub(super) const LIMIT: u32 = 5;
 /// A segment without such a run for this long is forgotten: longer than any reasonable lease.
 const FORGET: Duration = Duration::from_secs(24 * 3_600);
@@ -27,8 +28,19 @@ struct Crashed {
 }
 
 impl Crashes {
+    /// Records how a run of a segment has ended.
+    pub(super) fn ended(&self, segment: &SegmentRef, how: Ended, now: Instant) {
+        match how {
+            Ended::Broken(what) => self.note(segment, format!("the server can't {what}"), now),
+            // The reason has passed: the next one is another.
+            Ended::Finished | Ended::Released => self.forget(segment),
+            // These say nothing of it.
+            Ended::Lost | Ended::Missing | Ended::Stuck => {}
+        }
+    }
+
     /// Records a run that ended early.
-    pub(super) fn note(&self, segment: &SegmentRef, why: String, now: Instant) {
+    fn note(&self, segment: &SegmentRef, why: String, now: Instant) {
         let mut segments = self.segments.lock();
         segments.retain(|_, crashed| crashed.at + FORGET > now);
         let crashed = segments.entry(segment.clone()).or_insert(Crashed { times: 0, at: now, why: String::new() });
@@ -77,5 +89,25 @@ mod tests {
         crashes.note(&one, "again".into(), Instant::now());
         crashes.forget(&one);
         assert!(crashes.segments.lock().len() == 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_runs_in_a_row_count() {
+        let crashes = Crashes::default();
+        let segment = SegmentRef { batch: BatchId::generate(), index: SegmentIndex(0) };
+        let given_up = |how| {
+            crashes.ended(&segment, how, Instant::now());
+            crashes.verdict(&segment).is_some()
+        };
+        let broken = Ended::Broken("run it");
+        for well in [Ended::Released, Ended::Finished] {
+            for how in [broken, broken, broken, broken, well, broken, broken, broken, broken] {
+                assert!(!given_up(how), "{how:?}");
+            }
+            // What tells nothing of the segment neither counts nor begins anew.
+            assert!(!given_up(Ended::Lost) && !given_up(Ended::Missing) && !given_up(Ended::Stuck));
+            assert!(given_up(broken), "five in a row");
+            crashes.forget(&segment);
+        }
     }
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+pub use super::order::LineKey;
 use super::{
     deaths::{Deaths, Losses, Lost},
     order::{Ready, Sketch},
@@ -49,21 +50,6 @@ struct Alone {
     is_proven: bool,
     /// How often the line was sent after its tries were used up.
     asked: u32,
-}
-
-/// Identifies a line by its index in the work list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LineKey(u32);
-
-#[cfg(test)]
-impl LineKey {
-    pub(super) fn at(place: u32) -> Self {
-        Self(place)
-    }
-
-    pub(super) fn place(self) -> u32 {
-        self.0
-    }
 }
 
 /// Lines that wait for the same kind of slot.

@@ -2,7 +2,7 @@
 //!
 //! [`plan`], [`order`], [`lines`], [`tries`] and [`deaths`] decide, purely; [`segment`] and [`work`] run one segment with
 //! [`checkpoint`] for what must be durable; [`claiming`] claims segments, beside this file's loop. This file starts the
-//! runs, keeps their leases and tells them what has become of their batches.
+//! runs; [`running`] keeps their leases and tells them what has become of their batches.
 
 mod aside;
 mod checkpoint;
@@ -15,6 +15,8 @@ pub mod lines;
 mod order;
 #[doc(hidden)]
 pub mod plan;
+mod run;
+mod running;
 mod seat;
 mod segment;
 mod stages;
@@ -23,7 +25,7 @@ mod troubles;
 mod work;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -39,7 +41,7 @@ use tokio_util::{
     task::{AbortOnDropHandle, TaskTracker},
 };
 
-pub use segment::Ended;
+pub use run::Ended;
 pub use stages::{Stage, Stages};
 pub use tries::TryPolicy;
 pub use troubles::Troubles;
@@ -47,9 +49,7 @@ pub use work::{PART_BYTES, PART_LINES};
 
 use crate::{
     blobs::Blobs,
-    domain::{
-        BatchId, Epoch, NodeId, Owner, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending,
-    },
+    domain::{Epoch, NodeId, Owner, Priority, SegmentRef, Timestamp, Weights, WorkerPriority, lifecycle::Ending},
     fault,
     fleet::{Fleet, Rank, Tenant},
     store::{ClaimedSegment, Store, StoreError},
@@ -59,7 +59,8 @@ use aside::Asides;
 use claiming::{Outcome, Round, lines_by_model, was_away};
 use crashes::Crashes;
 use plan::Demand;
-use segment::{Remaining, Run};
+use run::{Remaining, Run};
+use running::Running;
 
 /// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
 const POLL: Duration = Duration::from_millis(500);
@@ -129,28 +130,6 @@ pub struct Scheduler {
     stages: Stages,
     asides: Asides,
     crashes: Crashes,
-}
-
-struct Running {
-    epoch: Epoch,
-    control: watch::Sender<Control>,
-    models: Vec<Arc<str>>,
-    rank: Rank,
-    remaining: Remaining,
-    bytes: u64,
-}
-
-impl Running {
-    /// Sends nothing more from now on, unless it ends its lines anyhow.
-    fn drain(&self, deadline: Instant) {
-        self.control.send_if_modified(|control| {
-            let runs = *control == Control::Run;
-            if runs {
-                *control = Control::Drain { deadline };
-            }
-            runs
-        });
-    }
 }
 
 impl Scheduler {
@@ -481,62 +460,6 @@ impl Scheduler {
             drop(guard);
         });
     }
-
-    /// Renews the leases of all runs; those that have lost theirs are stopped.
-    async fn renew(&mut self) -> Result<(), StoreError> {
-        let began = Instant::now();
-        if self.running.is_empty() {
-            self.renewed_at = began;
-            return Ok(());
-        }
-        let before: Vec<(SegmentRef, Epoch)> =
-            self.running.iter().map(|(segment, running)| (segment.clone(), running.epoch)).collect();
-        let running: Vec<SegmentRef> = before.iter().map(|(segment, _)| segment.clone()).collect();
-        let renewed = self.store.renew_leases(&self.node, &running, self.options.lease).await;
-        self.heard(began.elapsed(), &renewed);
-        let renewed = renewed?;
-        self.renewed_at = began;
-        let held: HashMap<SegmentRef, Epoch> = renewed.held.into_iter().map(|one| (one.segment, one.epoch)).collect();
-        for (segment, epoch) in before {
-            // What has just finished is not held either, and does not mind.
-            if held.get(&segment) != Some(&epoch)
-                && let Some(running) = self.running.get(&segment)
-                && running.epoch == epoch
-            {
-                running.control.send_replace(Control::Abandon);
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells runs whose batch was cancelled, has expired or has failed.
-    async fn notice_endings(&mut self) -> Result<(), StoreError> {
-        let mut batches: BTreeMap<BatchId, Vec<&Running>> = BTreeMap::new();
-        for (segment, running) in &self.running {
-            batches.entry(segment.batch.clone()).or_default().push(running);
-        }
-        if batches.is_empty() {
-            return Ok(());
-        }
-        let ids: Vec<BatchId> = batches.keys().cloned().collect();
-        for (id, ending, ended) in self.store.endings(&ids).await? {
-            let control = match (ended, ending) {
-                (true, _) => Control::Abandon,
-                (false, Some(ending)) => Control::Finish(ending),
-                (false, None) => continue,
-            };
-            for running in batches.get(&id).into_iter().flatten() {
-                running.control.send_if_modified(|now| {
-                    let change = matches!(now, Control::Run) || (matches!(now, Control::Drain { .. }) && ended);
-                    if change {
-                        *now = control;
-                    }
-                    change
-                });
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The end of the round that is under way; without one it never comes.
@@ -579,11 +502,7 @@ async fn watched(run: Run, crashes: &Crashes) -> Ended {
                 Ended::Broken("run it")
             }
         };
-        match how {
-            Ended::Broken(what) => crashes.note(&segment, format!("the server can't {what}"), Instant::now()),
-            Ended::Finished => crashes.forget(&segment),
-            Ended::Released | Ended::Lost | Ended::Missing | Ended::Stuck => {}
-        }
+        crashes.ended(&segment, how, Instant::now());
         if !matches!(how, Ended::Broken(_)) {
             return how;
         }

@@ -11,12 +11,25 @@ use std::{collections::VecDeque, hash::BuildHasher};
 
 use smallvec::SmallVec;
 
-use super::lines::LineKey;
-
 /// Lines with this many leading bytes in common are alike: about 64 tokens, four blocks of a GPU's cache.
 const ALIKE: usize = 256;
 /// The most leading bytes of a line that are compared.
 const COMPARED: usize = 16 * 1024;
+
+/// Identifies a line by its index in the work list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LineKey(pub(super) u32);
+
+#[cfg(test)]
+impl LineKey {
+    pub(super) fn at(place: u32) -> Self {
+        Self(place)
+    }
+
+    pub(super) fn place(self) -> u32 {
+        self.0
+    }
+}
 
 /// The facts about a line that has not been sent.
 #[derive(Clone, Copy, Debug)]

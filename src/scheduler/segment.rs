@@ -1,28 +1,25 @@
 //! Runs one segment from its claim to its end: reads and verifies what is already done, and leaves the rest to
 //! [`Work`].
 
-use std::{
-    sync::{Arc, atomic::AtomicUsize},
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::{sync::watch, task::spawn_blocking, time::Instant};
+use tokio::{task::spawn_blocking, time::Instant};
 
 use super::{
-    Control, SchedulerOptions,
+    Control,
     checkpoint::{Checkpoint, Stop},
     lines::WorkList,
-    stages::Stages,
-    troubles::{On, Troubles},
+    run::{Ended, Run},
+    troubles::On,
     work::{self, Work},
 };
 use crate::{
-    blobs::{BlobError, Blobs},
+    blobs::BlobError,
     domain::{BatchError, LineSet},
-    fleet::{Fleet, Held},
+    fleet::Held,
     results::{self, PartBuilder},
-    store::{ClaimedSegment, Commit, NewPart, Part, Store},
+    store::{Commit, NewPart, Part},
 };
 
 /// How often a node that does not find a batch's input gives the segment back, before it fails the batch: the objects may
@@ -33,50 +30,6 @@ const MISSES: u32 = 3;
 const TORN_LIMIT: u32 = 5;
 /// The wait before such lines run again; it doubles each time.
 const TORN_WAIT: Duration = Duration::from_millis(500);
-/// How a run of a segment ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// A step failed, and may fail in another run too: the segment is left to its lease.
-    Broken(&'static str),
-    /// All its lines have their result.
-    Finished,
-    /// It was released: its other lines wait for a worker, or for another node.
-    Released,
-    /// It is no longer this node's.
-    Lost,
-    /// Its input was not found: it was released, and this node leaves its batch alone for a while.
-    Missing,
-    /// Not even its batch's failure can be written: the segment is left to its lease.
-    Stuck,
-}
-
-/// The ready lines of a running segment by model, for the scheduler's plan.
-pub type Remaining = Arc<[AtomicUsize]>;
-
-/// Everything a run needs.
-pub struct Run {
-    /// The database.
-    pub store: Store,
-    /// The objects.
-    pub blobs: Blobs,
-    /// The workers.
-    pub fleet: Fleet,
-    /// The settings.
-    pub options: Arc<SchedulerOptions>,
-    /// The segment and its lease.
-    pub claimed: ClaimedSegment,
-    /// The scheduler's command.
-    pub control: watch::Receiver<Control>,
-    /// How often this node has released the batch because its input was not found.
-    pub missed: u32,
-    /// The ready lines, for the plan.
-    pub remaining: Remaining,
-    /// What the node's runs are stuck on.
-    pub troubles: Troubles,
-    /// Measures the stages of its requests.
-    pub stages: Stages,
-}
-
 impl Run {
     /// Runs the segment until it ends.
     pub async fn run(mut self) -> Ended {

@@ -20,8 +20,8 @@ use super::{
     deaths,
     doubts::Doubt,
     lines::{Lane, LineKey, WorkList},
+    run::{Ended, Run},
     seat::{Apart, Seat},
-    segment::{Ended, Run},
     stages::{self, Stage},
     tries::{error_code, is_a_try, is_death},
 };

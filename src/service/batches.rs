@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use super::{
     Code, Found, Page, Service, ServiceError, Span,
     error::{self, Violations, no_batch, no_file},
-    rules,
+    filters, rules,
     webhooks::NewWebhook,
 };
 use crate::{
@@ -217,7 +217,7 @@ impl Service {
             model: (!of.model.is_empty()).then_some(of.model),
             metadata: of.metadata,
         };
-        let page = Page::parse(of.page_size, &of.page_token, &["batches", &format!("{filter:?}")])?;
+        let page = Page::parse(of.page_size, &of.page_token, &[&filters::of_batches(&filter)])?;
         let after = page.after.clone().map(BatchId::from_text);
         let found = self.parts.store.batches(&filter, after.as_ref(), page.size + 1).await?;
         let progress = self.parts.hub.progresses(&found).await?;

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{
     Code, Found, Page, Service, ServiceError,
     error::{self, Violations, line_name, no_file},
-    rules,
+    filters, rules,
 };
 use crate::{
     access::{Account, Caller, IDLE, LOOK, LimitReached, Pace, Place, Received},
@@ -150,7 +150,7 @@ impl Service {
             _ => return Err(ServiceError::field("purpose", "must be \"batch\", \"batch_output\" or empty")),
         };
         let filter = FileFilter { scope: caller.scope(), purpose };
-        let page = Page::parse(of.page_size, &of.page_token, &["files", &format!("{filter:?}")])?;
+        let page = Page::parse(of.page_size, &of.page_token, &[&filters::of_files(&filter)])?;
         let after = page.after.clone().map(FileId::from_text);
         let items = self.parts.store.files(&filter, after.as_ref(), page.size + 1).await?;
         Ok(Found { items, page })

@@ -10,6 +10,7 @@
 pub mod batches;
 mod error;
 pub mod files;
+mod filters;
 pub mod infer;
 pub mod page;
 pub mod results;

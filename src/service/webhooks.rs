@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use super::{
     Code, Found, Page, Service, ServiceError, Span,
     error::{self, Violation, Violations, no_dead_letter, no_endpoint},
+    filters,
     rules::{self, id, span, text},
     text::short,
 };
@@ -252,7 +253,7 @@ impl Service {
             event: event(of.event)?,
             state: of.state.map(|state| state.ok_or_else(|| ServiceError::field("state", "is unknown"))).transpose()?,
         };
-        let page = Page::parse(page_size, page_token, &["deliveries", &format!("{filter:?}")])?;
+        let page = Page::parse(page_size, page_token, &[&filters::of_deliveries(&filter)])?;
         let after = page.after.clone().map(DeliveryId::from_text);
         let items = self.parts.store.deliveries(&filter, after.as_ref(), page.size + 1).await?;
         Ok(Found { items, page })
@@ -287,7 +288,7 @@ impl Service {
         page_token: &str,
     ) -> Result<Found<DeadLetter>, ServiceError> {
         let filter = dead_letter_filter(caller.scope(), of)?;
-        let page = Page::parse(page_size, page_token, &["dead_letters", &format!("{filter:?}")])?;
+        let page = Page::parse(page_size, page_token, &[&filters::of_dead_letters(&filter)])?;
         let after = page.after.clone().map(DeadLetterId::from_text);
         let items = self.parts.store.dead_letters(&filter, after.as_ref(), page.size + 1).await?;
         Ok(Found { items, page })

@@ -12,8 +12,9 @@ use super::{
     entity::{batch, batch_metadata, batch_model, file},
     events::{Telling, append, fail, lock_batch, transition},
     now,
+    parameters::{ids_parameter, texts_of},
     parts::{Commit, hold},
-    queue::{ids_parameter, queued_lines_of, texts_of},
+    queue::queued_lines_of,
     scoped::within,
     write::{announce, commit, roll_back},
 };
@@ -51,6 +52,17 @@ pub enum CancelledBatch {
     NotFound,
     /// It has ended, or is ending, in another way.
     Ended(Box<Batch>),
+}
+
+/// What became of windows whose time was up.
+#[derive(Debug, Default)]
+pub struct ClosedWindows {
+    /// They are closed.
+    pub closed: Vec<BatchId>,
+    /// They can't be closed: the database refuses it.
+    pub stuck: Vec<BatchId>,
+    /// Whether the time of others may be up too.
+    pub more: bool,
 }
 
 impl Store {
@@ -211,27 +223,40 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn close_windows(&self, limit: u64) -> Result<Vec<BatchId>, StoreError> {
+        Ok(self.close_windows_but(&[], limit).await?.closed)
+    }
+
+    /// The same, without the batches that `rest`: their windows could not be closed a short time ago.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn close_windows_but(&self, rest: &[BatchId], limit: u64) -> Result<ClosedWindows, StoreError> {
         let at = now(self.read()).await?;
         let due = batch::Entity::find()
             .select_only()
             .column(batch::Column::Id)
             .filter(batch::Column::Status.is_in([BatchStatus::Validating.as_str(), BatchStatus::InProgress.as_str()]))
             .filter(batch::Column::ExpiresAt.lte(at.0))
+            .filter(batch::Column::Id.is_not_in(rest.iter().map(BatchId::as_str)))
+            .order_by_asc(batch::Column::ExpiresAt)
             .limit(limit)
             .into_tuple::<String>()
             .all(self.read())
             .await?;
-        let mut closed = Vec::new();
+        let mut windows = ClosedWindows { more: due.len() as u64 == limit, ..ClosedWindows::default() };
         for id in due.into_iter().map(BatchId::from_text) {
             match self.close_window(&id).await {
-                Ok(true) => closed.push(id),
+                Ok(true) => windows.closed.push(id),
                 Ok(false) => {}
                 // One that can't be written does not keep other windows open.
-                Err(error) if error.is_final() => tracing::error!(batch = %id, %error, "a window can't be closed"),
+                Err(error) if error.is_final() => {
+                    tracing::error!(batch = %id, %error, "a window can't be closed");
+                    windows.stuck.push(id);
+                }
                 Err(error) => return Err(error),
             }
         }
-        Ok(closed)
+        Ok(windows)
     }
 
     async fn close_window(&self, id: &BatchId) -> Result<bool, StoreError> {

@@ -13,7 +13,7 @@ use super::{
     Store, StoreError, convert,
     entity::{batch, segment},
     now,
-    queue::texts_of,
+    parameters::texts_of,
     write::{commit, roll_back},
 };
 use crate::domain::{

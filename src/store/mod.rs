@@ -20,6 +20,7 @@ mod nodes;
 mod notify;
 mod opening;
 mod pages;
+mod parameters;
 mod parts;
 mod queue;
 mod reach;
@@ -49,7 +50,7 @@ use sea_orm::{
 use tokio::sync::{broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-pub use batches::{CancelledBatch, CreatedBatch};
+pub use batches::{CancelledBatch, ClosedWindows, CreatedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use error::StoreError;
 pub use events::StateEvent;

@@ -3,31 +3,18 @@
 use std::collections::{HashMap, HashSet};
 
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseBackend, EntityTrait, QueryFilter, QuerySelect, Statement,
+    ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, QuerySelect, Statement,
     sea_query::{Expr, ExprTrait},
 };
 
 use super::{
     Store, StoreError,
     claims::LEASED,
-    convert::to_json,
     entity::{batch, segment},
     now,
+    parameters::{ids_parameter, texts_of},
 };
 use crate::domain::{BatchId, BatchStatus, Owner};
-
-/// These ids as one parameter, so that the statement is the same for any number of them.
-pub(super) fn ids_parameter(ids: &[BatchId]) -> Result<sea_orm::Value, StoreError> {
-    Ok(to_json(&ids.iter().map(BatchId::as_str).collect::<Vec<_>>())?.into())
-}
-
-/// The SQL for the texts of such a parameter.
-pub(super) fn texts_of(backend: DatabaseBackend, place: usize) -> String {
-    match backend {
-        DatabaseBackend::Sqlite => format!("(SELECT value FROM json_each(${place}))"),
-        _ => format!("(SELECT value FROM json_array_elements_text(${place}::json) AS one(value))"),
-    }
-}
 
 impl Store {
     /// Those of these batches that wait or run, each with the number of such batches ahead of it.

@@ -15,6 +15,7 @@ mod keeper;
 mod leftovers;
 mod nodes;
 pub mod plan;
+mod rests;
 mod webhooks;
 mod windows;
 

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use futures::{FutureExt, future::BoxFuture};
+use tokio::time::Instant;
 
-use super::{Sweep, SweepError, Swept};
-use crate::store::Store;
+use super::{Sweep, SweepError, Swept, rests::Rests};
+use crate::{domain::BatchId, store::Store};
 
 /// How late a window may close.
 const EVERY: Duration = Duration::from_secs(1);
@@ -14,11 +15,13 @@ const SOME: u64 = 500;
 
 pub(super) struct Windows {
     store: Store,
+    /// Batches whose windows can't be closed.
+    stuck: Rests<BatchId>,
 }
 
 impl Windows {
     pub(super) fn new(store: &Store) -> Self {
-        Self { store: store.clone() }
+        Self { store: store.clone(), stuck: Rests::default() }
     }
 }
 
@@ -33,10 +36,12 @@ impl Sweep for Windows {
 
     fn tick(&mut self) -> BoxFuture<'_, Result<Swept, SweepError>> {
         async {
-            let closed = self.store.close_windows(SOME).await?;
-            closed.iter().for_each(|batch| tracing::info!(%batch, "the completion window has closed"));
-            let done = closed.len() as u64;
-            Ok(Swept { done, failed: 0, more: done == SOME })
+            let rest = self.stuck.resting(Instant::now());
+            let windows = self.store.close_windows_but(&rest, SOME).await?;
+            let (done, failed) = (windows.closed.len() as u64, windows.stuck.len() as u64);
+            windows.closed.iter().for_each(|batch| tracing::info!(%batch, "the completion window has closed"));
+            windows.stuck.into_iter().for_each(|batch| self.stuck.failed(batch, Instant::now()));
+            Ok(Swept { done, failed, more: windows.more })
         }
         .boxed()
     }

@@ -1,12 +1,11 @@
 //! Converts domain types to wire types.
 
-use std::time::Duration;
-
 use tonic::Status;
 
+pub(super) use super::times::{span, time, timestamp};
 use super::webhooks::webhook_to_proto;
 use crate::{
-    domain::{Batch, BatchStatus, Counts, File, Timestamp, TokenUsage, WebhookEndpointId},
+    domain::{Batch, BatchStatus, Counts, File, TokenUsage, WebhookEndpointId},
     fleet::{WorkerState, WorkerView},
     pb,
     progress::{Event, EventKind, Progress},
@@ -14,24 +13,6 @@ use crate::{
     scheduler::{Stage, Stages},
     service::{Code, Service, ServiceError, batches::Shown},
 };
-
-/// A wire timestamp.
-pub(super) fn timestamp(of: Timestamp) -> prost_types::Timestamp {
-    let micros = i32::try_from(of.0.rem_euclid(1_000_000)).unwrap_or(0);
-    prost_types::Timestamp { seconds: of.unix_seconds(), nanos: micros * 1_000 }
-}
-
-pub(super) fn time(at: Option<Timestamp>) -> Option<prost_types::Timestamp> {
-    at.map(timestamp)
-}
-
-/// A wire duration.
-pub(super) fn span(of: Duration) -> prost_types::Duration {
-    prost_types::Duration {
-        seconds: i64::try_from(of.as_secs()).unwrap_or(i64::MAX),
-        nanos: i32::try_from(of.subsec_nanos()).unwrap_or(0),
-    }
-}
 
 pub(super) fn file(of: File) -> pb::File {
     pb::File {

@@ -8,9 +8,11 @@ mod batch_service;
 mod convert;
 mod gate;
 pub(super) mod health;
+mod kind;
 mod read;
 mod status;
 mod timely;
+mod times;
 mod upload;
 mod webhook_admin;
 mod webhooks;
@@ -18,7 +20,7 @@ mod worker_admin;
 
 use std::sync::Arc;
 
-use axum::{Router, extract::Request, middleware};
+use axum::{Router, middleware};
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{pb::health_server::HealthServer, server::HealthReporter};
 use tonic_web::GrpcWebLayer;
@@ -26,6 +28,7 @@ use tonic_web::GrpcWebLayer;
 use self::{batch_service::Batches, gate::Methods, health::Healthy, webhook_admin::Hooks, worker_admin::Workers};
 pub(super) use self::{
     gate::unknown_method,
+    kind::is_grpc,
     status::{crashed, response},
 };
 use super::{LONGEST_MESSAGE, MESSAGE_LIMIT, gate::Gate, http::panics};
@@ -36,12 +39,6 @@ use crate::{
     },
     service::Service,
 };
-
-/// Whether a request is gRPC's, in any of its forms.
-pub(super) fn is_grpc(request: &Request) -> bool {
-    let kind = request.headers().get(::http::header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
-}
 
 /// The gRPC services. `rpcs`: those of tidemill too, besides health and reflection.
 pub(super) fn routes(

@@ -1,6 +1,6 @@
 //! Webhooks on the wire.
 
-use super::convert::{span, time, timestamp};
+use super::times::{span, time, timestamp};
 use crate::{
     domain::{
         WebhookEndpointId,

@@ -4,7 +4,11 @@
 
 use std::panic::AssertUnwindSafe;
 
-use crate::{api::grpc, supervise::message, telemetry::seldom};
+use crate::{
+    api::grpc::{crashed, is_grpc},
+    supervise::message,
+    telemetry::seldom,
+};
 use axum::{
     extract::Request,
     middleware::Next,
@@ -18,14 +22,14 @@ const MESSAGE: &str = "the server has met a bug in this call; its log says more"
 /// Answers for a handler that panics.
 pub(in crate::api) async fn caught(request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let is_grpc = grpc::is_grpc(&request);
+    let is_grpc = is_grpc(&request);
     match AssertUnwindSafe(next.run(request)).catch_unwind().await {
         Ok(response) => response,
         Err(panic) => {
             metrics::counter!("tidemill_calls_crashed_total").increment(1);
             seldom!(error, path, panic = message(&*panic), "a call has crashed, which is a bug");
             if is_grpc {
-                grpc::crashed(MESSAGE)
+                crashed(MESSAGE)
             } else {
                 (StatusCode::INTERNAL_SERVER_ERROR, format!("{MESSAGE}\n")).into_response()
             }

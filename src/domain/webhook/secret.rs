@@ -5,8 +5,8 @@ use zeroize::Zeroizing;
 
 /// The prefix of a Standard Webhooks secret; the rest is the key in base64.
 const STANDARD_PREFIX: &str = "whsec_";
-/// Random bytes of a generated secret, within the 24 to 64 that Standard Webhooks allows.
-const GENERATED_BYTES: usize = 32;
+/// Bytes of a new secret's key, within the 24 to 64 that Standard Webhooks allows.
+const KEY_BYTES: usize = 32;
 
 /// A signing secret. Wiped from memory when dropped, and never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -61,10 +61,9 @@ impl Secret {
         Self(Zeroizing::new(text))
     }
 
-    /// A new `whsec_…` secret from 32 random bytes.
+    /// The `whsec_…` secret of a new key.
     #[must_use]
-    pub fn generate() -> Self {
-        let key = Zeroizing::new(rand::random::<[u8; GENERATED_BYTES]>());
+    pub fn of_key(key: &Zeroizing<[u8; KEY_BYTES]>) -> Self {
         let mut text = Zeroizing::new(String::with_capacity(STANDARD_PREFIX.len() + 44));
         text.push_str(STANDARD_PREFIX);
         STANDARD.encode_string(key.as_slice(), &mut text);
@@ -173,11 +172,10 @@ mod tests {
     }
 
     #[test]
-    fn a_generated_one_is_a_standard_one_and_new_each_time() {
-        let (one, two) = (Secret::generate(), Secret::generate());
-        assert_ne!(one, two);
-        assert_eq!(one.standard_key().len(), GENERATED_BYTES);
-        assert_eq!(Secret::try_new(one.expose()), Ok(one));
+    fn one_of_a_new_key_is_a_standard_one() {
+        let secret = Secret::of_key(&Zeroizing::new([7; KEY_BYTES]));
+        assert_eq!(secret.standard_key()[..], [7; KEY_BYTES]);
+        assert_eq!(Secret::try_new(secret.expose()), Ok(secret));
     }
 
     #[test]

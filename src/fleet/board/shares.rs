@@ -12,7 +12,7 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 use smallvec::SmallVec;
 
-use super::{Holder, Rank, Tenant, Ticket, Want};
+use super::want::{Holder, Rank, Tenant, Ticket, Want};
 
 /// The distance between two turns of a tenant of weight 1, in ticks of the clock. Large, so that rounding in divisions
 /// by weights does not matter.

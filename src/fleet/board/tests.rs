@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::{Priority, Timestamp, Weight};
 
 fn want(model: &str, rank: Rank, avoid: &[u32]) -> Want {
     Want { model: model.into(), rank, avoid: avoid.iter().map(|key| WorkerKey(*key)).collect(), alone: false }

@@ -3,7 +3,7 @@
 use futures::{FutureExt, future::BoxFuture};
 
 use super::{
-    super::{checkpoint::Stop, segment::Ended, stages::Stage},
+    super::{checkpoint::Stop, run::Ended, stages::Stage},
     Work,
 };
 use crate::{

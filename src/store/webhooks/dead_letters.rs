@@ -19,7 +19,7 @@ use super::{
 use crate::{
     domain::{
         BatchId, DeadLetterId, DeliveryId, Owner, Scope, Timestamp,
-        webhook::{AttemptError, AttemptResult, ErrorKind, WebhookEvent, target_of},
+        webhook::{AttemptResult, ErrorKind, WebhookEvent, target_of},
     },
     store::{
         DatabaseTransaction, Store, StoreError,
@@ -327,39 +327,6 @@ impl Store {
         })
         .await
     }
-}
-
-/// Creates a delivery's dead letter in the transaction that ends the delivery.
-pub(super) async fn insert(
-    tx: &DatabaseTransaction,
-    of: &webhook_delivery::Model,
-    error: &AttemptError,
-    at: Timestamp,
-) -> Result<(), StoreError> {
-    let host = url::Url::parse(&of.url).ok().and_then(|url| url.host_str().map(str::to_owned)).unwrap_or_default();
-    let row = webhook_dead_letter::Model {
-        id: DeadLetterId::generate().into_string(),
-        owner: of.owner.clone(),
-        batch_id: of.batch_id.clone(),
-        delivery_id: of.id.clone(),
-        endpoint_id: of.endpoint_id.clone(),
-        webhook_url: of.url.clone(),
-        host,
-        event: of.event.clone(),
-        payload: of.body.clone(),
-        error_kind: error.kind.as_str().to_owned(),
-        error_message: error.message.clone(),
-        attempts: of.attempts,
-        last_attempt_at: at.0,
-        created_at: at.0,
-        retried_at: None,
-        retry_success: false,
-        retry_count: 0,
-        lease_token: None,
-        lease_expires_at: None,
-    };
-    webhook_dead_letter::Entity::insert(row.into_active_model()).exec_without_returning(tx).await?;
-    Ok(())
 }
 
 /// Ends the leases of retries whose sender died, with an unknown outcome.

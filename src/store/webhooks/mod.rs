@@ -14,6 +14,7 @@ mod retention;
 mod retry_jobs;
 mod settle;
 mod steps;
+mod undeliverable;
 
 use sea_orm::{
     ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
@@ -184,7 +185,7 @@ async fn enqueue(
             kind: ErrorKind::EndpointDeleted,
             message: "the webhook endpoint was deleted before the batch ended".into(),
         };
-        dead_letters::insert(tx, &delivery, &error, at).await?;
+        undeliverable::insert(tx, &delivery, &error, at).await?;
     }
     webhook_delivery::Entity::insert(delivery.into_active_model()).exec_without_returning(tx).await?;
     Ok(())

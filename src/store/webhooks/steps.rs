@@ -9,7 +9,7 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, DatabaseBackend, Statement};
 use serde::Serialize;
 
-use super::{dead_letters, event_of, outcome, state_of};
+use super::{event_of, outcome, state_of, undeliverable};
 use crate::{
     domain::{
         Timestamp,
@@ -106,7 +106,7 @@ pub(super) async fn write(tx: &DatabaseTransaction, changes: &[Change], at: Time
     }
     for Change { row, step, error, .. } in changes {
         if let (Effect::DeadLetter, Some(error)) = (step.effect, error) {
-            dead_letters::insert(tx, row, error, at).await?;
+            undeliverable::insert(tx, row, error, at).await?;
         }
     }
     Ok(())
