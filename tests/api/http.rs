@@ -1,6 +1,5 @@
 //! What probes, proxies, browsers and generic clients see.
 
-
 use futures::StreamExt;
 use prost::Message;
 use tidemill::{
