@@ -104,7 +104,10 @@ impl Cluster {
         let lease = humantime::format_duration(LEASE).to_string();
         let blobs = format!("file://{}", folder.path().join("blobs").display());
         std::fs::create_dir(folder.path().join("blobs")).unwrap();
-        let shared = ["--blobs", &blobs, "--lease", &lease, "--flush-interval", "200ms"];
+        let mut shared = vec!["--blobs", &blobs, "--flush-interval", "200ms"];
+        if !flags.contains(&"--lease") {
+            shared.extend(["--lease", &lease]);
+        }
         let flags = shared.iter().chain(flags).map(|flag| (*flag).to_owned()).collect();
         let mut cluster = Self { folder, database: database.to_owned(), flags, nodes: Vec::new() };
         for _ in 0..count {

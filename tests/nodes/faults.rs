@@ -32,7 +32,17 @@ async fn any_node_serves_any_call_and_the_work_is_shared() {
     let cluster = Cluster::start(
         &database,
         3,
-        &["--worker", &url, "--worker-max-in-flight", "32", "--log", "info,tidemill::scheduler=debug"],
+        // Nobody dies: no lease is to run out because a busy machine stands still.
+        &[
+            "--worker",
+            &url,
+            "--worker-max-in-flight",
+            "32",
+            "--log",
+            "info,tidemill::scheduler=debug",
+            "--lease",
+            "60s",
+        ],
     )
     .await;
     let anybody = Anybody::new(cluster.addresses());

@@ -280,7 +280,10 @@ async fn thousands_of_small_batches_all_complete_and_none_starves() {
         lines += usize::try_from(batch.request_counts.unwrap().completed).unwrap();
     }
     assert_eq!(lines, (0..count).map(|at| at % 3 + 1).sum::<usize>());
-    assert_eq!(sim.faults().received(), lines as u64);
+    // A machine that stands still for seconds seems to lose requests: what ran twice has failed before.
+    let (received, failed) = (sim.faults().received(), server.metric_sum("tidemill_tries_failed_total").await);
+    let twice = received - lines as u64;
+    assert!(twice <= failed, "{twice} requests ran twice, and {failed} tries have failed");
     let grown = server.memory("VmHWM").saturating_sub(before);
     spans.sort();
     let worst = spans.iter().map(|(from, to)| to.duration_since(*from).unwrap_or_default()).max().unwrap();

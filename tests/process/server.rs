@@ -277,6 +277,13 @@ impl Server {
         text.lines().find_map(|line| line.strip_prefix(begin)).map(|value| value.trim().to_owned())
     }
 
+    /// All lines of a metric together.
+    pub async fn metric_sum(&self, name: &str) -> u64 {
+        let text = reqwest::get(format!("http://{}/metrics", self.address())).await.unwrap().text().await.unwrap();
+        let lines = text.lines().filter(|line| line.starts_with(&format!("{name}{{")));
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+
     /// A client, once the server can be reached.
     pub async fn client(&self) -> Client {
         BatchServiceClient::new(self.channel().await).max_decoding_message_size(4 * 1024 * 1024)
