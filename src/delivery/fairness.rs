@@ -188,7 +188,9 @@ impl Fairness {
 
     /// Gives back places for which there was nothing to send.
     pub fn give_back(&mut self, owner: &Owner, target: &str, count: usize) {
-        (0..count).for_each(|_| drop(self.end(owner, target)));
+        for _ in 0..count {
+            let _ = self.end(owner, target);
+        }
     }
 
     /// Records a successful send.

@@ -34,19 +34,16 @@ pub(super) enum Outcome<T> {
 }
 
 /// Ends a transaction and keeps what it wrote.
-#[allow(clippy::unnecessary_wraps)] // as its siblings: the value of a transaction's last line
 pub(super) fn commit<T>(tx: DatabaseTransaction, result: T) -> Result<Outcome<T>, StoreError> {
     Ok(Outcome::Commit(tx, result))
 }
 
 /// Ends a transaction that has changed a batch, keeps what it wrote and notifies.
-#[allow(clippy::unnecessary_wraps)]
 pub(super) fn announce<T>(tx: DatabaseTransaction, batch: &BatchId, result: T) -> Result<Outcome<T>, StoreError> {
     Ok(Outcome::Announce(tx, batch.clone(), result))
 }
 
 /// Ends a transaction and undoes what it wrote, if it wrote anything.
-#[allow(clippy::unnecessary_wraps)]
 pub(super) fn roll_back<T>(result: T) -> Result<Outcome<T>, StoreError> {
     Ok(Outcome::RollBack(result))
 }
