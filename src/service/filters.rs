@@ -54,7 +54,7 @@ mod tests {
             state: Some(DeliveryState::Dead),
             ..DeliveryFilter::within(Scope::All)
         };
-        assert_eq!(of_deliveries(&deliveries), r#"["deliveries",null,"batch_1",null,"batch.completed","dead"]"#);
+        assert_eq!(of_deliveries(&deliveries), r#"["deliveries",null,"batch_1",null,"completed","dead"]"#);
         let letters = DeadLetterFilter {
             scope: Scope::Of("ana".into()),
             batch_id: None,
