@@ -15,6 +15,10 @@ use crate::{
 
 /// The most batches considered in one round of claims.
 const CANDIDATES: u64 = 1_000;
+/// A look that finds nothing is followed by a pause so many times as long: looking takes at most half a percent of a core.
+const PAUSE: u32 = 200;
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// After the database was away nothing is claimed for so long: leases have run out that nobody could renew, and whoever still
 /// runs a segment is to renew first. A pool that waits for its database tries to connect about every second.
 pub(super) const COURTESY: Duration = Duration::from_secs(2);
@@ -45,10 +49,17 @@ pub(super) struct Round {
 pub(super) struct Outcome {
     /// How long the query for candidates took.
     pub(super) took: Duration,
-    /// Whether the query succeeded.
-    pub(super) looked: Result<(), StoreError>,
+    /// How many batches it found.
+    pub(super) looked: Result<usize, StoreError>,
     /// Whether all claims succeeded.
     pub(super) claimed: Result<(), StoreError>,
+}
+
+/// How long the scheduler does not look again of its own accord after a look that took so long. A look that finds nothing
+/// passes over every batch that waits for a model that no worker serves, so with ten thousand of them it is not cheap.
+/// News of a batch or a worker ends the wait; without news only a lease that has run out can be found.
+pub(super) fn pause_after(took: Duration, found: usize) -> Duration {
+    if found > 0 { Duration::ZERO } else { took.saturating_mul(PAUSE).min(LONGEST_PAUSE) }
 }
 
 /// Whether an answer that took this long came from a database that was unreachable meanwhile: a query may wait as long
@@ -70,13 +81,14 @@ impl Round {
             Ok(candidates) => candidates,
             Err(error) => return Outcome { took, looked: Err(error), claimed: Ok(()) },
         };
+        let found = candidates.len();
         let is_back = self.away || was_away(took, self.options.lease);
         let claimed = if is_back || self.back_at.is_some_and(|back_at| back_at.elapsed() < COURTESY) {
             Ok(())
         } else {
             self.claim(candidates).await
         };
-        Outcome { took, looked: Ok(()), claimed }
+        Outcome { took, looked: Ok(found), claimed }
     }
 
     async fn claim(&mut self, candidates: Vec<Candidate>) -> Result<(), StoreError> {
@@ -150,4 +162,17 @@ impl Round {
 pub(super) fn lines_by_model(claimed: &ClaimedSegment) -> impl Iterator<Item = usize> {
     let (models, lines) = (claimed.span.models, usize::try_from(claimed.span.requests).unwrap_or(0));
     (0..claimed.models.len()).map(move |model| if models & (1 << model) == 0 { 0 } else { lines })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_that_find_nothing_take_half_a_percent_of_the_time() {
+        assert_eq!(pause_after(Duration::from_micros(500), 0), Duration::from_millis(100));
+        assert_eq!(pause_after(Duration::from_millis(10), 0), Duration::from_secs(2));
+        assert_eq!(pause_after(Duration::MAX, 0), LONGEST_PAUSE);
+        assert_eq!(pause_after(Duration::MAX, 1), Duration::ZERO);
+    }
 }

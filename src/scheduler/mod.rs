@@ -56,7 +56,7 @@ use crate::{
     supervise::{Part, message},
 };
 use aside::Asides;
-use claiming::{Outcome, Round, lines_by_model, was_away};
+use claiming::{Outcome, Round, lines_by_model, pause_after, was_away};
 use crashes::Crashes;
 use plan::Demand;
 use run::{Remaining, Run};
@@ -126,6 +126,8 @@ pub struct Scheduler {
     away: bool,
     /// When the database answered again after it was away.
     back_at: Option<Instant>,
+    /// How long after a look no further one is due of its own accord.
+    pause: Duration,
     troubles: Troubles,
     stages: Stages,
     asides: Asides,
@@ -156,6 +158,7 @@ impl Scheduler {
             renewed_at: Instant::now(),
             away: false,
             back_at: None,
+            pause: Duration::ZERO,
             troubles: Troubles::default(),
             stages: Stages::default(),
             asides: Asides::default(),
@@ -200,6 +203,8 @@ impl Scheduler {
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looked_at = Instant::now();
+        // Something changed that was not looked at yet.
+        let mut has_news = false;
         let mut renew = tokio::time::interval(self.options.lease / 3);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -228,6 +233,7 @@ impl Scheduler {
                     Ok(batch) if self.running.keys().any(|segment| segment.batch == batch) => continue,
                     // Those that run elsewhere change as often: all that comes at once is one reason to look.
                     Ok(_) | Err(RecvError::Lagged(_)) if looked_at.elapsed() < LOOK_GAP => {
+                        has_news = true;
                         poll.reset_at(looked_at + LOOK_GAP);
                         continue;
                     }
@@ -241,6 +247,9 @@ impl Scheduler {
                     if let Err(error) = noticed {
                         tracing::warn!(%error, "the state of running batches could not be read");
                     }
+                    if !has_news && looked_at.elapsed() < self.pause {
+                        continue;
+                    }
                 }
                 _ = renew.tick() => {
                     let Some(renewed) = half_way(&shutdown, self.renew()).await else { break };
@@ -253,7 +262,7 @@ impl Scheduler {
                     continue;
                 }
             }
-            looked_at = Instant::now();
+            (looked_at, has_news) = (Instant::now(), false);
             if round.is_some() {
                 look_again = true;
             } else {
@@ -405,6 +414,7 @@ impl Scheduler {
     /// Takes note of how a round went.
     fn note(&mut self, outcome: Outcome) {
         self.heard(outcome.took, &outcome.looked);
+        self.pause = pause_after(outcome.took, *outcome.looked.as_ref().unwrap_or(&1));
         if let Err(error) = outcome.looked.and(outcome.claimed) {
             tracing::warn!(%error, "segments could not be claimed");
         }
