@@ -46,6 +46,10 @@ pub const PART_BYTES: usize = 4 * 1024 * 1024;
 /// within minutes.
 const KEPT_STRANDED: Duration = Duration::from_secs(15 * 60);
 
+/// What part of the patience with an error status a success that is a page or cut short gets: whoever set up a wrong
+/// address should not wait long for its error.
+const PAGES: f64 = 0.4;
+
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
 const BEHIND_OTHERS: i32 = 10;
 
@@ -373,9 +377,10 @@ impl Work<'_> {
             // Not only while that is open: it may have been decided between the failure and now.
             None => match failure.blame.clone().filter(|_| failure.may_be_the_workers()) {
                 Some(blame) => {
+                    let by_status = matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
+                    let by_proxy = failure.is_page || by_status;
                     let patience = self.run.options.tries.patience;
-                    let by_proxy =
-                        failure.is_page || matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
+                    let patience = if by_status { patience } else { patience.mul_f64(PAGES) };
                     let again = by_proxy.then(|| self.list.ask_again(key, patience, now)).flatten();
                     let (doubt, worker) = (Doubt::new(blame, again, now), worker.clone());
                     self.doubtful.push(Doubtful { doubt, key, worker, failure });

@@ -59,10 +59,8 @@ impl Sweep for Garbage {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
-    #![cfg(unix)]
-
     use bytes::Bytes;
 
     use super::*;

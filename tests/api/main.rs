@@ -9,6 +9,7 @@ mod files;
 mod foreign;
 mod http;
 mod overload;
+#[allow(dead_code)] // other tests use more of it
 #[path = "../support/patience.rs"]
 mod patience;
 #[path = "../support/raw.rs"]

@@ -180,7 +180,8 @@ async fn a_batch_of_a_few_lines_survives_an_outage_too() {
             Raw::start(reply).await
         };
         let folder = tempfile::tempdir().unwrap();
-        let patient = TryPolicy { max_tries: 1, patience: PATIENCE, ..options().tries };
+        // Some lines are failed more often than others.
+        let patient = TryPolicy { max_tries: 1, patience: 3 * PATIENCE, ..options().tries };
         let node = Node::start_with(folder.path(), &[], SchedulerOptions { tries: patient, ..options() }, 16).await;
         node.fleet.register(&raw.url()).await.unwrap();
         let lines = chats(lines);
