@@ -130,6 +130,7 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
         request_id: None,
         webhook: None,
         webhook_endpoint_id: None,
+        output_expires_after: None,
     };
     match store.create_batch(new).await.unwrap() {
         CreatedBatch::New(batch) => batch.id,

@@ -422,6 +422,7 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
         drain_timeout: config.drain_timeout,
         max_connections: config.max_connections,
         public_hosts: config.public_host.clone(),
+        bad_files: config.openai_bad_files,
     })
 }
 

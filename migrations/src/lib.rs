@@ -17,6 +17,7 @@ mod m20261201_000007_checksums;
 mod m20261202_000008_leftovers;
 mod m20261203_000009_worker_health;
 mod m20261205_000010_sweeps;
+mod m20261206_000011_retention;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -37,6 +38,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261202_000008_leftovers::Migration),
             Box::new(m20261203_000009_worker_health::Migration),
             Box::new(m20261205_000010_sweeps::Migration),
+            Box::new(m20261206_000011_retention::Migration),
         ]
     }
 }

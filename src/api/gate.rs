@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, header::AUTHORIZATION};
+use http::{HeaderMap, HeaderName, header::AUTHORIZATION};
 
 use crate::{
     access::{Account, Caller, Held, LimitReached, Limiter, Tokens},
@@ -12,6 +12,8 @@ use crate::{
 /// The trace that a request belongs to (W3C Trace Context), 32 hex digits. An extension of every request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceId(pub Arc<str>);
+
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// What the protocols' gates share.
 pub(super) struct Gate {
@@ -30,10 +32,21 @@ impl Gate {
     /// # Errors
     /// The caller is unknown, or calls too often.
     pub(super) fn caller(&self, headers: &HeaderMap) -> Result<Caller, ServiceError> {
+        self.caller_by(headers, false)
+    }
+
+    /// The same; `api_key`: a token in `x-api-key` will do, as Anthropic's clients send it.
+    ///
+    /// # Errors
+    /// As of [`Gate::caller`].
+    pub(super) fn caller_by(&self, headers: &HeaderMap, api_key: bool) -> Result<Caller, ServiceError> {
         let caller = match &self.tokens {
             Some(tokens) => {
-                let header = headers.get(AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
-                tokens.authenticate(header)?
+                let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+                match (text(AUTHORIZATION), text(API_KEY)) {
+                    (None, Some(key)) if api_key => tokens.authenticate(Some(&format!("Bearer {key}")))?,
+                    (header, _) => tokens.authenticate(header)?,
+                }
             }
             // With client certificates only, TLS has already refused whoever has none.
             None => Caller::anonymous(),

@@ -3,12 +3,14 @@
 //! - [`serve`] assembles the server and stops it in order.
 //! - `gate`: what every request passes: who calls, and how much of the server they may hold.
 //! - `grpc`: `BatchService`, `WebhookAdmin`, `WorkerAdmin`, health, reflection.
-//! - `http`: `/healthz`, `/readyz`, `/metrics`, files over plain HTTP; and what lies below both protocols: the listener, the
+//! - `openai`: OpenAI's HTTP API below `/v1`, and what Anthropic's clients call there.
+//! - `http`: `/healthz`, `/readyz`, `/metrics`; and what lies below all protocols: the listener, the gate of HTTP, the
 //!   names that the server answers to, handlers that panic.
 
 mod gate;
 mod grpc;
 mod http;
+mod openai;
 mod server;
 
 pub use gate::TraceId;

@@ -17,7 +17,7 @@ use super::{
         panics,
     },
 };
-use crate::{access::Tokens, service::Service, words};
+use crate::{access::Tokens, config::BadFiles, service::Service, words};
 
 /// How long cut connections have to end.
 const CUT: Duration = Duration::from_secs(1);
@@ -51,6 +51,8 @@ pub struct ServerOptions {
     pub max_connections: Option<u32>,
     /// Names, besides addresses and local names, by which clients may call a server without access tokens.
     pub public_hosts: Vec<String>,
+    /// What becomes of files with bad lines that come over OpenAI's API.
+    pub bad_files: BadFiles,
 }
 
 impl Default for ServerOptions {
@@ -63,6 +65,7 @@ impl Default for ServerOptions {
             drain_timeout: Duration::from_secs(10),
             max_connections: None,
             public_hosts: Vec::new(),
+            bad_files: BadFiles::default(),
         }
     }
 }
@@ -158,7 +161,8 @@ fn routes(
     let gate = Arc::new(Gate::new(options.tokens.clone(), service.limits().clone()));
     let health = (reporter.clone(), not_serving.clone());
     let grpc = grpc::routes(service.clone(), gate.clone(), options.rpcs, health)?;
-    let http = http::routes(service, gate, shutdown.clone()).layer(middleware::from_fn(panics::caught));
+    let http = http::routes(service, gate, options.rpcs.then_some(options.bad_files), shutdown.clone())
+        .layer(middleware::from_fn(panics::caught));
     let hosts = Hosts::new(&options.public_hosts, options.tokens.is_some(), options.tls.is_some());
     Ok(grpc.merge(http).layer(middleware::from_fn_with_state(Arc::new(hosts), hosts::pass)))
 }

@@ -36,6 +36,8 @@ pub enum BatchCommand {
     List(ListArgs),
     /// Cancel a batch. Finished results are kept.
     Cancel(Id),
+    /// Delete a batch that has ended, with its results. Its input file stays.
+    Delete(Id),
     /// Write a batch's results.
     #[command(after_help = RESULTS_HELP)]
     Results(ResultsArgs),
@@ -132,6 +134,11 @@ pub async fn run(command: BatchCommand, client: &Client) -> anyhow::Result<u8> {
             let request = pb::CancelBatchRequest { batch_id: id };
             let batch = retry(|| async { client.batches().cancel_batch(request.clone()).await }).await?;
             show(&batch, client)?;
+            Ok(0)
+        }
+        BatchCommand::Delete(Id { id }) => {
+            // Not repeated, because after a lost answer the second call would not find the batch.
+            client.batches().delete_batch(pb::DeleteBatchRequest { batch_id: id }).await?;
             Ok(0)
         }
         BatchCommand::Results(args) => write_results(args, client).await,

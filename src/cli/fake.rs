@@ -200,6 +200,10 @@ impl BatchService for Fake {
         Err(Status::with_error_details(Code::InvalidArgument, "100 bad lines", details))
     }
 
+    async fn delete_batch(&self, _: Request<pb::DeleteBatchRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn list_files(&self, _: Request<pb::ListFilesRequest>) -> Result<Response<pb::ListFilesResponse>, Status> {
         Err(Status::unimplemented(""))
     }

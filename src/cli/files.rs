@@ -52,6 +52,9 @@ pub struct UploadArgs {
     /// Makes the upload safe to repeat: the same id returns the same file.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// Delete the file this long after the upload, 1h to 30d [default: never].
+    #[arg(long, value_name = "SPAN", value_parser = super::submit::expiry)]
+    expires_after: Option<std::time::Duration>,
 }
 
 /// Filters for `files list`.
@@ -83,7 +86,12 @@ pub struct DownloadArgs {
 pub async fn run(command: FilesCommand, client: &Client) -> anyhow::Result<()> {
     match command {
         FilesCommand::Upload(args) => {
-            let file = Upload::open(&args.file).await?.named(args.filename).send(client, args.request_id).await?;
+            let file = Upload::open(&args.file)
+                .await?
+                .named(args.filename)
+                .expiring(args.expires_after)
+                .send(client, args.request_id)
+                .await?;
             if client.json {
                 out::line(json::of(&file))?;
             } else {

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{SecretParser, parse_span, parse_webhook_secret},
-    domain::webhook::Secret,
+    domain::{batch::EXPIRY_RANGE, webhook::Secret},
     pb::{self, create_batch_request::Input},
 };
 
@@ -49,6 +49,9 @@ pub struct SubmitArgs {
     /// Metadata to store with the batch. Repeatable, up to 16.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
+    /// Delete the batch's output and error files this long after its end, 1h to 30d [default: never].
+    #[arg(long, value_name = "SPAN", value_parser = expiry)]
+    output_expires_after: Option<Duration>,
     /// Makes the command safe to repeat: the same id returns the same batch, even if the file has changed.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
@@ -100,16 +103,17 @@ pub async fn submit(args: SubmitArgs, client: &Client) -> anyhow::Result<pb::Bat
         webhook,
         webhook_endpoint_id: args.webhook.webhook_endpoint.unwrap_or_default(),
         request_id: args.request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+        output_expires_after: span(args.output_expires_after)?,
     };
     Ok(retry(|| async { client.batches().create_batch(request.clone()).await }).await?)
 }
 
-/// `--window` as a protobuf duration.
+/// A span as a protobuf duration.
 ///
 /// # Errors
 /// It is longer than any duration there.
 pub fn span(span: Option<Duration>) -> anyhow::Result<Option<prost_types::Duration>> {
-    span.map(prost_types::Duration::try_from).transpose().context("--window is too long")
+    span.map(prost_types::Duration::try_from).transpose().context("the time span is too long")
 }
 
 /// Parses `--window`, so that an error is reported before the file is uploaded.
@@ -124,6 +128,16 @@ pub fn window(text: &str) -> Result<Duration, String> {
     } else {
         Err("expected 1h to 14d".to_owned())
     }
+}
+
+/// Parses when a file expires, so that an error is reported before the file is uploaded.
+///
+/// # Errors
+/// It is no time span, or not 1 hour to 30 days.
+pub fn expiry(text: &str) -> Result<Duration, String> {
+    let span = parse_span(text)?;
+    let (least, most) = EXPIRY_RANGE;
+    if (least..=most).contains(&span) { Ok(span) } else { Err("expected 1h to 30d".to_owned()) }
 }
 
 /// `KEY=VALUE`.
@@ -145,6 +159,7 @@ mod tests {
     fn a_window_is_an_hour_to_two_weeks() {
         assert_eq!(window("90m"), Ok(Duration::from_secs(5_400)));
         assert!(window("1h").is_ok() && window("14d").is_ok());
+        assert!(expiry("1h").is_ok() && expiry("30d").is_ok() && expiry("31d").is_err() && expiry("1m").is_err());
         assert!(window("59m 59s").is_err() && window("14d 1s").is_err() && window("soon").is_err());
     }
 

@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::FileExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -30,6 +31,7 @@ pub struct Upload {
     file: Arc<File>,
     filename: String,
     bytes: u64,
+    expires_after: Option<Duration>,
 }
 
 impl Upload {
@@ -53,7 +55,7 @@ impl Upload {
         if !metadata.is_file() {
             return Self::spool(file, filename).await;
         }
-        Ok(Self { file: Arc::new(file.into_std().await), filename, bytes: metadata.len() })
+        Ok(Self { file: Arc::new(file.into_std().await), filename, bytes: metadata.len(), expires_after: None })
     }
 
     async fn spool(mut from: impl tokio::io::AsyncRead + Unpin, filename: String) -> anyhow::Result<Self> {
@@ -67,13 +69,19 @@ impl Upload {
         });
         let bytes = copying.await.with_context(|| format!("reading {filename}"))?;
         to.flush().await.context("temporary file")?;
-        Ok(Self { file: Arc::new(spooled), filename, bytes })
+        Ok(Self { file: Arc::new(spooled), filename, bytes, expires_after: None })
     }
 
     /// Sets the file's name on the server.
     #[must_use]
     pub fn named(self, filename: Option<String>) -> Self {
         Self { filename: filename.unwrap_or(self.filename), ..self }
+    }
+
+    /// Sets how long the server keeps the file.
+    #[must_use]
+    pub fn expiring(self, expires_after: Option<Duration>) -> Self {
+        Self { expires_after, ..self }
     }
 
     /// Sends the file. The same `request_id` again returns the file of the first upload.
@@ -86,6 +94,7 @@ impl Upload {
             purpose: String::new(),
             total_bytes: i64::try_from(self.bytes).context("the file is too large")?,
             request_id: request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
+            expires_after: super::submit::span(self.expires_after)?,
         };
         let bar = meter::bytes("uploading", self.bytes, client.json);
         let read_error = Arc::new(Mutex::new(None));

@@ -81,6 +81,16 @@ pub enum LogFormat {
     Json,
 }
 
+/// What becomes of a file with bad lines that comes over OpenAI's API.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BadFiles {
+    /// The upload is refused, and names the lines.
+    #[default]
+    Refuse,
+    /// OpenAI's way: the upload succeeds, and a batch of the file fails and names the lines.
+    FailBatch,
+}
+
 /// A part of the work that a node can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Role {
@@ -265,6 +275,18 @@ pub struct ServeConfig {
     #[arg(long, env = "TIDEMILL_MAX_FILE_BYTES", value_name = "SIZE", default_value = "10GB", help_heading = "Limits",
         value_parser = parse_bytes)]
     pub max_file_bytes: u64,
+
+    /// What becomes of a file with bad lines that comes over OpenAI's HTTP API. refuse: the upload fails and names the
+    /// lines. fail-batch, as at OpenAI: the upload succeeds, and a batch of the file fails and names the lines.
+    #[arg(
+        long,
+        env = "TIDEMILL_OPENAI_BAD_FILES",
+        value_enum,
+        value_name = "WHAT",
+        default_value = "refuse",
+        help_heading = "Limits"
+    )]
+    pub openai_bad_files: BadFiles,
 
     /// The most calls per second of one access token at this server; up to twice as many may arrive at once. 0: no
     /// limit.

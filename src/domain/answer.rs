@@ -77,6 +77,10 @@ fn verdict(endpoint: Endpoint, fields: &Fields<'_>) -> Verdict {
             (_, Some(Field::Empty | Field::Filled | Field::Text)) => of_reason("stop_reason", fields.stop_reason),
             (choices, _) => lacks("choices", choices.as_ref().map(|choices| choices.list), fields),
         },
+        Endpoint::Messages => match fields.content {
+            Some(Field::Empty | Field::Filled) => of_reason("stop_reason", fields.stop_reason),
+            content => lacks("content", content, fields),
+        },
         Endpoint::Responses => match fields.output {
             Some(Field::Empty | Field::Filled) => of_reason("status", fields.status),
             output => lacks("output", output, fields),

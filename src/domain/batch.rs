@@ -12,6 +12,9 @@ pub const WINDOW_RANGE: (Duration, Duration) = (Duration::from_secs(3_600), Dura
 /// The default completion window.
 pub const DEFAULT_WINDOW: Duration = Duration::from_secs(24 * 3_600);
 
+/// How soon and how late a file may expire, counted from when it was complete.
+pub const EXPIRY_RANGE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(30 * 24 * 3_600));
+
 /// The priority of a batch; a higher one goes first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Priority(i8);
@@ -113,6 +116,8 @@ pub struct NewBatch {
     pub webhook: Option<WebhookTarget>,
     /// The registered endpoint of its webhooks.
     pub webhook_endpoint_id: Option<WebhookEndpointId>,
+    /// How long its result files stay after its end. `None`: until they are deleted.
+    pub output_expires_after: Option<Duration>,
 }
 
 /// A batch.
@@ -164,4 +169,16 @@ pub struct Batch {
     pub webhook_endpoint_id: Option<WebhookEndpointId>,
     /// Increases with every durable change.
     pub revision: Revision,
+    /// How long its result files stay after its end. `None`: until they are deleted.
+    pub output_expires_after: Option<Duration>,
+}
+
+impl Batch {
+    /// When its result files expire. `None`: never, or it has not ended.
+    #[must_use]
+    pub fn output_expires_at(&self) -> Option<Timestamp> {
+        let times = &self.times;
+        let ended = times.completed.or(times.expired).or(times.cancelled)?;
+        Some(ended.plus(self.output_expires_after?))
+    }
 }

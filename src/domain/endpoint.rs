@@ -17,12 +17,21 @@ pub enum Endpoint {
     Score,
     /// `/v1/rerank`
     Rerank,
+    /// `/v1/messages`, of Anthropic's API
+    Messages,
 }
 
 impl Endpoint {
     /// All of them, in the order in which messages list them.
-    pub const ALL: [Self; 6] =
-        [Self::ChatCompletions, Self::Completions, Self::Embeddings, Self::Responses, Self::Score, Self::Rerank];
+    pub const ALL: [Self; 7] = [
+        Self::ChatCompletions,
+        Self::Completions,
+        Self::Embeddings,
+        Self::Responses,
+        Self::Score,
+        Self::Rerank,
+        Self::Messages,
+    ];
 
     /// The path, from `/v1`.
     #[must_use]
@@ -34,6 +43,7 @@ impl Endpoint {
             Self::Responses => "/v1/responses",
             Self::Score => "/v1/score",
             Self::Rerank => "/v1/rerank",
+            Self::Messages => "/v1/messages",
         }
     }
 

@@ -14,6 +14,7 @@ use super::{
     Answer, Failure, FailureKind, Slot,
     body::{self, Unread},
     judge,
+    live::Extras,
     outcome::cause,
     reasons::Worth,
 };
@@ -48,6 +49,8 @@ pub struct Call<'a> {
     pub timeout: Duration,
     /// The expected size of the answer in bytes, from similar requests; 0 if it is not known.
     pub expected: usize,
+    /// Further headers.
+    pub extras: Extras,
 }
 
 /// Whether a status is retried; any other status is the request's answer.
@@ -58,7 +61,7 @@ pub fn is_retryable(status: u16) -> bool {
 
 /// Whether the body of a 404 says that the model is missing, not the path or something that the request names: as vLLM
 /// says it, now and before it wrapped errors in `error`, and as OpenAI does.
-fn is_missing_model(body: &[u8]) -> bool {
+pub(super) fn is_missing_model(body: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Page<'a> {
         #[serde(borrow)]
@@ -98,7 +101,7 @@ pub fn may_refuse_priority(answer: &Answer) -> bool {
 
 /// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3); garbage is no wish, and no wish is granted for over a
 /// minute.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wish = match text.parse::<f64>() {
         Ok(seconds) => {
@@ -119,6 +122,7 @@ struct Head {
     content_type: Option<HeaderValue>,
     /// Bytes of the body, as announced or as read.
     length: Option<u64>,
+    extras: Extras,
 }
 
 impl Head {
@@ -131,6 +135,7 @@ impl Head {
             retry_after: retry_after(response.headers()),
             content_type: response.headers().get(CONTENT_TYPE).cloned(),
             length: response.content_length(),
+            extras: Extras::of(response.headers()),
         }
     }
 }
@@ -170,8 +175,14 @@ impl Slot {
             () = self.abandoned.cancelled() => return Err(self.left()),
         };
         let Head { status, retry_after: wish, .. } = head;
-        let mut answer =
-            Answer { status, request_id: head.request_id.clone(), body: body.bytes, usage: None, held: body.held };
+        let mut answer = Answer {
+            status,
+            request_id: head.request_id.clone(),
+            body: body.bytes,
+            usage: None,
+            held: body.held,
+            extras: head.extras.clone(),
+        };
         let kind = match status {
             404 if is_missing_model(&answer.body) => FailureKind::NoModel,
             401 | 403 | 407 => FailureKind::Refused,
@@ -203,7 +214,7 @@ impl Slot {
 
     /// One request and its whole response.
     async fn exchange(&self, call: &Call<'_>, deadline: Instant) -> Result<(Head, body::Body), Failure> {
-        let request = self.fleet.client.post(self.worker.endpoint(call.endpoint));
+        let request = self.fleet.client.post(self.worker.endpoint(call.endpoint)).headers(call.extras.0.clone());
         let mut request =
             self.fleet.authorized(request).header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(priority) = call.priority {
@@ -278,7 +289,7 @@ impl Slot {
         self.failure(FailureKind::Timeout, format!("no answer within {} s", timeout.as_secs_f64()))
     }
 
-    fn left(&self) -> Failure {
+    pub(super) fn left(&self) -> Failure {
         if self.worker.gone.is_cancelled() {
             self.failure(FailureKind::Removed, "the worker was removed while it had the request".into())
         } else {
@@ -286,7 +297,7 @@ impl Slot {
         }
     }
 
-    fn broken(&self, error: &reqwest::Error) -> Failure {
+    pub(super) fn broken(&self, error: &reqwest::Error) -> Failure {
         if let Some(lack) = judge::own_fault(error) {
             self.fleet.note_own_fault(lack, "a request to a worker");
             return self.failure(FailureKind::Local, format!("this server could not send the request: {lack}"));
@@ -369,7 +380,14 @@ mod tests {
     fn a_refused_priority_is_told_from_what_else_is_refused() {
         let refuses = |status: u16, body: &'static str| {
             let held = Held::default();
-            may_refuse_priority(&Answer { status, request_id: None, body: body.into(), usage: None, held })
+            may_refuse_priority(&Answer {
+                status,
+                request_id: None,
+                body: body.into(),
+                usage: None,
+                held,
+                extras: Extras::default(),
+            })
         };
         assert!(refuses(400, r#"{"error":{"message":"Got priority 10 but Priority scheduling is not enabled."}}"#));
         assert!(refuses(400, r#"{"error":{"message":"Unrecognized request argument supplied: priority"}}"#));

@@ -11,10 +11,12 @@ mod body;
 mod dispatch;
 #[doc(hidden)]
 pub mod health;
+mod infer;
 mod judge;
 #[doc(hidden)]
 pub mod limit;
 mod listing;
+mod live;
 mod load;
 mod memory;
 mod names;
@@ -34,19 +36,19 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use reqwest::Client;
-use smallvec::SmallVec;
 use tokio::{
     sync::{Semaphore, watch},
-    time::{Instant, MissedTickBehavior},
+    time::MissedTickBehavior,
 };
 use tokio_util::sync::CancellationToken;
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use body::MAX_ANSWER;
 pub use dispatch::{Call, is_retryable, may_refuse_priority};
+pub use infer::Inferred;
+pub use live::{Extras, LiveCall, Passing};
 pub use memory::Held;
 pub use outage::Blame;
 pub use outcome::{Answer, Failure, FailureKind};
@@ -56,7 +58,7 @@ pub use worker::{Worker, base_url};
 
 use crate::{
     config::Secret,
-    domain::{Endpoint, HealthChange, OwnHealth, Timestamp, WorkerId},
+    domain::{HealthChange, OwnHealth, Timestamp, WorkerId},
     fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
     supervise::{Part, Supervisor},
@@ -197,17 +199,6 @@ pub enum InferError {
     /// The workers that took it failed.
     #[error("{0}")]
     Failed(String),
-}
-
-/// An answer to [`Fleet::infer`].
-#[derive(Clone, Debug)]
-pub struct Inferred {
-    /// The worker that answered.
-    pub worker: WorkerId,
-    /// Its HTTP status.
-    pub status: u16,
-    /// Its body, byte for byte.
-    pub body: Bytes,
 }
 
 /// How the limit of requests in flight at one worker is set.
@@ -537,61 +528,5 @@ impl Fleet {
     #[must_use]
     pub fn acquire(&self, want: Want, slots: u32) -> Acquire {
         Acquire::new(self.inner.clone(), want, slots)
-    }
-
-    /// Runs one request at once, ahead of all batches. Calls of several tenants share the slots.
-    ///
-    /// # Errors
-    /// [`InferError`].
-    pub async fn infer(
-        &self,
-        tenant: Tenant,
-        endpoint: Endpoint,
-        model: &str,
-        body: Bytes,
-        timeout: Duration,
-    ) -> Result<Inferred, InferError> {
-        let deadline = Instant::now() + timeout;
-        let rank = Rank::interactive().of(tenant);
-        let mut want = Want { model: model.into(), rank, avoid: SmallVec::new(), alone: false };
-        let mut last = None;
-        while want.avoid.len() < INFER_TRIES {
-            if self.capacity(model) == 0 {
-                return Err(InferError::NoWorker(model.to_owned()));
-            }
-            let mut call = slots::Call::new(self.inner.clone(), want.clone());
-            let Ok(Some(slot)) = tokio::time::timeout_at(deadline, call.slot()).await else {
-                return Err(InferError::Timeout(timeout));
-            };
-            let at = Instant::now();
-            let left = deadline.saturating_duration_since(at);
-            let call = Call { endpoint, model, body: body.clone(), priority: None, timeout: left, expected: 0 };
-            let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
-                return Err(InferError::Timeout(timeout));
-            };
-            let sent = match slot.tell_of_call(at, sent) {
-                Err(Failure { answer: Some(answer), is_doubtful: true, .. }) => Ok(*answer),
-                sent => sent,
-            };
-            match sent {
-                Ok(answer) => {
-                    slot.worker.count(0);
-                    return Ok(Inferred { worker: slot.worker.id.clone(), status: answer.status, body: answer.body });
-                }
-                Err(failure) if failure.kind == FailureKind::Timeout => return Err(InferError::Timeout(timeout)),
-                Err(failure) => {
-                    want.avoid.push(failure.worker);
-                    last = Some((slot.worker.id.clone(), failure));
-                }
-            }
-        }
-        match last {
-            // After all tries, a worker's error is an answer too, unless its status is a success.
-            Some((worker, Failure { answer: Some(answer), .. })) if !answer.is_success() => {
-                Ok(Inferred { worker, status: answer.status, body: answer.body })
-            }
-            Some((_, failure)) => Err(InferError::Failed(failure.message)),
-            None => Err(InferError::NoWorker(model.to_owned())),
-        }
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{WorkerKey, memory::Held, outage::Blame};
+use super::{WorkerKey, live::Extras, memory::Held, outage::Blame};
 use crate::{
     domain::TokenUsage,
     words::{self, Peer},
@@ -23,6 +23,8 @@ pub struct Answer {
     pub usage: Option<TokenUsage>,
     /// Its part of the memory for answers, until the answer is durable.
     pub held: Held,
+    /// What of its headers a client needs.
+    pub extras: Extras,
 }
 
 impl Answer {

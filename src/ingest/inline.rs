@@ -48,7 +48,7 @@ impl Ingest {
             // line.
             match request_line::model_of(&request.body) {
                 Ok(_) => write_line(&mut lines, endpoint, request),
-                Err(problem) => bad.push((number, request.custom_id.clone(), problem.to_string())),
+                Err(problem) => bad.push((number, request.custom_id.clone(), problem)),
             }
             lines.push(b'\n');
         }

@@ -16,7 +16,7 @@ mod validator;
 
 pub use error::IngestError;
 pub use inline::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest};
-pub use report::{LineReport, MAX_REPORTS};
+pub use report::{Fault, LineReport, MAX_REPORTS};
 pub use segments::{SEGMENT_BYTES, SEGMENT_LINES, SEGMENT_REQUESTS};
 pub use upload::{Begun, Ingest, NewUpload, Upload};
 pub use validator::{Validated, Validator};

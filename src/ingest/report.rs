@@ -2,6 +2,11 @@
 
 use std::collections::BinaryHeap;
 
+use crate::domain::{
+    BatchError,
+    request_line::{Field, Problem},
+};
+
 /// The most bad lines that are described.
 pub const MAX_REPORTS: usize = 100;
 
@@ -14,6 +19,44 @@ pub struct LineReport {
     pub custom_id: Option<String>,
     /// What is wrong and what is expected.
     pub message: String,
+    /// The kind of mistake, in OpenAI's words.
+    pub fault: Fault,
+}
+
+impl LineReport {
+    /// The same as the reason why a batch fails.
+    #[must_use]
+    pub fn into_error(self) -> BatchError {
+        BatchError {
+            code: self.fault.code.to_owned(),
+            message: self.message,
+            line: i64::try_from(self.line).unwrap_or(i64::MAX),
+            param: self.fault.param.unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// What kind of mistake a line has, as programs read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fault {
+    /// OpenAI's code for it.
+    pub code: &'static str,
+    /// The field of the line that is wrong. `None`: the line as a whole.
+    pub param: Option<&'static str>,
+}
+
+impl Fault {
+    /// A mistake in one field.
+    #[must_use]
+    pub const fn in_field(code: &'static str, param: &'static str) -> Self {
+        Self { code, param: Some(param) }
+    }
+}
+
+impl From<&Problem> for Fault {
+    fn from(problem: &Problem) -> Self {
+        Self { code: problem.code(), param: problem.field().map(Field::path) }
+    }
 }
 
 /// The reports of the first bad lines.
@@ -26,7 +69,7 @@ pub(super) struct Reports {
 
 impl Reports {
     /// Reports a line, once. Lines come in any order, because duplicates are found last.
-    pub(super) fn add(&mut self, line: u64, custom_id: Option<String>, message: impl FnOnce() -> String) {
+    pub(super) fn add(&mut self, line: u64, custom_id: Option<String>, fault: Fault, message: impl FnOnce() -> String) {
         self.total += 1;
         if self.lowest.len() == MAX_REPORTS {
             if self.lowest.peek().is_some_and(|highest| highest.line < line) {
@@ -34,7 +77,7 @@ impl Reports {
             }
             self.lowest.pop();
         }
-        self.lowest.push(LineReport { line, custom_id, message: message() });
+        self.lowest.push(LineReport { line, custom_id, message: message(), fault });
     }
 
     /// The number of bad lines.
@@ -56,7 +99,7 @@ mod tests {
     fn the_lowest_are_kept_in_whatever_order_they_come() {
         let mut reports = Reports::default();
         for line in (1..=500).map(|n| n * 7 % 503) {
-            reports.add(line, None, || format!("bad {line}"));
+            reports.add(line, None, Fault { code: "invalid_request", param: None }, || format!("bad {line}"));
         }
         let (reports, total) = reports.into_sorted();
         assert_eq!(total, 500);

@@ -1,14 +1,14 @@
 //! One upload: its object is written while its lines are checked.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::task::JoinHandle;
 
-use super::{IngestError, Limits, Validated, Validator};
+use super::{IngestError, Limits, LineReport, Validated, Validator, report::Fault as LineFault};
 use crate::{
     blobs::{Blobs, ObjectWriter},
-    domain::{File, FileId, FileKind, Owner, Timestamp},
+    domain::{BatchError, File, FileId, FileKind, Owner, Timestamp, request_line::Problem},
     fault::{self, Fault},
     store::{InsertedFile, Store},
 };
@@ -43,6 +43,10 @@ pub struct NewUpload {
     pub total_bytes: Option<u64>,
     /// The client's idempotency key.
     pub request_id: Option<String>,
+    /// How long the file stays after it is complete. `None`: until it is deleted.
+    pub expires_after: Option<Duration>,
+    /// A file with bad lines is kept, and a batch of it fails. Not if its first line is no JSON: that is no JSONL.
+    pub keeps_bad: bool,
 }
 
 /// The result of beginning an upload.
@@ -131,6 +135,11 @@ enum Checking {
 }
 
 impl Upload {
+    /// Sets how long the file stays after it is complete.
+    pub fn set_expiry(&mut self, after: Option<Duration>) {
+        self.spec.expires_after = after;
+    }
+
     /// Takes the next bytes. Returns when there is room for more.
     ///
     /// # Errors
@@ -170,10 +179,10 @@ impl Upload {
     }
 
     /// Reports lines that the caller has found to be bad and will write as blank ones. Only before the first write.
-    pub(super) fn report(&mut self, bad: Vec<(u64, String, String)>) {
+    pub(super) fn report(&mut self, bad: Vec<(u64, String, Problem)>) {
         if let Checking::Idle(validator) = &mut self.check {
-            for (line, custom_id, message) in bad {
-                validator.report(line, Some(custom_id), message);
+            for (line, custom_id, problem) in bad {
+                validator.report(line, Some(custom_id), LineFault::from(&problem), problem.to_string());
             }
         }
     }
@@ -184,17 +193,32 @@ impl Upload {
         }
         self.check_pending().await?;
         let validator = self.validator().await?;
+        let (bytes, crc32c) = (validator.bytes(), validator.crc32c());
         let validated = tokio::task::spawn_blocking(move || validator.finish());
-        let validated = validated.await.map_err(|_| IngestError::Interrupted)??;
+        let (file, content) = match validated.await.map_err(|_| IngestError::Interrupted)? {
+            Ok(validated) => {
+                let (file, segments) = self.file(validated);
+                (file, Ok(segments))
+            }
+            Err(IngestError::Invalid { errors, .. }) if self.spec.keeps_bad && !is_no_jsonl(&errors) => {
+                let problems: Vec<BatchError> = errors.into_iter().map(LineReport::into_error).collect();
+                (self.bad_file(bytes, crc32c), Err(problems))
+            }
+            Err(error) => return Err(error),
+        };
         let object = self.object.take().ok_or(IngestError::Interrupted)?;
-        let (file, segments) = self.file(validated);
         // From here on it is not always known whether the object exists nor, if a commit's answer is lost, whether a
         // row names it. So the object is left alone: if its row exists it belongs to the file, otherwise the garbage
         // row of the upload still names it.
         self.garbage = false;
         object.finish().await?;
         fault::point(Fault::UploadObject);
-        match self.inner.store.insert_file(&file, self.spec.request_id.as_deref(), &segments).await? {
+        let (store, request_id) = (&self.inner.store, self.spec.request_id.as_deref());
+        let inserted = match &content {
+            Ok(segments) => store.insert_file(&file, request_id, segments).await?,
+            Err(problems) => store.insert_bad_file(&file, request_id, problems).await?,
+        };
+        match inserted {
             InsertedFile::New => Ok(file),
             InsertedFile::Existing(existing) => {
                 self.garbage = true;
@@ -203,8 +227,28 @@ impl Upload {
         }
     }
 
+    /// A file of which nothing can be run.
+    fn bad_file(&self, bytes: u64, crc32c: u32) -> File {
+        let created_at = Timestamp::now();
+        File {
+            id: self.id.clone(),
+            owner: self.spec.owner.clone(),
+            kind: FileKind::Input,
+            filename: self.spec.filename.clone(),
+            bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
+            line_count: 0,
+            models: Vec::new(),
+            endpoint: None,
+            created_at,
+            expires_at: self.spec.expires_after.map(|span| created_at.plus(span)),
+            object_key: Some(self.object_key.clone()),
+            crc32c: Some(crc32c),
+        }
+    }
+
     fn file(&self, validated: Validated) -> (File, Vec<crate::domain::SegmentSpan>) {
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let created_at = Timestamp::now();
         let file = File {
             id: self.id.clone(),
             owner: self.spec.owner.clone(),
@@ -214,8 +258,8 @@ impl Upload {
             line_count: number(validated.requests),
             models: validated.models,
             endpoint: Some(validated.endpoint),
-            created_at: Timestamp::now(),
-            expires_at: None,
+            created_at,
+            expires_at: self.spec.expires_after.map(|span| created_at.plus(span)),
             object_key: Some(self.object_key.clone()),
             crc32c: Some(validated.crc32c),
         };
@@ -225,7 +269,8 @@ impl Upload {
     /// Starts the check of the pending bytes without waiting for the result.
     async fn check_pending(&mut self) -> Result<(), IngestError> {
         let mut validator = self.validator().await?;
-        let object = if validator.is_doomed() { self.object.take() } else { None };
+        let gone = validator.is_doomed() && !self.spec.keeps_bad;
+        let object = if gone { self.object.take() } else { None };
         let chunks = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
         self.check = Checking::Busy(tokio::task::spawn_blocking(move || {
@@ -255,6 +300,11 @@ impl Upload {
             Checking::Busy(_) | Checking::Gone => Err(IngestError::Interrupted),
         }
     }
+}
+
+/// Whether a file is of another format than JSONL: its first line is no JSON.
+fn is_no_jsonl(errors: &[LineReport]) -> bool {
+    errors.first().is_some_and(|first| first.line == 1 && first.fault.code == "invalid_json_line")
 }
 
 impl Drop for Upload {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::{
     IngestError, Limits, format,
-    report::Reports,
+    report::{Fault, Reports},
     segments::{RequestAt, Segments},
     splitter::{Line, Splitter},
     unique::UniqueIds,
@@ -14,6 +14,9 @@ use crate::domain::{Endpoint, SegmentSpan, request_line, segment::MAX_MODELS_PER
 
 /// The byte order mark that some editors put at a file's start.
 const BOM: &[u8] = b"\xef\xbb\xbf";
+
+const TOO_LONG: Fault = Fault { code: "invalid_request", param: None };
+const TWICE: Fault = Fault::in_field("duplicate_custom_id", "custom_id");
 
 /// Characters of a model's name that a message repeats.
 const SHOWN_MODEL: usize = 60;
@@ -112,6 +115,12 @@ impl Validator {
         self.splitter.position()
     }
 
+    /// The checksum of the bytes received.
+    #[must_use]
+    pub fn crc32c(&self) -> u32 {
+        self.crc
+    }
+
     /// Whether a bad line has been seen, so that there will be no file.
     #[must_use]
     pub fn is_doomed(&self) -> bool {
@@ -119,8 +128,8 @@ impl Validator {
     }
 
     /// Reports a line that the caller has found to be bad and has left blank.
-    pub(super) fn report(&mut self, line: u64, custom_id: Option<String>, message: String) {
-        self.check.reports.add(line, custom_id, || message);
+    pub(super) fn report(&mut self, line: u64, custom_id: Option<String>, fault: Fault, message: String) {
+        self.check.reports.add(line, custom_id, fault, || message);
     }
 }
 
@@ -161,14 +170,16 @@ impl Check {
         self.requests += 1;
         let Some(text) = text else {
             let max = self.max_line_bytes;
-            self.reports
-                .add(self.lines, None, || format!("the line is longer than {max} bytes; expected at most that"));
+            self.reports.add(self.lines, None, TOO_LONG, || {
+                format!("the line is longer than {max} bytes; expected at most that")
+            });
             return Ok(());
         };
         match request_line::parse(text) {
             Ok(request) => self.request(&request, text, start, end),
             Err(error) => {
-                self.reports.add(self.lines, error.custom_id, || error.problem.to_string());
+                let fault = Fault::from(&error.problem);
+                self.reports.add(self.lines, error.custom_id, fault, || error.problem.to_string());
                 Ok(())
             }
         }
@@ -185,13 +196,13 @@ impl Check {
         let (endpoint, first) = *self.endpoint.get_or_insert((request.endpoint, line));
         let known = || Some(request.custom_id.clone().into_owned());
         if request.endpoint != endpoint {
-            self.reports.add(line, known(), || {
+            self.reports.add(line, known(), Fault::in_field("invalid_url", "url"), || {
                 format!("url is {}; expected {endpoint} as in line {first}: one file, one url", request.endpoint)
             });
             return Ok(());
         }
         let Some(model) = self.model(&request.model) else {
-            self.reports.add(line, known(), || {
+            self.reports.add(line, known(), Fault::in_field("mismatched_model", "body.model"), || {
                 let name: String = request.model.chars().take(SHOWN_MODEL).collect();
                 format!("one more model: {name:?}; expected at most {MAX_MODELS_PER_FILE} in a file")
             });
@@ -216,7 +227,7 @@ impl Check {
     fn finish(mut self, bytes: u64, crc32c: u32) -> Result<Validated, IngestError> {
         self.ids
             .finish(|duplicate| {
-                self.reports.add(duplicate.line, Some(duplicate.custom_id), || {
+                self.reports.add(duplicate.line, Some(duplicate.custom_id), TWICE, || {
                     format!(
                         "custom_id is already in line {}; expected it to be unique in the file",
                         duplicate.first_line

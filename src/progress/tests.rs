@@ -93,6 +93,7 @@ impl World {
             request_id: None,
             webhook: None,
             webhook_endpoint_id: None,
+            output_expires_after: None,
         };
         match self.store.create_batch(new).await.unwrap() {
             CreatedBatch::New(batch) => batch.id,

@@ -28,7 +28,8 @@ use super::{
 use crate::{
     domain::{Endpoint, SegmentRef, WorkerPriority, lifecycle::Ending},
     fleet::{
-        Acquire, Answer, Call, Failure, FailureKind, Held, NoSlot, Rank, Slot, Want, Worker, may_refuse_priority,
+        Acquire, Answer, Call, Extras, Failure, FailureKind, Held, NoSlot, Rank, Slot, Want, Worker,
+        may_refuse_priority,
         outage::{self, Verdict},
     },
     results::{self, PartBuilder, Reply},
@@ -313,7 +314,8 @@ impl Work<'_> {
                 stages.took(Stage::Dispatch, slotted.elapsed());
                 (Instant::now(), stages)
             });
-            let call = Call { endpoint, model: &model, body, priority: header, timeout, expected };
+            let extras = Extras::default();
+            let call = Call { endpoint, model: &model, body, priority: header, timeout, expected, extras };
             let result = match with_priority {
                 None => slot.send(call).await,
                 Some(with) => send_with(slot, with, call).await,

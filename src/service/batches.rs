@@ -13,7 +13,7 @@ use crate::{
     domain::{Batch, BatchId, BatchStatus, Endpoint, File, FileId, FileKind, NewBatch, Priority},
     ingest::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest, NewUpload},
     progress::Progress,
-    store::{BatchFilter, CancelledBatch, CreatedBatch},
+    store::{BatchFilter, CancelledBatch, CreatedBatch, DeletedBatch},
 };
 
 /// Prefix of the idempotency keys of files that the server creates. Clients' keys contain no control characters.
@@ -49,6 +49,8 @@ pub struct CreateBatch {
     pub webhook: Option<NewWebhook>,
     /// A registered endpoint as the receiver instead. Empty: none.
     pub webhook_endpoint_id: String,
+    /// How long its result files stay after its end. `None`: until they are deleted.
+    pub output_expires_after: Option<Span>,
 }
 
 /// The source of a new batch's requests.
@@ -84,6 +86,7 @@ struct Wanted {
     priority: Priority,
     metadata: BTreeMap<String, String>,
     request_id: Option<String>,
+    output_expires_after: Option<Duration>,
 }
 
 impl Service {
@@ -122,6 +125,8 @@ impl Service {
                     filename: INLINE_NAME.to_owned(),
                     total_bytes: None,
                     request_id: key,
+                    expires_after: None,
+                    keeps_bad: false,
                 };
                 let made = self.parts.ingest.inline(spec, endpoint, &requests).await;
                 (made.map_err(|error| error::ingest(error, inline_name))?, endpoint, true, admitted)
@@ -137,6 +142,7 @@ impl Service {
             request_id: new.request_id,
             webhook,
             webhook_endpoint_id,
+            output_expires_after: new.output_expires_after,
         };
         self.insert(caller, new, inline).await
     }
@@ -226,6 +232,26 @@ impl Service {
         Ok(Found { items, page })
     }
 
+    /// Batches that follow one in the order from the newest, at most so many, and whether there are more.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn batches_after(
+        &self,
+        caller: &Caller,
+        after: Option<String>,
+        limit: u64,
+    ) -> Result<(Vec<Shown>, bool), ServiceError> {
+        let (filter, after) = (BatchFilter::within(caller.scope()), after.map(BatchId::from_text));
+        let mut found = self.parts.store.batches(&filter, after.as_ref(), limit + 1).await?;
+        let has_more = found.len() as u64 > limit;
+        found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        let progress = self.parts.hub.progresses(&found).await?;
+        let items = found.into_iter().zip(progress);
+        let items = items.map(|(batch, progress)| Shown { batch, progress: shown(caller, progress) }).collect();
+        Ok((items, has_more))
+    }
+
     /// Begins to cancel a batch.
     ///
     /// # Errors
@@ -237,7 +263,26 @@ impl Service {
             CancelledBatch::NotFound => Err(no_batch(&id)),
             CancelledBatch::Ended(batch) => {
                 let message = format!("the batch is {} and can't be cancelled any more", batch.status.as_str());
-                Err(ServiceError::new(Code::FailedPrecondition, "BATCH_TERMINAL", message))
+                let facts = Box::new([("status", batch.status.as_str().to_owned())]);
+                Err(ServiceError { facts, ..ServiceError::new(Code::FailedPrecondition, "BATCH_TERMINAL", message) })
+            }
+        }
+    }
+}
+
+impl Service {
+    /// Deletes an ended batch with its result files.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn delete_batch(&self, caller: &Caller, id: &str) -> Result<(), ServiceError> {
+        let id = rules::batch_id(id)?;
+        match self.parts.store.delete_batch(&id, &caller.scope()).await? {
+            DeletedBatch::Deleted => Ok(()),
+            DeletedBatch::NotFound => Err(no_batch(&id)),
+            DeletedBatch::NotEnded => {
+                let message = "the batch has not ended: cancel it, or wait for its end";
+                Err(ServiceError::new(Code::FailedPrecondition, "BATCH_NOT_ENDED", message))
             }
         }
     }
@@ -263,6 +308,7 @@ fn wanted(of: CreateBatch) -> Result<Wanted, ServiceError> {
     wrong.check(priority.is_some(), "priority", "must be -1, 0 or 1");
     rules::metadata(&of.metadata, &mut wrong);
     let request_id = rules::request_id(of.request_id, &mut wrong, "request_id");
+    let output_expires_after = rules::expiry(of.output_expires_after, &mut wrong, "output_expires_after");
     match &of.input {
         Some(BatchInput::File(id)) => {
             let good = !id.is_empty() && rules::storable(id, rules::NAME);
@@ -273,7 +319,8 @@ fn wanted(of: CreateBatch) -> Result<Wanted, ServiceError> {
     }
     wrong.finish()?;
     let input = of.input.ok_or_else(|| ServiceError::field("input", "must be input_file_id or inline_requests"))?;
-    Ok(Wanted { input, endpoint, window, priority: priority.unwrap_or_default(), metadata: of.metadata, request_id })
+    let (priority, metadata) = (priority.unwrap_or_default(), of.metadata);
+    Ok(Wanted { input, endpoint, window, priority, metadata, request_id, output_expires_after })
 }
 
 /// Checks the number and the size of inline requests. [`crate::ingest`] checks their content.

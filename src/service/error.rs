@@ -69,6 +69,15 @@ pub struct Violation {
     pub description: String,
 }
 
+/// The bad lines of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadLines {
+    /// The first of them.
+    pub reports: Vec<LineReport>,
+    /// How many there are in all.
+    pub total: u64,
+}
+
 /// Why a use case failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -81,9 +90,9 @@ pub struct ServiceError {
     pub message: String,
     /// The invalid fields. Only with [`Code::InvalidArgument`].
     pub violations: Vec<Violation>,
-    /// The number of bad lines in a file, if the violations are bad lines. An adapter that can't report all of them
-    /// says with [`bad_lines`] how many it leaves out.
-    pub bad_lines: Option<u64>,
+    /// The bad lines of a file, if the violations are bad lines. An adapter that can't report all of them says with
+    /// [`bad_lines`] how many it leaves out.
+    pub bad_lines: Option<Box<BadLines>>,
     /// The retry delay, if a retry may help.
     pub retry_after: Option<Duration>,
     /// Facts for programs.
@@ -325,7 +334,7 @@ pub(super) fn dead_letter(refused: RetryError, id: &str) -> ServiceError {
 /// Why a file was not created. `name` gives a line's field in the violations its name.
 pub(crate) fn ingest(error: IngestError, name: fn(u64) -> String) -> ServiceError {
     match error {
-        IngestError::Invalid { errors, total } => invalid_lines(&errors, total, name),
+        IngestError::Invalid { errors, total } => invalid_lines(errors, total, name),
         IngestError::NotJsonl(_) => ServiceError::invalid("INVALID_FILE", error.to_string(), Vec::new()),
         IngestError::TooManyLines { .. } => {
             ServiceError::new(Code::ResourceExhausted, "FILE_TOO_MANY_LINES", error.to_string())
@@ -358,7 +367,7 @@ pub(crate) fn line_name(line: u64) -> String {
 }
 
 /// The error for bad lines, each described in full. The message counts all of them.
-fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> ServiceError {
+fn invalid_lines(errors: Vec<LineReport>, total: u64, name: fn(u64) -> String) -> ServiceError {
     let describe = |error: &LineReport| match &error.custom_id {
         Some(id) => format!("{} (custom_id {:?})", error.message, short(id)),
         None => error.message.clone(),
@@ -366,7 +375,8 @@ fn invalid_lines(errors: &[LineReport], total: u64, name: fn(u64) -> String) -> 
     let violations: Vec<Violation> =
         errors.iter().map(|error| Violation { field: name(error.line), description: describe(error) }).collect();
     let message = bad_lines(total, violations.len(), violations.first());
-    ServiceError { bad_lines: Some(total), ..ServiceError::invalid("INVALID_FILE", message, violations) }
+    let bad_lines = Some(Box::new(BadLines { reports: errors, total }));
+    ServiceError { bad_lines, ..ServiceError::invalid("INVALID_FILE", message, violations) }
 }
 
 /// The message of an error for bad lines, `listed` of which are among the violations.

@@ -7,7 +7,7 @@ use futures::{Stream, StreamExt, stream::BoxStream};
 use tokio::time::Instant;
 
 use super::{
-    Code, Found, Page, Service, ServiceError,
+    Code, Found, Page, Service, ServiceError, Span,
     error::{self, Violations, line_name, no_file},
     filters, rules,
 };
@@ -15,10 +15,12 @@ use crate::{
     access::{Account, Caller, IDLE, LOOK, LimitReached, Pace, Place, Received},
     blobs::BlobError,
     domain::{File, FileId, Scope, text::is_plain},
-    ingest::{Begun, NewUpload, Upload},
+    ingest::{Begun, IngestError, NewUpload, Upload},
     results::ReadError,
     store::{DeletedFile, FileFilter},
 };
+
+pub use crate::store::PageOrder as FileOrder;
 
 /// The most bytes of a file name.
 const FILENAME: usize = 255;
@@ -36,6 +38,10 @@ pub struct NewFile {
     pub total_bytes: i64,
     /// The client's idempotency key. Empty: none.
     pub request_id: String,
+    /// How long it stays after it is complete. `None`: until it is deleted.
+    pub expires_after: Option<Span>,
+    /// A file with bad lines is kept, and a batch of it fails: OpenAI's way.
+    pub keeps_bad: bool,
 }
 
 /// A client's request for a list of files.
@@ -156,6 +162,38 @@ impl Service {
         Ok(Found { items, page })
     }
 
+    /// Files that follow one in their order, at most so many, and whether there are more.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn files_after(
+        &self,
+        caller: &Caller,
+        purpose: Option<String>,
+        order: FileOrder,
+        after: Option<String>,
+        limit: u64,
+    ) -> Result<(Vec<File>, bool), ServiceError> {
+        let filter = FileFilter { scope: caller.scope(), purpose };
+        let after = after.map(FileId::from_text);
+        let mut files = self.parts.store.files_in(&filter, order, after.as_ref(), limit + 1).await?;
+        let has_more = files.len() as u64 > limit;
+        files.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        Ok((files, has_more))
+    }
+
+    /// Refuses an upload whose announced size is too large.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub fn check_upload_size(&self, bytes: u64) -> Result<(), ServiceError> {
+        let max = self.parts.ingest.limits().max_bytes;
+        if bytes <= max {
+            return Ok(());
+        }
+        Err(error::ingest(IngestError::TooManyBytes { max }, line_name))
+    }
+
     /// Deletes a file that no unfinished batch reads.
     ///
     /// # Errors
@@ -169,6 +207,18 @@ impl Service {
                 let message = format!("the unfinished batch {batch} reads this file: wait for it, or cancel it");
                 Err(ServiceError::new(Code::FailedPrecondition, "FILE_IN_USE", message))
             }
+        }
+    }
+
+    /// Deletes a file. While an unfinished batch reads it, nobody finds it any more, and it goes when the batch has ended.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn hide_file(&self, caller: &Caller, id: &str) -> Result<(), ServiceError> {
+        let id = rules::file_id(id)?;
+        match self.parts.store.hide_file(&id, &caller.scope()).await? {
+            DeletedFile::Deleted | DeletedFile::InUse(_) => Ok(()),
+            DeletedFile::NotFound => Err(no_file(&id)),
         }
     }
 
@@ -235,6 +285,20 @@ impl FileUpload {
         }
     }
 
+    /// Sets when the file expires, where that becomes known only after its bytes.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub fn expires_after(&mut self, span: Option<Span>) -> Result<(), ServiceError> {
+        let mut wrong = Violations::default();
+        let span = rules::expiry(span, &mut wrong, "expires_after.seconds");
+        wrong.finish()?;
+        if let State::New(upload) = &mut self.state {
+            upload.set_expiry(span);
+        }
+        Ok(())
+    }
+
     /// Takes the next bytes.
     ///
     /// # Errors
@@ -299,12 +363,15 @@ fn new_upload(caller: &Caller, of: NewFile) -> Result<NewUpload, ServiceError> {
     wrong.check(matches!(of.purpose.as_str(), "" | "batch"), "spec.purpose", "must be \"batch\" or empty");
     wrong.check(of.total_bytes >= 0, "spec.total_bytes", "must not be negative");
     let request_id = rules::request_id(of.request_id, &mut wrong, "spec.request_id");
+    let expires_after = rules::expiry(of.expires_after, &mut wrong, "spec.expires_after");
     wrong.finish()?;
     Ok(NewUpload {
         owner: caller.owner.clone(),
         filename: if of.filename.is_empty() { "upload.jsonl".to_owned() } else { of.filename },
         total_bytes: u64::try_from(of.total_bytes).ok().filter(|bytes| *bytes > 0),
         request_id,
+        expires_after,
+        keeps_bad: of.keeps_bad,
     })
 }
 

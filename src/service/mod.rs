@@ -3,7 +3,7 @@
 //! who sees what, idempotency, quotas.
 //!
 //! - [`files`]: upload, show, list, delete, read. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
-//!   requests once more. [`infer`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
+//!   requests once more. [`infer`], [`live`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
 //! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
 //! - `rules`: what fields may hold. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
 
@@ -12,6 +12,7 @@ mod error;
 pub mod files;
 mod filters;
 pub mod infer;
+pub mod live;
 pub mod page;
 pub mod results;
 pub mod retry;
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 #[cfg(test)]
 pub(crate) use self::error::{ingest as ingest_error, line_name};
 pub use self::{
-    error::{Code, ServiceError, Violation, bad_lines, shortened},
+    error::{BadLines, Code, ServiceError, Violation, bad_lines, shortened},
     page::{Found, Page},
     rules::{NotASpan, Span},
     text::short,

@@ -106,6 +106,7 @@ impl Service {
             // Whoever waits for the lines waits for these too.
             webhook: batch.webhook,
             webhook_endpoint_id: batch.webhook_endpoint_id,
+            output_expires_after: batch.output_expires_after,
         };
         self.insert(caller, new, true).await
     }
@@ -150,6 +151,8 @@ async fn failed_lines_file(
         total_bytes: None,
         // A client's request ids for uploads are its own.
         request_id: request_id.map(|id| format!("retry/{}/{id}", batch.id)),
+        expires_after: None,
+        keeps_bad: false,
     };
     let mut upload = match ingest.begin(spec).await? {
         Begun::Upload(upload) => upload,
@@ -250,6 +253,7 @@ mod tests {
                 request_id: None,
                 webhook: None,
                 webhook_endpoint_id: None,
+                output_expires_after: None,
             };
             match self.store.create_batch(new).await.unwrap() {
                 CreatedBatch::New(batch) => *batch,

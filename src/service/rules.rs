@@ -12,7 +12,7 @@ use super::{
 use crate::{
     domain::{
         BatchId, Endpoint, FileId, HealthChange, HealthInterval, WorkerId,
-        batch::{DEFAULT_WINDOW, WINDOW_RANGE},
+        batch::{DEFAULT_WINDOW, EXPIRY_RANGE, WINDOW_RANGE},
         text::{is_plain, is_storable},
     },
     fleet::FleetError,
@@ -98,6 +98,14 @@ pub(super) fn window(of: Option<Span>, wrong: &mut Violations) -> Duration {
     let window = given.ok().filter(|window| (least..=most).contains(window));
     wrong.check(window.is_some(), "completion_window", "must be 3600s (1 h) to 1209600s (14 d)");
     window.unwrap_or(DEFAULT_WINDOW)
+}
+
+/// When a file expires, counted from when it is complete. `None`: never.
+pub(super) fn expiry(of: Option<Span>, wrong: &mut Violations, field: &str) -> Option<Duration> {
+    let (least, most) = EXPIRY_RANGE;
+    let span = of?.ok().filter(|span| (least..=most).contains(span));
+    wrong.check(span.is_some(), field, "must be 3600s (1 h) to 2592000s (30 d)");
+    span
 }
 
 /// The shortest time between two progress events.

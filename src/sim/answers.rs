@@ -25,6 +25,7 @@ pub(super) fn answer(endpoint: Endpoint, request: &Request<'_>, id: &str, create
         Endpoint::Responses => responses(request, id, created),
         Endpoint::Score => score(request, id, created, seed),
         Endpoint::Rerank => rerank(request, id, seed),
+        Endpoint::Messages => messages(request, id),
     }
 }
 
@@ -33,6 +34,7 @@ pub(super) fn cut_off(answer: &str, reason: Option<&str>) -> String {
     let reason = reason.map_or_else(|| "null".to_owned(), quote);
     answer
         .replace(r#""finish_reason":"length""#, &format!(r#""finish_reason":{reason}"#))
+        .replace(r#""stop_reason":"max_tokens""#, &format!(r#""stop_reason":{reason}"#))
         .replace(r#""status":"incomplete""#, &format!(r#""status":{reason}"#))
 }
 
@@ -60,6 +62,16 @@ fn chat(request: &Request<'_>, id: &str, created: i64) -> String {
         r#"{{"id":"chatcmpl-{id}","object":"chat.completion","created":{created},"model":{model},"choices":[{{"index":0,"message":{{"role":"assistant","content":{content},"refusal":null,"annotations":null,"audio":null,"function_call":null,"reasoning":null}},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null}}],"service_tier":null,"system_fingerprint":"tidemill-sim","usage":{usage},"prompt_logprobs":null,"prompt_token_ids":null,"kv_transfer_params":null}}"#,
         model = quote(&request.model),
         usage = usage(request),
+    )
+}
+
+fn messages(request: &Request<'_>, id: &str) -> String {
+    let text = said(request, &request.texts[0]);
+    format!(
+        r#"{{"id":"msg_{id}","type":"message","role":"assistant","content":[{{"type":"text","text":{text}}}],"model":{model},"stop_reason":"max_tokens","stop_sequence":null,"usage":{{"input_tokens":{input},"output_tokens":{output}}}}}"#,
+        model = quote(&request.model),
+        input = request.cost.prompt_tokens,
+        output = request.cost.completion_tokens,
     )
 }
 
@@ -136,10 +148,15 @@ fn usage(request: &Request<'_>) -> String {
     )
 }
 
-/// The generated text: the request's fingerprint, then what was asked, as JSON.
-fn said(request: &Request<'_>, text: &str) -> String {
+/// The generated text: the request's fingerprint, then what was asked.
+pub(super) fn text_of(request: &Request<'_>, text: &str) -> String {
     let end = text.floor_char_boundary(ECHO);
-    quote(&format!("{:016x} {}", request.fingerprint, &text[..end]))
+    format!("{:016x} {}", request.fingerprint, &text[..end])
+}
+
+/// The same as JSON.
+fn said(request: &Request<'_>, text: &str) -> String {
+    quote(&text_of(request, text))
 }
 
 /// A unit vector, by the number.

@@ -3,7 +3,8 @@
 //!
 //! As in vLLM, at most `max_num_seqs` requests run and the others wait; an error is `{"error": {...}}`; a client that goes
 //! away frees its place at once. Unlike in vLLM: a token is a word, every answer is as long as it may be (16 tokens where the
-//! request does not say), `n` and `stream` are not simulated, and a bad prompt costs no time. Given `x-request-id`, it becomes part
+//! request does not say), `n` is not simulated, a stream has its first event at
+//! once and the others when the engine is done, and a bad prompt costs no time. Given `x-request-id`, it becomes part
 //! of the answer's id (as in vLLM) and is sent back (as in vLLM with `--enable-request-id-headers`).
 
 mod answers;
@@ -11,6 +12,7 @@ mod engine;
 mod faults;
 mod metrics;
 mod request;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -184,6 +186,7 @@ impl Sim {
             .route("/metrics", get(metrics))
             .route("/version", get(async || json(StatusCode::OK, r#"{"version":"0.32.0+tidemill.sim"}"#.into())))
             .route("/load", get(load))
+            .route("/v1/messages/count_tokens", post(count_tokens))
             .route("/sleep", post(async |State(sim): State<Sim>| sim.inner.faults.sleep()))
             .route("/wake_up", post(async |State(sim): State<Sim>| sim.inner.faults.wake_up()))
             .route("/is_sleeping", get(is_sleeping));
@@ -245,8 +248,16 @@ impl Sim {
 
     async fn infer(&self, endpoint: Endpoint, headers: &HeaderMap, body: &Bytes) -> Response {
         let Inner { config, engine, faults, .. } = &*self.inner;
-        let _in_flight = faults.receive(endpoint.path(), body);
+        let in_flight = faults.receive(endpoint.path(), body);
         let fault = faults.take();
+        // Most requests do not ask for a stream, and are read once.
+        if matches!(fault, None | Some(Fault::Truncate))
+            && memchr::memmem::find(body, b"\"stream\"").is_some()
+            && let Ok(request) = request::read(endpoint, body, &config.models, config.seed)
+            && request.streams
+        {
+            return self.stream(endpoint, &request, headers, fault.is_some(), in_flight);
+        }
         let mut response = match fault {
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Reset) => broken("", Some(CloseInstead)),
@@ -269,6 +280,59 @@ impl Sim {
             response.headers_mut().insert(REQUEST_ID, id.clone());
         }
         response
+    }
+}
+
+impl Sim {
+    /// A streamed answer. `torn`: it breaks off in the middle of its third event.
+    fn stream(
+        &self,
+        endpoint: Endpoint,
+        request: &request::Request<'_>,
+        headers: &HeaderMap,
+        torn: bool,
+        in_flight: faults::InFlight,
+    ) -> Response {
+        let id = answer_id(headers, request.fingerprint);
+        let mut events = streams::events(endpoint, request, &id, Timestamp::now().unix_seconds()).into_iter();
+        let (sim, cost, first) = (self.clone(), request.cost, events.next());
+        let body = async_stream::stream! {
+            let _in_flight = in_flight;
+            yield Ok(first.unwrap_or_default());
+            sim.inner.engine.run(cost, sim.inner.faults.slow_down()).await;
+            if torn {
+                yield Ok(events.next().unwrap_or_default());
+                let half = events.next().unwrap_or_default();
+                yield Ok(half[..half.floor_char_boundary(half.len() / 2)].to_owned());
+                // So that what is there is written out first.
+                tokio::task::yield_now().await;
+                yield Err(io::Error::from(io::ErrorKind::ConnectionReset));
+                return;
+            }
+            for event in events {
+                yield Ok(event);
+            }
+        };
+        let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
+        let mut response = ([(CONTENT_TYPE, kind)], Body::from_stream(body)).into_response();
+        if let Some(id) = headers.get(REQUEST_ID) {
+            response.headers_mut().insert(REQUEST_ID, id.clone());
+        }
+        response
+    }
+}
+
+/// The id of an answer without its prefix: the client's, or that of what it says.
+fn answer_id(headers: &HeaderMap, fingerprint: u64) -> String {
+    let id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_plain(id));
+    id.map_or_else(|| format!("{fingerprint:016x}"), str::to_owned)
+}
+
+async fn count_tokens(State(sim): State<Sim>, body: Bytes) -> Response {
+    let Inner { config, .. } = &*sim.inner;
+    match request::read(Endpoint::Messages, &body, &config.models, config.seed) {
+        Ok(request) => json(StatusCode::OK, format!(r#"{{"input_tokens":{}}}"#, request.cost.prompt_tokens)),
+        Err(refusal) => refuse(&refusal),
     }
 }
 
@@ -300,8 +364,7 @@ async fn answer(
     }
     match outcome {
         Outcome::Answered => {
-            let id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_plain(id));
-            let id = id.map_or_else(|| format!("{:016x}", request.fingerprint), str::to_owned);
+            let id = answer_id(headers, request.fingerprint);
             let answer = answers::answer(endpoint, &request, &id, Timestamp::now().unix_seconds(), config.seed);
             Ok(match cut {
                 None => answer,

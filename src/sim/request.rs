@@ -65,6 +65,8 @@ pub(super) struct Request<'a> {
     pub(super) base64: bool,
     /// Of everything that makes the answer what it is.
     pub(super) fingerprint: u64,
+    /// Whether the answer is to come as a stream.
+    pub(super) streams: bool,
     /// What it takes.
     pub(super) cost: Cost,
 }
@@ -115,9 +117,7 @@ pub(super) fn read<'a>(
         }
         Some(_) | None => Cow::Owned(models.first().cloned().unwrap_or_default()),
     };
-    if body.stream == Some(true) {
-        return Err(Refusal::bad("The simulated worker does not stream.".into(), "stream"));
-    }
+    let streams = body.stream == Some(true);
     let mut request = Request {
         model,
         texts: Vec::new(),
@@ -125,12 +125,13 @@ pub(super) fn read<'a>(
         top_n: body.top_n.unwrap_or(usize::MAX),
         base64: body.encoding_format.as_deref() == Some("base64"),
         fingerprint: seed,
+        streams,
         cost: Cost::default(),
     };
     let mut max_tokens = None;
     let one = |raw: Option<&'a RawValue>, field| raw.ok_or_else(|| Refusal::missing(field)).map(RawValue::get);
     match endpoint {
-        Endpoint::ChatCompletions => {
+        Endpoint::ChatCompletions | Endpoint::Messages => {
             request.chat(one(body.messages, "messages")?, "messages", seed)?;
             max_tokens = body.max_completion_tokens.or(body.max_tokens).map(|value| (value, "max_tokens"));
         }
@@ -161,9 +162,15 @@ pub(super) fn read<'a>(
         request.cost.prompt_tokens += words(query);
         request.fingerprint ^= fingerprint(seed, query);
     }
-    if matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions | Endpoint::Responses) {
+    let writes = match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Completions | Endpoint::Responses | Endpoint::Messages => true,
+        Endpoint::Embeddings | Endpoint::Score | Endpoint::Rerank => false,
+    };
+    if writes {
         let (value, param) = max_tokens.unwrap_or((DEFAULT_MAX_TOKENS, "max_tokens"));
         request.limit(value, param)?;
+    } else if streams {
+        return Err(Refusal::bad("Answers of this endpoint are not streamed.".into(), "stream"));
     }
     Ok(request)
 }
@@ -315,7 +322,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200), pick in 0usize..6) {
+        fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200), pick in 0usize..7) {
             let _ = read(Endpoint::ALL[pick], &body, &models(), 1);
         }
 

@@ -9,13 +9,14 @@ use sea_orm::{
 use super::{
     Store, StoreError,
     convert::{self, to_json},
-    entity::{batch, batch_metadata, batch_model, file},
+    entity::{batch, batch_event, batch_metadata, batch_model, file},
     events::{Telling, append, fail, lock_batch, transition},
+    files::free,
     now,
     parameters::{ids_parameter, texts_of},
     parts::{Commit, hold},
     queue::queued_lines_of,
-    scoped::within,
+    scoped::{visible, within},
     write::{announce, commit, roll_back},
 };
 use crate::domain::{
@@ -65,6 +66,17 @@ pub struct ClosedWindows {
     pub more: bool,
 }
 
+/// The outcome of deleting a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeletedBatch {
+    /// It was deleted.
+    Deleted,
+    /// There is no such batch.
+    NotFound,
+    /// It has not ended.
+    NotEnded,
+}
+
 impl Store {
     /// Creates a batch of any owner's file, without a limit on queued lines: for tests and benches.
     ///
@@ -92,13 +104,14 @@ impl Store {
                 lock_queue(&tx, &new.owner).await?;
             }
             // The lock keeps the file from being deleted before its batch is there.
-            let find = within(file::Entity::find_by_id(new.input_file_id.as_str()), file::Column::Owner, scope);
+            let find = visible(file::Entity::find_by_id(new.input_file_id.as_str()), scope);
             let Some(input) = find.lock_exclusive().one(&tx).await? else {
                 return match find_existing(&tx, new).await? {
                     Some(existing) => roll_back(CreatedBatch::Existing(Box::new(existing))),
                     None => roll_back(CreatedBatch::FileNotFound),
                 };
             };
+            let problems = input.problems.clone();
             let input = File::try_from(input)?;
             let (FileKind::Input, Some(object_key)) = (&input.kind, &input.object_key) else {
                 return roll_back(CreatedBatch::WrongPurpose);
@@ -138,7 +151,13 @@ impl Store {
             row.segments = i32::try_from(copied).map_err(|_| StoreError::Corrupt("too many segments".into()))?;
             append(&tx, &row, at).await?;
             // The file was validated when it was uploaded.
-            let moved = transition(&tx, &mut row, Input::Validated, at).await?;
+            let moved = match problems {
+                None => transition(&tx, &mut row, Input::Validated, at).await?,
+                Some(problems) => {
+                    row.errors = problems;
+                    fail(&tx, &mut row, Telling::Webhook, at).await?
+                }
+            };
             debug_assert_eq!(moved, Ok(true));
             announce(tx, &id, CreatedBatch::New(Box::new(row.try_into()?)))
         })
@@ -179,6 +198,29 @@ impl Store {
             }
         })
         .await?
+    }
+
+    /// Deletes an ended batch with its result files and its events. Its results become garbage.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delete_batch(&self, id: &BatchId, scope: &Scope) -> Result<DeletedBatch, StoreError> {
+        self.write(|tx| async move {
+            let found = lock_batch(&tx, id).await?.filter(|row| scope.sees(&row.owner.as_str().into()));
+            let Some(row) = found else { return roll_back(DeletedBatch::NotFound) };
+            if !convert::status(&row.status)?.is_terminal() {
+                return roll_back(DeletedBatch::NotEnded);
+            }
+            let (at, of) = (now(&tx).await?, id.as_str());
+            free(&tx, of, at).await?;
+            file::Entity::delete_many().filter(file::Column::BatchId.eq(of)).exec(&tx).await?;
+            batch_model::Entity::delete_many().filter(batch_model::Column::BatchId.eq(of)).exec(&tx).await?;
+            batch_metadata::Entity::delete_many().filter(batch_metadata::Column::BatchId.eq(of)).exec(&tx).await?;
+            batch_event::Entity::delete_many().filter(batch_event::Column::BatchId.eq(of)).exec(&tx).await?;
+            batch::Entity::delete_by_id(of).exec(&tx).await?;
+            announce(tx, id, DeletedBatch::Deleted)
+        })
+        .await
     }
 
     /// Fails a batch that can't continue, if its segment is still leased under `epoch`. Does nothing to one that has
@@ -411,6 +453,7 @@ fn new_row(
         segments: 0,
         segments_done: 0,
         revision: 1,
+        output_expires_after: new.output_expires_after.map(|span| i64::try_from(span.as_micros()).unwrap_or(i64::MAX)),
     })
 }
 
@@ -424,7 +467,9 @@ async fn insert_filter_rows<C: ConnectionTrait>(
         .models
         .iter()
         .map(|model| batch_model::ActiveModel { batch_id: Set(id.as_str().to_owned()), model: Set(model.clone()) });
-    batch_model::Entity::insert_many(models).exec_without_returning(tx).await?;
+    if !input.models.is_empty() {
+        batch_model::Entity::insert_many(models).exec_without_returning(tx).await?;
+    }
     if !new.metadata.is_empty() {
         let pairs = new.metadata.iter().map(|(name, value)| batch_metadata::ActiveModel {
             batch_id: Set(id.as_str().to_owned()),

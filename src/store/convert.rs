@@ -38,7 +38,7 @@ pub(super) fn json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Re
     serde_json::from_str(text).map_err(|_| corrupt(what, text))
 }
 
-pub(super) fn to_json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+pub(super) fn to_json<T: serde::Serialize + ?Sized>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|error| StoreError::Corrupt(error.to_string()))
 }
 
@@ -127,6 +127,9 @@ impl TryFrom<entity::batch::Model> for Batch {
             webhook: row.webhook.map(|text| json("webhook", &text)).transpose()?,
             webhook_endpoint_id: row.webhook_endpoint_id.map(WebhookEndpointId::from_text),
             revision: Revision(row.revision),
+            output_expires_after: row
+                .output_expires_after
+                .map(|span| Duration::from_micros(u64::try_from(span).unwrap_or(0))),
         })
     }
 }

@@ -209,7 +209,9 @@ async fn write_result_files(tx: &DatabaseTransaction, row: &mut batch::Model, at
             crc32c: Set(None),
             request_id: Set(None),
             created_at: Set(at.0),
-            expires_at: Set(None),
+            expires_at: Set(row.output_expires_after.map(|span| at.0.saturating_add(span))),
+            deleted_at: Set(None),
+            problems: Set(None),
         };
         file::Entity::insert(new).exec(tx).await?;
         Ok(Some(id))

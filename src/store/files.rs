@@ -2,18 +2,20 @@
 
 use sea_orm::{
     ColumnTrait, ConnectionTrait, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait, Set,
-    sea_query::OnConflict,
+    sea_query::{Expr, OnConflict},
 };
 
 use super::{
     DatabaseTransaction, Store, StoreError,
     convert::{checksum, to_json},
     entity::{batch, file, file_segment, garbage, part, segment},
-    now,
-    scoped::within,
+    local_now, now,
+    scoped::{visible, within},
     write::{commit, roll_back},
 };
-use crate::domain::{BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp};
+use crate::domain::{
+    BatchError, BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp,
+};
 
 /// Rows per statement: PostgreSQL takes 65,535 values, SQLite 32,766.
 const ROWS_PER_INSERT: usize = 2_000;
@@ -38,13 +40,24 @@ pub enum DeletedFile {
     InUse(BatchId),
 }
 
+/// What becomes of a file that an unfinished batch reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum InUse {
+    /// It stays.
+    Refuse,
+    /// Nobody finds it any more, and the sweep deletes it when the last batch has ended.
+    Hide,
+    /// It was hidden before, or has expired, and still waits.
+    Wait,
+}
+
 impl Store {
     /// One file.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn file(&self, id: &FileId, scope: &Scope) -> Result<Option<File>, StoreError> {
-        let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
+        let find = visible(file::Entity::find_by_id(id.as_str()), scope);
         find.one(self.read()).await?.map(File::try_from).transpose()
     }
 
@@ -66,6 +79,29 @@ impl Store {
         request_id: Option<&str>,
         segments: &[SegmentSpan],
     ) -> Result<InsertedFile, StoreError> {
+        self.insert_file_with(new, request_id, segments, None).await
+    }
+
+    /// Adds a file with bad lines: a batch of it fails at once, for these reasons.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn insert_bad_file(
+        &self,
+        new: &File,
+        request_id: Option<&str>,
+        problems: &[BatchError],
+    ) -> Result<InsertedFile, StoreError> {
+        self.insert_file_with(new, request_id, &[], Some(problems)).await
+    }
+
+    async fn insert_file_with(
+        &self,
+        new: &File,
+        request_id: Option<&str>,
+        segments: &[SegmentSpan],
+        problems: Option<&[BatchError]>,
+    ) -> Result<InsertedFile, StoreError> {
         self.write(|tx| async move {
             let row = file::ActiveModel {
                 id: Set(new.id.as_str().to_owned()),
@@ -82,7 +118,12 @@ impl Store {
                 request_id: Set(request_id.map(str::to_owned)),
                 created_at: Set(new.created_at.0),
                 expires_at: Set(new.expires_at.map(|at| at.0)),
+                deleted_at: Set(None),
+                problems: Set(problems.map(to_json).transpose()?),
             };
+            if let Some(request_id) = request_id {
+                free_request_id(&tx, &new.owner, request_id).await?;
+            }
             let inserted = file::Entity::insert(row)
                 .on_conflict(
                     OnConflict::columns([file::Column::Owner, file::Column::RequestId]).do_nothing().to_owned(),
@@ -125,22 +166,86 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn delete_file(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
+        self.delete_file_with(id, scope, InUse::Refuse).await
+    }
+
+    /// Deletes a file, or hides it while an unfinished batch reads it: [`Store::delete_due_files`] deletes it then.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn hide_file(&self, id: &FileId, scope: &Scope) -> Result<DeletedFile, StoreError> {
+        self.delete_file_with(id, scope, InUse::Hide).await
+    }
+
+    /// Deletes at most `limit` files that are hidden or have expired and that no unfinished batch reads. Returns their
+    /// ids.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn delete_due_files(&self, limit: u64) -> Result<Vec<FileId>, StoreError> {
+        let at = now(self.read()).await?;
+        let readers = batch::Entity::find()
+            .select_only()
+            .column(batch::Column::InputFileId)
+            .filter(batch::Column::Status.is_in(unfinished()));
+        let mut deleted = Vec::new();
+        // One index each.
+        for due in [file::Column::DeletedAt.is_not_null(), file::Column::ExpiresAt.lte(at.0)] {
+            let due: Vec<String> = file::Entity::find()
+                .select_only()
+                .column(file::Column::Id)
+                .filter(due)
+                .filter(file::Column::Id.not_in_subquery(readers.clone().into_query()))
+                .limit(limit)
+                .into_tuple()
+                .all(self.read())
+                .await?;
+            for id in due.into_iter().map(FileId::from_text) {
+                match self.delete_file_with(&id, &Scope::All, InUse::Wait).await {
+                    Ok(DeletedFile::Deleted) => deleted.push(id),
+                    Ok(DeletedFile::NotFound | DeletedFile::InUse(_)) => {}
+                    // One that can't be written keeps no other.
+                    Err(error) if error.is_final() => tracing::error!(file = %id, %error, "a file can't be deleted"),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(deleted)
+    }
+
+    async fn delete_file_with(&self, id: &FileId, scope: &Scope, in_use: InUse) -> Result<DeletedFile, StoreError> {
         self.write(|tx| async move {
-            let find = within(file::Entity::find_by_id(id.as_str()), file::Column::Owner, scope);
+            let find = file::Entity::find_by_id(id.as_str());
+            let find = match in_use {
+                InUse::Refuse | InUse::Hide => visible(find, scope),
+                InUse::Wait => within(find, file::Column::Owner, scope),
+            };
             let Some(row) = find.lock_exclusive().one(&tx).await? else {
                 return roll_back(DeletedFile::NotFound);
             };
-            let unfinished =
-                BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str);
             let user = batch::Entity::find()
                 .filter(batch::Column::InputFileId.eq(id.as_str()))
-                .filter(batch::Column::Status.is_in(unfinished))
+                .filter(batch::Column::Status.is_in(unfinished()))
                 .one(&tx)
                 .await?;
-            if let Some(user) = user {
-                return roll_back(DeletedFile::InUse(BatchId::from_text(user.id)));
-            }
             let at = now(&tx).await?;
+            match (user, in_use) {
+                (None, _) => {}
+                (Some(user), InUse::Refuse | InUse::Wait) => {
+                    return roll_back(DeletedFile::InUse(BatchId::from_text(user.id)));
+                }
+                (Some(_), InUse::Hide) => {
+                    // Another upload may have its request id.
+                    let hidden = file::ActiveModel {
+                        id: Set(id.as_str().to_owned()),
+                        deleted_at: Set(Some(at.0)),
+                        request_id: Set(None),
+                        ..Default::default()
+                    };
+                    file::Entity::update(hidden).exec(&tx).await?;
+                    return commit(tx, DeletedFile::Deleted);
+                }
+            }
             if let Some(key) = &row.object_key {
                 super::garbage::add(&tx, [key.clone()], at).await?;
             }
@@ -199,6 +304,22 @@ impl Store {
     }
 }
 
+fn unfinished() -> impl Iterator<Item = &'static str> {
+    BatchStatus::ALL.into_iter().filter(|status| !status.is_terminal()).map(BatchStatus::as_str)
+}
+
+/// Takes a request id from a file that has expired and that no sweep has deleted yet.
+async fn free_request_id<C: ConnectionTrait>(tx: &C, owner: &Owner, request_id: &str) -> Result<(), StoreError> {
+    file::Entity::update_many()
+        .col_expr(file::Column::RequestId, Expr::value(Option::<String>::None))
+        .filter(file::Column::Owner.eq(owner.as_str()))
+        .filter(file::Column::RequestId.eq(request_id))
+        .filter(file::Column::ExpiresAt.lte(local_now().0))
+        .exec(tx)
+        .await?;
+    Ok(())
+}
+
 fn span(row: &file_segment::Model) -> SegmentSpan {
     SegmentSpan {
         index: SegmentIndex(row.idx),
@@ -242,7 +363,7 @@ async fn free_failed(tx: &DatabaseTransaction, input: &FileId, at: Timestamp) ->
 }
 
 /// Turns a batch's results into garbage: the objects of its segments, and parts that were not merged.
-async fn free(tx: &DatabaseTransaction, of: &str, at: Timestamp) -> Result<(), StoreError> {
+pub(super) async fn free(tx: &DatabaseTransaction, of: &str, at: Timestamp) -> Result<(), StoreError> {
     let of_segments = segment::Entity::find()
         .select_only()
         .column(segment::Column::ObjectKey)
@@ -272,8 +393,7 @@ async fn find_by_request_id<C: ConnectionTrait>(
     owner: &Owner,
     request_id: &str,
 ) -> Result<Option<File>, StoreError> {
-    file::Entity::find()
-        .filter(file::Column::Owner.eq(owner.as_str()))
+    visible(file::Entity::find(), &Scope::Of(owner.clone()))
         .filter(file::Column::RequestId.eq(request_id))
         .one(connection)
         .await?

@@ -95,8 +95,9 @@ impl Store {
             .await?;
         match status {
             Some(status) if convert::status(&status)?.is_terminal() => {}
-            // Every batch has a row: a missing one is no reason to delete anything.
-            Some(_) | None => return Ok(Vec::new()),
+            // The batch was deleted: nothing of it will be named.
+            None => {}
+            Some(_) => return Ok(Vec::new()),
         }
         // An object with another kind of name was not written by a run.
         let found: Vec<(String, i32)> =

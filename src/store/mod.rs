@@ -50,13 +50,13 @@ use sea_orm::{
 use tokio::sync::{broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-pub use batches::{CancelledBatch, ClosedWindows, CreatedBatch};
+pub use batches::{CancelledBatch, ClosedWindows, CreatedBatch, DeletedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use error::StoreError;
 pub use events::StateEvent;
 pub use files::{DeletedFile, InsertedFile};
 pub use nodes::NodeRecord;
-pub use pages::{BatchFilter, FileFilter};
+pub use pages::{BatchFilter, FileFilter, PageOrder};
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use sweeps::{SweepRow, WantedSweep};
 pub use webhooks::{
@@ -324,5 +324,10 @@ async fn now<C: ConnectionTrait>(connection: &C) -> Result<Timestamp, StoreError
             .ok_or_else(|| StoreError::Corrupt("no clock".into()))?;
         return Ok(Timestamp(row.try_get("", "now")?));
     }
-    Ok(CLOCK.try_with(|clock| Timestamp(clock.load(Ordering::Relaxed))).unwrap_or_else(|_| Timestamp::now()))
+    Ok(local_now())
+}
+
+/// This machine's clock, or that of a test.
+fn local_now() -> Timestamp {
+    CLOCK.try_with(|clock| Timestamp(clock.load(Ordering::Relaxed))).unwrap_or_else(|_| Timestamp::now())
 }

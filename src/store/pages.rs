@@ -15,7 +15,7 @@ use super::{
     Store, StoreError,
     convert::readable,
     entity::{batch, batch_metadata, batch_model, file},
-    scoped::within,
+    scoped::visible,
 };
 use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind, Scope};
 
@@ -45,6 +45,16 @@ pub struct FileFilter {
     pub scope: Scope,
     /// Only files with this purpose. `None`: any.
     pub purpose: Option<String>,
+}
+
+/// The order of a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageOrder {
+    /// Newest first.
+    #[default]
+    Newest,
+    /// Oldest first.
+    Oldest,
 }
 
 impl BatchFilter {
@@ -152,14 +162,29 @@ impl Store {
         after: Option<&FileId>,
         limit: u64,
     ) -> Result<Vec<File>, StoreError> {
+        self.files_in(filter, PageOrder::Newest, after, limit).await
+    }
+
+    /// The same, in either order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn files_in(
+        &self,
+        filter: &FileFilter,
+        order: PageOrder,
+        after: Option<&FileId>,
+        limit: u64,
+    ) -> Result<Vec<File>, StoreError> {
         let after = after.map(|after| after.as_str().to_owned());
-        let rows = |after| self.file_rows(filter, after, limit);
+        let rows = |after| self.file_rows(filter, order, after, limit);
         readable_page("file", limit, after, rows, |row: &file::Model| &row.id).await
     }
 
     async fn file_rows(
         &self,
         filter: &FileFilter,
+        order: PageOrder,
         after: Option<String>,
         limit: u64,
     ) -> Result<Vec<file::Model>, StoreError> {
@@ -170,17 +195,30 @@ impl Store {
         };
         let mut rows = Vec::new();
         for kind in kinds {
-            let find = file::Entity::find().order_by_desc(file::Column::Id).limit(limit);
-            let mut find = within(find, file::Column::Owner, &filter.scope);
+            let find = file::Entity::find().limit(limit);
+            let find = match order {
+                PageOrder::Newest => find.order_by_desc(file::Column::Id),
+                PageOrder::Oldest => find.order_by_asc(file::Column::Id),
+            };
+            let mut find = visible(find, &filter.scope);
             if let Some(kind) = kind {
                 find = find.filter(file::Column::Kind.eq(*kind));
             }
             if let Some(after) = &after {
-                find = find.filter(file::Column::Id.lt(after.as_str()));
+                find = find.filter(match order {
+                    PageOrder::Newest => file::Column::Id.lt(after.as_str()),
+                    PageOrder::Oldest => file::Column::Id.gt(after.as_str()),
+                });
             }
             rows.extend(find.all(self.read()).await?);
         }
-        newest_first(&mut rows, limit, |row| &row.id);
+        match order {
+            PageOrder::Newest => newest_first(&mut rows, limit, |row| &row.id),
+            PageOrder::Oldest => {
+                rows.sort_by(|one, other| one.id.cmp(&other.id));
+                rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+            }
+        }
         Ok(rows)
     }
 }

@@ -9,6 +9,7 @@
 //! lease has expired.
 
 mod clock;
+mod expired;
 mod garbage;
 mod half_written;
 mod keeper;
@@ -88,6 +89,7 @@ pub fn all(store: &Store, blobs: &Blobs, webhooks: &Webhooks, lease: Duration) -
 pub fn of_batches(store: &Store, blobs: &Blobs, lease: Duration) -> Vec<Box<dyn Sweep>> {
     vec![
         Box::new(windows::Windows::new(store)),
+        Box::new(expired::Expired::new(store)),
         Box::new(clock::Leases::new(store, lease)),
         Box::new(garbage::Garbage::new(store, blobs)),
         Box::new(leftovers::Leftovers::new(store, blobs)),

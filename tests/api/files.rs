@@ -24,8 +24,9 @@ async fn an_upload_begins_with_its_spec_and_goes_on_in_chunks() {
         purpose: "fine-tune".into(),
         total_bytes: -1,
         request_id: "x".repeat(129),
+        expires_after: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
     };
-    let expected = ["spec.filename", "spec.purpose", "spec.total_bytes", "spec.request_id"];
+    let expected = ["spec.filename", "spec.purpose", "spec.total_bytes", "spec.request_id", "spec.expires_after"];
     assert_eq!(fields(send(vec![spec(bad)]).await), expected);
     expect(send(vec![start()]).await, Code::InvalidArgument, "FILE_EMPTY");
     let short = spec(pb::FileSpec { total_bytes: 5, ..Default::default() });

@@ -238,22 +238,48 @@ async fn another_owners_ids_are_as_good_as_none_on_every_http_path() {
     let hers = hers(&server).await;
     let (batch, file) = (hers.of("batch_id").unwrap(), hers.of("file_id").unwrap());
     let http = reqwest::Client::new();
-    let get = async |path: &str, token: &str| {
-        let answer = http.get(server.url(path)).bearer_auth(token).send().await.unwrap();
+    let before = seen_by_ana(&server, &hers).await;
+    let call = async |method: reqwest::Method, path: &str, token: &str| {
+        let answer = http.request(method, server.url(path)).bearer_auth(token).send().await.unwrap();
         let status = answer.status().as_u16();
         (status, answer.text().await.unwrap())
     };
+    let (get, post, delete) = (reqwest::Method::GET, reqwest::Method::POST, reqwest::Method::DELETE);
     let paths = [
-        ("/v1/files/ID/content", file),
-        ("/v1/files/ID/content", &hers.output_file),
-        ("/v1/files/ID/content", &hers.error_file),
-        ("/v1/batches/ID/results", batch),
-        ("/v1/batches/ID/errors", batch),
+        (&get, "/v1/files/ID", file),
+        (&get, "/v1/files/ID/content", file),
+        (&get, "/v1/files/ID/content", &hers.output_file),
+        (&get, "/v1/files/ID/content", &hers.error_file),
+        (&get, "/v1/batches/ID", batch),
+        (&get, "/v1/batches/ID/events", batch),
+        (&get, "/v1/batches/ID/results", batch),
+        (&get, "/v1/batches/ID/errors", batch),
+        (&delete, "/v1/files/ID", file),
+        (&delete, "/v1/files/ID", &hers.output_file),
+        (&post, "/v1/batches/ID/cancel", batch),
+        (&delete, "/v1/batches/ID", batch),
     ];
-    for (path, id) in paths {
-        assert_eq!(get(&path.replace("ID", id), "ana").await.0, 200, "{path}");
-        let (status, foreign) = get(&path.replace("ID", id), "bob").await;
-        let (_, unknown) = get(&path.replace("ID", "no-such-id"), "bob").await;
-        assert_eq!((status, foreign.replace(id, "ID")), (404, unknown.replace("no-such-id", "ID")), "{path}");
+    for (method, path, id) in paths {
+        if *method == get {
+            assert_eq!(call(method.clone(), &path.replace("ID", id), "ana").await.0, 200, "{path}");
+        }
+        let (status, foreign) = call(method.clone(), &path.replace("ID", id), "bob").await;
+        let (_, unknown) = call(method.clone(), &path.replace("ID", "no-such-id"), "bob").await;
+        let what = format!("{method} {path}");
+        assert_eq!((status, foreign.replace(id, "ID")), (404, unknown.replace("no-such-id", "ID")), "{what}");
     }
+    // A file in the body, and ids to go on after.
+    let create = async |id: &str| {
+        let body = format!(r#"{{"input_file_id":"{id}","endpoint":"/v1/chat/completions","completion_window":"24h"}}"#);
+        let request = http.post(server.url("/v1/batches")).bearer_auth("bob").body(body);
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap().replace(id, "ID"))
+    };
+    assert_eq!(create(file).await, create("no-such-id").await);
+    for list in [format!("/v1/files?after={file}"), format!("/v1/batches?after={batch}"), "/v1/files".into()] {
+        let (status, text) = call(get.clone(), &list, "bob").await;
+        assert_eq!(status, 200, "{list}: {text}");
+        assert_eq!(hers.all().find(|id| text.contains(id)), None, "{list}");
+    }
+    assert_eq!(seen_by_ana(&server, &hers).await, before, "nothing of hers has changed");
 }

@@ -53,7 +53,8 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
     };
     let results = format!("/v1/batches/{}/results", batch.id);
     let (status, _, said) = get(&results, "ana", "").await;
-    assert_eq!((status, &said[..]), (404, &b"the batch has no output file, or not yet\n"[..]));
+    let said: serde_json::Value = serde_json::from_slice(&said).unwrap();
+    assert_eq!((status, &said["error"]["message"]), (404, &"the batch has no output file, or not yet".into()));
     server.run_batch(&batch.id, 900).await;
     let ended = ana.get_batch(pb::GetBatchRequest { batch_id: batch.id.clone() }).await.unwrap().into_inner();
     let request = pb::DownloadFileRequest { file_id: ended.output_file_id.clone(), offset: 0 };
@@ -211,11 +212,7 @@ async fn whoever_expects_another_server_is_told_what_this_one_is() {
     let json = [("content-type", "application/json")];
     for (method, path, status) in [
         ("GET", "/", 404),
-        ("POST", "/v1/chat/completions", 404),
-        ("POST", "/v1/batches", 404),
-        ("GET", "/v1/models", 404),
         ("POST", "/healthz", 405),
-        ("DELETE", "/v1/files/file-x/content", 405),
         ("GET", "/tidemill.v1.BatchService/ListFiles", 405),
         ("POST", "/tidemill.v1.BatchService/ListFiles", 415),
     ] {

@@ -34,6 +34,7 @@ fn requests(endpoint: Endpoint, count: usize) -> Vec<String> {
     let body = match endpoint {
         Endpoint::ChatCompletions => json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}),
         Endpoint::Completions => json!({"prompt": ["hello", "you"], "max_tokens": 4}),
+        Endpoint::Messages => json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}),
         Endpoint::Responses => json!({"input": "hello", "max_output_tokens": 4}),
         Endpoint::Embeddings => json!({"input": "hello"}),
         Endpoint::Score => json!({"text_1": "hello", "text_2": "you"}),
@@ -75,6 +76,7 @@ async fn a_text_that_the_engine_cut_off_is_run_again_and_costs_no_try() {
     for (endpoint, reasons) in [
         (Endpoint::ChatCompletions, &["abort", "error"][..]),
         (Endpoint::Completions, &["abort"]),
+        (Endpoint::Messages, &["abort"]),
         (Endpoint::Responses, &["cancelled", "failed"]),
     ] {
         let worker = Worker::start(SimConfig::default()).await;
@@ -89,6 +91,7 @@ async fn a_text_that_the_engine_cut_off_is_run_again_and_costs_no_try() {
                 Endpoint::Responses => {
                     body(line)["status"] == "incomplete" && body(line)["usage"]["output_tokens"] == 4
                 }
+                Endpoint::Messages => body(line)["stop_reason"] == "max_tokens",
                 _ => body(line)["choices"].as_array().unwrap().iter().all(|one| one["finish_reason"] == "length"),
             };
             assert!(whole, "{line}");
@@ -173,6 +176,7 @@ async fn a_success_without_what_its_endpoint_answers_with_is_none() {
             Endpoint::Embeddings => r#"{"data":[{"embedding":[0.1]}]}"#,
             Endpoint::Score => r#"{"data":[{"score":1}]}"#,
             Endpoint::Rerank => r#"{"results":[{"index":0}]}"#,
+            Endpoint::Messages => r#"{"content":[],"stop_reason":"end_turn"}"#,
         };
         let asked = AtomicUsize::new(0);
         let reply = move |_: &str| {

@@ -177,6 +177,7 @@ impl Node {
             request_id: None,
             webhook: None,
             webhook_endpoint_id: None,
+            output_expires_after: None,
         };
         match self.store.create_batch(new).await.unwrap() {
             CreatedBatch::New(batch) => batch.id,

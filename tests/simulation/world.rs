@@ -193,6 +193,7 @@ impl World {
             request_id: None,
             webhook,
             webhook_endpoint_id: None,
+            output_expires_after: None,
         };
         let CreatedBatch::New(batch) = self.store.create_batch(new).await.unwrap() else { panic!("no batch") };
         self.models.push(Model::new(batch.id, segments));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use futures::future::join_all;
 use tidemill::{
     domain::{Batch, BatchId, BatchStatus, FileId, NewBatch, Priority, Scope},
-    store::{BatchFilter, CreatedBatch, DeletedFile},
+    store::{BatchFilter, CreatedBatch, DeletedBatch, DeletedFile},
 };
 
 use crate::fixture::{Db, new_batch};
@@ -191,7 +191,34 @@ async fn the_queue_is_by_priority_then_deadline(db: Db) {
     assert_eq!(revisions, all.into_iter().map(|id| (id, 2)).collect::<Vec<_>>());
 }
 
+async fn an_ended_batch_is_deleted_with_all_that_is_its_own(db: Db) {
+    let file = db.file_of("alice", 1, &["m"]).await;
+    let new = || NewBatch { owner: "alice".into(), ..new_batch(&file.id) };
+    let (batch, other) = (db.create(new()).await, db.create(new()).await);
+    let (mine, theirs) = (Scope::Of("alice".into()), Scope::Of("bob".into()));
+    assert_eq!(db.store.delete_batch(&batch.id, &mine).await.unwrap(), DeletedBatch::NotEnded);
+    let claimed = db.claim(&batch.id).await;
+    db.finish(&claimed).await;
+    let output = db.get(&batch.id).await.output_file_id.unwrap();
+    assert_eq!(db.store.delete_batch(&batch.id, &theirs).await.unwrap(), DeletedBatch::NotFound);
+    assert_eq!(db.store.delete_batch(&batch.id, &mine).await.unwrap(), DeletedBatch::Deleted);
+    assert_eq!(db.store.delete_batch(&batch.id, &mine).await.unwrap(), DeletedBatch::NotFound);
+    assert_eq!(db.store.batch(&batch.id, &Scope::All).await.unwrap(), None);
+    assert_eq!(db.store.file(&output, &Scope::All).await.unwrap(), None);
+    assert!(db.store.file(&file.id, &Scope::All).await.unwrap().is_some(), "the input stays");
+    for table in ["segments", "parts", "batch_events", "batch_models", "batch_metadata"] {
+        let left = db.number(&format!("SELECT COUNT(*) FROM {table} WHERE batch_id = '{}'", batch.id)).await;
+        assert_eq!(left, 0, "{table}");
+    }
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1, "its object");
+    // What a run wrote that no row ever named is found by the search of its folder.
+    let stray = format!("results/{}/000000/1-0", batch.id);
+    assert_eq!(db.store.unnamed_objects(&batch.id, vec![stray.clone()]).await.unwrap(), [stray]);
+    assert_eq!(db.get(&other.id).await.status, BatchStatus::InProgress);
+}
+
 on_both_databases!(
+    an_ended_batch_is_deleted_with_all_that_is_its_own,
     a_new_batch_runs_with_its_segments_and_its_events,
     the_same_request_id_is_the_same_batch,
     the_same_request_id_at_the_same_time_makes_one_batch,

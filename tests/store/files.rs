@@ -3,7 +3,7 @@
 use futures::future::join_all;
 use tidemill::{
     domain::{BatchError, FileId, Scope, SegmentIndex},
-    store::{Commit, CreatedBatch, DeletedFile, FileFilter, InsertedFile},
+    store::{Commit, CreatedBatch, DeletedFile, FileFilter, InsertedFile, PageOrder},
 };
 
 use crate::fixture::{Db, new_batch, new_file, part, spans};
@@ -215,7 +215,68 @@ async fn lists_are_filtered_and_paged_newest_first(db: Db) {
     assert_eq!(page.into_iter().map(|file| file.id).collect::<Vec<_>>(), [made[2].clone(), made[1].clone()]);
 }
 
+async fn a_hidden_file_serves_its_batch_and_goes_with_it(db: Db) {
+    let file = db.file_of("alice", 1, &["m"]).await;
+    let (mine, theirs) = (Scope::Of("alice".into()), Scope::Of("bob".into()));
+    let batch = db.create(new_batch(&file.id)).await;
+    assert_eq!(db.store.hide_file(&file.id, &theirs).await.unwrap(), DeletedFile::NotFound);
+    assert_eq!(db.store.hide_file(&file.id, &mine).await.unwrap(), DeletedFile::Deleted);
+    assert_eq!(db.store.hide_file(&file.id, &mine).await.unwrap(), DeletedFile::NotFound, "a second time");
+    assert_eq!(db.store.file(&file.id, &Scope::All).await.unwrap(), None);
+    assert!(db.store.files(&FileFilter::within(Scope::All), None, 9).await.unwrap().is_empty());
+    assert!(matches!(db.store.create_batch(new_batch(&file.id)).await.unwrap(), CreatedBatch::FileNotFound));
+    assert!(db.store.delete_due_files(9).await.unwrap().is_empty(), "its batch reads it");
+    let claimed = db.claim(&batch.id).await;
+    db.finish(&claimed).await;
+    assert_eq!(db.store.delete_due_files(9).await.unwrap(), [file.id.clone()]);
+    assert!(db.store.file_segments(&file.id).await.unwrap().is_empty());
+    assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1);
+    assert!(db.store.delete_due_files(9).await.unwrap().is_empty());
+}
+
+async fn an_expired_file_is_gone_at_once_and_its_request_id_is_free(db: Db) {
+    let long_ago = Some(tidemill::domain::Timestamp(1));
+    let (expired, fresh) =
+        (tidemill::domain::File { expires_at: long_ago, ..new_file("alice", 1, &["m"]) }, new_file("alice", 1, &["m"]));
+    db.store.insert_file(&expired, Some("r"), &spans(1)).await.unwrap();
+    assert_eq!(db.store.file(&expired.id, &Scope::All).await.unwrap(), None);
+    assert_eq!(db.store.file_by_request_id(&"alice".into(), "r").await.unwrap(), None);
+    assert!(matches!(db.store.insert_file(&fresh, Some("r"), &spans(1)).await.unwrap(), InsertedFile::New));
+    assert_eq!(db.store.delete_due_files(9).await.unwrap(), [expired.id]);
+    assert_eq!(db.store.file_by_request_id(&"alice".into(), "r").await.unwrap(), Some(fresh));
+}
+
+async fn result_files_expire_after_their_batch_has_ended(db: Db) {
+    let file = db.file(1).await;
+    let hour = std::time::Duration::from_secs(3_600);
+    let batch = db.create(tidemill::domain::NewBatch { output_expires_after: Some(hour), ..new_batch(&file.id) }).await;
+    assert_eq!(batch.output_expires_at(), None);
+    let claimed = db.claim(&batch.id).await;
+    db.finish(&claimed).await;
+    let ended = db.get(&batch.id).await;
+    let output = db.store.file(ended.output_file_id.as_ref().unwrap(), &Scope::All).await.unwrap().unwrap();
+    assert_eq!(output.expires_at, Some(output.created_at.plus(hour)));
+    assert_eq!(ended.output_expires_at(), output.expires_at);
+    db.execute("UPDATE files SET expires_at = 1 WHERE kind = 'output'").await;
+    assert_eq!(db.store.delete_due_files(9).await.unwrap(), [output.id]);
+    assert!(db.store.file(&file.id, &Scope::All).await.unwrap().is_some(), "the input stays");
+}
+
+async fn lists_go_in_both_orders(db: Db) {
+    let mut made = Vec::new();
+    for _ in 0..4 {
+        made.push(db.file(1).await.id);
+    }
+    let filter = FileFilter::within(Scope::All);
+    let page = db.store.files_in(&filter, PageOrder::Oldest, Some(&made[0]), 2).await.unwrap();
+    assert_eq!(page.into_iter().map(|file| file.id).collect::<Vec<_>>(), made[1..3]);
+}
+
 on_both_databases!(
+    a_hidden_file_serves_its_batch_and_goes_with_it,
+    an_expired_file_is_gone_at_once_and_its_request_id_is_free,
+    result_files_expire_after_their_batch_has_ended,
+    lists_go_in_both_orders,
     a_file_is_read_back_whole,
     the_same_request_id_is_the_same_file,
     a_file_in_use_is_not_deleted,

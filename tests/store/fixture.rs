@@ -220,6 +220,7 @@ pub fn new_batch(file: &FileId) -> NewBatch {
         request_id: None,
         webhook: None,
         webhook_endpoint_id: None,
+        output_expires_after: None,
     }
 }
 

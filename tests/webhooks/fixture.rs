@@ -150,6 +150,7 @@ impl Db {
             request_id: None,
             webhook,
             webhook_endpoint_id: endpoint.cloned(),
+            output_expires_after: None,
         };
         match self.store.create_batch(new).await.unwrap() {
             CreatedBatch::New(batch) => *batch,

@@ -104,6 +104,11 @@ impl BatchService for Batches {
         Ok(Response::new(convert::shown(cancelled, &self.service)))
     }
 
+    async fn delete_batch(&self, request: Request<pb::DeleteBatchRequest>) -> Reply<()> {
+        let (caller, request) = open(request)?;
+        Ok(Response::new(self.service.delete_batch(&caller, &request.batch_id).await?))
+    }
+
     async fn watch_batch(&self, request: Request<pb::WatchBatchRequest>) -> Reply<Self::WatchBatchStream> {
         let (caller, request) = open(request)?;
         let pb::WatchBatchRequest { batch_id, after_revision, min_interval } = request;

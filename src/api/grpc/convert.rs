@@ -25,6 +25,7 @@ pub(super) fn file(of: File) -> pb::File {
         create_time: Some(timestamp(of.created_at)),
         expire_time: time(of.expires_at),
         endpoint: of.endpoint.map(|endpoint| endpoint.path().to_owned()).unwrap_or_default(),
+        owner: of.owner.into_string(),
     }
 }
 
@@ -78,6 +79,8 @@ fn batch(of: Batch, known: Option<Progress>, service: &Service) -> pb::Batch {
     let known = known.unwrap_or_else(|| Progress { counts: of.counts, usage: of.usage, ..Progress::default() });
     let text = |id: Option<crate::domain::FileId>| id.map(crate::domain::FileId::into_string).unwrap_or_default();
     pb::Batch {
+        output_expire_time: time(of.output_expires_at()),
+        owner: of.owner.into_string(),
         id: of.id.into_string(),
         status: batch_status(of.status).into(),
         endpoint: of.endpoint.path().to_owned(),

@@ -41,7 +41,14 @@ pub(super) fn deadline(metadata: &MetadataMap) -> Option<Duration> {
 }
 
 pub(super) fn file(of: pb::FileSpec) -> NewFile {
-    NewFile { filename: of.filename, purpose: of.purpose, total_bytes: of.total_bytes, request_id: of.request_id }
+    NewFile {
+        filename: of.filename,
+        purpose: of.purpose,
+        total_bytes: of.total_bytes,
+        request_id: of.request_id,
+        expires_after: span(of.expires_after),
+        keeps_bad: false,
+    }
 }
 
 /// A chunk of an upload.
@@ -75,6 +82,7 @@ pub(super) fn create_batch(of: pb::CreateBatchRequest) -> CreateBatch {
         request_id: of.request_id,
         webhook: of.webhook.map(webhook),
         webhook_endpoint_id: of.webhook_endpoint_id,
+        output_expires_after: span(of.output_expires_after),
     }
 }
 

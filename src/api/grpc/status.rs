@@ -28,7 +28,7 @@ impl From<ServiceError> for Status {
         let facts: HashMap<String, String> = facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, facts);
         if code == service::Code::InvalidArgument {
-            if let Some(total) = total {
+            if let Some(total) = total.map(|lines| lines.total) {
                 let first = violations.first().cloned();
                 violations = few_words(&violations);
                 message = bad_lines(total, fitting(&violations), first.as_ref());
@@ -139,9 +139,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        ingest::{IngestError, LineReport},
+        ingest::{Fault, IngestError, LineReport},
         service::{ingest_error, line_name, short},
     };
+
+    const FAULT: Fault = Fault { code: "invalid_request", param: None };
 
     fn ingest(error: IngestError, name: fn(u64) -> String) -> Status {
         ingest_error(error, name).into()
@@ -176,7 +178,7 @@ mod tests {
     fn the_worst_error_fits_into_the_trailers() {
         // Four bytes a character, twelve when percent-coded.
         let text = "𝔵".repeat(1_000);
-        let report = |line| LineReport { line, custom_id: Some(text.clone()), message: text.clone() };
+        let report = |line| LineReport { line, custom_id: Some(text.clone()), message: text.clone(), fault: FAULT };
         let errors: Vec<_> = (1_000_000..1_000_100).map(report).collect();
         let status = ingest(IngestError::Invalid { errors, total: u64::MAX }, line_name);
         assert!(size(&status) < LIMIT, "{}", size(&status));
@@ -191,7 +193,7 @@ mod tests {
     fn one_bad_line_is_told_in_full() {
         let message = "url is \"/v1/foo\"; expected one of /v1/chat/completions, /v1/completions, /v1/embeddings, \
                        /v1/responses, /v1/score, /v1/rerank";
-        let report = LineReport { line: 7, custom_id: Some("request-7".into()), message: message.into() };
+        let report = LineReport { line: 7, custom_id: Some("request-7".into()), message: message.into(), fault: FAULT };
         let status = ingest(IngestError::Invalid { errors: vec![report], total: 1 }, line_name);
         let description = format!("{message} (custom_id \"request-7\")");
         assert_eq!(status.message(), format!("1 bad line; line 7: {description}"));
@@ -202,7 +204,12 @@ mod tests {
     fn a_hundred_bad_lines_are_all_listed() {
         let message = "url is /v1/embeddings; expected /v1/chat/completions as in line 1: one file, one url";
         let errors = (999_900..1_000_000)
-            .map(|line| LineReport { line, custom_id: Some(format!("request-{line}")), message: message.into() })
+            .map(|line| LineReport {
+                line,
+                custom_id: Some(format!("request-{line}")),
+                message: message.into(),
+                fault: FAULT,
+            })
             .collect();
         let status = ingest(IngestError::Invalid { errors, total: 250_000 }, line_name);
         assert!(size(&status) < LIMIT, "{}", size(&status));
@@ -223,7 +230,7 @@ mod tests {
             let total = messages.len() as u64 + more;
             let errors: Vec<_> = (1..)
                 .zip(messages)
-                .map(|(line, (message, custom_id))| LineReport { line: line * 9_999, custom_id, message })
+                .map(|(line, (message, custom_id))| LineReport { line: line * 9_999, custom_id, message, fault: FAULT })
                 .collect();
             let status = ingest(IngestError::Invalid { errors: errors.clone(), total }, line_name);
             prop_assert!(size(&status) < LIMIT, "{}", size(&status));

@@ -12,7 +12,13 @@
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
-    api::grpc,
+    api::{
+        grpc,
+        openai::{
+            self,
+            problem::{Dialect, Problem},
+        },
+    },
     service::{Code, ServiceError, short},
     telemetry::Seldom,
 };
@@ -24,8 +30,10 @@ use axum::{
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 
 /// What a page may send and read. gRPC-Web needs these.
-const ALLOWED_HEADERS: &str = "authorization, content-type, grpc-timeout, traceparent, x-grpc-web, x-user-agent";
-const EXPOSED_HEADERS: &str = "grpc-status, grpc-message, grpc-status-details-bin, content-range";
+const ALLOWED_HEADERS: &str = "authorization, content-type, grpc-timeout, traceparent, x-grpc-web, x-user-agent, \
+                               idempotency-key, last-event-id, x-request-id, x-api-key, anthropic-version";
+const EXPOSED_HEADERS: &str = "grpc-status, grpc-message, grpc-status-details-bin, content-range, x-request-id, \
+                               retry-after, x-should-retry";
 /// How long a browser may remember the answer to a preflight, in seconds.
 const REMEMBERED: &str = "600";
 /// Between two log lines about refused requests.
@@ -186,6 +194,10 @@ impl Hosts {
                 let mut response = grpc::response(error);
                 response.headers_mut().insert(KIND, kind);
                 response
+            }
+            None if openai::is_below(request.uri().path()) => {
+                let response = Problem::from(error).respond(Dialect::of(request.uri().path()));
+                (code, response).into_response()
             }
             None => (code, format!("{}\n", error.message)).into_response(),
         }

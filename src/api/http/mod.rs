@@ -3,9 +3,8 @@
 //!
 //! - `listener` takes the connections and ends them. `hosts`: by which names the server may be called, and from which web
 //!   pages. `panics`: what a handler answers that panics. `observed`: bodies whose bytes and end are noted.
-//! - `downloads`: files. `told`: errors in HTTP's words.
+//! - `told`: errors in HTTP's words. What is below `/v1` is OpenAI's API: `super::openai`.
 
-mod downloads;
 pub(super) mod hosts;
 pub(super) mod listener;
 pub(super) mod observed;
@@ -23,9 +22,10 @@ use axum::{
     extract::{Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{any, get},
 };
-use http::{StatusCode, header};
+use http::{Method, StatusCode, header};
+use smallvec::SmallVec;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
@@ -34,9 +34,14 @@ use observed::{Observer, observed};
 use super::{
     gate::{Gate, TraceId, trace_id},
     grpc,
+    openai::{
+        self, RequestId,
+        problem::{Dialect, Problem},
+    },
 };
 use crate::{
-    access::{Account, Caller, Held, Peer},
+    access::{Account, Caller, Held, Peer, Received},
+    config::BadFiles,
     service::{Service, ServiceError},
     telemetry,
 };
@@ -48,26 +53,30 @@ const REQUESTS: &str = "tidemill_http_requests_total";
 /// Seconds that requests took, downloads to their end, by `route` and `status`.
 const SECONDS: &str = "tidemill_http_request_seconds";
 /// What this server is, for whoever expects another.
-const NOTHING: &str = "this is tidemill, a batch server with a gRPC API. It does not speak OpenAI's HTTP API: use the \
-                       tidemill CLI or a gRPC client. Over plain HTTP there are /healthz, /readyz, /metrics, \
-                       /v1/files/FILE/content, /v1/batches/BATCH/results and /v1/batches/BATCH/errors, all for GET\n";
+const NOTHING: &str = "this is tidemill, a batch server. Here are its gRPC API, OpenAI's HTTP API below /v1, and /healthz, \
+                       /readyz and /metrics for GET\n";
 
 /// The routes, and what answers where there is none.
-pub(super) fn routes(service: Service, gate: Arc<Gate>, shutdown: CancellationToken) -> Router {
+pub(super) fn routes(service: Service, gate: Arc<Gate>, api: Option<BadFiles>, shutdown: CancellationToken) -> Router {
     metrics::describe_counter!(REQUESTS, "HTTP requests that have ended, by route and status");
     metrics::describe_histogram!(
         SECONDS,
         metrics::Unit::Seconds,
         "how long HTTP requests took, downloads to their end"
     );
+    // Without the role api a path of the API is not unknown: another node has it.
+    let api = match api {
+        Some(bad_files) => openai::routes(service.clone(), bad_files),
+        None => Router::new().route("/v1/{*path}", any(elsewhere)),
+    };
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .fallback(nothing)
-        .with_state(Arc::new(service.clone()))
-        .merge(downloads::routes(service))
-        .method_not_allowed_fallback(async || (StatusCode::METHOD_NOT_ALLOWED, NOTHING))
+        .with_state(Arc::new(service))
+        .merge(api)
+        .method_not_allowed_fallback(other_method)
         .layer(middleware::from_fn_with_state((gate, shutdown), pass))
 }
 
@@ -91,7 +100,22 @@ async fn nothing(request: Request) -> Response {
     if grpc::is_grpc(&request) {
         return grpc::unknown_method();
     }
+    if openai::is_below(request.uri().path()) {
+        return openai::nothing(request.method(), request.uri().path());
+    }
     (StatusCode::NOT_FOUND, NOTHING).into_response()
+}
+
+async fn other_method(request: Request) -> Response {
+    let path = request.uri().path();
+    if openai::is_below(path) {
+        return Problem::method(request.method(), path).respond(Dialect::of(path));
+    }
+    (StatusCode::METHOD_NOT_ALLOWED, NOTHING).into_response()
+}
+
+async fn elsewhere(uri: http::Uri) -> Response {
+    Problem::not_an_api_node().respond(Dialect::of(uri.path()))
 }
 
 /// What a path is to the gate.
@@ -103,20 +127,39 @@ enum Kind {
     Known,
     /// The same, and they have only so many at a time.
     Download,
+    /// The same, for streams that last and cost little.
+    Watch,
+    /// The bytes of the request are counted as they come.
+    Upload,
 }
 
 /// The route of a path, as a label, and what it is. A client must not be able to make up new labels.
-fn route_of(path: &str) -> (&'static str, Kind) {
-    let mut parts = path.split('/').skip(1);
-    match (parts.next(), parts.next(), parts.next(), parts.next(), parts.next()) {
-        (Some("healthz"), None, ..) => ("/healthz", Kind::Open),
-        (Some("readyz"), None, ..) => ("/readyz", Kind::Open),
-        (Some("metrics"), None, ..) => ("/metrics", Kind::Known),
-        (Some("v1"), Some("files"), Some(_), Some("content"), None) => ("/v1/files/{file}/content", Kind::Download),
-        (Some("v1"), Some("batches"), Some(_), Some("results"), None) => {
-            ("/v1/batches/{batch}/results", Kind::Download)
-        }
-        (Some("v1"), Some("batches"), Some(_), Some("errors"), None) => ("/v1/batches/{batch}/errors", Kind::Download),
+fn route_of(method: &Method, path: &str) -> (&'static str, Kind) {
+    let parts: SmallVec<[&str; 8]> = path.split('/').skip(1).take(8).collect();
+    match parts.as_slice() {
+        ["healthz"] => ("/healthz", Kind::Open),
+        ["readyz"] => ("/readyz", Kind::Open),
+        ["metrics"] => ("/metrics", Kind::Known),
+        ["v1", "files"] if *method == Method::POST => ("/v1/files", Kind::Upload),
+        ["v1", "files"] => ("/v1/files", Kind::Known),
+        ["v1", "files", _] => ("/v1/files/{file}", Kind::Known),
+        ["v1", "files", _, "content"] => ("/v1/files/{file}/content", Kind::Download),
+        ["v1", "batches"] => ("/v1/batches", Kind::Known),
+        ["v1", "batches", _] => ("/v1/batches/{batch}", Kind::Known),
+        ["v1", "batches", _, "cancel"] => ("/v1/batches/{batch}/cancel", Kind::Known),
+        ["v1", "batches", _, "events"] => ("/v1/batches/{batch}/events", Kind::Watch),
+        ["v1", "batches", _, "results"] => ("/v1/batches/{batch}/results", Kind::Download),
+        ["v1", "batches", _, "errors"] => ("/v1/batches/{batch}/errors", Kind::Download),
+        ["v1", "models"] => ("/v1/models", Kind::Known),
+        ["v1", "chat", "completions"] => ("/v1/chat/completions", Kind::Known),
+        ["v1", "completions"] => ("/v1/completions", Kind::Known),
+        ["v1", "embeddings"] => ("/v1/embeddings", Kind::Known),
+        ["v1", "responses"] => ("/v1/responses", Kind::Known),
+        ["v1", "score"] => ("/v1/score", Kind::Known),
+        ["v1", "rerank"] => ("/v1/rerank", Kind::Known),
+        ["v1", "messages"] => ("/v1/messages", Kind::Known),
+        ["v1", "messages", "count_tokens"] => ("/v1/messages/count_tokens", Kind::Known),
+        ["v1", "models", ..] => ("/v1/models/{model}", Kind::Known),
         _ => ("other", Kind::Open),
     }
 }
@@ -127,11 +170,14 @@ async fn pass(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let (route, kind) = route_of(request.uri().path());
+    let began = Instant::now();
+    let path = request.uri().path();
+    let (route, kind) = route_of(request.method(), path);
+    let api = openai::is_below(path).then(|| (Dialect::of(path), RequestId::of(request.headers())));
     let caller = match kind {
         Kind::Open => Ok(Caller::anonymous()),
-        Kind::Known | Kind::Download if shutdown.is_cancelled() => Err(ServiceError::shutting_down()),
-        Kind::Known | Kind::Download => gate.caller(request.headers()),
+        _ if shutdown.is_cancelled() => Err(ServiceError::shutting_down()),
+        _ => gate.caller_by(request.headers(), matches!(api, Some((Dialect::Anthropic, _)))),
     };
     let trace: Arc<str> = trace_id(request.headers()).into();
     let span = tracing::info_span!(
@@ -141,23 +187,47 @@ async fn pass(
         caller = caller.as_ref().map_or("", |caller| caller.owner.as_str()),
         trace_id = &*trace
     );
-    let mut record = Record { span: span.clone(), route, began: Instant::now(), status: None, ended: false };
+    let mut record = Record { span: span.clone(), route, began, status: None, ended: false };
     let peer = request.extensions().get::<Peer>().copied();
     let entered = caller.and_then(|caller| {
         let account = Account::of(&caller, peer.as_ref());
-        let held = if kind == Kind::Download { Some(gate.download(&account)?) } else { None };
+        let held = match kind {
+            Kind::Download => Some(gate.download(&account)?),
+            Kind::Watch => Some(gate.watch(&account)?),
+            Kind::Open | Kind::Known | Kind::Upload => None,
+        };
         Ok::<_, ServiceError>((caller, account, held))
     });
-    let (response, held) = match entered {
+    let (mut response, held) = match entered {
         Ok((caller, account, held)) => {
             let extensions = request.extensions_mut();
             extensions.insert(caller);
             extensions.insert(account);
             extensions.insert(TraceId(trace));
+            if let Some((_, id)) = &api {
+                extensions.insert(id.clone());
+            }
+            let request = if kind == Kind::Upload {
+                let received = Received::default();
+                request.extensions_mut().insert(received.clone());
+                request.map(|body| observed(body, received))
+            } else {
+                request
+            };
             (next.run(request).instrument(span).await, held)
         }
-        Err(refused) => (told::tell(&refused), None),
+        Err(refused) => match &api {
+            Some((dialect, _)) => {
+                let (parts, body) = request.into_parts();
+                openai::body::drain(&parts.headers, body.into_data_stream());
+                (Problem::from(refused).respond(*dialect), None)
+            }
+            None => (told::tell(&refused), None),
+        },
     };
+    if let Some((dialect, id)) = &api {
+        id.mark(&mut response, *dialect, began.elapsed());
+    }
     record.status = Some(response.status());
     response.map(|body| {
         record.ended = body.is_end_stream();
@@ -212,14 +282,16 @@ mod tests {
 
     #[test]
     fn only_known_routes_become_labels() {
-        assert_eq!(route_of("/healthz"), ("/healthz", Kind::Open));
-        assert_eq!(route_of("/metrics"), ("/metrics", Kind::Known));
-        assert_eq!(route_of("/v1/files/file-1/content"), ("/v1/files/{file}/content", Kind::Download));
-        assert_eq!(route_of("/v1/batches/b/results"), ("/v1/batches/{batch}/results", Kind::Download));
-        for other in
-            ["/", "", "/v1/files", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"]
-        {
-            assert_eq!(route_of(other), ("other", Kind::Open), "{other}");
+        let get = |path| route_of(&Method::GET, path);
+        assert_eq!(get("/healthz"), ("/healthz", Kind::Open));
+        assert_eq!(get("/metrics"), ("/metrics", Kind::Known));
+        assert_eq!(get("/v1/files/file-1/content"), ("/v1/files/{file}/content", Kind::Download));
+        assert_eq!(get("/v1/batches/b/results"), ("/v1/batches/{batch}/results", Kind::Download));
+        assert_eq!(get("/v1/files"), ("/v1/files", Kind::Known));
+        assert_eq!(route_of(&Method::POST, "/v1/files"), ("/v1/files", Kind::Upload));
+        assert_eq!(get("/v1/models/a/b/c/d/e/f/g/h/i"), ("/v1/models/{model}", Kind::Known));
+        for other in ["/", "", "/v1", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"] {
+            assert_eq!(get(other), ("other", Kind::Open), "{other}");
         }
     }
 }

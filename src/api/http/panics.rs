@@ -5,7 +5,13 @@
 use std::panic::AssertUnwindSafe;
 
 use crate::{
-    api::grpc::{crashed, is_grpc},
+    api::{
+        grpc::{crashed, is_grpc},
+        openai::{
+            self,
+            problem::{Dialect, Problem},
+        },
+    },
     supervise::message,
     telemetry::seldom,
 };
@@ -30,6 +36,8 @@ pub(in crate::api) async fn caught(request: Request, next: Next) -> Response {
             seldom!(error, path, panic = message(&*panic), "a call has crashed, which is a bug");
             if is_grpc {
                 crashed(MESSAGE)
+            } else if openai::is_below(&path) {
+                Problem::internal(MESSAGE).respond(Dialect::of(&path))
             } else {
                 (StatusCode::INTERNAL_SERVER_ERROR, format!("{MESSAGE}\n")).into_response()
             }

@@ -121,6 +121,45 @@ pub enum Problem {
     Stream,
 }
 
+impl Problem {
+    /// OpenAI's code for such a mistake.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotUtf8 { .. } | Self::NotJson { .. } | Self::OtherFormat(_) | Self::NotAnObject { .. } => {
+                "invalid_json_line"
+            }
+            Self::Missing(Field::Model) => "invalid_request",
+            Self::Missing(_) => "missing_required_parameter",
+            Self::WrongText { field: Field::Method, .. } => "invalid_method",
+            Self::WrongText { field: Field::Url, .. } => "invalid_url",
+            Self::Stream => "streaming_unsupported",
+            Self::WrongText { .. }
+            | Self::Twice(_)
+            | Self::WrongKind { .. }
+            | Self::Empty(_)
+            | Self::TooLong { .. }
+            | Self::Character { .. } => "invalid_request",
+        }
+    }
+
+    /// The field that is wrong. `None`: the line as a whole.
+    #[must_use]
+    pub fn field(&self) -> Option<Field> {
+        match self {
+            Self::NotUtf8 { .. } | Self::NotJson { .. } | Self::OtherFormat(_) | Self::NotAnObject { .. } => None,
+            Self::Missing(field)
+            | Self::Twice(field)
+            | Self::WrongKind { field, .. }
+            | Self::WrongText { field, .. }
+            | Self::Empty(field)
+            | Self::TooLong { field, .. }
+            | Self::Character { field, .. } => Some(*field),
+            Self::Stream => Some(Field::Stream),
+        }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

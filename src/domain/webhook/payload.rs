@@ -118,6 +118,7 @@ mod tests {
             webhook: None,
             webhook_endpoint_id: None,
             revision: Revision(7),
+            output_expires_after: None,
         }
     }
 

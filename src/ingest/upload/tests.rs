@@ -73,6 +73,8 @@ fn spec(request_id: Option<&str>) -> NewUpload {
         filename: "in.jsonl".into(),
         total_bytes: None,
         request_id: request_id.map(str::to_owned),
+        expires_after: None,
+        keeps_bad: false,
     }
 }
 

@@ -45,6 +45,7 @@ pub struct Model {
     pub segments: i32,
     pub segments_done: i32,
     pub revision: i64,
+    pub output_expires_after: Option<i64>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

@@ -20,6 +20,8 @@ pub struct Model {
     pub request_id: Option<String>,
     pub created_at: i64,
     pub expires_at: Option<i64>,
+    pub deleted_at: Option<i64>,
+    pub problems: Option<String>,
 }
 
 #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]

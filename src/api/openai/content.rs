@@ -1,59 +1,67 @@
-//! Files over plain HTTP: what a webhook's `output_file_url` and `error_file_url` name, for receivers without gRPC.
+//! The bytes of files: what OpenAI's clients download, and what a webhook's `output_file_url` and `error_file_url` name.
 
-use std::sync::Arc;
-
-use super::told::tell;
-use crate::{
-    access::Caller,
-    domain::File,
-    service::{Service, ServiceError},
-};
 use axum::{
-    Extension, Router,
     body::Body,
-    extract::{Path, State},
+    extract::State,
     response::{IntoResponse, Response},
-    routing::get,
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
-/// The routes. The same callers see the same files as over gRPC; the gate has let them in.
-pub(super) fn routes(service: Service) -> Router {
-    Router::new()
-        .route("/v1/files/{file}/content", get(content))
-        .route("/v1/batches/{batch}/results", get(results))
-        .route("/v1/batches/{batch}/errors", get(errors))
-        .with_state(Arc::new(service))
+use super::{By, Id, Of, problem::Problem};
+use crate::{
+    domain::File,
+    service::{Service, ServiceError},
+};
+
+/// What OpenAI says that every file is.
+const BYTES: HeaderValue = HeaderValue::from_static("application/octet-stream");
+const JSONL: HeaderValue = HeaderValue::from_static("application/jsonl");
+
+pub(super) async fn content(
+    State(service): Of,
+    By(caller): By,
+    Id(file): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let file = service.file(&caller, &file).await?;
+    let mut response = send(&service, &file, &headers, BYTES).await?;
+    // Other names are left out rather than cut: the id is in the URL.
+    if let Ok(name) = HeaderValue::try_from(format!("attachment; filename=\"{}\"", plain(&file.filename))) {
+        response.headers_mut().insert(header::CONTENT_DISPOSITION, name);
+    }
+    Ok(response)
 }
 
-type Of = State<Arc<Service>>;
-type By = Extension<Caller>;
-
-async fn content(State(service): Of, Extension(caller): By, Path(file): Path<String>, headers: HeaderMap) -> Response {
-    answer(&service, service.file(&caller, &file).await, &headers).await
+pub(super) async fn results(
+    State(service): Of,
+    By(caller): By,
+    Id(batch): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    send(&service, &service.output_file(&caller, &batch).await?, &headers, JSONL).await
 }
 
-async fn results(State(service): Of, Extension(caller): By, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    answer(&service, service.output_file(&caller, &id).await, &headers).await
+pub(super) async fn errors(
+    State(service): Of,
+    By(caller): By,
+    Id(batch): Id,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    send(&service, &service.error_file(&caller, &batch).await?, &headers, JSONL).await
 }
 
-async fn errors(State(service): Of, Extension(caller): By, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    answer(&service, service.error_file(&caller, &id).await, &headers).await
-}
-
-async fn answer(service: &Service, file: Result<File, ServiceError>, headers: &HeaderMap) -> Response {
-    let sent = match file {
-        Ok(file) => send(service, &file, headers).await,
-        Err(error) => Err(error),
-    };
-    sent.unwrap_or_else(|error| tell(&error))
+/// A file's name as it may stand in quotes in a header.
+fn plain(name: &str) -> String {
+    name.chars()
+        .map(|letter| if matches!(letter, ' '..='~') && !"\"\\".contains(letter) { letter } else { '_' })
+        .collect()
 }
 
 /// The file, or the part of it that the client asks for. If reading fails on the way the connection breaks, so that
 /// nobody takes a piece for the whole.
-async fn send(service: &Service, file: &File, headers: &HeaderMap) -> Result<Response, ServiceError> {
+async fn send(service: &Service, file: &File, headers: &HeaderMap, kind: HeaderValue) -> Result<Response, Problem> {
     // A file never changes: its id says which version it is.
     let version = format!("\"{}\"", file.id);
     let same = headers.get(header::IF_RANGE).is_none_or(|wanted| wanted.as_bytes() == version.as_bytes());
@@ -63,15 +71,16 @@ async fn send(service: &Service, file: &File, headers: &HeaderMap) -> Result<Res
         Some(Some(part)) => part,
         Some(None) => {
             let whole = [(header::CONTENT_RANGE, format!("bytes */{}", file.bytes))];
-            let text = format!("the file has {} bytes: none of them are in this range\n", file.bytes);
-            return Ok((StatusCode::RANGE_NOT_SATISFIABLE, whole, text).into_response());
+            let text = format!("the file has {} bytes: none of them are in this range", file.bytes);
+            let problem = Problem::new(StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable", text);
+            return Ok((whole, problem).into_response());
         }
     };
     let pieces = service.read_file(file, from).await?;
     let body = Body::from_stream(first(pieces, u64::try_from(to - from).unwrap_or(0)));
     let mut response = Response::new(body);
     let fields = response.headers_mut();
-    fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
+    fields.insert(header::CONTENT_TYPE, kind);
     fields.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     fields.insert(header::CONTENT_LENGTH, (to - from).into());
     // An id has no character that a header can't have.

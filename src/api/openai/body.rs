@@ -1,0 +1,134 @@
+//! Request bodies: whole and bounded, or left to be read on after an early answer.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use futures::{Stream, StreamExt};
+use http::{HeaderMap, StatusCode, header};
+use serde_json::Value;
+use tokio::time::{Instant, timeout_at};
+
+use super::problem::Problem;
+use crate::access::LEAST;
+
+/// The most bytes of a JSON body that is no live call.
+pub(super) const SMALL: usize = 64 * 1024;
+/// The most bytes of a live call's body: as large as vLLM takes prompts with pictures in them.
+pub(super) const LARGE: usize = 32 * 1024 * 1024;
+/// How long a body may take to come, at the least rate; and at any rate.
+const GRACE: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(120);
+/// How much is read on after an early answer, and for how long.
+const DRAIN_BYTES: u64 = 256 * 1024 * 1024;
+const DRAIN: Duration = Duration::from_secs(60);
+
+/// The whole body, of at most so many bytes.
+///
+/// # Errors
+/// [`Problem`].
+pub(super) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Problem> {
+    plain(headers)?;
+    let too_large = || {
+        let message = format!("the request body is larger than {most} bytes");
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message)
+    };
+    if length(headers).is_some_and(|length| length > most as u64) {
+        drain(headers, body.into_data_stream());
+        return Err(too_large());
+    }
+    let began = Instant::now();
+    let mut pieces = body.into_data_stream();
+    let (mut first, mut all) = (Bytes::new(), BytesMut::new());
+    loop {
+        let came = (first.len() + all.len()) as u64;
+        let until = began + (GRACE + Duration::from_secs(came / LEAST)).min(LONGEST);
+        let Ok(piece) = timeout_at(until, pieces.next()).await else {
+            let message = "the request body did not come in time: within 10 s, or at 1 KiB/s, and within 2 min";
+            return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "request_too_slow", message));
+        };
+        let piece = match piece {
+            None => break,
+            Some(Err(_)) => return Err(broken_off()),
+            Some(Ok(piece)) => piece,
+        };
+        if came as usize + piece.len() > most {
+            drain(headers, pieces);
+            return Err(too_large());
+        }
+        // Most bodies come in one piece, which is not copied.
+        match (first.is_empty(), all.is_empty()) {
+            (true, true) => first = piece,
+            (false, true) => {
+                all.extend_from_slice(&std::mem::take(&mut first));
+                all.extend_from_slice(&piece);
+            }
+            (_, false) => all.extend_from_slice(&piece),
+        }
+    }
+    Ok(if all.is_empty() { first } else { all.freeze() })
+}
+
+/// The body as a JSON object.
+///
+/// # Errors
+/// [`Problem`].
+pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<serde_json::Map<String, Value>, Problem> {
+    let bytes = whole(headers, body, SMALL).await?;
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => {
+            let message = "the request body is not a JSON object";
+            Err(Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message))
+        }
+        Err(error) => {
+            let message = format!("We could not parse the JSON body of your request: {error}");
+            Err(Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message))
+        }
+    }
+}
+
+/// The connection broke while the body came: nobody reads this.
+pub(super) fn broken_off() -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, "body_broken_off", "the request body broke off before its end")
+}
+
+/// Refuses a body that is encoded.
+///
+/// # Errors
+/// [`Problem`].
+pub(super) fn plain(headers: &HeaderMap) -> Result<(), Problem> {
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(coding) if !coding.as_bytes().eq_ignore_ascii_case(b"identity") => {
+            let message = "the request body has a content-encoding: send it without";
+            Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_content_encoding", message))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The announced length.
+pub(super) fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Reads on, for a client that sends its body before it looks at the answer: a closed connection would hide the answer
+/// from it. Whoever waits for `100 Continue` has not begun to send.
+pub(in crate::api) fn drain<E>(
+    headers: &HeaderMap,
+    mut pieces: impl Stream<Item = Result<Bytes, E>> + Unpin + Send + 'static,
+) {
+    if headers.contains_key(header::EXPECT) || length(headers) == Some(0) {
+        return;
+    }
+    let until = Instant::now() + DRAIN;
+    tokio::spawn(async move {
+        let mut came = 0;
+        while let Ok(Some(Ok(piece))) = timeout_at(until, pieces.next()).await {
+            came += piece.len() as u64;
+            if came > DRAIN_BYTES {
+                return;
+            }
+        }
+    });
+}

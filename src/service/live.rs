@@ -1,0 +1,135 @@
+//! Calls of those who wait for an answer: passed on to a worker at once, ahead of all batches, body and answer untouched.
+
+use std::{borrow::Cow, time::Duration};
+
+use bytes::Bytes;
+use futures::{StreamExt, stream::BoxStream};
+use serde::Deserialize;
+
+use super::{Code, Service, ServiceError};
+use crate::{
+    access::{Account, Caller, Work},
+    domain::{Endpoint, text::is_plain},
+    fleet::{Extras, InferError, LiveCall, Tenant, WorkerState},
+};
+
+/// How long a worker may take to begin its answer, to send the whole of it where it is not streamed, and to pause in a
+/// stream. OpenAI's clients wait as long.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A call, as a client makes it.
+#[derive(Clone, Debug)]
+pub struct NewCall {
+    /// Where it goes.
+    pub endpoint: Endpoint,
+    /// The rest of the path below the endpoint; empty: the endpoint itself.
+    pub below: &'static str,
+    /// What the worker gets.
+    pub body: Bytes,
+    /// What goes along.
+    pub headers: Extras,
+}
+
+/// A worker's answer.
+pub struct Answered {
+    /// Its HTTP status.
+    pub status: u16,
+    /// What of its headers the client needs.
+    pub headers: Extras,
+    /// Its body.
+    pub body: AnswerBody,
+}
+
+/// The body of an answer.
+pub enum AnswerBody {
+    /// All of it.
+    Whole(Bytes),
+    /// As it comes. An error is its end.
+    Passing(BoxStream<'static, Result<Bytes, ServiceError>>),
+}
+
+impl Service {
+    /// Passes a call on to a worker. An answer that is not streamed is there as a whole, or another worker is asked; a stream
+    /// begins at one worker and ends there.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn call(&self, caller: &Caller, account: &Account, of: NewCall) -> Result<Answered, ServiceError> {
+        let (model, streams) = read(&of.body)?;
+        let admitted = self.admit(caller, account, 0, Work::Now(of.body.len() as u64)).await?;
+        let tenant = Tenant::named(account.as_str()).weighing(self.weights.of(&caller.owner));
+        let fleet = &self.parts.fleet;
+        if !streams && of.below.is_empty() {
+            let answer = fleet.infer_with(tenant, of.endpoint, &model, of.body, PATIENCE, of.headers).await;
+            let answer = answer.map_err(|error| self.unanswered(error))?;
+            let body = AnswerBody::Whole(answer.body);
+            return Ok(Answered { status: answer.status, headers: answer.extras, body });
+        }
+        let NewCall { endpoint, below, body, headers } = of;
+        let call = LiveCall { endpoint, below, model: &model, body, headers, timeout: PATIENCE };
+        let passing = fleet.pass(tenant, call).await.map_err(|error| self.unanswered(error))?;
+        let lost = |why| ServiceError::new(Code::Unavailable, "WORKER_LOST", why);
+        let body = passing.body.map(move |piece| {
+            // Counts as one of the caller's calls until its end.
+            let _ = &admitted;
+            piece.map_err(lost)
+        });
+        Ok(Answered { status: passing.status, headers: passing.headers, body: AnswerBody::Passing(body.boxed()) })
+    }
+
+    /// Why nobody has answered. A model that no worker has ever listed is the client's mistake.
+    fn unanswered(&self, error: InferError) -> ServiceError {
+        let InferError::NoWorker(model) = &error else { return error.into() };
+        let workers = self.parts.fleet.workers();
+        let may_come = workers.iter().any(|worker| worker.state == WorkerState::Starting || worker.serves(model));
+        if workers.is_empty() || may_come {
+            return error.into();
+        }
+        let message = format!("The model {:?} does not exist: no worker serves it", super::short(model));
+        ServiceError::new(Code::NotFound, "MODEL_NOT_FOUND", message)
+    }
+}
+
+/// The model that a body names, and whether it asks for a stream.
+fn read(body: &[u8]) -> Result<(String, bool), ServiceError> {
+    #[derive(Deserialize)]
+    struct Body<'a> {
+        #[serde(borrow, default)]
+        model: Option<Cow<'a, str>>,
+        #[serde(default)]
+        stream: Option<bool>,
+    }
+    let unreadable = |why: String| ServiceError::new(Code::InvalidArgument, "BODY_UNREADABLE", why);
+    if body.is_empty() {
+        return Err(unreadable("We could not parse the JSON body of your request: it is empty".into()));
+    }
+    let read: Body<'_> = serde_json::from_slice(body)
+        .map_err(|error| unreadable(format!("We could not parse the JSON body of your request: {error}")))?;
+    match read.model {
+        Some(model) if !model.is_empty() && is_plain(&model) => Ok((model.into_owned(), read.stream == Some(true))),
+        Some(model) if !model.is_empty() => Err(ServiceError::field("model", "has a control character")),
+        Some(_) | None => {
+            Err(ServiceError::new(Code::InvalidArgument, "MODEL_MISSING", "Missing required parameter: 'model'."))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_names_its_model_and_may_ask_for_a_stream() {
+        let of = |body: &str| read(body.as_bytes()).map_err(|error| error.reason);
+        assert_eq!(of(r#"{"model":"m","x":[1.0e5]}"#), Ok(("m".into(), false)));
+        assert_eq!(of(r#"{"stream":true,"model":"\u006d"}"#), Ok(("m".into(), true)));
+        assert_eq!(of(r#"{"stream":null,"model":"m"}"#), Ok(("m".into(), false)));
+        for none in ["{}", r#"{"model":""}"#, r#"{"model":null}"#] {
+            assert_eq!(of(none), Err("MODEL_MISSING"), "{none}");
+        }
+        for bad in ["", "[]", "{", r#"{"model":1}"#, r#"{"model":"m","stream":"yes"}"#, "7"] {
+            assert_eq!(of(bad), Err("BODY_UNREADABLE"), "{bad}");
+        }
+        assert_eq!(of(r#"{"model":"a\u0000"}"#), Err("INVALID_REQUEST"));
+    }
+}

@@ -1,0 +1,11 @@
+//! OpenAI's HTTP API over real sockets: what its SDKs rely on, and what hostile clients try.
+#![allow(clippy::unwrap_used)] // clippy.toml's exception does not reach the helpers of integration tests
+
+mod batches;
+mod client;
+mod files;
+mod hostile;
+mod live;
+#[allow(dead_code)] // it serves the tests of gRPC, too
+#[path = "../api/support.rs"]
+mod support;
