@@ -1,8 +1,17 @@
 //! Files.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
-use tidemill::{api::ServerOptions, config::BadFiles, domain::Scope, pb, store::FileFilter};
+use tidemill::{
+    api::ServerOptions,
+    config::BadFiles,
+    domain::{NodeId, Scope},
+    pb,
+    store::FileFilter,
+    upkeep::{self, Upkeep},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
@@ -264,4 +273,22 @@ async fn bad_files_fail_their_batch_where_the_operator_wants_openais_way() {
     let mut grpc = server.client().await;
     let messages = tokio_stream::iter([spec(pb::FileSpec::default()), chunk(text.into_bytes())]);
     assert_eq!(grpc.upload_file(messages).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_upkeep_deletes_what_was_hidden_once_its_batch_has_ended() {
+    let server = Server::start().await;
+    let file = upload(&server, &lines(2)).await;
+    let batch = create(&server, &file).await;
+    ask(&server, Method::DELETE, &format!("/v1/files/{file}")).await;
+    server.run_batch(&batch, 2).await;
+    assert_eq!(server.store.count_files().await.unwrap(), 2, "the input and the output");
+    let sweeps = upkeep::of_batches(&server.store, &server.blobs, Duration::from_secs(30));
+    tokio::spawn(Upkeep::new(server.store.clone(), NodeId::generate(), sweeps).run(server.shutdown.clone()));
+    let gone = async {
+        while server.store.count_files().await.unwrap() > 1 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("the input is deleted");
 }
