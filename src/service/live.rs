@@ -103,6 +103,10 @@ fn read(body: &[u8]) -> Result<(String, bool), ServiceError> {
     if body.is_empty() {
         return Err(unreadable("We could not parse the JSON body of your request: it is empty".into()));
     }
+    // A list of the same values would be read as well.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(unreadable("the request body is not a JSON object".into()));
+    }
     let read: Body<'_> = serde_json::from_slice(body)
         .map_err(|error| unreadable(format!("We could not parse the JSON body of your request: {error}")))?;
     match read.model {
