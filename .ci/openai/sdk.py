@@ -5,6 +5,7 @@ import openai
 from openai import OpenAI
 
 MODEL, SLASHED = "sim-7b", "org/sim 8B"
+ONCE = f"once-{os.getpid()}"
 assert openai.__version__.startswith(os.environ.get("EXPECT_OPENAI", "")), openai.__version__
 strict = OpenAI(_strict_response_validation=True)
 client = OpenAI(max_retries=0)
@@ -56,10 +57,10 @@ assert strict.files.list(order="asc", limit=1, purpose="batch").data[0].id == fr
 # Batches
 batch = strict.batches.create(
     input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"team": "search"},
-    extra_body={"priority": 1}, extra_headers={"Idempotency-Key": "once"})
+    extra_body={"priority": 1}, extra_headers={"Idempotency-Key": ONCE})
 again = strict.batches.create(
     input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h",
-    extra_headers={"Idempotency-Key": "once"})
+    extra_headers={"Idempotency-Key": ONCE})
 assert again.id == batch.id
 assert strict.files.delete(from_disk.id).deleted, "an input in use goes at once, and its batch goes on"
 ended = until_ended(batch.id)
