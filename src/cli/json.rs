@@ -158,7 +158,8 @@ fn bare(kind: &EnumDescriptor, number: i32) -> String {
     let none = kind.default_value();
     let prefix = none.name().strip_suffix("UNSPECIFIED").unwrap_or_default().to_owned();
     let value = kind.get_value(number).unwrap_or(none);
-    value.name().strip_prefix(&*prefix).unwrap_or(value.name()).to_owned()
+    let name = value.name();
+    name.strip_prefix(&*prefix).unwrap_or(name).to_owned()
 }
 
 /// Lines of results and bodies of answers: JSON, unless a worker has answered something else.

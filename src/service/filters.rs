@@ -3,7 +3,13 @@
 
 use serde_json::json;
 
-use crate::store::{BatchFilter, DeadLetterFilter, DeliveryFilter, FileFilter};
+use crate::{
+    domain::{
+        BatchId,
+        webhook::{DeliveryState, EndpointId, WebhookEvent},
+    },
+    store::{BatchFilter, DeadLetterFilter, DeliveryFilter, FileFilter},
+};
 
 pub(super) fn of_batches(filter: &BatchFilter) -> String {
     let BatchFilter { scope, statuses, model, metadata } = filter;
@@ -18,9 +24,9 @@ pub(super) fn of_files(filter: &FileFilter) -> String {
 
 pub(super) fn of_deliveries(filter: &DeliveryFilter) -> String {
     let DeliveryFilter { scope, batch_id, endpoint_id, event, state } = filter;
-    let batch_id = batch_id.as_ref().map(|id| id.as_str());
-    let endpoint_id = endpoint_id.as_ref().map(|id| id.as_str());
-    let (event, state) = (event.map(|event| event.as_str()), state.map(|state| state.as_str()));
+    let batch_id = batch_id.as_ref().map(BatchId::as_str);
+    let endpoint_id = endpoint_id.as_ref().map(EndpointId::as_str);
+    let (event, state) = (event.map(WebhookEvent::as_str), state.map(DeliveryState::as_str));
     json!(["deliveries", scope, batch_id, endpoint_id, event, state]).to_string()
 }
 

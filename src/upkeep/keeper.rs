@@ -82,13 +82,13 @@ impl Upkeep {
     /// Sweeps until the shutdown, then gives the leases back.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { store, node, lease, sweeps } = self;
-        let post = |sweep: &Box<dyn Sweep>| Post {
+        let post = |sweep: &dyn Sweep| Post {
             name: sweep.name(),
             every: sweep.every(),
             lease: watch::Sender::new(None),
             report: Mutex::default(),
         };
-        let posts: Vec<Post> = sweeps.iter().map(post).collect();
+        let posts: Vec<Post> = sweeps.iter().map(|sweep| post(&**sweep)).collect();
         let work = async {
             let each = sweeps.into_iter().zip(&posts).map(|(sweep, post)| named(post.name, man(sweep, post)));
             tokio::join!(hold(&store, &node, &posts, lease), join_all(each));

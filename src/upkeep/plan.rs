@@ -66,7 +66,7 @@ impl Plan {
             self.due = None;
             return Next::Lease;
         };
-        let due = *self.due.get_or_insert(lease.caught_up.map_or(now, |then| then + self.every));
+        let due = *self.due.get_or_insert_with(|| lease.caught_up.map_or(now, |then| then + self.every));
         if due <= now { Next::Tick } else { Next::At(due.min(lease.until)) }
     }
 

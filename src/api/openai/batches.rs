@@ -49,8 +49,8 @@ pub(super) async fn list(State(service): Of, By(caller): By, query: Query) -> Re
     let limit = query.limit(LIMIT.0, LIMIT.1)?;
     let after = query.after("batch_")?;
     let (batches, has_more) = service.batches_after(&caller, after, limit).await?;
-    let batches = batches.iter().map(|of| shapes::batch(&of.batch, Some(&of.progress))).collect();
-    Ok(page(batches, has_more))
+    let batches: Vec<_> = batches.iter().map(|of| shapes::batch(&of.batch, Some(&of.progress))).collect();
+    Ok(page(&batches, has_more))
 }
 
 pub(super) async fn show(State(service): Of, By(caller): By, Id(id): Id) -> Result<Response, Problem> {
@@ -173,10 +173,8 @@ fn webhook(of: &Value) -> Result<NewWebhook, Problem> {
         }
         Some(other) => return Err(Problem::kind("webhook.events", "an array", other)),
     };
-    let timeout = match integer(of, "timeout_seconds", "webhook.timeout_seconds")? {
-        None => None,
-        Some(seconds) => Some(u64::try_from(seconds).map(Duration::from_secs).map_err(|_| crate::service::NotASpan)),
-    };
+    let timeout = integer(of, "timeout_seconds", "webhook.timeout_seconds")?
+        .map(|seconds| u64::try_from(seconds).map(Duration::from_secs).map_err(|_| crate::service::NotASpan));
     Ok(NewWebhook {
         url: field("url")?.unwrap_or_default().to_owned(),
         secret: field("secret")?.unwrap_or_default().to_owned(),

@@ -50,7 +50,7 @@ pub(super) async fn upload(
     let keeps_bad = bad_files == BadFiles::FailBatch;
     let headers = &parts.headers;
     let upload = Upload { service: &service, caller: &caller, account: &account, headers, received, keeps_bad };
-    let taken = service.in_time(upload.take(&mut pieces)).await;
+    let taken = Box::pin(service.in_time(upload.take(&mut pieces))).await;
     // The answer comes at once, whatever is still on its way.
     drain(&parts.headers, pieces);
     Ok(axum::Json(shapes::file(&taken?)).into_response())
@@ -210,7 +210,7 @@ pub(super) async fn list(State(service): Of, By(caller): By, query: Query) -> Re
     let known = purpose.as_deref().is_none_or(|purpose| matches!(purpose, "batch" | "batch_output"));
     let (files, has_more) =
         if known { service.files_after(&caller, purpose, order, after, limit).await? } else { (Vec::new(), false) };
-    Ok(page(files.iter().map(shapes::file).collect(), has_more))
+    Ok(page(&files.iter().map(shapes::file).collect::<Vec<_>>(), has_more))
 }
 
 pub(super) async fn show(State(service): Of, By(caller): By, Id(id): Id) -> Result<Response, Problem> {

@@ -102,7 +102,7 @@ fn events(
         while !events.is_done() && broke.is_none() {
             match pieces.next().await {
                 Some(Ok(piece)) => {
-                    let whole = events.push(piece);
+                    let whole = events.push(&piece);
                     if !whole.is_empty() {
                         yield Ok(whole);
                     }

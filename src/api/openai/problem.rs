@@ -49,7 +49,7 @@ pub(in crate::api) struct Problem {
     /// Trying the same again can't help, although the status says so to the SDKs.
     is_final: bool,
     /// Bad lines of a file, as a batch's `errors` list them.
-    errors: Option<Value>,
+    errors: Option<Box<Value>>,
 }
 
 impl Problem {
@@ -143,7 +143,7 @@ impl Problem {
             Dialect::OpenAi => {
                 let mut error = self.object();
                 if let Some(errors) = &self.errors {
-                    error["errors"] = errors.clone();
+                    error["errors"] = Value::clone(errors);
                 }
                 json!({"error": error})
             }
@@ -205,7 +205,7 @@ impl From<ServiceError> for Problem {
             "INVALID_FILE" => {
                 let listed = bad_lines.as_ref().map(|lines| lines.reports.as_slice()).unwrap_or_default();
                 let code = listed.first().map_or("invalid_file_format", |first| first.fault.code);
-                let errors = bad_lines.as_ref().map(|lines| list_of(&lines.reports));
+                let errors = bad_lines.as_ref().map(|lines| Box::new(list_of(&lines.reports)));
                 let not_jsonl = "Invalid file format for Batch API. Must be .jsonl";
                 let message = if listed.is_empty() { format!("{not_jsonl}: {message}") } else { message };
                 Self { errors, ..Self::invalid(code, "file", message) }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::problem::openais;
 use crate::{
-    domain::{Batch, BatchError, Counts, File, Timestamp, TokenUsage},
+    domain::{Batch, BatchError, Counts, Endpoint, File, FileId, Timestamp, TokenUsage, webhook::EndpointId},
     progress::Progress,
 };
 
@@ -27,7 +27,7 @@ pub(super) fn file(of: &File) -> Value {
         "tidemill": {
             "line_count": of.line_count,
             "models": of.models,
-            "endpoint": of.endpoint.map(|endpoint| endpoint.path()),
+            "endpoint": of.endpoint.map(Endpoint::path),
             "owner": of.owner.as_str(),
         },
     })
@@ -49,8 +49,8 @@ pub(super) fn batch(of: &Batch, progress: Option<&Progress>) -> Value {
         "input_file_id": of.input_file_id.as_str(),
         "completion_window": window(of.completion_window),
         "status": of.status.as_str(),
-        "output_file_id": of.output_file_id.as_ref().map(|id| id.as_str()),
-        "error_file_id": of.error_file_id.as_ref().map(|id| id.as_str()),
+        "output_file_id": of.output_file_id.as_ref().map(FileId::as_str),
+        "error_file_id": of.error_file_id.as_ref().map(FileId::as_str),
         "created_at": of.created_at.unix_seconds(),
         "in_progress_at": time(times.in_progress),
         "expires_at": of.expires_at.unix_seconds(),
@@ -76,7 +76,7 @@ fn own(of: &Batch, progress: Option<&Progress>) -> Value {
         "owner": of.owner.as_str(),
         "output_expires_at": time(of.output_expires_at()),
         "webhook_url": of.webhook.as_ref().map(|webhook| webhook.url.as_str()),
-        "webhook_endpoint_id": of.webhook_endpoint_id.as_ref().map(|id| id.as_str()),
+        "webhook_endpoint_id": of.webhook_endpoint_id.as_ref().map(EndpointId::as_str),
     });
     if let Some(progress) = progress {
         own["requests_per_second"] = json!(progress.rates.requests_per_second);

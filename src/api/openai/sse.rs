@@ -47,15 +47,15 @@ impl Events {
     }
 
     /// Takes the next bytes. Returns the whole events in them, which may be none.
-    pub(super) fn push(&mut self, piece: Bytes) -> Bytes {
+    pub(super) fn push(&mut self, piece: &Bytes) -> Bytes {
         let whole = if self.torn.is_empty() {
-            let end = last_end(&piece).unwrap_or(0);
+            let end = last_end(piece).unwrap_or(0);
             self.torn.extend_from_slice(&piece[end..]);
             piece.slice(..end)
         } else {
             // An end may lie across the two.
             let from = self.torn.len().saturating_sub(3);
-            self.torn.extend_from_slice(&piece);
+            self.torn.extend_from_slice(piece);
             match last_end(&self.torn[from..]) {
                 Some(end) => self.torn.split_to(from + end).freeze(),
                 None if self.torn.len() > LONGEST => self.torn.split().freeze(),
@@ -144,7 +144,7 @@ mod tests {
         let mut events = Events::of(endpoint);
         let mut passed = Vec::new();
         for piece in text.chunks(size.max(1)) {
-            let whole = events.push(Bytes::copy_from_slice(piece));
+            let whole = events.push(&Bytes::copy_from_slice(piece));
             assert!(whole.is_empty() || last_end(&whole) == Some(whole.len()), "only whole events");
             passed.extend_from_slice(&whole);
         }

@@ -7,7 +7,7 @@ const TIME: prost_types::Timestamp = prost_types::Timestamp { seconds: 1_700_000
 const AT: &str = "2023-11-14T22:13:20.000005Z";
 
 /// A message with every field set, and of each `oneof` the field with this index.
-fn full(descriptor: MessageDescriptor, choice: usize) -> DynamicMessage {
+fn full(descriptor: &MessageDescriptor, choice: usize) -> DynamicMessage {
     use prost_reflect::Value as Of;
     let mut message = DynamicMessage::new(descriptor.clone());
     match descriptor.full_name() {
@@ -31,7 +31,7 @@ fn full(descriptor: MessageDescriptor, choice: usize) -> DynamicMessage {
             Kind::String => Of::String("text".into()),
             Kind::Bytes => Of::Bytes(r#"{"a":[1]}"#.into()),
             Kind::Enum(_) => Of::EnumNumber(2),
-            Kind::Message(kind) => Of::Message(full(kind.clone(), choice)),
+            Kind::Message(kind) => Of::Message(full(kind, choice)),
             other => panic!("{other:?} is new: what is it in JSON?"),
         };
         let value = if field.is_map() {
@@ -93,7 +93,7 @@ fn every_field_of_every_message_that_commands_print_is_written() {
     for (name, all) in SHOWN {
         let descriptor = POOL.get_message_by_name(name).unwrap();
         for choice in 0..3 {
-            let message = full(descriptor.clone(), choice);
+            let message = full(&descriptor, choice);
             check(&message, &object(&message, *all));
         }
     }
