@@ -94,7 +94,11 @@ impl Upload {
             purpose: String::new(),
             total_bytes: i64::try_from(self.bytes).context("the file is too large")?,
             request_id: request_id.unwrap_or_else(|| Uuid::new_v4().to_string()),
-            expires_after: super::submit::span(self.expires_after)?,
+            expires_after: self
+                .expires_after
+                .map(prost_types::Duration::try_from)
+                .transpose()
+                .context("the time span is too long")?,
         };
         let bar = meter::bytes("uploading", self.bytes, client.json);
         let read_error = Arc::new(Mutex::new(None));

@@ -179,6 +179,7 @@ mod tests {
             blobs = "s3://bucket/prefix"
             max_file_lines = 1_000
             max_file_bytes = "4GiB"
+            openai_bad_files = "fail-batch"
             limit_requests_per_second = 20
             limit_bytes_per_day = "1GB"
             limit_queued_lines = 5000

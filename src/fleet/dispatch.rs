@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use super::{
     Answer, Failure, FailureKind, Slot,
     body::{self, Unread},
+    extras::Extras,
     judge,
-    live::Extras,
     outcome::cause,
     reasons::Worth,
 };

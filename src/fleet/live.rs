@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use reqwest::{
     Response,
-    header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER},
+    header::{CONTENT_TYPE, HeaderValue},
 };
 use smallvec::SmallVec;
 use tokio::{sync::SemaphorePermit, time::Instant};
@@ -14,6 +14,7 @@ use tokio::{sync::SemaphorePermit, time::Instant};
 use super::{
     Fleet, INFER_TRIES, InferError, Rank, Slot, Tenant, Want,
     dispatch::{is_missing_model, retry_after},
+    extras::Extras,
     judge,
     outcome::cause,
     slots,
@@ -24,18 +25,6 @@ use crate::domain::{Endpoint, WorkerId};
 const REFUSAL: usize = 64 * 1024;
 /// How long such a refusal may take to come.
 const REFUSAL_TIME: Duration = Duration::from_secs(10);
-
-/// Headers that go along with a request or an answer.
-#[derive(Clone, Debug, Default)]
-pub struct Extras(pub HeaderMap);
-
-impl Extras {
-    /// Those of an answer that its client needs.
-    pub(super) fn of(headers: &HeaderMap) -> Self {
-        let kept = [CONTENT_TYPE, RETRY_AFTER].into_iter();
-        Self(kept.filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect())
-    }
-}
 
 /// A request that passes through.
 #[derive(Clone, Debug)]

@@ -9,6 +9,7 @@ mod adapt;
 pub mod board;
 mod body;
 mod dispatch;
+mod extras;
 #[doc(hidden)]
 pub mod health;
 mod infer;
@@ -47,8 +48,9 @@ use tokio_util::sync::CancellationToken;
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use body::MAX_ANSWER;
 pub use dispatch::{Call, is_retryable, may_refuse_priority};
+pub use extras::Extras;
 pub use infer::Inferred;
-pub use live::{Extras, LiveCall, Passing};
+pub use live::{LiveCall, Passing};
 pub use memory::Held;
 pub use outage::Blame;
 pub use outcome::{Answer, Failure, FailureKind};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{WorkerKey, live::Extras, memory::Held, outage::Blame};
+use super::{WorkerKey, extras::Extras, memory::Held, outage::Blame};
 use crate::{
     domain::TokenUsage,
     words::{self, Peer},
