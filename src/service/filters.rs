@@ -5,8 +5,8 @@ use serde_json::json;
 
 use crate::{
     domain::{
-        BatchId,
-        webhook::{DeliveryState, EndpointId, WebhookEvent},
+        BatchId, WebhookEndpointId,
+        webhook::{DeliveryState, WebhookEvent},
     },
     store::{BatchFilter, DeadLetterFilter, DeliveryFilter, FileFilter},
 };
@@ -25,7 +25,7 @@ pub(super) fn of_files(filter: &FileFilter) -> String {
 pub(super) fn of_deliveries(filter: &DeliveryFilter) -> String {
     let DeliveryFilter { scope, batch_id, endpoint_id, event, state } = filter;
     let batch_id = batch_id.as_ref().map(BatchId::as_str);
-    let endpoint_id = endpoint_id.as_ref().map(EndpointId::as_str);
+    let endpoint_id = endpoint_id.as_ref().map(WebhookEndpointId::as_str);
     let (event, state) = (event.map(WebhookEvent::as_str), state.map(DeliveryState::as_str));
     json!(["deliveries", scope, batch_id, endpoint_id, event, state]).to_string()
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::problem::openais;
 use crate::{
-    domain::{Batch, BatchError, Counts, Endpoint, File, FileId, Timestamp, TokenUsage, webhook::EndpointId},
+    domain::{Batch, BatchError, Counts, Endpoint, File, FileId, Timestamp, TokenUsage, WebhookEndpointId},
     progress::Progress,
 };
 
@@ -76,7 +76,7 @@ fn own(of: &Batch, progress: Option<&Progress>) -> Value {
         "owner": of.owner.as_str(),
         "output_expires_at": time(of.output_expires_at()),
         "webhook_url": of.webhook.as_ref().map(|webhook| webhook.url.as_str()),
-        "webhook_endpoint_id": of.webhook_endpoint_id.as_ref().map(EndpointId::as_str),
+        "webhook_endpoint_id": of.webhook_endpoint_id.as_ref().map(WebhookEndpointId::as_str),
     });
     if let Some(progress) = progress {
         own["requests_per_second"] = json!(progress.rates.requests_per_second);
