@@ -77,7 +77,8 @@ impl Store {
         F: Future<Output = Result<Outcome<T>, StoreError>>,
     {
         // A transaction that is dropped is rolled back, after an error too.
-        match change(self.begin().await?).await? {
+        // In a box, because the futures of some changes are large.
+        match Box::pin(change(self.begin().await?)).await? {
             Outcome::Commit(tx, result) => {
                 tx.commit().await?;
                 Ok(result)

@@ -32,9 +32,10 @@ fn one_try() -> SchedulerOptions {
 /// One request for each number, at an endpoint.
 fn requests(endpoint: Endpoint, count: usize) -> Vec<String> {
     let body = match endpoint {
-        Endpoint::ChatCompletions => json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}),
+        Endpoint::ChatCompletions | Endpoint::Messages => {
+            json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4})
+        }
         Endpoint::Completions => json!({"prompt": ["hello", "you"], "max_tokens": 4}),
-        Endpoint::Messages => json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}),
         Endpoint::Responses => json!({"input": "hello", "max_output_tokens": 4}),
         Endpoint::Embeddings => json!({"input": "hello"}),
         Endpoint::Score => json!({"text_1": "hello", "text_2": "you"}),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tidemill::{
     api::ServerOptions,
     config::BadFiles,
-    domain::{NodeId, Scope},
+    domain::{FileId, NodeId, Scope},
     pb,
     store::FileFilter,
     upkeep::{self, Upkeep},
@@ -152,7 +152,7 @@ async fn a_file_in_use_is_deleted_at_once_and_its_batch_finishes() {
     let ended = get(&server, &format!("/v1/batches/{batch}")).await.json;
     assert_eq!((&ended["status"], &ended["input_file_id"]), (&json!("completed"), &json!(file)));
     let due = server.store.delete_due_files(9).await.unwrap();
-    assert_eq!(due.iter().map(|id| id.as_str()).collect::<Vec<_>>(), [file]);
+    assert_eq!(due.iter().map(FileId::as_str).collect::<Vec<_>>(), [file]);
 }
 
 #[tokio::test]

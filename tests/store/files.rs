@@ -228,7 +228,7 @@ async fn a_hidden_file_serves_its_batch_and_goes_with_it(db: Db) {
     assert!(db.store.delete_due_files(9).await.unwrap().is_empty(), "its batch reads it");
     let claimed = db.claim(&batch.id).await;
     db.finish(&claimed).await;
-    assert_eq!(db.store.delete_due_files(9).await.unwrap(), [file.id.clone()]);
+    assert_eq!(db.store.delete_due_files(9).await.unwrap(), std::slice::from_ref(&file.id));
     assert!(db.store.file_segments(&file.id).await.unwrap().is_empty());
     assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1);
     assert!(db.store.delete_due_files(9).await.unwrap().is_empty());

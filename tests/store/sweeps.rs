@@ -114,6 +114,7 @@ impl Sweep for Lame {
 async fn a_node_that_can_not_do_a_sweep_leaves_it_to_another(db: Db) {
     let (began, mut ticks) = mpsc::unbounded_channel();
     let stop = CancellationToken::new();
+    #[allow(clippy::async_yields_async)] // the task goes on
     let start = async |node| {
         let sweep = Lame { node, began: began.clone() };
         let upkeep = Upkeep::new(db.another().await, NodeId::generate(), vec![Box::new(sweep)]);
