@@ -2,7 +2,7 @@
 """Programs that use other people's clients, against a real server: nothing in them is written for tidemill but the
 base URL and the model.
 
-    .ci/openai/run.py [--bin target/release] [--only NAME…]
+    .ci/openai/run.py [--bin target/debug] [--only NAME…]
 
 Starts the built programs on free ports. The Python packages are those of `.ci/run tools`: the newest ones in the virtual
 environment, and the line before in its folder openai-2. Node's come from npm into target/ci-node.
@@ -64,7 +64,7 @@ def programs():
 
 def main():
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--bin", default="target/release")
+    arguments.add_argument("--bin", default="target/debug")
     arguments.add_argument("--only", nargs="*", default=[])
     arguments = arguments.parse_args()
     tidemill = ROOT / arguments.bin / "tidemill"

@@ -293,7 +293,7 @@ mod tests {
             (&["--tls-key", "k"], "--tls-key: needs --tls-cert"),
             (&["--tls-client-ca", "a"], "--tls-client-ca: needs --tls-cert and --tls-key"),
             (&["--worker-answer-memory", "15MiB"], "--worker-answer-memory: must be at least 16MiB"),
-            (&["--roles", "api"], "--roles: with SQLite there is only one node"),
+            (&["--roles", "api"], "--roles: with SQLite there is only one server"),
             (&["--lease", "2s"], "--lease: must be at least 3s"),
             (&["--lease", "3s", "--flush-interval", "2s"], "--flush-interval: must be at most half of --lease"),
             (&["--flush-interval", "0s"], "--flush-interval: must be at least 10ms"),
