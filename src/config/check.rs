@@ -58,8 +58,8 @@ impl ServeConfig {
         }
         refuse(
             "--roles",
-            "with SQLite there is only one server, so it must have all roles. Leave --roles out, or use a PostgreSQL database that \
-             several servers can share (--database-url).",
+            "with SQLite there is only one server, so it must have all roles. Leave --roles out, or use a PostgreSQL \
+             database that several servers can share (--database-url).",
         )
     }
 

@@ -177,7 +177,7 @@ async fn fatal_errors_at_the_start_are_lines_of_json_if_the_log_is() {
     let s3 = S3::start().await;
     for (flags, word, code) in [
         (&["--tokens", "/no/such/file"][..], "tokens file", 1),
-        (&["--roles", "api"], "with SQLite there is only one node", 1),
+        (&["--roles", "api"], "with SQLite there is only one server", 1),
         (&["--wroker", "x"], "--wroker", 2),
         (&["--master-key-file", "/no/such/file"], "master key file", 1),
         (&["--blobs", "s3://no-such-bucket/x"], "can't be used", 1),
