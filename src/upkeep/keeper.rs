@@ -44,7 +44,7 @@ pub struct Upkeep {
 }
 
 /// What the holder of the leases and one sweep know of each other.
-struct Post {
+struct Shared {
     name: &'static str,
     every: Duration,
     lease: watch::Sender<Option<Lease>>,
@@ -82,22 +82,22 @@ impl Upkeep {
     /// Sweeps until the shutdown, then gives the leases back.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { store, node, lease, sweeps } = self;
-        let post = |sweep: &dyn Sweep| Post {
+        let shared = |sweep: &dyn Sweep| Shared {
             name: sweep.name(),
             every: sweep.every(),
             lease: watch::Sender::new(None),
             report: Mutex::default(),
         };
-        let posts: Vec<Post> = sweeps.iter().map(|sweep| post(&**sweep)).collect();
+        let all: Vec<Shared> = sweeps.iter().map(|sweep| shared(&**sweep)).collect();
         let work = async {
-            let each = sweeps.into_iter().zip(&posts).map(|(sweep, post)| named(post.name, man(sweep, post)));
-            tokio::join!(hold(&store, &node, &posts, lease), join_all(each));
+            let each = sweeps.into_iter().zip(&all).map(|(sweep, shared)| named(shared.name, run_sweep(sweep, shared)));
+            tokio::join!(hold(&store, &node, &all, lease), join_all(each));
         };
         tokio::select! {
             () = work => {}
             () = shutdown.cancelled() => {}
         }
-        let names: Vec<&str> = posts.iter().map(|post| post.name).collect();
+        let names: Vec<&str> = all.iter().map(|shared| shared.name).collect();
         match timeout(FAREWELL, store.give_back_sweeps(&node, &names)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(%error, "leases of sweeps are left to expire"),
@@ -107,9 +107,9 @@ impl Upkeep {
 }
 
 /// Takes and renews leases for ever.
-async fn hold(store: &Store, node: &NodeId, posts: &[Post], lease: Duration) {
+async fn hold(store: &Store, node: &NodeId, all: &[Shared], lease: Duration) {
     loop {
-        let wait = match hold_once(store, node, posts, lease).await {
+        let wait = match hold_once(store, node, all, lease).await {
             Ok(()) => lease / 3,
             Err(error) => {
                 // Those that it has run out by themselves.
@@ -121,14 +121,15 @@ async fn hold(store: &Store, node: &NodeId, posts: &[Post], lease: Duration) {
     }
 }
 
-async fn hold_once(store: &Store, node: &NodeId, posts: &[Post], lease: Duration) -> Result<(), StoreError> {
-    let mut reports: Vec<(&Post, Report)> = posts.iter().map(|post| (post, *post.report.lock())).collect();
+async fn hold_once(store: &Store, node: &NodeId, all: &[Shared], lease: Duration) -> Result<(), StoreError> {
+    let mut reports: Vec<(&Shared, Report)> = all.iter().map(|shared| (shared, *shared.report.lock())).collect();
     // A sweep that fails here is left to the others for one round.
-    let given_up: Vec<&str> = reports.iter().filter(|(_, report)| report.gives_up).map(|(post, _)| post.name).collect();
-    reports.retain(|(post, report)| {
+    let given_up: Vec<&str> =
+        reports.iter().filter(|(_, report)| report.gives_up).map(|(shared, _)| shared.name).collect();
+    reports.retain(|(shared, report)| {
         if report.gives_up {
-            post.lease.send_replace(None);
-            post.report.lock().gives_up = false;
+            shared.lease.send_replace(None);
+            shared.report.lock().gives_up = false;
         }
         !report.gives_up
     });
@@ -139,24 +140,24 @@ async fn hold_once(store: &Store, node: &NodeId, posts: &[Post], lease: Duration
     let asked = Instant::now();
     let wanted: Vec<WantedSweep<'_>> = reports
         .iter()
-        .map(|(post, report)| WantedSweep {
-            name: post.name,
+        .map(|(shared, report)| WantedSweep {
+            name: shared.name,
             caught_up: report.caught_up.map(|then| asked.saturating_duration_since(then)),
         })
         .collect();
     for row in store.hold_sweeps(node, &wanted, lease).await? {
-        let Some(post) = posts.iter().find(|post| post.name == row.name) else { continue };
+        let Some(shared) = all.iter().find(|shared| shared.name == row.name) else { continue };
         let caught_up = row.caught_up.and_then(|ago| asked.checked_sub(ago));
-        post.lease.send_replace(row.is_ours.then(|| Lease { until: asked + lease, caught_up }));
-        let lag = plan::lag(row.caught_up.unwrap_or(row.known), post.every, lease);
-        metrics::gauge!(LAG, "sweep" => post.name).set(lag.as_secs_f64());
+        shared.lease.send_replace(row.is_ours.then(|| Lease { until: asked + lease, caught_up }));
+        let lag = plan::lag(row.caught_up.unwrap_or(row.known), shared.every, lease);
+        metrics::gauge!(LAG, "sweep" => shared.name).set(lag.as_secs_f64());
     }
     Ok(())
 }
 
 /// Does one sweep for ever, whenever it is due and this node holds its lease.
-async fn man(mut sweep: Box<dyn Sweep>, post: &Post) {
-    let (mut plan, mut lease) = (Plan::new(post.every), post.lease.subscribe());
+async fn run_sweep(mut sweep: Box<dyn Sweep>, shared: &Shared) {
+    let (mut plan, mut lease) = (Plan::new(shared.every), shared.lease.subscribe());
     loop {
         fault::panic_in(Part::Upkeep);
         let held = *lease.borrow_and_update();
@@ -179,8 +180,8 @@ async fn man(mut sweep: Box<dyn Sweep>, post: &Post) {
         let began = Instant::now();
         let outcome = tick(&mut *sweep).await;
         plan.ended(began, Instant::now(), outcome);
-        metrics::histogram!(SECONDS, "sweep" => post.name).record(began.elapsed().as_secs_f64());
-        *post.report.lock() = Report { caught_up: plan.caught_up(), gives_up: plan.gives_up() };
+        metrics::histogram!(SECONDS, "sweep" => shared.name).record(began.elapsed().as_secs_f64());
+        *shared.report.lock() = Report { caught_up: plan.caught_up(), gives_up: plan.gives_up() };
     }
 }
 
