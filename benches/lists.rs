@@ -10,6 +10,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
+#[path = "../tests/support/direct.rs"]
+mod direct;
 #[path = "../tests/support/postgres.rs"]
 mod postgres;
 
@@ -20,7 +22,7 @@ use std::{
 };
 
 use common::{Process, machine, percentile, report};
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait};
 use sha2::{Digest, Sha256};
 use tidemill::{
     domain::{BatchId, Scope, Sequence},
@@ -60,7 +62,7 @@ impl Place {
 
     async fn raw(&self) -> DatabaseConnection {
         let url = self.url.clone().unwrap_or_else(|| format!("sqlite://{}/tidemill.db", self.folder.path().display()));
-        Database::connect(url).await.unwrap()
+        direct::connect(url).await
     }
 
     fn serve(&self) -> Process {

@@ -12,6 +12,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
+#[path = "../tests/support/direct.rs"]
+mod direct;
 #[path = "../tests/support/postgres.rs"]
 mod postgres;
 
@@ -21,7 +23,7 @@ use std::{
 };
 
 use common::{Process, TICKS_PER_SECOND, machine, report, upload};
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tidemill::pb::{
     BatchStatus, CreateBatchRequest, GetBatchRequest, batch_service_client::BatchServiceClient,
     create_batch_request::Input,
@@ -93,7 +95,7 @@ async fn measure(nodes: usize, requests: usize, slow: bool) -> Run {
         let channel = server.serving().await;
         running.push((sim, server, channel));
     }
-    let raw = Database::connect(&database).await.unwrap();
+    let raw = direct::connect(&database).await;
     let mut client = BatchServiceClient::new(running[0].2.clone());
     let file = upload(&mut client, requests).await;
     let nodes_cpu = || running.iter().map(|(_, server, _)| server.cpu_seconds()).sum::<f64>();

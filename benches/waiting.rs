@@ -9,6 +9,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod common;
+#[path = "../tests/support/direct.rs"]
+mod direct;
 #[path = "../tests/support/postgres.rs"]
 mod postgres;
 
@@ -22,7 +24,7 @@ use std::{
 
 use common::{Process, cpu_seconds, machine, report};
 use futures::future::join_all;
-use sea_orm::{ConnectionTrait, Database, Statement};
+use sea_orm::{ConnectionTrait, Statement};
 use tidemill::pb::{
     CreateBatchRequest, InlineRequest, InlineRequests, WatchBatchesRequest, batch_service_client::BatchServiceClient,
     create_batch_request::Input,
@@ -136,7 +138,7 @@ async fn shares(server: &Process, database: Option<&str>, time: Duration) -> (f6
 
 /// The process that started the one that serves this connection.
 async fn postmaster(url: &str) -> String {
-    let connection = Database::connect(url).await.unwrap();
+    let connection = direct::connect(url).await;
     let question = Statement::from_string(connection.get_database_backend(), "SELECT pg_backend_pid() AS pid");
     let row = connection.query_one_raw(question).await.unwrap().unwrap();
     parent(&row.try_get::<i32>("", "pid").unwrap().to_string()).unwrap()

@@ -12,6 +12,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../tests/support/direct.rs"]
+mod direct;
+
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
@@ -26,7 +29,7 @@ use axum::{
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
 use futures::{StreamExt, stream::FuturesUnordered};
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tidemill::{
     delivery::{
         Deliverer, Options, Webhooks,
@@ -200,7 +203,7 @@ async fn deliver(address: SocketAddr, receivers: Receivers, deliveries: usize, d
         ..Options::new(Guard::new(policy), Vault::new(Some(key), None))
     };
     let webhooks = Webhooks::new(store.clone(), options).unwrap();
-    let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+    let raw = direct::connect(format!("sqlite://{}", file.display())).await;
     for receiver in 0..RECEIVERS {
         enqueue(&raw, &webhooks, &url(address, receiver), receiver, deliveries / RECEIVERS).await;
     }

@@ -34,6 +34,10 @@ const RECOVERY: Duration = Duration::from_secs(5);
 /// After a statement has timed out, connections are checked before they return to their pool for this long.
 const SUSPICIOUS: Duration = Duration::from_secs(60);
 
+/// Age at which a connection to PostgreSQL is closed when it comes back, because a server's process keeps what it has once
+/// allocated, and a server behind an address may have been replaced.
+const LIFETIME: Duration = Duration::from_secs(1_800);
+
 /// When a statement last timed out or was dropped, by this node's clock.
 #[derive(Clone, Debug)]
 pub(super) struct Silence {
@@ -60,13 +64,16 @@ impl Silence {
         last > 0 && Duration::from_millis(self.now().saturating_sub(last)) < SUSPICIOUS
     }
 
-    /// Makes the pool close connections that stay silent. By itself the pool waits for them, each in one of its places,
+    /// Makes the pool close connections that stay silent, and those older than [`LIFETIME`]. By itself the pool waits for them, each in one of its places,
     /// until TCP gives up: a quarter of an hour, or for ever if some device on the path still acknowledges packets.
     pub(super) fn watch(&self, pool: PgPoolOptions) -> PgPoolOptions {
         let silence = self.clone();
-        pool.after_release(move |connection: &mut PgConnection, _| {
+        pool.after_release(move |connection: &mut PgConnection, of| {
             let suspicious = silence.is_recent();
             Box::pin(async move {
+                if of.age > LIFETIME {
+                    return Ok(false);
+                }
                 if suspicious {
                     timeout(RECOVERY, connection.ping()).await.map_err(std::io::Error::from)??;
                 }
@@ -147,6 +154,11 @@ pub(super) struct Pool {
 impl Pool {
     pub(super) fn new(inner: DatabaseConnection, bounds: Option<Bounds>) -> Self {
         Self { inner, bounds, statements: Arc::default() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn sqlite(&self) -> &sqlx::SqlitePool {
+        self.inner.get_sqlite_connection_pool()
     }
 
     pub(super) fn statements(&self) -> u64 {

@@ -91,6 +91,15 @@ const ACQUIRE: Duration = Duration::from_secs(5);
 /// Changes that a slow listener may lag behind before it must read everything again.
 const CHANGES: usize = 4_096;
 
+/// Without the task of the driver's pool that closes connections which are old or idle. It may loop for ever, on a thread
+/// that then does nothing else, and a process with it never ends: a pool counts an idle connection only after it has given it
+/// back, so for a moment that count may fall below nothing, and the task visits as many connections as the count says (sqlx
+/// 0.9.0, `pool/inner.rs`: `release`, `spawn_maintenance_tasks`; its issue 3645). [`Silence::watch`] closes old connections to
+/// PostgreSQL instead; those to a file don't age.
+fn unattended(options: &mut ConnectOptions) -> &mut ConnectOptions {
+    options.idle_timeout(None::<Duration>).max_lifetime(None::<Duration>)
+}
+
 tokio::task_local! {
     /// The database clock of a simulation, in microseconds since 1970.
     static CLOCK: Arc<AtomicI64>;
@@ -152,6 +161,7 @@ impl Store {
             options.max_connections(connections).min_connections(1).sqlx_logging(false).acquire_timeout(SQLITE_TURN);
             // A connection to a file does not break, and the test would cost a second trip to its thread per query.
             options.test_before_acquire(false);
+            unattended(&mut options);
             options.map_sqlx_sqlite_opts(move |sqlite| {
                 sqlite
                     .filename(&file)
@@ -207,11 +217,8 @@ impl Store {
         let mut options = ConnectOptions::new(url.to_owned());
         let silence = Silence::new();
         let watch = silence.clone();
-        options
-            .max_connections(connections)
-            .sqlx_logging(false)
-            .acquire_timeout(ACQUIRE)
-            .map_sqlx_postgres_opts(reach::plain);
+        options.max_connections(connections).sqlx_logging(false).acquire_timeout(ACQUIRE);
+        unattended(&mut options).map_sqlx_postgres_opts(reach::plain);
         options.map_sqlx_postgres_pool_opts(move |pool| reach::settle(watch.watch(pool)));
         reach::wait_for(url, ACQUIRE).await?;
         // The pool's error does not say what it has waited for.
@@ -330,4 +337,22 @@ async fn now<C: ConnectionTrait>(connection: &C) -> Result<Timestamp, StoreError
 /// This machine's clock, or that of a test.
 fn local_now() -> Timestamp {
     CLOCK.try_with(|clock| Timestamp(clock.load(Ordering::Relaxed))).unwrap_or_else(|_| Timestamp::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_pool_has_the_task_that_may_loop_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::sqlite(&folder.path().join("tidemill.db")).await.unwrap();
+        for pool in [&store.inner.read, &store.inner.write] {
+            let options = pool.sqlite().options();
+            assert_eq!((options.get_idle_timeout(), options.get_max_lifetime()), (None, None));
+        }
+        let mut postgres = ConnectOptions::new("postgres://");
+        let options = unattended(&mut postgres);
+        assert_eq!((options.get_idle_timeout(), options.get_max_lifetime()), (Some(None), Some(None)));
+    }
 }

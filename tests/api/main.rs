@@ -3,6 +3,8 @@
 
 mod access;
 mod batches;
+#[path = "../support/direct.rs"]
+mod direct;
 #[path = "../support/faulty.rs"]
 mod faulty;
 mod files;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tidemill::{
     blobs::Blobs,
     domain::{BatchStatus, Timestamp},
@@ -11,6 +11,7 @@ use tidemill::{
     sim::SimConfig,
 };
 
+use crate::direct;
 use crate::{
     harness::{Node, Worker, chats, options},
     patience::until,
@@ -48,7 +49,7 @@ async fn leases_are_renewed_while_hundreds_of_segments_are_claimed() {
     for _ in 0..BATCHES {
         node.submit(&chats(1), 1).await;
     }
-    let database = Database::connect(format!("sqlite://{}", folder.path().join("db").display())).await.unwrap();
+    let database = direct::connect(format!("sqlite://{}", folder.path().join("db").display())).await;
     // Each claim takes so long that the first leases would run out before the last segment is claimed.
     let slow = work(&database, 4 * lease / u32::try_from(BATCHES).unwrap()).await;
     let trigger = format!("CREATE TRIGGER slow AFTER UPDATE ON segments WHEN NEW.epoch > OLD.epoch BEGIN {slow}; END");
@@ -92,7 +93,7 @@ fn a_segments_lines_are_not_read_on_the_threads_that_serve() {
         });
         taken.await.unwrap();
         node.fleet.register(&worker.url()).await.unwrap();
-        let database = Database::connect(format!("sqlite://{}", folder.path().join("db").display())).await.unwrap();
+        let database = direct::connect(format!("sqlite://{}", folder.path().join("db").display())).await;
         let leased = "SELECT count(*) FROM segments WHERE state = 'leased'";
         until("it is claimed", async || number(&database, leased).await == 1).await;
         // Everything else goes on meanwhile: it has the time to be sent.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tidemill::{
     blobs::Blobs,
     domain::{BatchId, BatchStatus, Epoch, SegmentIndex, SegmentRef},
@@ -10,13 +10,14 @@ use tidemill::{
     sim::SimConfig,
 };
 
+use crate::direct;
 use crate::{
     faulty::{Faults, FaultyStore},
     harness::{Node, PATIENCE, Worker, assert_one_line_each, chats, options},
 };
 
 async fn raw(folder: &Path) -> DatabaseConnection {
-    Database::connect(format!("sqlite://{}", folder.join("db").display())).await.unwrap()
+    direct::connect(format!("sqlite://{}", folder.join("db").display())).await
 }
 
 /// As if an hour had passed since each batch's end.

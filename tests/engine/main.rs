@@ -6,6 +6,8 @@ mod answers;
 mod bad_workers;
 mod blobs;
 mod blobs_s3;
+#[path = "../support/direct.rs"]
+mod direct;
 mod endings;
 mod faults;
 #[path = "../support/faulty.rs"]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{domain::BatchStatus, domain::Scope, sim::SimConfig};
 
+use crate::direct;
 use crate::harness::{Node, Worker, assert_one_line_each, chats, options};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -88,7 +89,7 @@ async fn an_input_that_is_away_for_a_moment_is_waited_for() {
     let sim = Worker::start(SimConfig::default()).await;
     node.fleet.register(&sim.url()).await.unwrap();
     // It has been claimed, and given back.
-    let raw = sea_orm::Database::connect(format!("sqlite://{}", folder.path().join("db").display())).await.unwrap();
+    let raw = direct::connect(format!("sqlite://{}", folder.path().join("db").display())).await;
     let given_back = "SELECT COUNT(*) AS n FROM segments WHERE epoch > 0 AND state = 'queued'";
     let wait = async {
         loop {

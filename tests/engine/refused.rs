@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database};
+use sea_orm::ConnectionTrait;
 use tidemill::{
     blobs::Blobs,
     domain::{BatchId, BatchStatus, Scope},
@@ -10,6 +10,7 @@ use tidemill::{
     sim::SimConfig,
 };
 
+use crate::direct;
 use crate::{
     faulty::{Faults, FaultyStore},
     harness::{Node, Worker, assert_one_line_each, chats, options},
@@ -17,7 +18,7 @@ use crate::{
 
 /// From now on the database refuses these writes.
 async fn refuse(folder: &Path, name: &str, what: &str, when: &str) {
-    let raw = Database::connect(format!("sqlite://{}", folder.join("db").display())).await.unwrap();
+    let raw = direct::connect(format!("sqlite://{}", folder.join("db").display())).await;
     let sql = format!("CREATE TRIGGER {name} BEFORE {what} WHEN {when} BEGIN SELECT RAISE(ABORT, 'refused'); END");
     raw.execute_unprepared(&sql).await.unwrap();
 }
@@ -80,7 +81,7 @@ async fn a_segment_whose_end_can_not_be_read_back_is_not_run_for_ever() {
     let id = node.submit(&lines, 10).await;
     let others = node.submit(&other, 10).await;
     // Read when the batch ends, to see whom to tell.
-    let raw = Database::connect(format!("sqlite://{}", folder.path().join("db").display())).await.unwrap();
+    let raw = direct::connect(format!("sqlite://{}", folder.path().join("db").display())).await;
     let endpoint = "INSERT INTO webhook_endpoints (id, owner, url, events, max_attempts, timeout, created_at, updated_at) \
                     VALUES ('whep_odd', '', 'http://127.0.0.1:9/', 'no JSON', 3, 1000000, 1, 1)";
     raw.execute_unprepared(endpoint).await.unwrap();

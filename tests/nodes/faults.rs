@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, Database, TransactionTrait};
+use sea_orm::{ConnectionTrait, TransactionTrait};
 use tidemill::{
     pb::{BatchStatus, CancelBatchRequest, GetBatchRequest, ListBatchesRequest, WatchBatchRequest, batch_event::Event},
     sim::SimConfig,
@@ -11,6 +11,7 @@ use tidemill::{
 use tokio::time::Instant;
 use tonic::Code;
 
+use crate::support::direct;
 use crate::{
     alone,
     calls::Anybody,
@@ -108,7 +109,7 @@ async fn a_node_frozen_in_the_middle_of_a_transaction_holds_nobody_up() {
     let mut cluster = Cluster::start(&database, 1, &["--worker", &url, "--worker-max-in-flight", "16"]).await;
     let file = Anybody::new(cluster.addresses()).upload(&history::input(500), "f").await;
     let id = Anybody::new(cluster.addresses()).create(&file, "b").await;
-    let direct = Database::connect(&database).await.unwrap();
+    let direct = direct::connect(&database).await;
     let lock = direct.begin().await.unwrap();
     let sql = format!("SELECT 1 FROM batches WHERE id = '{id}' FOR UPDATE");
     lock.execute_unprepared(&sql).await.unwrap();

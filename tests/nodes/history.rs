@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use sea_orm::{ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseBackend, DatabaseConnection, Statement};
 use serde_json::Value;
 use tidemill::pb::{BatchStatus, CreateBatchRequest};
 use tokio::task::JoinHandle;
 
 use crate::calls::{Anybody, State, of_file};
+use crate::support::direct;
 
 /// A batch that a test has created, with those who follow it to its end.
 pub struct Submitted {
@@ -154,7 +155,7 @@ pub async fn claimed_again(database: &str) -> i64 {
 
 /// As [`count`], on a connection of its own.
 pub async fn ask(database: &str, sql: &str) -> i64 {
-    let connection = Database::connect(database).await.unwrap();
+    let connection = direct::connect(database).await;
     let answer = count(&connection, sql).await;
     connection.close().await.unwrap();
     answer

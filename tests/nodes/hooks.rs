@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, Database, DatabaseBackend, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseBackend, DatabaseConnection, Statement};
 use tidemill::{
     domain::Timestamp,
     pb::{
@@ -23,6 +23,7 @@ use tidemill::{
 use tokio::time::Instant;
 use tonic::transport::Channel;
 
+use crate::support::direct;
 use crate::{
     cluster::channel,
     receiver::{Receiver, Reply, Request},
@@ -145,7 +146,7 @@ impl Hooks {
     /// Waits until nothing of the outbox is pending or leased. Nothing may break any more. In a `hurry` the leases of senders
     /// that were killed are made to run out once every living one must have ended, not half a minute after that.
     pub async fn settle(&self, database: &str, within: Duration, hurry: bool) {
-        let (connection, end) = (Database::connect(database).await.unwrap(), Instant::now() + within);
+        let (connection, end) = (direct::connect(database).await, Instant::now() + within);
         let over = Timestamp::now();
         let run_out = format!(
             "UPDATE webhook_deliveries SET lease_expires_at = 0 WHERE state = 'leased' AND id IN \
@@ -167,7 +168,7 @@ impl Hooks {
     /// What must be true of these batches' webhooks once they have settled; every dead letter is then retried through the
     /// nodes in turn, and must arrive. Returns what there was, in words.
     pub async fn check(&self, database: &str, nodes: &[SocketAddr], ended: &[(String, BatchStatus, Via)]) -> String {
-        let connection = Database::connect(database).await.unwrap();
+        let connection = direct::connect(database).await;
         let deliveries = deliveries(&connection).await;
         for (batch, status, via) in ended {
             let found: Vec<&Delivery> =

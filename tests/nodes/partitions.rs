@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, Database, DatabaseTransaction, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseTransaction, TransactionTrait};
 use tidemill::{
     pb::{BatchStatus, CancelBatchRequest, GetBatchRequest},
     sim::SimConfig,
@@ -10,6 +10,7 @@ use tidemill::{
 use tonic::{Code, Status, transport::Endpoint};
 use tonic_types::StatusExt;
 
+use crate::support::direct;
 use crate::{
     calls::Anybody,
     cluster::{Client, Cluster, LEASE, Node, worker},
@@ -46,7 +47,7 @@ async fn refused<T: std::fmt::Debug>(call: impl Future<Output = Result<T, Status
 
 /// Keeps these batches' rows locked: who wants to change one of them waits in the middle of a transaction.
 async fn lock(database: &str, batches: &[&str]) -> DatabaseTransaction {
-    let lock = Database::connect(database).await.unwrap().begin().await.unwrap();
+    let lock = direct::connect(database).await.begin().await.unwrap();
     for id in batches {
         lock.execute_unprepared(&format!("SELECT 1 FROM batches WHERE id = '{id}' FOR UPDATE")).await.unwrap();
     }

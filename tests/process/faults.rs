@@ -3,7 +3,7 @@
 
 use std::{path::Path, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database, Statement};
+use sea_orm::{ConnectionTrait, Statement};
 use strum::VariantArray;
 use tidemill::{
     fault::Fault,
@@ -14,6 +14,7 @@ use tidemill::{
     sim::SimConfig,
 };
 
+use crate::support::direct;
 use crate::{
     assert_complete, input,
     receiver::{Receiver, SECRET, SILENT},
@@ -114,7 +115,7 @@ impl World {
     /// are over at once here.
     async fn restart(&mut self) {
         if let Some(url) = &self.database {
-            let database = Database::connect(url).await.unwrap();
+            let database = direct::connect(url).await;
             database.execute_unprepared("UPDATE webhook_deliveries SET lease_expires_at = 1").await.unwrap();
             database.close().await.unwrap();
         }
@@ -144,7 +145,7 @@ impl World {
     async fn nothing_is_left(&self, batch: &str) {
         let file = self.server.folder().join("tidemill.db");
         let url = self.database.clone().unwrap_or_else(|| format!("sqlite://{}", file.display()));
-        let database = Database::connect(&url).await.unwrap();
+        let database = direct::connect(&url).await;
         let blobs = self.server.folder().join("blobs");
         let unnamed = async || {
             // Files first: what goes meanwhile has been garbage.

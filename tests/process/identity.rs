@@ -3,7 +3,7 @@
 
 use std::{process::Output, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database, DatabaseBackend, Statement};
+use sea_orm::{ConnectionTrait, DatabaseBackend, Statement};
 use serde_json::Value;
 use tidemill::{
     pb::{BatchStatus, GetBatchRequest},
@@ -13,6 +13,7 @@ use tokio::process::Command;
 use tonic::Code;
 use tonic_types::StatusExt;
 
+use crate::support::direct;
 use crate::{
     assert_complete, completed, create, input,
     s3::{BUCKET, Fault, On, S3},
@@ -72,7 +73,7 @@ async fn servers_that_start_together_on_a_new_database_agree_on_one_id() {
     for server in &mut servers {
         server.ready().await;
     }
-    let connection = Database::connect(&database).await.unwrap();
+    let connection = direct::connect(&database).await;
     let sql = Statement::from_string(DatabaseBackend::Postgres, "SELECT store_id FROM blob_store");
     let rows = connection.query_all_raw(sql).await.unwrap();
     let ids: Vec<String> = rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect();

@@ -14,6 +14,7 @@ use tidemill::{
     store::{BatchFilter, DeliveryFilter, FileFilter, Store},
 };
 
+use crate::support::direct;
 use crate::{
     assert_complete,
     disk::Disk,
@@ -125,7 +126,7 @@ impl Losses {
 
 /// Objects that are to be deleted some time.
 async fn noted(file: &Path) -> Vec<String> {
-    let raw = sea_orm::Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+    let raw = direct::connect(format!("sqlite://{}", file.display())).await;
     let all = Statement::from_string(raw.get_database_backend(), "SELECT object_key FROM garbage");
     let all = raw.query_all_raw(all).await.unwrap().iter().map(|row| row.try_get("", "object_key").unwrap()).collect();
     raw.close().await.unwrap();

@@ -3,7 +3,7 @@
 
 use std::{any::Any, time::Duration};
 
-use sea_orm::{ConnectionTrait, Database, TransactionTrait};
+use sea_orm::{ConnectionTrait, TransactionTrait};
 use tidemill::{
     pb::{
         BatchStatus, CreateBatchRequest, DownloadFileRequest, FileSpec, GetBatchRequest, StreamResultsRequest,
@@ -18,6 +18,7 @@ use tokio::{
 };
 use tonic::Code;
 
+use crate::support::direct;
 use crate::{
     assert_complete, create, input,
     receiver::{Receiver, SECRET, SILENT},
@@ -364,7 +365,7 @@ async fn it_waits_for_a_frozen_database_at_its_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn it_waits_to_migrate() {
     let Some(url) = postgres::database().await else { return };
-    let other = Database::connect(&url).await.unwrap();
+    let other = direct::connect(&url).await;
     // As a node does that migrates a large database for an hour.
     let migrating = other.begin().await.unwrap();
     let lock = format!("SELECT pg_advisory_xact_lock({})", i64::from_be_bytes(*b"tidemill"));

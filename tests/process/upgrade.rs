@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use serde::{Deserialize, Serialize};
 use tidemill::{
     blobs::Blobs,
@@ -29,6 +29,7 @@ use tidemill::{
 };
 use tokio::process::Command;
 
+use crate::support::direct;
 use crate::{
     assert_complete, input,
     receiver::{Receiver, SECRET},
@@ -202,7 +203,7 @@ async fn copy(from: &Path, to: &Path) {
 
 async fn connect(database: Option<&str>, file: &Path) -> DatabaseConnection {
     let url = database.map_or_else(|| format!("sqlite://{}", file.display()), str::to_owned);
-    Database::connect(url).await.unwrap()
+    direct::connect(url).await
 }
 
 /// As if the upgrade came right after the data were written: else windows would have closed long since.

@@ -1,5 +1,6 @@
 //! A database that is emptied for the next seed: to open and migrate one takes longer than to simulate.
 
+use crate::direct;
 use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tempfile::TempDir;
 use tidemill::store::Store;
@@ -18,7 +19,7 @@ impl Database {
         let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let file = folder.path().join("tidemill.db");
         let store = Store::sqlite(&file).await.unwrap();
-        let raw = sea_orm::Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+        let raw = direct::connect(format!("sqlite://{}", file.display())).await;
         let tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' \
             AND name NOT IN ('seaql_migrations', 'counters')";
         let tables = raw.query_all_raw(Statement::from_string(raw.get_database_backend(), tables)).await.unwrap();

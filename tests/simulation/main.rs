@@ -10,6 +10,8 @@
 
 mod database;
 mod deliveries;
+#[path = "../support/direct.rs"]
+mod direct;
 mod dispatch;
 mod flaky;
 mod model;

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, Statement};
 use tempfile::TempDir;
 use tidemill::{
     domain::{
@@ -15,6 +15,7 @@ use tidemill::{
     store::{ClaimedSegment, Commit, CreatedBatch, FinalObject, InsertedFile, NewPart, StateEvent, Store, StoreError},
 };
 
+use crate::support::direct;
 use crate::support::postgres;
 
 /// Long enough not to expire in a test.
@@ -37,14 +38,14 @@ impl Db {
         let file = folder.path().join("tidemill.db");
         let store = Store::sqlite(&file).await.unwrap();
         let url = format!("sqlite://{}", file.display());
-        Self { store, raw: Database::connect(&url).await.unwrap(), url, folder: Some(folder) }
+        Self { store, raw: direct::connect(&url).await, url, folder: Some(folder) }
     }
 
     /// None: there is no PostgreSQL here.
     pub async fn postgres() -> Option<Self> {
         let url = postgres::database().await?;
         let store = Store::postgres(&url, 8).await.unwrap();
-        Some(Self { store, raw: Database::connect(&url).await.unwrap(), url, folder: None })
+        Some(Self { store, raw: direct::connect(&url).await, url, folder: None })
     }
 
     pub fn is_sqlite(&self) -> bool {

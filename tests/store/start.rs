@@ -1,9 +1,10 @@
 //! Starting on a database.
 
 use futures::future::join_all;
-use sea_orm::{ConnectionTrait, Database, Statement};
+use sea_orm::{ConnectionTrait, Statement};
 use tidemill::store::{Store, StoreError};
 
+use crate::support::direct;
 use crate::support::postgres;
 
 /// Nodes that start together find one schema, made once.
@@ -17,7 +18,7 @@ async fn all_start(url: &str, open: impl AsyncFn() -> Result<Store, StoreError>)
         store.close().await;
     }
     open().await.expect("again, with nothing to do").close().await;
-    let raw = Database::connect(url).await.unwrap();
+    let raw = direct::connect(url).await;
     let count = Statement::from_string(raw.get_database_backend(), "SELECT COUNT(*) FROM counters");
     let counters: i64 = raw.query_one_raw(count).await.unwrap().unwrap().try_get_by_index(0).unwrap();
     assert_eq!(counters, 1);
@@ -42,7 +43,7 @@ async fn many_start_at_once_on_a_postgres_database_that_is_serializable_by_defau
     let Some(url) = postgres::database().await else { return };
     let all = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', \
                current_database()); END $$";
-    Database::connect(&url).await.unwrap().execute_unprepared(all).await.unwrap();
+    direct::connect(&url).await.execute_unprepared(all).await.unwrap();
     all_start(&url, async || Store::postgres(&url, 1).await).await;
 }
 

@@ -1,5 +1,6 @@
 //! What several test binaries share.
 
+pub mod direct;
 #[allow(dead_code)] // not all do
 pub mod patience;
 #[allow(dead_code)] // few binaries do

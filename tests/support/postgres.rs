@@ -15,7 +15,8 @@ use std::{
     },
 };
 
-use sea_orm::{ConnectionTrait, Database};
+use super::direct;
+use sea_orm::ConnectionTrait;
 
 /// Set to 1: a machine without PostgreSQL fails the tests instead of skipping them.
 const REQUIRE: &str = "TIDEMILL_TEST_REQUIRE_POSTGRES";
@@ -151,7 +152,7 @@ pub async fn database() -> Option<String> {
     };
     let url = |name: &str| format!("postgres://postgres@127.0.0.1:{}/{name}?sslmode=disable", cluster.port);
     let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let server = Database::connect(url("postgres")).await.expect("the cluster is up");
+    let server = direct::connect(url("postgres")).await;
     // PostgreSQL 15's default, through the log, takes four times as long; 14 and older know only the copy, not its name.
     let create = format!("CREATE DATABASE {name}");
     if server.execute_unprepared(&format!("{create} STRATEGY file_copy")).await.is_err() {

@@ -3,7 +3,7 @@
 use std::{future::Future, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use sea_orm::{ConnectionTrait, Database, DatabaseConnection};
+use sea_orm::{ConnectionTrait, DatabaseConnection};
 use tempfile::TempDir;
 use tidemill::{
     delivery::{
@@ -26,6 +26,7 @@ use tidemill::{
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::support::direct;
 use crate::support::postgres;
 
 /// Lines of each batch.
@@ -71,14 +72,14 @@ impl Db {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("tidemill.db");
         let store = Store::sqlite_busy_after(&file, busy).await.unwrap();
-        let raw = Database::connect(format!("sqlite://{}", file.display())).await.unwrap();
+        let raw = direct::connect(format!("sqlite://{}", file.display())).await;
         Self { store, raw, folder: Some(folder) }
     }
 
     pub async fn postgres() -> Option<Self> {
         let url = postgres::database().await?;
         let store = Store::postgres(&url, 8).await.unwrap();
-        Some(Self { store, raw: Database::connect(&url).await.unwrap(), folder: None })
+        Some(Self { store, raw: direct::connect(&url).await, folder: None })
     }
 
     pub async fn execute(&self, sql: &str) -> u64 {
