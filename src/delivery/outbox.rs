@@ -168,14 +168,17 @@ impl Outbox {
         }
     }
 
-    /// When to wake up if nothing happens.
+    /// When to wake up if nothing happens. It is never in the past, or the loop would not pause: what is due by now is in
+    /// the round, or [`Outbox::work`] has found that there is none.
     fn wake_at(&self, in_round: bool, stop_by: Option<Instant>) -> Instant {
         let soon = Instant::now() + self.webhooks.inner.options.poll;
-        // During a round the loop waits for its end; after the shutdown it makes no further looks.
-        let next = match (in_round || stop_by.is_some(), self.away_until) {
-            (true, away) => away.unwrap_or(soon),
-            (false, Some(away)) => away,
-            (false, None) => self.look_at,
+        let next = match self.away_until {
+            // The loop waits for the round's end.
+            _ if in_round => soon,
+            Some(away) => away,
+            // There are no further looks.
+            None if stop_by.is_some() => soon,
+            None => self.look_at,
         };
         stop_by.map_or(next, |by| next.min(by))
     }
@@ -186,6 +189,7 @@ impl Outbox {
         if self.away_until.is_some_and(|until| until > at) {
             return None;
         }
+        self.away_until = None;
         let settle = self.unsettled.drain(..self.unsettled.len().min(SETTLED_AT_ONCE)).collect();
         let refused =
             if stopping || at >= self.refused_again_at { std::mem::take(&mut self.refused) } else { Vec::new() };
@@ -430,4 +434,45 @@ fn host(target: &str) -> String {
 /// The runtime's clock, which tests can pause.
 fn now() -> StdInstant {
     Instant::now().into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            Options,
+            egress::{Guard, Policy},
+            secrets::Vault,
+        },
+        *,
+    };
+
+    /// The moments at which it wakes up, while the database is away and then while it answers nothing: each is ahead, so
+    /// that the loop sleeps.
+    #[tokio::test]
+    async fn a_database_that_is_away_is_waited_for_and_not_asked_without_a_pause() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::sqlite(&folder.path().join("db")).await.unwrap();
+        let webhooks =
+            Webhooks::new(store, Options::new(Guard::new(Policy::default()), Vault::new(None, None))).unwrap();
+        let mut outbox = Outbox::new(webhooks, CancellationToken::new());
+        tokio::time::pause();
+        let poll = outbox.webhooks.inner.options.poll;
+        assert!(outbox.work().is_some());
+        outbox.done(Done { is_away: true, ..Done::default() });
+        assert!(outbox.work().is_none());
+        assert_eq!(outbox.wake_at(false, None), Instant::now() + poll);
+        tokio::time::advance(poll).await;
+        assert!(outbox.work().is_some(), "it is asked again");
+        for stop_by in [None, Some(Instant::now() + poll * 30)] {
+            tokio::time::advance(poll).await;
+            assert_eq!(outbox.wake_at(true, stop_by), Instant::now() + poll, "the round goes on");
+        }
+        // While it stops, and sends are still in flight.
+        outbox.done(Done { is_away: true, ..Done::default() });
+        outbox.shutdown.cancel();
+        tokio::time::advance(poll * 2).await;
+        assert!(outbox.work().is_none());
+        assert_eq!(outbox.wake_at(false, Some(Instant::now() + poll * 30)), Instant::now() + poll);
+    }
 }
