@@ -190,10 +190,10 @@ impl From<LimitReached> for ServiceError {
 
 impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
-        let full = error.full_disk();
+        let obstacle = error.obstacle();
         match error {
             StoreError::Unavailable(error) => {
-                let why = full.map(|why| format!(" ({why})")).unwrap_or_default();
+                let why = obstacle.map(|why| format!(" ({why})")).unwrap_or_default();
                 seldom!(error, %error, "the database failed{why}");
                 let message = format!("the database is not available now{why}; try again");
                 Self::retry(Code::Unavailable, "DATABASE_UNAVAILABLE", message, SOON)

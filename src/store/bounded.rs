@@ -12,7 +12,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -25,10 +25,13 @@ use sqlx::{Connection, PgConnection, postgres::PgPoolOptions};
 use tokio::time::{Instant as Moment, timeout, timeout_at};
 
 use super::turns::{Turn, Turns};
+use crate::telemetry::seldom;
 
 /// Time limit of one statement. The wait for a connection counts from the database's last answer to any call. It is far
 /// longer than any statement needs, and longer than the time for which a frozen node's transaction can hold a lock.
 pub(super) const ANSWER: Duration = Duration::from_secs(15);
+/// Time for which a write waits for another process's lock on the SQLite file, and for writes before it that wait for that.
+pub(super) const LOCKED: Duration = Duration::from_secs(15);
 /// Time for a connection to become usable again after a statement on it timed out.
 const RECOVERY: Duration = Duration::from_secs(5);
 /// After a statement has timed out, connections are checked before they return to their pool for this long.
@@ -94,7 +97,8 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// The bounds of calls to PostgreSQL. SQLite has none, because a file does not hang.
+/// The bounds of calls to PostgreSQL. A statement on SQLite has none, because a file does not hang; but its writers wait for
+/// each other, and for other processes: [`Writer`].
 #[derive(Clone, Debug)]
 pub(super) struct Bounds {
     pub(super) silence: Silence,
@@ -118,6 +122,37 @@ impl Bounds {
                 Err(DbErr::Conn(RuntimeErr::Internal(error)))
             }
         }
+    }
+}
+
+/// The queue of those who write to a SQLite file, for which there is one connection.
+#[derive(Clone, Debug)]
+pub(super) struct Writer {
+    turns: Turns,
+    /// Whether another process has the file's lock, as far as is known.
+    is_locked: Arc<AtomicBool>,
+}
+
+impl Writer {
+    pub(super) fn new() -> Self {
+        Self { turns: Turns::new(1, LOCKED), is_locked: Arc::default() }
+    }
+
+    /// Waits for a turn, then for the lock.
+    async fn begin<T>(&self, begin: impl Future<Output = Result<T, DbErr>>) -> Result<(T, Turn), DbErr> {
+        // None of the calls before it gets the lock either.
+        let Ok(turn) = self.turns.wait().await else { return Err(super::error::locked()) };
+        let begun = begin.await;
+        self.turns.note(&begun);
+        let is_locked = begun.as_ref().is_err_and(super::error::is_locked);
+        self.is_locked.store(is_locked, Ordering::Release);
+        if is_locked {
+            seldom!(
+                warn,
+                "another process has locked the database file: is a backup, a copy or the sqlite3 program at work?"
+            );
+        }
+        Ok((begun?, turn))
     }
 }
 
@@ -147,13 +182,20 @@ async fn in_turn<T>(
 pub(super) struct Pool {
     inner: DatabaseConnection,
     bounds: Option<Bounds>,
+    /// Of the connection that writes to a SQLite file.
+    writer: Option<Writer>,
     /// Statements sent so far, inside and outside of transactions.
     statements: Arc<AtomicU64>,
 }
 
 impl Pool {
-    pub(super) fn new(inner: DatabaseConnection, bounds: Option<Bounds>) -> Self {
-        Self { inner, bounds, statements: Arc::default() }
+    pub(super) fn new(inner: DatabaseConnection, bounds: Option<Bounds>, writer: Option<Writer>) -> Self {
+        Self { inner, bounds, writer, statements: Arc::default() }
+    }
+
+    /// Whether another process keeps everybody here from writing to the SQLite file.
+    pub(super) fn is_locked(&self) -> bool {
+        self.writer.as_ref().is_some_and(|writer| writer.is_locked.load(Ordering::Acquire))
     }
 
     #[cfg(test)]
@@ -171,8 +213,13 @@ impl Pool {
     }
 
     pub(super) async fn begin(&self, options: TransactionOptions) -> Result<DatabaseTransaction, DbErr> {
-        let (inner, turn) = in_turn(self.bounds.as_ref(), self.inner.begin_with_options(options)).await?;
-        Ok(DatabaseTransaction { inner, bounds: self.bounds.clone(), statements: self.statements.clone(), _turn: turn })
+        let begin = self.inner.begin_with_options(options);
+        let (inner, turn) = match &self.writer {
+            Some(writer) => writer.begin(begin).await.map(|(inner, turn)| (inner, Some(turn)))?,
+            None => in_turn(self.bounds.as_ref(), begin).await?,
+        };
+        let (bounds, writer) = (self.bounds.clone(), self.writer.clone());
+        Ok(DatabaseTransaction { inner, bounds, writer, statements: self.statements.clone(), _turn: turn })
     }
 
     pub(super) async fn ping(&self) -> Result<(), DbErr> {
@@ -191,6 +238,7 @@ impl Pool {
 pub(super) struct DatabaseTransaction {
     inner: sea_orm::DatabaseTransaction,
     bounds: Option<Bounds>,
+    writer: Option<Writer>,
     statements: Arc<AtomicU64>,
     /// Dropped after the transaction, so that the connection is back before the next turn begins.
     _turn: Option<Turn>,
@@ -203,11 +251,20 @@ impl DatabaseTransaction {
     }
 
     async fn bounded<T>(&self, statement: impl Future<Output = Result<T, DbErr>> + Send) -> Result<T, DbErr> {
-        within(self.bounds.as_ref(), statement).await
+        let done = within(self.bounds.as_ref(), statement).await;
+        if let Some(writer) = &self.writer {
+            // Those who wait for a turn learn that there is progress.
+            writer.turns.note(&done);
+        }
+        done
     }
 
     pub(super) async fn commit(self) -> Result<(), DbErr> {
-        within(self.bounds.as_ref(), self.inner.commit()).await
+        let done = within(self.bounds.as_ref(), self.inner.commit()).await;
+        if let Some(writer) = &self.writer {
+            writer.turns.note(&done);
+        }
+        done
     }
 }
 

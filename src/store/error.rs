@@ -44,10 +44,11 @@ impl StoreError {
         }
     }
 
-    /// That the database's disk is full, if that is why it can't do what it was asked.
+    /// What keeps the database from doing what it was asked, if that is one of the things that an operator can mend.
     #[must_use]
-    pub fn full_disk(&self) -> Option<&'static str> {
+    pub fn obstacle(&self) -> Option<&'static str> {
         match self {
+            Self::Unavailable(error) if is_locked(error) => Some(LOCKED),
             Self::Unavailable(error) if is_full(error) => Some("no space is left on the database's disk"),
             _ => None,
         }
@@ -63,6 +64,27 @@ impl From<DbErr> for StoreError {
         // Logged here, because all of them pass here; the caller says what fails because of it.
         seldom!(error, %error, "the database refuses a statement for good: this is a bug in tidemill, please report it");
         Self::Rejected(error)
+    }
+}
+
+/// The text of [`locked`].
+const LOCKED: &str = "another process has locked the database file";
+
+/// A write that was not begun, because another process has the SQLite file's lock.
+pub(super) fn locked() -> DbErr {
+    DbErr::Conn(RuntimeErr::Internal(LOCKED.to_owned()))
+}
+
+/// Whether another process had the SQLite file's lock: SQLITE_BUSY in any of its forms, or [`locked`].
+pub(super) fn is_locked(error: &DbErr) -> bool {
+    match error {
+        DbErr::Conn(RuntimeErr::Internal(text)) => text == LOCKED,
+        DbErr::Conn(RuntimeErr::SqlxError(error))
+        | DbErr::Exec(RuntimeErr::SqlxError(error))
+        | DbErr::Query(RuntimeErr::SqlxError(error)) => {
+            error.as_database_error().is_some_and(|error| error.message().contains("database is locked"))
+        }
+        _ => false,
     }
 }
 
@@ -187,9 +209,9 @@ mod tests {
             )
             .await
             .unwrap_err();
-        assert_eq!(StoreError::from(full).full_disk(), Some("no space is left on the database's disk"));
+        assert_eq!(StoreError::from(full).obstacle(), Some("no space is left on the database's disk"));
         let wrong = database.execute_unprepared("SELECT nothing FROM nowhere").await.unwrap_err();
-        assert_eq!(StoreError::Unavailable(wrong).full_disk(), None);
+        assert_eq!(StoreError::Unavailable(wrong).obstacle(), None);
     }
 
     #[test]

@@ -43,10 +43,12 @@ use std::{
     time::Duration,
 };
 
+use futures::future::BoxFuture;
 use sea_orm::{
     ConnectOptions, ConnectionTrait, Database, DatabaseBackend, DbErr, RuntimeErr, SqliteTransactionMode, Statement,
     TransactionOptions,
 };
+use sqlx::{Connection, SqliteConnection, pool::PoolConnectionMetadata};
 use tokio::sync::{broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -66,15 +68,15 @@ pub use webhooks::{
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 
-use bounded::{Bounds, DatabaseTransaction, Pool, Silence};
+use bounded::{Bounds, DatabaseTransaction, Pool, Silence, Writer};
 use turns::Turns;
 
 use crate::domain::{BatchId, Timestamp};
 
 /// Time that a SQLite statement waits for another process's lock, such as that of `tidemill migrate`.
-const SQLITE_BUSY: Duration = Duration::from_secs(30);
-/// Time that a call waits for its turn on a connection to SQLite. A file is never unreachable: the wait means that
-/// other calls are running, and a call that failed would only be repeated. Its client's deadline may end it earlier.
+const SQLITE_BUSY: Duration = bounded::LOCKED;
+/// Time that a call waits for its turn on a connection that reads from SQLite. A file is never unreachable: the wait means
+/// that other calls are running, and a call that failed would only be repeated. Its client's deadline may end it earlier.
 const SQLITE_TURN: Duration = Duration::from_secs(600);
 /// Rows of a result that may be buffered ahead of the reader. With fewer, SQLite's thread and the reader wait for each
 /// other in turns: a claim of the outbox has several hundred rows.
@@ -98,6 +100,17 @@ const CHANGES: usize = 4_096;
 /// PostgreSQL instead; those to a file don't age.
 fn unattended(options: &mut ConnectOptions) -> &mut ConnectOptions {
     options.idle_timeout(None::<Duration>).max_lifetime(None::<Duration>)
+}
+
+/// Whether a connection to SQLite may be used again. SQLite undoes a transaction by itself when the disk is full or fails; the
+/// driver's own ROLLBACK fails then, and it goes on counting the transaction as open. What it begins on such a connection is
+/// part of that one, so a commit would be none. Closing the connection undoes what is open.
+fn whole(connection: &mut SqliteConnection, _: PoolConnectionMetadata) -> BoxFuture<'_, Result<bool, sqlx::Error>> {
+    Box::pin(async move {
+        // A transaction that was dropped is rolled back before this is answered.
+        connection.ping().await?;
+        Ok(!connection.is_in_transaction())
+    })
 }
 
 tokio::task_local! {
@@ -161,7 +174,7 @@ impl Store {
             options.max_connections(connections).min_connections(1).sqlx_logging(false).acquire_timeout(SQLITE_TURN);
             // A connection to a file does not break, and the test would cost a second trip to its thread per query.
             options.test_before_acquire(false);
-            unattended(&mut options);
+            unattended(&mut options).map_sqlx_sqlite_pool_opts(|pool| pool.after_release(whole));
             options.map_sqlx_sqlite_opts(move |sqlite| {
                 sqlite
                     .filename(&file)
@@ -179,7 +192,7 @@ impl Store {
                 let by = tokio::time::Instant::now() + SQLITE_BUSY;
                 loop {
                     match Database::connect(options.clone()).await {
-                        Err(error) if is_locked(&error) && tokio::time::Instant::now() < by => {
+                        Err(error) if error::is_locked(&error) && tokio::time::Instant::now() < by => {
                             tokio::time::sleep(SQLITE_RETRY).await;
                         }
                         opened => return opened,
@@ -195,7 +208,7 @@ impl Store {
             false => error.into(),
         })?;
         let read = connect(4, SQLITE_READ_CACHE).await?;
-        Ok(Self::of(Pool::new(read, None), Pool::new(write, None)))
+        Ok(Self::of(Pool::new(read, None, None), Pool::new(write, None, Some(Writer::new()))))
     }
 
     /// Connects to PostgreSQL (`postgres://…`) and migrates it.
@@ -230,7 +243,7 @@ impl Store {
             )),
             error => error.into(),
         })?;
-        let pool = Pool::new(pool, Some(Bounds { silence, turns: Turns::new(connections, ACQUIRE) }));
+        let pool = Pool::new(pool, Some(Bounds { silence, turns: Turns::new(connections, ACQUIRE) }), None);
         Ok(Self::of(pool.clone(), pool))
     }
 
@@ -255,11 +268,14 @@ impl Store {
         self.inner.changes.subscribe()
     }
 
-    /// Whether the database answers.
+    /// Whether the database answers, and a write to it would not have to wait for another process.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`].
     pub async fn ping(&self) -> Result<(), StoreError> {
+        if self.inner.write.is_locked() {
+            return Err(StoreError::Unavailable(error::locked()));
+        }
         self.inner.read.ping().await?;
         Ok(())
     }
@@ -311,14 +327,6 @@ fn is_no_database(error: &DbErr) -> bool {
     let DbErr::Conn(RuntimeErr::SqlxError(error)) = error else { return false };
     let Some(error) = error.as_database_error() else { return false };
     error.code().is_some_and(|code| code == "26" || code == "11")
-}
-
-/// SQLITE_BUSY, in any of its forms.
-fn is_locked(error: &DbErr) -> bool {
-    let (DbErr::Conn(RuntimeErr::SqlxError(error)) | DbErr::Exec(RuntimeErr::SqlxError(error))) = error else {
-        return false;
-    };
-    error.as_database_error().is_some_and(|error| error.message().contains("database is locked"))
 }
 
 /// The database's clock. Leases and windows are judged by it alone, so a node with a wrong clock does no harm.

@@ -1,4 +1,5 @@
-//! Calls take turns on the connections to PostgreSQL, in the order in which they come. The driver's own queue gives up each
+//! Calls take turns on the connections to PostgreSQL, and on the one that writes to a SQLite file, in the order in which they
+//! come. The driver's own queue gives up each
 //! call after a fixed time, so a burst that takes longer than that fails although the database answers all the while. Here a
 //! call waits as long as the calls before it are answered, and is given up only when the database answers none of them.
 
@@ -9,6 +10,7 @@ use std::{
 };
 
 use sea_orm::{ConnAcquireErr, DbErr, RuntimeErr};
+use sqlx::error::DatabaseError;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until},
@@ -59,7 +61,7 @@ impl Turns {
         }
     }
 
-    /// Records the result of a statement; a refusal is an answer too.
+    /// Records the result of a statement. A refusal is an answer too, but not that another process has locked the file.
     pub(super) fn note<T>(&self, of: &Result<T, DbErr>) {
         let answered = match of {
             Ok(_) => true,
@@ -67,7 +69,7 @@ impl Turns {
                 DbErr::Conn(RuntimeErr::SqlxError(error))
                 | DbErr::Exec(RuntimeErr::SqlxError(error))
                 | DbErr::Query(RuntimeErr::SqlxError(error)),
-            ) => error.as_database_error().is_some(),
+            ) => error.as_database_error().is_some_and(|error| !is_locked(error)),
             Err(_) => false,
         };
         if answered {
@@ -78,6 +80,11 @@ impl Turns {
     fn answered(&self) -> Instant {
         *self.answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
+fn is_locked(error: &dyn DatabaseError) -> bool {
+    error.code().is_some_and(|code| ["5", "261", "517"].contains(&&*code))
 }
 
 #[cfg(test)]

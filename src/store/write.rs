@@ -4,8 +4,9 @@
 use std::{future::Future, time::Duration};
 
 use sea_orm::{DbErr, RuntimeErr};
+use tokio::time::Instant;
 
-use super::{DatabaseTransaction, Store, StoreError};
+use super::{DatabaseTransaction, Store, StoreError, bounded::LOCKED, error::is_locked};
 use crate::domain::BatchId;
 
 /// Attempts of a transaction in all.
@@ -58,9 +59,13 @@ impl Store {
     where
         F: Future<Output = Result<Outcome<T>, StoreError>>,
     {
-        let mut wait = WAIT;
+        let (began, mut wait) = (Instant::now(), WAIT);
         for _ in 1..TRIES {
             match self.write_once(&change).await {
+                // Its caller says so to whoever waits, and tries again later if nobody does.
+                Err(StoreError::Unavailable(error)) if is_locked(&error) && began.elapsed() >= LOCKED => {
+                    return Err(StoreError::Unavailable(error));
+                }
                 Err(StoreError::Unavailable(error)) if was_given_up(&error) => {
                     metrics::counter!(REPEATED).increment(1);
                     tokio::time::sleep(wait.mul_f64(rand::random())).await;

@@ -76,6 +76,40 @@ async fn a_sqlite_file_that_another_process_writes_to_is_waited_for() {
 }
 
 #[tokio::test]
+async fn a_sqlite_file_that_stays_locked_is_said_to_be() {
+    let db = Db::sqlite().await;
+    let store = db.impatient(Duration::from_millis(20)).await;
+    let other = db.raw.begin().await.unwrap();
+    other.execute_unprepared("UPDATE counters SET value = value").await.unwrap();
+    let node = NodeId::generate();
+    let (one, two) = tokio::join!(store.heartbeat(&node, "1", "all"), store.register_worker("http://127.0.0.1:1"));
+    for error in [one.unwrap_err(), two.unwrap_err()] {
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+        assert_eq!(error.obstacle(), Some("another process has locked the database file"));
+    }
+    assert!(store.ping().await.is_err(), "such a server is not ready");
+    other.rollback().await.unwrap();
+    store.heartbeat(&node, "1", "all").await.unwrap();
+    store.ping().await.unwrap();
+}
+
+/// As it does when the disk is full. The driver believes that the transaction is still open.
+#[tokio::test]
+async fn a_transaction_that_sqlite_undid_by_itself_takes_no_later_one_with_it() {
+    let db = Db::sqlite().await;
+    for action in ["ROLLBACK", "ABORT", "ROLLBACK", "ABORT"] {
+        db.execute(&format!(
+            "CREATE TRIGGER refusal BEFORE INSERT ON workers BEGIN SELECT RAISE({action}, 'refused'); END"
+        ))
+        .await;
+        db.store.register_worker("http://127.0.0.1:1").await.unwrap_err();
+        db.accept("workers").await;
+    }
+    let file = db.file(1).await;
+    assert!(db.another().await.file(&file.id, &Scope::All).await.unwrap().is_some(), "what is acknowledged is stored");
+}
+
+#[tokio::test]
 async fn closing_a_window_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
     let batch = db.batch(1).await;
