@@ -14,6 +14,8 @@ mod openai;
 mod server;
 
 pub use gate::TraceId;
+/// Two readers of bytes from outside, for `fuzz/`.
+pub use openai::{multipart, sse};
 pub use server::{ServeError, ServerOptions, TlsFiles, serve};
 
 /// The most bytes of one gRPC message, both ways. Uploads, downloads and lists stay under it by cutting; a result or an

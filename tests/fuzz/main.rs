@@ -69,4 +69,4 @@ macro_rules! targets {
     };
 }
 
-targets!(jsonl_line, upload, page_token, resume_cursor, webhook_url, canonical_json);
+targets!(jsonl_line, upload, page_token, resume_cursor, webhook_url, canonical_json, multipart, sse);

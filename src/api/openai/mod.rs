@@ -13,10 +13,10 @@ mod files;
 mod list;
 mod live;
 mod models;
-mod multipart;
+pub mod multipart;
 pub(super) mod problem;
 mod shapes;
-mod sse;
+pub mod sse;
 
 use std::{sync::Arc, time::Duration};
 

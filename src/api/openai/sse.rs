@@ -26,7 +26,7 @@ enum Form {
 }
 
 /// The events of one stream.
-pub(super) struct Events {
+pub struct Events {
     form: Form,
     /// The beginning of an event whose end has not come.
     torn: BytesMut,
@@ -36,7 +36,8 @@ pub(super) struct Events {
 }
 
 impl Events {
-    pub(super) fn of(endpoint: Endpoint) -> Self {
+    /// The events of an endpoint's stream.
+    pub fn of(endpoint: Endpoint) -> Self {
         let form = match endpoint {
             Endpoint::ChatCompletions | Endpoint::Completions => Form::Done,
             Endpoint::Responses => Form::Responses,
@@ -47,7 +48,7 @@ impl Events {
     }
 
     /// Takes the next bytes. Returns the whole events in them, which may be none.
-    pub(super) fn push(&mut self, piece: &Bytes) -> Bytes {
+    pub fn push(&mut self, piece: &Bytes) -> Bytes {
         let whole = if self.torn.is_empty() {
             let end = last_end(piece).unwrap_or(0);
             self.torn.extend_from_slice(&piece[end..]);
@@ -67,20 +68,20 @@ impl Events {
     }
 
     /// Whether the last event of a whole stream has passed.
-    pub(super) fn is_done(&self) -> bool {
+    pub fn is_done(&self) -> bool {
         self.is_done
     }
 
     /// The end of a stream that broke off, or that ended before its last event: the error as an event. `None`: the stream is
     /// whole, or nobody knows.
-    pub(super) fn end(&self, broke: bool, error: &Value) -> Option<Bytes> {
+    pub fn end(&self, broke: bool, error: &Value) -> Option<Bytes> {
         let message = &error["message"];
         let (name, data) = match self.form {
             _ if self.is_done => return None,
             Form::Unknown if !broke => return None,
             Form::Done | Form::Unknown => (None, json!({"error": error})),
             Form::Responses => {
-                let number = self.sequence.map_or(0, |last| last + 1);
+                let number = self.sequence.map_or(0, |last| last.saturating_add(1));
                 let data = json!({"type": "error", "code": error["code"], "message": message, "param": null,
                     "sequence_number": number});
                 (Some("error"), data)
@@ -114,22 +115,26 @@ impl Events {
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii_end)
+    text.split(|byte| matches!(byte, b'\r' | b'\n')).map(<[u8]>::trim_ascii_end)
 }
 
 /// The end of the last whole event: behind its blank line.
 fn last_end(text: &[u8]) -> Option<usize> {
-    let ends = ["\n\n", "\r\n\r\n", "\r\r"];
+    // The second is the end of a blank line after a line of any end.
+    let ends = ["\n\n", "\n\r\n", "\r\r"];
     ends.iter().filter_map(|end| memmem::rfind(text, end.as_bytes()).map(|at| at + end.len())).max()
 }
 
 /// The number of the last event that has one.
 fn sequence(text: &[u8]) -> Option<u64> {
     const NAME: &[u8] = b"\"sequence_number\":";
-    let rest = &text[memmem::rfind(text, NAME)? + NAME.len()..];
-    let digits = rest.trim_ascii_start();
-    let end = digits.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(digits.len());
-    std::str::from_utf8(&digits[..end]).ok()?.parse().ok()
+    memmem::rfind_iter(text, NAME).find_map(|at| {
+        let rest = &text[at + NAME.len()..];
+        // The line ends where the event does.
+        let blanks = rest.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+        let digits = rest[blanks..].split(|byte| !byte.is_ascii_digit()).next()?;
+        std::str::from_utf8(digits).ok()?.parse().ok()
+    })
 }
 
 #[cfg(test)]
