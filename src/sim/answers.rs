@@ -148,9 +148,12 @@ fn usage(request: &Request<'_>) -> String {
     )
 }
 
-/// The generated text: the request's fingerprint, then what was asked.
+/// The generated text: the request's fingerprint, then what was asked; where it is to have a form, what was asked alone.
 pub(super) fn text_of(request: &Request<'_>, text: &str) -> String {
     let end = text.floor_char_boundary(ECHO);
+    if request.is_formed {
+        return text[..end].to_owned();
+    }
     format!("{:016x} {}", request.fingerprint, &text[..end])
 }
 

@@ -4,7 +4,8 @@
 //! As in vLLM, at most `max_num_seqs` requests run and the others wait; an error is `{"error": {...}}`; a client that goes
 //! away frees its place at once. Unlike in vLLM: a token is a word, every answer is as long as it may be (16 tokens where the
 //! request does not say), `n` is not simulated, a stream has its first event at
-//! once and the others when the engine is done, and a bad prompt costs no time. Given `x-request-id`, it becomes part
+//! once and the others when the engine is done, with `response_format` a chat answers what it was asked and nothing else (JSON,
+//! if it was asked JSON), and a bad prompt costs no time. Given `x-request-id`, it becomes part
 //! of the answer's id (as in vLLM) and is sent back (as in vLLM with `--enable-request-id-headers`).
 
 mod answers;

@@ -22,6 +22,8 @@ struct Body<'a> {
     max_output_tokens: Option<u64>,
     stream: Option<bool>,
     encoding_format: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    response_format: Option<&'a RawValue>,
     top_n: Option<usize>,
     #[serde(borrow)]
     messages: Option<&'a RawValue>,
@@ -61,6 +63,8 @@ pub(super) struct Request<'a> {
     pub(super) queries: Vec<Cow<'a, str>>,
     /// Of rerank: how many results.
     pub(super) top_n: usize,
+    /// Of a chat: whether the answer is to have a form of its own, such as JSON.
+    pub(super) is_formed: bool,
     /// Of embeddings: as base64.
     pub(super) base64: bool,
     /// Of everything that makes the answer what it is.
@@ -123,6 +127,7 @@ pub(super) fn read<'a>(
         texts: Vec::new(),
         queries: Vec::new(),
         top_n: body.top_n.unwrap_or(usize::MAX),
+        is_formed: body.response_format.is_some(),
         base64: body.encoding_format.as_deref() == Some("base64"),
         fingerprint: seed,
         streams,

@@ -95,6 +95,9 @@ async fn every_endpoint_answers_in_its_shape_with_usage() {
     assert_eq!(answer["usage"]["completion_tokens"], 3);
     assert_eq!(answer["usage"]["total_tokens"], 6);
     assert_eq!(sim.ask(CHAT, chat("how are you")).await.1["choices"], answer["choices"]);
+    let mut formed = chat("{\"a\": 1}");
+    formed["response_format"] = json!({"type": "json_object"});
+    assert_eq!(sim.ask(CHAT, formed).await.1["choices"][0]["message"]["content"], "{\"a\": 1}");
 
     let (_, answer) = sim.ask("/v1/completions", json!({"model": "sim", "prompt": ["a b", "c\n\"d\""]})).await;
     assert!(answer["choices"][1]["text"].as_str().unwrap().ends_with(" c\n\"d\""));
