@@ -277,8 +277,7 @@ MUTANTS = [
         "webhook_delivery::Column::LeaseExpiresAt.lt(if MUTANT { 0 } else { at.0 })")],
         ["webhooks whoever_lost_its_lease_changes_nothing", SIMULATION]),
     Mutant("dead-letter", "no dead letter after the last attempt", [(STEPS,
-        "            undeliverable::insert(tx, row, error, at).await?;",
-        "            if !MUTANT {\n                undeliverable::insert(tx, row, error, at).await?;\n            }")],
+        "        bury(tx, change, at).await?;", "        if !MUTANT {\n            bury(tx, change, at).await?;\n        }")],
         ["webhooks failures_end_as_a_dead_letter", SIMULATION]),
     Mutant("step-input", "what a result means for its delivery is not what the state machine says", [
         ("src/domain/webhook/state.rs",

@@ -19,7 +19,7 @@ use crate::{
     access::{CallerLimits, Tokens, TokensError},
     api::{self, ServeError, ServerOptions, TlsFiles},
     blobs::{self, BlobError, Blobs},
-    config::{BlobStore, Database, Role, ServeConfig},
+    config::{BlobStore, Database, NodeRole, ServeConfig},
     delivery::{
         Deliverer, Options as WebhookOptions, Webhooks,
         egress::{Guard, Policy},
@@ -193,7 +193,7 @@ impl App {
             let run = if has_role { run } else { stop.clone().cancelled_owned().boxed() };
             supervisor.spawn(part, stop, run)
         };
-        let has_scheduler = config.has_role(Role::Scheduler);
+        let has_scheduler = config.has_role(NodeRole::Scheduler);
         let scheduler = run_if(has_scheduler, Part::Scheduler, &scheduling, scheduler.run().boxed());
         let hub = Hub::new(store.clone(), fleet.clone(), troubles, serving.clone());
         let hub_runs = hub.clone();
@@ -215,7 +215,8 @@ impl App {
         let sweeps = upkeep::all(&store, &blobs, &webhooks, config.lease);
         let upkeep = Upkeep::new(store.clone(), node.clone(), sweeps);
         supervisor.spawn(Part::Upkeep, &scheduling, upkeep.run(scheduling.clone()));
-        let deliverer = run_if(config.has_role(Role::Delivery), Part::Webhooks, &delivering, deliverer.run().boxed());
+        let deliverer =
+            run_if(config.has_role(NodeRole::Delivery), Part::Webhooks, &delivering, deliverer.run().boxed());
 
         let limits = Limits { max_lines: config.max_file_lines, max_bytes: config.max_file_bytes, ..Limits::default() };
         let parts = Parts {
@@ -262,13 +263,12 @@ impl App {
         self.addr
     }
 
-    /// Its URL.
     #[must_use]
     pub fn url(&self) -> String {
         format!("{}://{}", if self.tls { "https" } else { "http" }, self.addr)
     }
 
-    /// Serves until it is told to stop or a part dies, then stops in order.
+    /// Serves until `shutdown` is cancelled or a part dies, then stops in order.
     ///
     /// # Errors
     /// [`AppError::Died`].
@@ -302,13 +302,15 @@ impl App {
             let _ = self.deliverer.await;
         };
         if timeout_at(drained + WRITTEN, rest).await.is_err() {
-            tracing::warn!("not everything could be written down in time: what is missing is done again");
+            tracing::warn!(
+                "not all results could be written before the stop: the requests of those that are missing run again"
+            );
             // Its sends end, and so do their connections.
             aborted.abort();
         }
         self.watching.cancel();
         if timeout(BACKGROUND, self.supervisor.ended()).await.is_err() {
-            tracing::debug!("background work did not end in time");
+            tracing::debug!("background tasks did not end in time");
         }
         let farewell = async {
             if let Err(error) = self.store.leave(&self.node).await {
@@ -317,7 +319,9 @@ impl App {
             self.store.close().await;
         };
         if timeout_at(drained + LAST, farewell).await.is_err() {
-            tracing::warn!("the database does not answer: this node's row stays until others take it for dead");
+            tracing::warn!(
+                "the database does not answer: other servers count this one as running until its row expires"
+            );
         }
         tracing::info!("stopped");
     }
@@ -331,7 +335,10 @@ async fn open(config: &ServeConfig) -> Result<Store, AppError> {
             let released = store.release_all().await?;
             store.free_sweeps().await?;
             if released > 0 {
-                tracing::info!(segments = released, "taking over from a run that did not end in order");
+                tracing::info!(
+                    segments = released,
+                    "the last run of this server did not stop cleanly; taking over its work"
+                );
             }
             Ok(store)
         }
@@ -415,7 +422,7 @@ fn server_options(config: &ServeConfig) -> Result<ServerOptions, AppError> {
         _ => None,
     };
     Ok(ServerOptions {
-        rpcs: config.has_role(Role::Api),
+        rpcs: config.has_role(NodeRole::Api),
         tls,
         tokens,
         max_connection_age: Some(config.max_connection_age),
@@ -435,7 +442,7 @@ async fn heartbeat(store: Store, node: NodeId, roles: String, shutdown: Cancella
             () = shutdown.cancelled() => return,
             _ = tick.tick() => {
                 if let Err(error) = store.heartbeat(&node, VERSION, &roles).await {
-                    tracing::warn!(%error, "no sign of life could be written");
+                    tracing::warn!(%error, "the heartbeat could not be written");
                 }
             }
         }

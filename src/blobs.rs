@@ -117,7 +117,7 @@ impl Blobs {
             && matches!(ObjectStoreScheme::parse(url), Ok((ObjectStoreScheme::MicrosoftAzure, _)))
         {
             tracing::warn!(
-                "AZURE_STORAGE_CONNECTION_STRING is set and is not read: set AZURE_STORAGE_ACCOUNT_NAME and \
+                "AZURE_STORAGE_CONNECTION_STRING is not supported: set AZURE_STORAGE_ACCOUNT_NAME and \
                  AZURE_STORAGE_ACCOUNT_KEY, and AZURE_STORAGE_ENDPOINT for an endpoint of your own"
             );
         }
@@ -377,7 +377,7 @@ fn sync_folder(folder: &FsPath) -> std::io::Result<()> {
     std::fs::File::open(folder)?.sync_all()
 }
 
-/// Elsewhere a folder is not synced by itself.
+/// Other systems offer no fsync of a folder.
 #[cfg(not(unix))]
 fn sync_folder(_: &FsPath) -> std::io::Result<()> {
     Ok(())

@@ -24,7 +24,7 @@ pub enum Fault {
     SegmentFinish,
     /// A segment's merged object exists; its end is not written.
     MergedObject,
-    /// A segment's end is written, with the last segment the batch's end and its webhooks too; nobody has been
+    /// A segment's end is committed (for the last segment, also the batch's end and its webhooks), and nobody has been
     /// notified.
     SegmentFinished,
     /// Within the transaction that claims deliveries: they are leased, their attempts are not written, nothing is

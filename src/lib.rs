@@ -19,13 +19,27 @@
 //! - [`scheduler`]: claims segments, decides which line goes to which worker, and runs a segment.
 //! - [`delivery`]: webhooks: signs, sends and retries them, keeps dead letters.
 //! - [`progress`]: durable changes in, event streams out.
-//! - [`upkeep`]: everything periodic: windows, garbage, retention. A new sweep goes here.
+//! - [`upkeep`]: everything periodic: windows, garbage, retention.
 //! - [`access`]: who calls: tokens, roles, owners, and the limits per caller.
-//! - [`service`]: the use cases behind every API: all rules, and one error type. The logic of a new call goes here.
-//! - [`api`]: gRPC and HTTP: they translate calls for the service and decide nothing. A new protocol goes here.
+//! - [`service`]: the use cases behind every API: all rules, and one error type.
+//! - [`api`]: gRPC and HTTP: they translate calls for the service and decide nothing.
 //! - [`app`]: wires all of it and stops it in order.
 //! - [`sim`]: a simulated vLLM worker for the demo, tests and benchmarks.
 //! - [`cli`]: the command line, a client of the same gRPC API.
+//!
+//! Where something new goes:
+//!
+//! - A call or a rule of one: a method of [`service::Service`], which takes the caller and domain types. Its queries go to
+//!   [`store`] and take a [`domain::Scope`]. Its limits go to [`access`].
+//! - Another HTTP dialect: a folder of [`api`] beside `openai`. It translates its requests for the service and a
+//!   [`service::ServiceError`] into its own errors. `api/server.rs` joins its router to the others.
+//! - A dashboard: a folder `ui` of [`api`] with its files and its session. It shows what the service returns, and
+//!   [`progress`] streams changes to it.
+//! - A worker that this server starts and stops: a module between [`fleet`] and [`scheduler`], with the decisions in pure
+//!   files. It registers the worker with [`fleet`], which sends it requests like any other, and runs as a
+//!   [`supervise::Part`].
+//! - A retention rule, or anything else that is periodic: a [`upkeep::Sweep`] in a file of [`upkeep`], and a query with a
+//!   bounded number of rows in [`store`].
 
 pub mod access;
 mod ambient;

@@ -27,11 +27,13 @@ const SOME: u64 = 10;
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectsError {
     /// The store does not answer.
-    #[error("the blob store {0} does not answer within {1} s: is --blobs right, and can it be reached?")]
+    #[error(
+        "the blob store {0} did not answer within {1} s: check that --blobs is right and that this server can reach it"
+    )]
     Silent(String, u64),
     /// The store can't be written or read.
     #[error(
-        "the blob store {place} can't be used: {words}: is --blobs right, and may this server write there? ({error})"
+        "the blob store {place} can't be used: {words}: check that --blobs is right and that this server may write there ({error})"
     )]
     Unusable {
         /// The store.
@@ -43,7 +45,7 @@ pub enum ObjectsError {
     },
     /// The database names objects that are not in this store.
     #[error(
-        "the blob store {0} is not the one of the database: {1}. All servers of a database need the same objects: give \
+        "the blob store {0} does not belong to this database: {1}. All servers of a database need the same objects: give \
          --blobs as the others have it (s3://…, gs://…, az://… or file:///a/shared/path), and see that the volume is mounted"
     )]
     Foreign(String, String),
@@ -82,7 +84,7 @@ pub async fn establish(
         _ => {
             let objects = store.some_objects(SOME).await?;
             if !objects.is_empty() && !one_is_there(blobs, &objects, place).await? {
-                let why = format!("{} that it names is not there", objects[0]);
+                let why = format!("it lacks {}, which the database names", objects[0]);
                 return Err(ObjectsError::Foreign(place.to_owned(), why));
             }
             // An id that exists was written by a server that died before it could record it in the database.
@@ -150,14 +152,14 @@ pub async fn watch(store: Store, blobs: Blobs, shutdown: CancellationToken) -> R
         match looked {
             Ok(()) if was_foreign => {
                 was_foreign = false;
-                tracing::info!("the blob store is the one of the database again");
+                tracing::info!("the blob store belongs to this database again");
             }
             Err(error @ BlobError::Foreign(_)) if !was_foreign => {
                 was_foreign = true;
-                tracing::error!(%error, "this server claims nothing until its objects are back");
+                tracing::error!(%error, "this server claims no work until its objects are back");
             }
             Err(error) if !was_foreign => {
-                tracing::debug!(%error, "whether the blob store is the right one can't be seen");
+                tracing::debug!(%error, "can't check whether the blob store is the right one");
             }
             Ok(()) | Err(_) => {}
         }

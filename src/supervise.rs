@@ -61,11 +61,10 @@ impl Display for Part {
     }
 }
 
-/// A part that has ended without being told to.
+/// A part that ended before the shutdown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the part {part:?} of the server has died: {why}", part = .part.name())]
 pub struct Died {
-    /// The part.
     pub part: Part,
     /// Its panic message, its error, or that it ended.
     pub why: String,
@@ -102,7 +101,7 @@ impl Supervisor {
         self.watch(part, Some(stop.clone()), task)
     }
 
-    /// Runs a part's task that ends by itself. It has died only if it ends with a panic or an error.
+    /// Runs a part's task that may end. It has died only if it ends with a panic or an error.
     pub fn spawn_once<T: Ended>(&self, part: Part, task: impl Future<Output = T> + Send + 'static) -> JoinHandle<()> {
         self.watch(part, None, task)
     }
@@ -120,7 +119,7 @@ impl Supervisor {
                 Err(panic) => format!("it panicked: {}", message(&*panic)),
                 Ok(ended) => match (ended.error(), stop) {
                     (Some(error), _) => error,
-                    (None, Some(stop)) if !stop.is_cancelled() => "it ended without being told to".to_owned(),
+                    (None, Some(stop)) if !stop.is_cancelled() => "it ended before the shutdown".to_owned(),
                     (None, _) => return,
                 },
             };
@@ -176,7 +175,6 @@ pub async fn named<T>(part: Part, task: impl Future<Output = T>) -> T {
     }
 }
 
-/// The message of a panic.
 #[must_use]
 pub fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&'static str>().copied();
@@ -194,7 +192,7 @@ mod tests {
     #[tokio::test]
     async fn a_part_that_panics_ends_early_or_fails_has_died_and_the_first_counts() {
         let stop = CancellationToken::new();
-        for (part, why) in [(0, "it panicked: oh no"), (1, "it ended without being told to"), (2, "no disk")] {
+        for (part, why) in [(0, "it panicked: oh no"), (1, "it ended before the shutdown"), (2, "no disk")] {
             let supervisor = Supervisor::default();
             supervisor.spawn(Part::Hub, &stop, async move {
                 match part {

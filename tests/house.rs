@@ -5,6 +5,8 @@
 
 #[path = "house/cycles.rs"]
 mod cycles;
+#[path = "house/matrix.rs"]
+mod matrix;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

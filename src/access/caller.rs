@@ -17,7 +17,6 @@ pub enum Role {
 pub struct Caller {
     /// The owner of what they create.
     pub owner: Owner,
-    /// The role.
     pub role: Role,
 }
 

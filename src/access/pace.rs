@@ -10,7 +10,7 @@ use std::{
 
 /// The server aborts an upload after waiting this long for its bytes: it also holds temporary files.
 pub const IDLE: Duration = Duration::from_secs(300);
-/// The same while other uploads wait for a place: in time for them, because they wait for at most 30 s.
+/// The limit while other uploads wait for a place. It is well below the 30 s for which they wait.
 pub const CROWDED: Duration = Duration::from_secs(10);
 /// Bytes that make up for a second's wait. Every network is faster than this, so only stalled uploads are aborted.
 pub const LEAST: u64 = 1024;
@@ -45,7 +45,6 @@ impl Pace {
 pub struct Received(Arc<AtomicU64>);
 
 impl Received {
-    /// The number of received bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

@@ -1,4 +1,4 @@
-//! Whose connection it is: one address, or one IPv6 customer's network.
+//! The peer that a connection counts for: an IPv4 address, or the /64 network of an IPv6 customer.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -10,7 +10,6 @@ use std::net::{IpAddr, Ipv6Addr};
 pub struct Peer(IpAddr);
 
 impl Peer {
-    /// The peer at this address.
     #[must_use]
     pub fn of(address: IpAddr) -> Self {
         Self(match address.to_canonical() {

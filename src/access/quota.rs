@@ -95,7 +95,7 @@ mod tests {
         let one = quota.take(&account("ana"), 1).unwrap();
         let refusal = quota.take(&account("ana"), 1).map(drop).unwrap_err();
         assert_eq!((refusal.reason(), refusal.retry_after()), ("TOO_MANY_X", Duration::from_secs(3)));
-        assert_eq!(refusal.to_string(), "3 x of yours are under way at this server, and 3 is the most; see --limit-x");
+        assert_eq!(refusal.to_string(), "you already have 3 x at this server, and 3 is the limit; see --limit-x");
         drop(quota.take(&account("bob"), 3).unwrap());
         drop(two);
         assert!(quota.take(&account("ana"), 3).is_err());

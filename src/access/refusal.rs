@@ -21,7 +21,7 @@ pub enum Denied {
     AdminOnly,
 }
 
-/// What is limited, in the words of the error.
+/// A limited resource, as the error names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
     /// The error's stable reason, for programs.
@@ -38,53 +38,44 @@ pub struct Kind {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LimitReached {
     /// Calls a second.
-    #[error("more than {per_second} calls a second; slow down")]
+    #[error("the limit is {per_second} calls a second; slow down")]
     Requests {
-        /// The limit.
         per_second: u32,
         /// Until the next call is allowed.
         wait: Duration,
     },
     /// Uploaded bytes a day.
-    #[error("more than {per_day} bytes uploaded in a day")]
+    #[error("the limit is {per_day} bytes uploaded in a day")]
     Bytes {
-        /// The limit.
         per_day: u64,
         /// Until these bytes are allowed.
         wait: Duration,
     },
     /// Requests without a result.
     #[error(
-        "{queued} requests of yours wait already, and {added} more would be over {most}; wait for some to end, or cancel a batch"
+        "you have {queued} requests waiting, and {added} more would exceed the limit of {most}; wait for some to end, or cancel a batch"
     )]
     QueuedLines {
-        /// Those that wait.
+        /// The number of waiting requests.
         queued: i64,
-        /// Those that would be added.
+        /// The number of requests that the call would add.
         added: i64,
-        /// The limit.
         most: i64,
     },
     /// No place for an upload became free in time.
     #[error("{most} uploads are under way; try again")]
-    Uploads {
-        /// The limit.
-        most: u32,
-    },
-    /// An upload had to make place for somebody with fewer.
+    Uploads { most: u32 },
+    /// An upload was ended to make room for a caller with fewer uploads.
     #[error(
-        "others wait to upload, and you have more uploads under way than they: this one, the slowest, had to make place; \
-         send it again, fewer at a time"
+        "this upload was ended to make room for other callers, because it was the slowest of your uploads; send it again, with fewer uploads at a time"
     )]
     GaveWay,
     /// Too much of one kind at a time.
-    #[error("{} {} of yours are under way at this server, and {} is the most; {}", .used, .kind.what, .most, .kind.advice)]
+    #[error("you already have {} {} at this server, and {} is the limit; {}", .used, .kind.what, .most, .kind.advice)]
     AtATime {
-        /// What is limited.
         kind: Kind,
         /// What the caller has under way.
         used: u64,
-        /// The limit.
         most: u64,
     },
 }

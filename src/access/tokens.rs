@@ -71,13 +71,13 @@ impl Tokens {
             };
             let before = *names.entry(name).or_insert((role, weight));
             if before.0 != role {
-                return Err(bad("the name has another role further up"));
+                return Err(bad("an earlier line gives this name another role"));
             }
             if before.1 != weight {
-                return Err(bad("the name has another weight further up (1 where none is written)"));
+                return Err(bad("an earlier line gives this name another weight (1 if it names none)"));
             }
             if known.iter().any(|(other, _)| *other == hash) {
-                return Err(bad("the same token is further up"));
+                return Err(bad("an earlier line has the same token"));
             }
             known.push((hash, Caller { owner: name.into(), role }));
         }
@@ -91,7 +91,7 @@ impl Tokens {
         self.weights.clone()
     }
 
-    /// Whether there are no tokens; then nobody may call.
+    /// Whether there are no tokens, so that every call is refused.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.known.is_empty()

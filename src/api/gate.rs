@@ -35,7 +35,7 @@ impl Gate {
         self.caller_by(headers, false)
     }
 
-    /// The same; `api_key`: a token in `x-api-key` will do, as Anthropic's clients send it.
+    /// Like [`Self::caller`]. With `api_key`, a token in `x-api-key` is accepted too, as Anthropic's clients send it.
     ///
     /// # Errors
     /// As of [`Gate::caller`].

@@ -40,7 +40,7 @@ pub struct ServerOptions {
     pub rpcs: bool,
     /// `None`: no TLS.
     pub tls: Option<TlsFiles>,
-    /// `None`: every caller is admin.
+    /// The access tokens. `None`: every caller is admin.
     pub tokens: Option<Tokens>,
     /// A connection is asked to end after this time, ±10% (so that nodes that started together don't move their clients
     /// together), so that load balancers can rebalance. Its streams go on to their end. `None`: never.
@@ -91,7 +91,6 @@ pub enum ServeError {
     TlsFile {
         /// The file.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
     /// A TLS file is not what it should be.
@@ -141,10 +140,10 @@ pub async fn serve(
     if tokio::time::timeout(options.drain_timeout, listener.ended()).await.is_ok() {
         return Ok(());
     }
-    tracing::warn!("some RPCs have not ended within {:?} and are cut off", options.drain_timeout);
+    tracing::warn!("some RPCs did not end within {:?} and are aborted", options.drain_timeout);
     listener.cut();
     if tokio::time::timeout(CUT, listener.ended()).await.is_err() {
-        tracing::warn!("some connections have not noticed that they were cut off");
+        tracing::warn!("some connections did not close after they were aborted");
     }
     Ok(())
 }

@@ -25,7 +25,9 @@ pub enum BlobError {
     #[error("blob store refuses: {0}")]
     Refused(#[source] object_store::Error),
     /// The objects here are not those of the database.
-    #[error("the blob store is not the one of the database: {0}; is the volume mounted, is --blobs right?")]
+    #[error(
+        "the blob store does not belong to this database: {0}. Check that the volume is mounted and --blobs is right"
+    )]
     Foreign(String),
 }
 
@@ -54,7 +56,7 @@ impl BlobError {
         use object_store::Error as E;
         let error = match self {
             Self::Failed(error) | Self::Refused(error) => error,
-            Self::Foreign(_) => return Some("the objects are not there; is the volume mounted?".into()),
+            Self::Foreign(_) => return Some("the objects are missing; check that the volume is mounted".into()),
             Self::Open(_) | Self::Missing(_) => return None,
         };
         match error {
@@ -63,7 +65,7 @@ impl BlobError {
             E::NotFound { .. } => return Some("there is no such bucket".into()),
             _ if words::is_tls(error) => {
                 return Some(
-                    "its certificate is not trusted, or it does not speak TLS; the server's log says more".into(),
+                    "its certificate is not trusted, or it does not use TLS; the server's log has the details".into(),
                 );
             }
             _ => {}

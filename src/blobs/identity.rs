@@ -57,7 +57,7 @@ impl Blobs {
         self.put(ID_KEY, Bytes::from(format!("{id}\n"))).await
     }
 
-    /// From now on, objects are read and written, and taken for missing, only while the store has this id.
+    /// From now on, reads, writes and reports of missing objects fail unless the store has this id.
     ///
     /// # Errors
     /// [`BlobError`] if it has not.
@@ -66,7 +66,6 @@ impl Blobs {
         self.verify().await
     }
 
-    /// The expected id.
     #[must_use]
     pub fn expected_id(&self) -> Option<String> {
         self.identity.state.lock().expected.clone()
@@ -81,7 +80,7 @@ impl Blobs {
         let found = self.id().await?;
         let foreign = match found {
             Some(found) if found == expected => None,
-            Some(found) => Some(format!("they have the id {found}, and those of the database {expected}")),
+            Some(found) => Some(format!("it has the id {found}, and the database expects {expected}")),
             None => Some(format!("the object {ID_KEY} with the database's id {expected} is not there")),
         };
         self.identity.state.lock().foreign.clone_from(&foreign);
@@ -176,7 +175,7 @@ mod tests {
         assert!(blobs.foreign().unwrap().contains("is not there"));
         std::fs::write(folder.path().join("blobs").join(ID_KEY), "two\n").unwrap();
         assert!(matches!(blobs.verify().await, Err(BlobError::Foreign(_))));
-        assert!(blobs.foreign().unwrap().contains("they have the id two"), "{:?}", blobs.foreign());
+        assert!(blobs.foreign().unwrap().contains("it has the id two"), "{:?}", blobs.foreign());
 
         // It is back.
         std::fs::remove_dir_all(folder.path().join("blobs")).unwrap();

@@ -30,7 +30,7 @@ pub(super) struct LocalWriter {
     waiting: Pieces,
 }
 
-/// Where the file is. A thread for blocking work writes it.
+/// The file's owner at the moment: this value, or the blocking thread that writes to it.
 #[derive(Debug)]
 enum Staging {
     Here(Staged),

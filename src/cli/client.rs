@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     api::LONGEST_MESSAGE,
-    config::{Secret, SecretParser, parse_key},
+    config::{SecretParser, SecretSetting, parse_key},
     pb::{
         batch_service_client::BatchServiceClient, webhook_admin_client::WebhookAdminClient,
         worker_admin_client::WorkerAdminClient,
@@ -45,7 +45,7 @@ pub struct ClientArgs {
     /// Access token. Set it in the environment or in a file, because others can see command lines.
     #[arg(long, global = true, env = "TIDEMILL_TOKEN", value_name = "TOKEN", hide_env_values = true,
         allow_hyphen_values = true, value_parser = SecretParser(parse_key))]
-    pub token: Option<Secret>,
+    pub token: Option<SecretSetting>,
     /// File with the access token. Takes precedence over --token.
     #[arg(long, global = true, env = "TIDEMILL_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
@@ -170,7 +170,7 @@ impl ClientArgs {
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", token.trim())
             .parse()
             // The library's reason says nothing more.
-            .map_err(|_| anyhow::anyhow!("the access token holds characters that no token has"))?;
+            .map_err(|_| anyhow::anyhow!("the access token contains characters that tokens can't have"))?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
@@ -294,7 +294,7 @@ mod tests {
     #[tokio::test]
     async fn bad_options_are_refused_before_anything_is_sent() {
         let client = |server: &str, token: Option<&str>| {
-            let args = ClientArgs { token: token.map(Secret::new), ..ClientArgs::of(server.to_owned()) };
+            let args = ClientArgs { token: token.map(SecretSetting::new), ..ClientArgs::of(server.to_owned()) };
             args.client().map(|_| ()).map_err(|error| format!("{error:#}"))
         };
         assert_eq!(client("http://127.0.0.1:1", Some("abc\n")), Ok(()));

@@ -39,7 +39,7 @@ fn warning(name: &str, known: &BTreeSet<String>) -> String {
             format!("the environment variable {name} is not a setting and has no effect: did you mean {nearest}?")
         }
         _ => format!(
-            "the environment variable {name} is not a setting and has no effect: `tidemill serve --help` lists them"
+            "the environment variable {name} is not a setting and has no effect: `tidemill serve --help` lists the settings"
         ),
     }
 }

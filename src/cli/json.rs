@@ -30,7 +30,7 @@ static POOL: LazyLock<DescriptorPool> =
 
 /// A message that commands print.
 pub trait Shown: prost::Message {
-    /// Its name in the protos.
+    /// The message's full name in the protos.
     const NAME: &'static str;
     /// Whether fields that are not set are written.
     const ALL: bool;

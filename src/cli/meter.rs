@@ -96,7 +96,7 @@ impl View {
     }
 }
 
-/// Where progress is shown.
+/// How progress is shown.
 pub enum Meter {
     /// On a terminal.
     Bar(ProgressBar),

@@ -154,7 +154,7 @@ pub async fn download(client: &Client, file_id: &str, mut output: Output) -> any
         let before = offset;
         let status = match piece(client, file_id, &mut offset, &mut output, &bar).await? {
             Ok(()) if offset == file.bytes => break,
-            Ok(()) => Status::unavailable(format!("the download ended at byte {offset} of {}", file.bytes)),
+            Ok(()) => Status::unavailable(format!("the download ended early, at byte {offset} of {}", file.bytes)),
             Err(status) => status,
         };
         attempt = if offset > before { 1 } else { attempt + 1 };

@@ -54,7 +54,7 @@ fn shown(line: &[String], rest: &[OsString]) -> String {
     }
 }
 
-/// The same value in the ways in which a command line can hold it.
+/// All spellings in which a command line can contain this value.
 fn ways(secret: &Arg, value: &OsString) -> Vec<Vec<OsString>> {
     given_as(secret.get_long().unwrap(), value)
 }

@@ -10,7 +10,9 @@ use super::{descriptors, meter::note, out, signals};
 use crate::{
     app::{App, FAREWELL},
     blobs,
-    config::{BlobStore, Database, LogFormat, Secret, SecretParser, ServeConfig, parse_address, parse_database_url},
+    config::{
+        BlobStore, Database, LogFormat, SecretParser, SecretSetting, ServeConfig, parse_address, parse_database_url,
+    },
     sim::{Sim, SimConfig},
     store::Store,
 };
@@ -27,7 +29,7 @@ pub struct MigrateArgs {
     /// PostgreSQL: postgres://user:password@host/database. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
         allow_hyphen_values = true, value_parser = SecretParser(parse_database_url))]
-    database_url: Option<Secret>,
+    database_url: Option<SecretSetting>,
     /// Only show which migrations are applied; change nothing.
     #[arg(long)]
     status: bool,
@@ -71,19 +73,19 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
     descriptors::raise();
     if let (Database::Postgres(_), BlobStore::Directory(directory)) = (config.database(), config.blob_store()) {
         tracing::warn!(
-            "the database is PostgreSQL but objects are in {}: this server can be the only one; for more, set --blobs",
+            "the database is PostgreSQL, but the objects are in {}: run only this one server, or set --blobs to a store that all servers share",
             directory.display()
         );
     }
     if config.insecure_allow_anonymous && !config.listen.ip().is_loopback() {
-        tracing::warn!("everybody who can reach {} may do everything (--insecure-allow-anonymous)", config.listen);
+        tracing::warn!("anybody who can reach {} may do everything (--insecure-allow-anonymous)", config.listen);
     }
     let shutdown = signals::on_signal(Some(config.drain_timeout + FAREWELL))?;
     let started = tokio::select! {
         started = App::start(config) => started?,
         // While waiting for the database or migrating it, nothing has been claimed yet.
         () = shutdown.cancelled() => {
-            tracing::info!("stopped during the start");
+            tracing::info!("stopped while starting");
             return Ok(());
         }
     };

@@ -18,7 +18,7 @@ use super::meter::note;
 const INTERRUPTED: i32 = 130;
 /// Subtracted from the limit, because exiting takes a moment.
 const MARGIN: Duration = Duration::from_millis(300);
-/// Time for a last message: nobody may read it.
+/// Time limit for a last message, because a full pipe may block it.
 const WORD: Duration = Duration::from_millis(100);
 /// Stands for no limit.
 const FOR_EVER: Duration = Duration::from_secs(3_600);
@@ -91,7 +91,7 @@ async fn hung_up(hangup: &mut Option<tokio::signal::unix::Signal>) {
     }
 }
 
-/// Runs `word`, which prints a message, but does not wait if nobody reads it.
+/// Runs `word`, which prints a message, on a thread of its own, and does not wait if the output is blocked.
 fn say(word: impl FnOnce() + Send + 'static) {
     let (said, is_said) = mpsc::sync_channel(1);
     thread::spawn(move || {

@@ -30,7 +30,7 @@ pub enum TokenCommand {
         name: String,
         /// What the token allows.
         #[arg(long, default_value = "submit")]
-        role: Role,
+        role: TokenRole,
         /// The owner's share of the workers, 1 to 1000, while several owners have work: three times the weight is three
         /// times the share. All tokens of a name have the same weight.
         #[arg(long, value_name = "N", default_value = "1")]
@@ -42,7 +42,7 @@ pub enum TokenCommand {
 
 /// What a token allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Role {
+pub enum TokenRole {
     /// Files, batches and results.
     Submit,
     /// Everything.
@@ -80,10 +80,10 @@ pub fn run(command: TokenCommand, json: bool) -> anyhow::Result<()> {
 }
 
 /// A line of the server's tokens file: name, role, hash, and the weight if it is not 1.
-fn file_line(name: &str, role: Role, weight: Weight, token: &str) -> String {
+fn file_line(name: &str, role: TokenRole, weight: Weight, token: &str) -> String {
     let role = match role {
-        Role::Submit => "submit",
-        Role::Admin => "admin",
+        TokenRole::Submit => "submit",
+        TokenRole::Admin => "admin",
     };
     let weight = if weight == Weight::default() { String::new() } else { format!(" weight={}", weight.get()) };
     format!("{name} {role} {}{weight}", hash(token))
@@ -108,14 +108,14 @@ mod tests {
 
     #[test]
     fn a_line_holds_the_hash_and_not_the_token() {
-        let line = file_line("team", Role::Admin, Weight::default(), "abc");
+        let line = file_line("team", TokenRole::Admin, Weight::default(), "abc");
         // FIPS 180-4's example
         assert_eq!(line, "team admin sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 
     #[test]
     fn the_server_reads_what_is_written() {
-        let line = file_line("team", Role::Submit, Weight::new(20).unwrap(), "abc");
+        let line = file_line("team", TokenRole::Submit, Weight::new(20).unwrap(), "abc");
         assert!(line.ends_with(" weight=20"), "{line}");
         let tokens = crate::access::Tokens::parse(&line).unwrap();
         assert_eq!(

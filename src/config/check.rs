@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
 
-use super::{ConfigError, DATA_DIR, Database, Role, ServeConfig};
+use super::{ConfigError, DATA_DIR, Database, NodeRole, ServeConfig};
 use crate::{delivery::schedule::Schedule, domain::HealthInterval};
 
 impl ServeConfig {
@@ -52,7 +52,7 @@ impl ServeConfig {
     }
 
     fn check_roles(&self) -> Result<(), ConfigError> {
-        let all = Role::value_variants().iter().all(|role| self.has_role(*role));
+        let all = NodeRole::value_variants().iter().all(|role| self.has_role(*role));
         if all || matches!(self.database(), Database::Postgres(_)) {
             return Ok(());
         }
@@ -230,7 +230,7 @@ mod tests {
         let config =
             load(&["--roles", "delivery,api,api", "--database-url", "postgres://h/d", "--blobs", "s3://b"]).unwrap();
         assert_eq!(config.role_names(), "api,delivery");
-        assert!(!config.has_role(Role::Scheduler));
+        assert!(!config.has_role(NodeRole::Scheduler));
         assert_eq!(load(&["--roles", "scheduler,delivery,api"]).unwrap().role_names(), "api,scheduler,delivery");
         assert_eq!(ServeConfig::default().role_names(), "api,scheduler,delivery");
     }
@@ -279,8 +279,8 @@ mod tests {
             ("", "expected a time span such as 500ms, 30s, 5m or 1h30m"),
             ("soon", "expected a time span such as"),
             ("-1s", "expected a time span such as"),
-            ("5 parsecs", "\"parsecs\" is no unit of time"),
-            ("1e9s", "is no unit of time"),
+            ("5 parsecs", "\"parsecs\" is not a unit of time"),
+            ("1e9s", "is not a unit of time"),
         ] {
             assert!(parse_span(text).unwrap_err().contains(words), "{text}: {:?}", parse_span(text));
         }

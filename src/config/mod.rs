@@ -16,7 +16,7 @@ use object_store::ObjectStoreScheme;
 use url::Url;
 
 pub use file::ConfigFile;
-pub use secret::{Secret, SecretParser, parse_database_url, parse_key, parse_webhook_secret};
+pub use secret::{SecretParser, SecretSetting, parse_database_url, parse_key, parse_webhook_secret};
 
 use crate::{
     domain::{HealthPath, WorkerPriority, webhook::Secret as WebhookSecret},
@@ -31,7 +31,7 @@ pub enum ConfigError {
     Unreadable {
         /// Its path.
         file: String,
-        /// Why.
+        /// The error of the operating system.
         error: std::io::Error,
     },
     /// The file is not TOML.
@@ -49,7 +49,7 @@ pub enum ConfigError {
         file: String,
         /// The key.
         key: String,
-        /// What it may have been meant to be.
+        /// A setting with a similar name, or where the settings are listed.
         hint: String,
     },
     /// A setting's value in the file is wrong.
@@ -75,7 +75,7 @@ pub enum ConfigError {
 /// The format of log lines: text, for people, or json, one object per line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for people.
     Text,
     /// One JSON object per line.
     Json,
@@ -93,7 +93,7 @@ pub enum BadFiles {
 
 /// A part of the work that a node can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Role {
+pub enum NodeRole {
     /// Answers clients.
     Api,
     /// Runs batches: claims segments, closes windows, deletes garbage.
@@ -102,7 +102,7 @@ pub enum Role {
     Delivery,
 }
 
-impl Role {
+impl NodeRole {
     /// The role's name in the setting.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -120,7 +120,7 @@ pub enum Database {
     /// A SQLite file: one node.
     Sqlite(PathBuf),
     /// A PostgreSQL URL: any number of nodes.
-    Postgres(Secret),
+    Postgres(SecretSetting),
 }
 
 /// Where objects are kept.
@@ -173,7 +173,7 @@ pub struct ServeConfig {
         help_heading = "General",
         default_value = "api,scheduler,delivery"
     )]
-    pub roles: Vec<Role>,
+    pub roles: Vec<NodeRole>,
 
     /// Base URL of a worker: a vLLM server or any server with OpenAI's HTTP API. Repeatable; comma-separated in the
     /// environment. While the server runs, add workers with tidemill workers register.
@@ -210,7 +210,7 @@ pub struct ServeConfig {
     /// file, because others on the machine can see flags.
     #[arg(long, env = "TIDEMILL_WORKER_API_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Workers",
         value_parser = SecretParser(parse_key), allow_hyphen_values = true)]
-    pub worker_api_key: Option<Secret>,
+    pub worker_api_key: Option<SecretSetting>,
 
     /// Path of the workers' health check, below their base URL, or "none" to check only their list of models. A worker
     /// may be registered with a path of its own. A check that answers too slowly, or that runs requests on models as a
@@ -254,7 +254,7 @@ pub struct ServeConfig {
     /// --blobs. Default: SQLite in --data-dir.
     #[arg(long, env = "TIDEMILL_DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Storage",
         value_parser = SecretParser(parse_database_url), allow_hyphen_values = true)]
-    pub database_url: Option<Secret>,
+    pub database_url: Option<SecretSetting>,
 
     /// Connections to PostgreSQL, 2 to 1000.
     #[arg(long, env = "TIDEMILL_DATABASE_CONNECTIONS", value_name = "N", default_value = "10", help_heading = "Storage",
@@ -467,11 +467,11 @@ impl ServeConfig {
 
     /// Whether this node does it.
     #[must_use]
-    pub fn has_role(&self, role: Role) -> bool {
+    pub fn has_role(&self, role: NodeRole) -> bool {
         self.roles.contains(&role)
     }
 
-    /// Its roles, each once, as other nodes are told of them.
+    /// The node's roles, each once, as its row in the database names them.
     #[must_use]
     pub fn role_names(&self) -> String {
         let mut roles = self.roles.clone();
@@ -499,7 +499,7 @@ impl ServeConfig {
 impl Database {
     /// The one of these settings.
     #[must_use]
-    pub fn of(url: Option<&Secret>, data_dir: &std::path::Path) -> Self {
+    pub fn of(url: Option<&SecretSetting>, data_dir: &std::path::Path) -> Self {
         match url {
             Some(url) => Self::Postgres(url.clone()),
             None => Self::Sqlite(data_dir.join("tidemill.db")),
@@ -518,7 +518,7 @@ fn parse_blobs(text: &str) -> Result<String, String> {
     let url = Url::parse(text).map_err(|error| format!("{}; {EXPECTED}", words::url(error)))?;
     match ObjectStoreScheme::parse(&url) {
         Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err(format!("no object store is meant by {}://; {EXPECTED}", url.scheme())),
+        Err(_) => Err(format!("{}:// is not a supported object store; {EXPECTED}", url.scheme())),
     }
 }
 
@@ -529,7 +529,7 @@ fn parse_blobs(text: &str) -> Result<String, String> {
 pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let expected = "expected an address and a port from 0 to 65535, such as 127.0.0.1:4080, 0.0.0.0:4080 or [::1]:4080";
     text.parse().map_err(|_| match text.strip_prefix("localhost:") {
-        Some(port) => format!("{expected}; a name is not taken: write 127.0.0.1:{port}"),
+        Some(port) => format!("{expected}; host names are not supported: write 127.0.0.1:{port}"),
         None => expected.to_owned(),
     })
 }
@@ -552,7 +552,7 @@ pub fn parse_span(text: &str) -> Result<Duration, String> {
     const EXPECTED: &str = "expected a time span such as 500ms, 30s, 5m or 1h30m";
     let unit = |unit: &str| match unit {
         "" => format!("a number needs its unit: {text}s, {text}m or {text}h"),
-        other => format!("{other:?} is no unit of time; {EXPECTED}"),
+        other => format!("{other:?} is not a unit of time; {EXPECTED}"),
     };
     match humantime::parse_duration(text) {
         Ok(span) if span <= LONGEST => Ok(span),

@@ -26,9 +26,9 @@ const KNOWN_SCHEMES: [&str; 12] = [
 
 /// A setting that is or may contain a password. Wiped from memory when dropped, and never printed.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Zeroizing<String>);
+pub struct SecretSetting(Zeroizing<String>);
 
-impl Secret {
+impl SecretSetting {
     /// Takes a text unchanged.
     #[must_use]
     pub fn new(text: impl Into<String>) -> Self {
@@ -42,7 +42,7 @@ impl Secret {
     }
 }
 
-impl fmt::Debug for Secret {
+impl fmt::Debug for SecretSetting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(hidden)")
     }
@@ -86,13 +86,13 @@ fn without_line_end(text: &str) -> &str {
 ///
 /// # Errors
 /// What is expected. Says nothing of the text.
-pub fn parse_key(text: &str) -> Result<Secret, String> {
+pub fn parse_key(text: &str) -> Result<SecretSetting, String> {
     if text.is_empty() {
         return Err("it is empty: give it a value, or leave it out".to_owned());
     }
     let printable = text.bytes().all(|byte| byte.is_ascii_graphic());
     printable
-        .then(|| Secret::new(text))
+        .then(|| SecretSetting::new(text))
         .ok_or_else(|| "expected printable ASCII without spaces or line ends".to_owned())
 }
 
@@ -108,7 +108,7 @@ pub fn parse_webhook_secret(text: &str) -> Result<WebhookSecret, String> {
 ///
 /// # Errors
 /// What is wrong with it. Says nothing of user, password, host or database.
-pub fn parse_database_url(text: &str) -> Result<Secret, String> {
+pub fn parse_database_url(text: &str) -> Result<SecretSetting, String> {
     const EXPECTED: &str = "expected postgres://user:password@host/database, or leave it out for SQLite in --data-dir";
     const ENCODE: &str = "its user name or password seems to contain a character that has another meaning in a URL: write \
                           % as %25, @ as %40, : as %3A, / as %2F, ? as %3F, # as %23, [ as %5B and ] as %5D";
@@ -136,7 +136,7 @@ pub fn parse_database_url(text: &str) -> Result<Secret, String> {
         Err(error) if rest.contains('@') => Err(format!("{}; or {ENCODE}", words::url(error))),
         Err(error) => Err(format!("{}; {EXPECTED}", words::url(error))),
         Ok(_) => match text.parse::<sqlx::postgres::PgConnectOptions>() {
-            Ok(_) => Ok(Secret::new(text)),
+            Ok(_) => Ok(SecretSetting::new(text)),
             Err(error) => Err(refused(&error.to_string(), rest.contains('%'))),
         },
     }
@@ -177,7 +177,7 @@ fn refused(text: &str, encoded: bool) -> String {
     if encoded && about.contains("utf") {
         return "its percent-encoded part is not UTF-8".to_owned();
     }
-    "the PostgreSQL driver does not understand one of its options (those behind the ?)".to_owned()
+    "the PostgreSQL driver does not know one of its options (after the ?)".to_owned()
 }
 
 #[cfg(test)]

@@ -2,7 +2,10 @@
 
 use super::{Webhooks, send::Sent};
 use crate::{
-    domain::{DeadLetterId, Scope, webhook::AttemptResult},
+    domain::{
+        DeadLetterId, Scope,
+        webhook::{AttemptOutcome, AttemptResult},
+    },
     store::{BeginRetry, DeadLetter, StoreError},
 };
 
@@ -23,21 +26,21 @@ pub struct Retried {
 
 /// Why nothing was sent, or the outcome is not known.
 #[derive(Debug, thiserror::Error)]
-pub enum RetryError {
+pub enum DeadLetterRetryError {
     /// There is no such dead letter.
     #[error("there is no such dead letter")]
     NotFound,
     /// An earlier retry has delivered it.
-    #[error("an earlier retry has delivered this dead letter; force=true sends it again all the same")]
+    #[error("an earlier retry has delivered this dead letter; force=true sends it again anyway")]
     AlreadyDelivered,
     /// Another retry is running.
-    #[error("somebody else is retrying this dead letter")]
+    #[error("another retry of this dead letter is running")]
     Busy,
     /// Its endpoint was deleted.
     #[error("the webhook endpoint of this dead letter was deleted, and with it the address and the secret")]
     EndpointDeleted,
     /// The attempt took longer than its lease, or the dead letter was deleted meanwhile.
-    #[error("the retry was sent, but its result came too late to be written down")]
+    #[error("the retry was sent, but its result came too late to be recorded")]
     LeaseLost,
     /// The database failed.
     #[error(transparent)]
@@ -52,18 +55,18 @@ impl Webhooks {
     /// the same `request_id` sends nothing and returns the same outcome. Continues even if the caller stops waiting.
     ///
     /// # Errors
-    /// [`RetryError`].
+    /// [`DeadLetterRetryError`].
     pub async fn retry(
         &self,
         id: DeadLetterId,
         scope: Scope,
         force: bool,
         request_id: Option<String>,
-    ) -> Result<Retried, RetryError> {
+    ) -> Result<Retried, DeadLetterRetryError> {
         let webhooks = self.clone();
         let retry = async move { webhooks.retry_here(&id, &scope, force, request_id.as_deref()).await };
         // Once sent, the attempt must be recorded even if the caller has disconnected.
-        tokio::spawn(retry).await.map_err(|_| RetryError::Stopped)?
+        tokio::spawn(retry).await.map_err(|_| DeadLetterRetryError::Stopped)?
     }
 
     pub(super) async fn retry_here(
@@ -72,26 +75,27 @@ impl Webhooks {
         scope: &Scope,
         force: bool,
         request_id: Option<&str>,
-    ) -> Result<Retried, RetryError> {
+    ) -> Result<Retried, DeadLetterRetryError> {
         self.take_over().await;
         let (claim, forced) = match self.inner.store.begin_retry(id, scope, force, request_id).await? {
             BeginRetry::Started { claim, forced } => (claim, forced),
             BeginRetry::Repeated(dead_letter, attempt) => {
                 return Ok(Retried {
-                    success: attempt.outcome == "succeeded",
+                    success: attempt.outcome == AttemptOutcome::Succeeded,
                     forced: attempt.forced,
                     http_status: attempt.http_status,
                     error_message: attempt.error_message,
                     dead_letter: *dead_letter,
                 });
             }
-            BeginRetry::AlreadyDelivered => return Err(RetryError::AlreadyDelivered),
-            BeginRetry::Busy => return Err(RetryError::Busy),
-            BeginRetry::NotFound => return Err(RetryError::NotFound),
-            BeginRetry::EndpointDeleted => return Err(RetryError::EndpointDeleted),
+            BeginRetry::AlreadyDelivered => return Err(DeadLetterRetryError::AlreadyDelivered),
+            BeginRetry::Busy => return Err(DeadLetterRetryError::Busy),
+            BeginRetry::NotFound => return Err(DeadLetterRetryError::NotFound),
+            BeginRetry::EndpointDeleted => return Err(DeadLetterRetryError::EndpointDeleted),
         };
         let Sent { result, .. } = self.send(&claim).await;
-        let dead_letter = self.inner.store.finish_retry(id, &claim, &result).await?.ok_or(RetryError::LeaseLost)?;
+        let dead_letter =
+            self.inner.store.finish_retry(id, &claim, &result).await?.ok_or(DeadLetterRetryError::LeaseLost)?;
         let AttemptResult { error, http_status, .. } = result;
         Ok(Retried {
             success: error.is_none(),

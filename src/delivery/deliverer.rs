@@ -9,11 +9,11 @@ use super::{Webhooks, jobs, metrics, outbox::Outbox, send::batch_context};
 use crate::{
     domain::Scope,
     fault,
-    store::{SecretOf, StoreError},
+    store::{Purged, SecretOf, StoreError},
     supervise::{Part, named},
 };
 
-/// Delivers this node's part of the outbox until it is told to stop.
+/// Delivers this node's part of the outbox until its shutdown.
 pub struct Deliverer {
     webhooks: Webhooks,
     shutdown: CancellationToken,
@@ -30,7 +30,7 @@ impl Deliverer {
     /// then their leases expire, and the receivers get those events again.
     pub async fn run(self) {
         if !self.webhooks.inner.vault.is_sealing() {
-            warn!("no master key: webhook secrets are stored unsealed; set TIDEMILL_MASTER_KEY");
+            warn!("no master key: webhook secrets are stored unencrypted; set TIDEMILL_MASTER_KEY");
         }
         let outbox = Outbox::new(self.webhooks.clone(), self.shutdown.clone());
         self.webhooks.take_over().await;
@@ -61,30 +61,34 @@ impl Webhooks {
     pub(super) async fn take_over(&self) {
         if self.inner.options.sole_node {
             let reap = async || {
-                if let Err(error) = self.reap(true).await {
-                    warn!(%error, "leases of webhooks can't be looked at");
+                loop {
+                    match self.reap(true).await {
+                        Ok(Purged { more: true, .. }) => {}
+                        Ok(_) => return,
+                        Err(error) => return warn!(%error, "the leases of webhooks can't be read; they expire"),
+                    }
                 }
             };
             self.inner.taken_over.get_or_init(reap).await;
         }
     }
 
-    /// Ends attempts whose lease has expired, or `all`, and expires progress events. Returns the number of attempts.
+    /// Ends some attempts whose lease has expired, or `all`, and expires progress events. Counts the attempts.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub(crate) async fn reap(&self, all: bool) -> Result<u64, StoreError> {
+    pub(crate) async fn reap(&self, all: bool) -> Result<Purged, StoreError> {
         let inner = &self.inner;
         let schedule = &inner.options.schedule;
         let reaped = inner.store.reap_deliveries(all, |attempts| schedule.nominal(attempts)).await?;
         let count = reaped.pending + reaped.dead;
         if count > 0 {
-            info!(again = reaped.pending, dead = reaped.dead, "webhooks whose sender is gone");
+            info!(again = reaped.pending, dead = reaped.dead, "webhooks whose server stopped during the attempt");
             metrics::reaped(count);
             inner.wake.notify_one();
         }
         metrics::oldest_due(inner.store.oldest_due().await?.unwrap_or_default());
-        Ok(count)
+        Ok(Purged { count, more: reaped.more })
     }
 
     /// Time between two checks for expired leases and for a clock that was set back.
@@ -99,27 +103,25 @@ impl Webhooks {
     pub(crate) async fn mend_due_times(&self) -> Result<u64, StoreError> {
         let mended = self.inner.store.mend_due_times().await?;
         if mended > 0 {
-            warn!(
-                mended,
-                "the database's clock was set back; webhooks that were due later than they can be are due anew"
-            );
+            warn!(mended, "the database's clock was set back; the times of waiting webhooks are corrected");
             self.inner.wake.notify_one();
         }
         Ok(mended)
     }
 
-    /// Deletes dead letters and settled deliveries whose time is over. Returns how many.
+    /// Deletes some dead letters and settled deliveries that have been kept long enough.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub(crate) async fn purge(&self) -> Result<u64, StoreError> {
+    pub(crate) async fn purge(&self) -> Result<Purged, StoreError> {
         let inner = &self.inner;
         let dead_letters = inner.store.purge_dead_letters(inner.options.keep_dead_letters, &Scope::All).await?;
         let deliveries = inner.store.purge_deliveries(inner.options.keep_deliveries).await?;
-        if dead_letters > 0 || deliveries > 0 {
-            info!(dead_letters, deliveries, "old webhooks deleted");
+        let count = dead_letters.count + deliveries.count;
+        if count > 0 {
+            info!(dead_letters = dead_letters.count, deliveries = deliveries.count, "old webhooks deleted");
         }
-        Ok(dead_letters + deliveries)
+        Ok(Purged { count, more: dead_letters.more || deliveries.more })
     }
 
     /// Encrypts stored secrets with the current master key, so that the previous one can be removed.
@@ -132,7 +134,7 @@ impl Webhooks {
         let mut unopened = 0u64;
         let resealed = inner.store.reseal_secrets(|of, sealed| {
             let resealed = match of {
-                SecretOf::Endpoint(id) => inner.vault.reseal(sealed, id.as_str()),
+                SecretOf::Endpoint(id) => inner.vault.reseal(sealed, id),
                 SecretOf::Webhook(url) => inner.vault.reseal(sealed, &batch_context(url)),
             };
             resealed.unwrap_or_else(|_| {
@@ -142,13 +144,15 @@ impl Webhooks {
         });
         match resealed.await {
             Ok(0) => {}
-            Ok(count) => info!(count, "webhook secrets sealed with the present master key"),
-            Err(error) => warn!(%error, "webhook secrets can't be sealed anew; the next start tries again"),
+            Ok(count) => info!(count, "webhook secrets are now encrypted with the current master key"),
+            Err(error) => {
+                warn!(%error, "webhook secrets can't be encrypted with the current master key; the next start tries again")
+            }
         }
         if unopened > 0 {
             warn!(
                 count = unopened,
-                "webhook secrets can't be opened: their master key is neither the present nor the previous"
+                "webhook secrets can't be decrypted: neither --master-key nor --previous-master-key is theirs"
             );
         }
     }

@@ -35,7 +35,6 @@ pub const LATELY: Duration = Duration::from_secs(30);
 /// A target with deliveries that are due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Due {
-    /// The owner.
     pub owner: Owner,
     /// The target's key.
     pub target: String,
@@ -47,7 +46,7 @@ pub struct Due {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Counts {
     sends: usize,
-    /// Those to targets that have not answered lately.
+    /// The sends to targets that have not answered lately.
     unsure: usize,
 }
 
@@ -84,7 +83,7 @@ pub struct Fairness {
     limit: usize,
     in_flight: usize,
     owners: HashMap<Owner, OfOwner>,
-    /// Counts the places given: whoever was served longest ago is next.
+    /// Counts the places given. The owner, host or target that was served longest ago is next.
     clock: u64,
 }
 
@@ -126,7 +125,7 @@ impl Fairness {
         given.into_iter().map(|((owner, target), count)| ClaimShare::new(owner.clone(), target, count)).collect()
     }
 
-    /// What is due, by owner and host, those first that were served longest ago.
+    /// The due targets by owner and host; those that were served longest ago come first.
     fn in_order<'a>(&self, due: &'a [Due]) -> VecDeque<VecDeque<VecDeque<&'a Due>>> {
         let mut owners: BTreeMap<&Owner, BTreeMap<&str, Vec<&Due>>> = BTreeMap::new();
         for one in due {

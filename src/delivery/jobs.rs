@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Webhooks, dead_letter::RetryError, fairness::PER_TARGET};
+use super::{Webhooks, dead_letter::DeadLetterRetryError, fairness::PER_TARGET};
 use crate::{
     domain::{DeadLetterId, Owner, webhook::target_of},
     fault,
@@ -70,7 +70,7 @@ pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    warn!(%error, "retry jobs can't be looked at");
+                    warn!(%error, "retry jobs can't be read");
                     break;
                 }
             }
@@ -89,7 +89,7 @@ pub(super) async fn run(webhooks: &Webhooks, shutdown: &CancellationToken) {
                 };
                 turns.ended(owner);
                 // After an error of the database, wait before the next claim.
-                looks = ended.inspect_err(|error| warn!(%error, "a retry job can't go on now")).is_ok();
+                looks = ended.inspect_err(|error| warn!(%error, "a retry job can't continue now; it is tried again")).is_ok();
             }
             () = webhooks.inner.jobs.notified() => looks = true,
             () = sleep(LOOK_EVERY) => looks = true,
@@ -243,18 +243,21 @@ async fn retry(webhooks: &Webhooks, job: &ClaimedJob, id: DeadLetterId) -> Resul
     was_sent(retried.map(|_| ()))
 }
 
-fn was_sent(retried: Result<(), RetryError>) -> Result<bool, StoreError> {
+fn was_sent(retried: Result<(), DeadLetterRetryError>) -> Result<bool, StoreError> {
     match retried {
-        Ok(_) | Err(RetryError::LeaseLost | RetryError::Stopped) => Ok(true),
-        Err(RetryError::NotFound | RetryError::AlreadyDelivered | RetryError::Busy | RetryError::EndpointDeleted) => {
-            Ok(false)
-        }
+        Ok(_) | Err(DeadLetterRetryError::LeaseLost | DeadLetterRetryError::Stopped) => Ok(true),
+        Err(
+            DeadLetterRetryError::NotFound
+            | DeadLetterRetryError::AlreadyDelivered
+            | DeadLetterRetryError::Busy
+            | DeadLetterRetryError::EndpointDeleted,
+        ) => Ok(false),
         // This one can never be retried; the others can.
-        Err(RetryError::Store(error)) if error.is_final() => {
+        Err(DeadLetterRetryError::Store(error)) if error.is_final() => {
             warn!(%error, "a dead letter can't be retried");
             Ok(false)
         }
-        Err(RetryError::Store(error)) => Err(error),
+        Err(DeadLetterRetryError::Store(error)) => Err(error),
     }
 }
 
@@ -267,7 +270,7 @@ mod tests {
     /// A dead letter is skipped where there is nothing to try, and never because the database is away.
     #[test]
     fn a_database_that_is_away_skips_nothing() {
-        let store = |error| was_sent(Err(RetryError::Store(error)));
+        let store = |error| was_sent(Err(DeadLetterRetryError::Store(error)));
         assert!(matches!(
             store(StoreError::Unavailable(DbErr::Custom("away".into()))),
             Err(StoreError::Unavailable(_))
@@ -275,12 +278,12 @@ mod tests {
         assert!(matches!(store(StoreError::Rejected(DbErr::Custom("bug".into()))), Ok(false)));
         assert!(matches!(store(StoreError::Corrupt("odd".into())), Ok(false)));
         for (error, sent) in [
-            (RetryError::LeaseLost, true),
-            (RetryError::Stopped, true),
-            (RetryError::NotFound, false),
-            (RetryError::AlreadyDelivered, false),
-            (RetryError::Busy, false),
-            (RetryError::EndpointDeleted, false),
+            (DeadLetterRetryError::LeaseLost, true),
+            (DeadLetterRetryError::Stopped, true),
+            (DeadLetterRetryError::NotFound, false),
+            (DeadLetterRetryError::AlreadyDelivered, false),
+            (DeadLetterRetryError::Busy, false),
+            (DeadLetterRetryError::EndpointDeleted, false),
         ] {
             assert!(was_sent(Err(error)).is_ok_and(|was| was == sent));
         }

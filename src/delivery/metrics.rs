@@ -21,15 +21,12 @@ pub(super) fn describe() {
     describe_counter!(ATTEMPTS, "attempts to deliver a webhook, by outcome and kind of error");
     describe_histogram!(ATTEMPT_SECONDS, Unit::Seconds, "how long attempts to deliver a webhook took");
     describe_histogram!(DELIVERED_AFTER, Unit::Seconds, "how long after its event a webhook was delivered");
-    describe_counter!(DEAD_LETTERS, "webhooks that were given up, by reason");
-    describe_counter!(REAPED, "attempts whose server died, so that their outcome is unknown");
-    describe_counter!(
-        LEASES_LOST,
-        "outcomes of attempts that came after the server had lost the lease of the delivery"
-    );
+    describe_counter!(DEAD_LETTERS, "webhooks that became dead letters, by reason");
+    describe_counter!(REAPED, "attempts with an unknown outcome, because their server died");
+    describe_counter!(LEASES_LOST, "outcomes of attempts that came after their lease had expired");
     describe_gauge!(IN_FLIGHT, "webhooks that this server is sending");
-    describe_gauge!(TARGETS_HELD, "receivers that this server leaves alone for a while because they fail");
-    describe_gauge!(OLDEST_DUE, Unit::Seconds, "for how long the delivery that has been due longest has been so");
+    describe_gauge!(TARGETS_HELD, "receivers that this server holds or only probes because they fail");
+    describe_gauge!(OLDEST_DUE, Unit::Seconds, "how long the longest waiting delivery has been due");
 }
 
 /// Records the end of an attempt.

@@ -18,6 +18,6 @@ mod send;
 pub mod signature;
 mod webhooks;
 
-pub use dead_letter::{Retried, RetryError};
+pub use dead_letter::{DeadLetterRetryError, Retried};
 pub use deliverer::Deliverer;
-pub use webhooks::{AcceptError, DEFAULT_OVERLAP, MAX_OVERLAP, Options, TestError, Tested, Webhooks};
+pub use webhooks::{AcceptError, Options, TestError, Tested, Webhooks};

@@ -51,18 +51,18 @@ struct Unsettled {
     refused_since: Option<Instant>,
 }
 
-/// What a round is to do.
+/// The work of a round.
 struct Work {
     settle: Vec<Unsettled>,
     /// Results that the database has refused; each is tried in a transaction of its own.
     refused: Vec<Unsettled>,
     claim: Vec<ClaimShare>,
     look: bool,
-    /// Where the look continues for owners with very many targets.
+    /// The targets after which the query continues, for owners with very many targets.
     after: Vec<(Owner, String)>,
 }
 
-/// What a round has come to.
+/// The results of a round.
 #[derive(Default)]
 struct Done {
     settled: Vec<(Unsettled, SettledAs)>,
@@ -96,11 +96,11 @@ pub(super) struct Outbox {
     unclaimable: HashMap<(Owner, String), Instant>,
     /// The targets with due deliveries, as far as is known.
     due: Vec<Due>,
-    /// Where the next look continues for owners with very many targets.
+    /// The targets after which the next query continues, for owners with very many targets.
     after: Vec<(Owner, String)>,
-    /// Whether there may be news.
+    /// Whether there may be due deliveries that are not known yet.
     look: bool,
-    /// The time of the next look at the latest.
+    /// When due deliveries are queried next at the latest.
     look_at: Instant,
     /// Until when the database counts as away.
     away_until: Option<Instant>,
@@ -164,7 +164,7 @@ impl Outbox {
             }
         }
         if !self.sends.is_empty() {
-            warn!(count = self.sends.len(), "webhooks still in flight at shutdown; they will be sent again");
+            warn!(count = self.sends.len(), "webhooks were still being sent at the stop; they will be sent again");
         }
     }
 
@@ -215,7 +215,7 @@ impl Outbox {
             let since = *one.refused_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= KEPT || self.shutdown.is_cancelled() {
                 // Its lease expires, and the attempt counts.
-                error!(delivery = %one.settlement.id, "a webhook's result can't be written; it is sent again");
+                error!(delivery = %one.settlement.id, "a webhook's result can't be recorded; the webhook is sent again");
                 continue;
             }
             self.refused_again_at = Instant::now() + poll;
@@ -225,7 +225,7 @@ impl Outbox {
             self.fairness.give_back(&share.owner, &share.target, share.count);
         }
         for share in done.unclaimable {
-            error!(target = share.target, "a receiver's webhooks can't be claimed; they wait");
+            error!(target = share.target, "the database refuses to lease a receiver's webhooks; they wait");
             self.fairness.give_back(&share.owner, &share.target, share.count);
             self.due.retain(|due| due.owner != share.owner || due.target != share.target);
             self.unclaimable.insert((share.owner, share.target), Instant::now() + REFUSED);
@@ -291,7 +291,7 @@ impl Outbox {
             Err(error) => {
                 // Its lease expires, and the attempt counts.
                 if let Some((owner, target)) = self.in_flight.remove(&error.id()) {
-                    warn!(%error, target, "a webhook's sender died");
+                    warn!(%error, target, "the task that sent a webhook died");
                     self.fairness.failed(&owner, &target, None, now());
                 }
                 return;
@@ -354,7 +354,7 @@ async fn settle(store: &Store, groups: impl IntoIterator<Item = Vec<Unsettled>>,
     }
 }
 
-/// As [`settle`], for claims.
+/// Claims all shares in one transaction; if the database refuses that, each target by itself.
 async fn claim(store: &Store, shares: Vec<ClaimShare>, done: &mut Done) {
     let mut groups = VecDeque::from([shares]);
     while let Some(group) = groups.pop_front() {
@@ -390,7 +390,7 @@ impl Done {
     }
 }
 
-/// Waits for the end of the current round; for ever if there is none.
+/// Waits for the end of the current round. Never returns if there is none.
 async fn end_of(round: &mut Option<BoxFuture<'static, Done>>) -> Done {
     match round {
         Some(round) => round.await,

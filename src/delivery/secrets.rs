@@ -31,11 +31,10 @@ pub struct MasterKey {
 /// Why a text is not a master key. Contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadMasterKey {
-    /// It is not base64.
     #[error("a master key is base64, such as `openssl rand -base64 32` prints")]
     NotBase64,
     /// It is too short or too long.
-    #[error("a master key has 32 bytes, not {0}")]
+    #[error("a master key has 32 bytes; this one has {0}")]
     Length(usize),
 }
 
@@ -43,10 +42,10 @@ pub enum BadMasterKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// It was encrypted with a key that the server does not have.
-    #[error("the secret was sealed with a master key that this server does not have")]
+    #[error("the secret was encrypted with a master key that this server does not have")]
     UnknownKey,
     /// It was altered, or moved to a row for which it was not encrypted.
-    #[error("the sealed secret is damaged")]
+    #[error("the encrypted secret is damaged")]
     Damaged,
 }
 

@@ -135,7 +135,7 @@ impl Sender {
                         Ok(secret) => opened.push(secret),
                         Err(error) if at == 0 => return Err(unopenable(error)),
                         // The new secret signs; receivers that still have the old one will reject it.
-                        Err(error) => warn!(endpoint = %id, %error, "the previous secret can't be opened"),
+                        Err(error) => warn!(endpoint = %id, %error, "the previous secret can't be decrypted"),
                     }
                 }
                 Ok(opened)
@@ -197,7 +197,9 @@ fn answered(head: Head, body: &[u8]) -> Sent {
     let Head { status, retry_after, location } = head;
     let error = match status {
         status if status.is_success() => None,
-        StatusCode::GONE => Some((ErrorKind::Gone, "the receiver answered 410: it wants no more of this".to_owned())),
+        StatusCode::GONE => {
+            Some((ErrorKind::Gone, "the receiver answered 410 (Gone): it does not want this webhook".to_owned()))
+        }
         status if status.is_redirection() && location.is_some() => {
             let (code, to) = (status.as_u16(), location.unwrap_or_default());
             Some((

@@ -24,7 +24,7 @@ pub const STANDARD_SIGNATURE: &str = "webhook-signature";
 pub const STANDARD_ID: &str = "webhook-id";
 /// The header with the Unix seconds of this attempt.
 pub const STANDARD_TIMESTAMP: &str = "webhook-timestamp";
-/// As [`STANDARD_TIMESTAMP`].
+/// The header with the same timestamp, under the name that goes with [`BODY_SIGNATURE`].
 pub const TIMESTAMP: &str = "x-webhook-timestamp";
 
 const BODY_PREFIX: &str = "sha256=";
@@ -49,7 +49,7 @@ pub enum VerifyError {
     #[error("the timestamp is {0} s in the future; at most {MAX_SKEW_SECONDS} s is accepted")]
     TooNew(i64),
     /// No signature matches: the secret differs, or the body was changed.
-    #[error("no signature matches: the secret is another, or the body is not byte for byte what was sent")]
+    #[error("no signature matches: the secret is a different one, or the body is not byte for byte what was sent")]
     Mismatch,
 }
 

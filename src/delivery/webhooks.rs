@@ -23,11 +23,6 @@ use crate::{
     store::{ClaimedDelivery, EndpointChange, EndpointRecord, NewEndpoint, Settlement, Store, StoreError},
 };
 
-/// The default time for which the previous secret also signs after a rotation.
-pub const DEFAULT_OVERLAP: Duration = Duration::from_secs(24 * 3_600);
-/// The longest such time.
-pub const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 3_600);
-
 /// The options of delivery.
 #[derive(Debug)]
 pub struct Options {
@@ -225,30 +220,19 @@ impl Webhooks {
         Ok(changed)
     }
 
-    /// Gives an endpoint a new secret, generated if none is given; the previous one also signs for `overlap`. `None` if
-    /// there is no such endpoint. The secret is never shown again.
+    /// Gives an endpoint a new secret; the previous one also signs for `overlap`. `None` if there is no such endpoint.
     ///
     /// # Errors
-    /// [`AcceptError`].
+    /// [`StoreError`].
     pub async fn rotate_secret(
         &self,
         id: &WebhookEndpointId,
         scope: &Scope,
-        secret: Option<String>,
+        secret: &Secret,
         overlap: Duration,
-    ) -> Result<Option<(EndpointRecord, Secret)>, AcceptError> {
-        let invalid =
-            |field: &str, message: String| AcceptError::Invalid(vec![Invalid { field: field.into(), message }]);
-        if overlap > MAX_OVERLAP {
-            return Err(invalid("overlap", format!("the overlap is at most {} days", MAX_OVERLAP.as_secs() / 86_400)));
-        }
-        let secret = match secret {
-            Some(text) => Secret::try_new(text).map_err(|error| invalid("secret", error.to_string()))?,
-            None => Secret::generate(),
-        };
-        let sealed = self.inner.vault.seal(&secret, id.as_str());
-        let rotated = self.inner.store.rotate_secret(id, scope, &sealed, overlap).await?;
-        Ok(rotated.map(|endpoint| (endpoint, secret)))
+    ) -> Result<Option<EndpointRecord>, StoreError> {
+        let sealed = self.inner.vault.seal(secret, id.as_str());
+        self.inner.store.rotate_secret(id, scope, &sealed, overlap).await
     }
 
     /// Sends a test event to an endpoint once, like any other event. `None` if there is no such endpoint. Continues

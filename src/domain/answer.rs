@@ -22,14 +22,13 @@ use super::{Endpoint, TokenUsage};
 pub struct Reading {
     /// The token counts; missing or invalid ones are 0.
     pub usage: TokenUsage,
-    /// Whether it is an answer.
+    /// Whether the body is an answer, and if not, why.
     pub verdict: Verdict,
 }
 
 /// Whether a body is an answer of its endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is an answer.
     Answer(Ending),
     /// The engine stopped before the text was complete; says why.
     CutOff(String),
@@ -102,7 +101,7 @@ fn verdict(endpoint: Endpoint, fields: &Fields<'_>) -> Verdict {
 
 fn lacks(name: &str, found: Option<Field>, fields: &Fields<'_>) -> Verdict {
     Verdict::Bad(match found {
-        None if fields.has_error => format!("it holds an error and no `{name}`"),
+        None if fields.has_error => format!("it contains an error and no `{name}`"),
         None => format!("it has no `{name}`"),
         Some(Field::Empty) => format!("its `{name}` is empty"),
         Some(Field::Filled | Field::Text | Field::Other) => format!("its `{name}` is not a list"),

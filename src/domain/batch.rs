@@ -60,19 +60,12 @@ pub struct BatchError {
 /// When a batch entered each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateTimes {
-    /// `IN_PROGRESS`
     pub in_progress: Option<Timestamp>,
-    /// `FINALIZING`
     pub finalizing: Option<Timestamp>,
-    /// `COMPLETED`
     pub completed: Option<Timestamp>,
-    /// `FAILED`
     pub failed: Option<Timestamp>,
-    /// `EXPIRED`
     pub expired: Option<Timestamp>,
-    /// `CANCELLING`
     pub cancelling: Option<Timestamp>,
-    /// `CANCELLED`
     pub cancelled: Option<Timestamp>,
 }
 
@@ -98,15 +91,11 @@ impl StateTimes {
 /// A new batch, as a client describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewBatch {
-    /// The owner.
     pub owner: Owner,
-    /// The input file.
     pub input_file_id: FileId,
     /// The url of its requests.
     pub endpoint: Endpoint,
-    /// The completion window.
     pub completion_window: Duration,
-    /// The priority.
     pub priority: Priority,
     /// The client's metadata.
     pub metadata: BTreeMap<String, String>,
@@ -120,12 +109,9 @@ pub struct NewBatch {
     pub output_expires_after: Option<Duration>,
 }
 
-/// A batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// Its id.
     pub id: BatchId,
-    /// The owner.
     pub owner: Owner,
     /// Its state.
     pub status: BatchStatus,
@@ -135,7 +121,6 @@ pub struct Batch {
     pub endpoint: Endpoint,
     /// The models that its requests name, in the input file's order.
     pub models: Vec<String>,
-    /// The input file.
     pub input_file_id: FileId,
     /// The file with the successful lines, after the end.
     pub output_file_id: Option<FileId>,
@@ -149,9 +134,7 @@ pub struct Batch {
     pub errors: Vec<BatchError>,
     /// The client's metadata.
     pub metadata: BTreeMap<String, String>,
-    /// The priority.
     pub priority: Priority,
-    /// The completion window.
     pub completion_window: Duration,
     /// When it was created.
     pub created_at: Timestamp,
@@ -159,7 +142,6 @@ pub struct Batch {
     pub expires_at: Timestamp,
     /// When it entered each state.
     pub times: StateTimes,
-    /// Segments in all.
     pub segments: i32,
     /// Segments whose results are final.
     pub segments_done: i32,

@@ -2,49 +2,44 @@
 
 use std::{fmt, str::FromStr};
 
-/// An endpoint of a worker that batch requests may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+use strum::{EnumCount, IntoStaticStr, VariantArray};
+
+use super::variants;
+
+/// An endpoint of a worker that batch requests may use. Messages list them in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumCount, VariantArray, IntoStaticStr)]
 pub enum Endpoint {
     /// `/v1/chat/completions`
+    #[strum(serialize = "/v1/chat/completions")]
     ChatCompletions,
     /// `/v1/completions`
+    #[strum(serialize = "/v1/completions")]
     Completions,
     /// `/v1/embeddings`
+    #[strum(serialize = "/v1/embeddings")]
     Embeddings,
     /// `/v1/responses`
+    #[strum(serialize = "/v1/responses")]
     Responses,
     /// `/v1/score`
+    #[strum(serialize = "/v1/score")]
     Score,
     /// `/v1/rerank`
+    #[strum(serialize = "/v1/rerank")]
     Rerank,
     /// `/v1/messages`, of Anthropic's API
+    #[strum(serialize = "/v1/messages")]
     Messages,
 }
 
 impl Endpoint {
-    /// All of them, in the order in which messages list them.
-    pub const ALL: [Self; 7] = [
-        Self::ChatCompletions,
-        Self::Completions,
-        Self::Embeddings,
-        Self::Responses,
-        Self::Score,
-        Self::Rerank,
-        Self::Messages,
-    ];
+    /// All of them.
+    pub const ALL: [Self; Self::COUNT] = variants();
 
     /// The path, from `/v1`.
     #[must_use]
     pub fn path(self) -> &'static str {
-        match self {
-            Self::ChatCompletions => "/v1/chat/completions",
-            Self::Completions => "/v1/completions",
-            Self::Embeddings => "/v1/embeddings",
-            Self::Responses => "/v1/responses",
-            Self::Score => "/v1/score",
-            Self::Rerank => "/v1/rerank",
-            Self::Messages => "/v1/messages",
-        }
+        self.into()
     }
 
     /// All paths as one text, for messages.
@@ -60,7 +55,7 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// A path that is none of [`Endpoint::ALL`].
+/// A path that no [`Endpoint`] has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown endpoint {0:?}; expected one of {list}", list = Endpoint::list())]
 pub struct UnknownEndpoint(pub String);

@@ -2,7 +2,6 @@
 
 use super::{BatchId, Endpoint, FileId, Owner, Timestamp};
 
-/// What a file is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// An uploaded input (purpose `batch`).
@@ -24,14 +23,10 @@ impl FileKind {
     }
 }
 
-/// A file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct File {
-    /// Its id.
     pub id: FileId,
-    /// The owner.
     pub owner: Owner,
-    /// The kind of file.
     pub kind: FileKind,
     /// A name for people.
     pub filename: String,

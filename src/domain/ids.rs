@@ -54,8 +54,8 @@ text_id!(
     "worker_"
 );
 text_id!(
-    /// One run of one tidemill process: `node_…`. A restarted process is a new node, so it can't be taken for its
-    /// former self.
+    /// One run of a tidemill process: `node_…`. A restarted process is a new node, so its leases differ from those of
+    /// its last run.
     NodeId,
     "node_"
 );

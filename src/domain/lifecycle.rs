@@ -1,7 +1,11 @@
 //! The lifecycle of a batch as one pure function: `(state, input) -> (state, ...)`, or a refusal.
 
+use strum::{EnumCount, EnumString, IntoStaticStr, VariantArray};
+
+use super::variants;
+
 /// The states of a batch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::EnumString, strum::IntoStaticStr)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumCount, VariantArray, EnumString, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum BatchStatus {
     /// Its input is being checked.
@@ -24,16 +28,7 @@ pub enum BatchStatus {
 
 impl BatchStatus {
     /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Validating,
-        Self::InProgress,
-        Self::Finalizing,
-        Self::Completed,
-        Self::Failed,
-        Self::Expired,
-        Self::Cancelling,
-        Self::Cancelled,
-    ];
+    pub const ALL: [Self; Self::COUNT] = variants();
 
     /// The state's name in OpenAI's terms, as stored.
     #[must_use]
@@ -94,7 +89,7 @@ impl Ending {
 
 /// What can happen to a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Input {
+pub enum BatchTrigger {
     /// Its input is valid.
     Validated,
     /// Its input can't be run, or its results can't be stored.
@@ -119,53 +114,56 @@ pub struct Transition {
 /// An input that the state does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a batch that is {} can't take the input {input:?}", from.as_str())]
-pub struct Refused {
+pub struct BatchRefusal {
     /// The state.
     pub from: BatchStatus,
-    /// The input.
-    pub input: Input,
+    pub input: BatchTrigger,
 }
 
 /// The state machine of a batch. `ending` is how the batch was already decided to end.
 ///
 /// # Errors
-/// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
+/// [`BatchRefusal`] where the input makes no sense in the state: the caller must write nothing.
 #[allow(clippy::match_same_arms)] // read as a table: one block an input
-pub fn apply(from: BatchStatus, ending: Option<Ending>, input: Input) -> Result<Transition, Refused> {
+pub fn apply(from: BatchStatus, ending: Option<Ending>, input: BatchTrigger) -> Result<Transition, BatchRefusal> {
     use BatchStatus::{Cancelled, Cancelling, Completed, Expired, Failed, Finalizing, InProgress, Validating};
     const UNCHANGED: Transition = Transition { entered: &[], ending: None };
     let enter = |entered: &'static [BatchStatus]| Ok(Transition { entered, ending: None });
-    let refused = Err(Refused { from, input });
+    let refused = Err(BatchRefusal { from, input });
     match (from, input) {
-        (Validating, Input::Validated) => enter(&[InProgress]),
-        (InProgress | Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::Validated) => refused,
+        (Validating, BatchTrigger::Validated) => enter(&[InProgress]),
+        (InProgress | Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, BatchTrigger::Validated) => {
+            refused
+        }
 
-        (Validating | InProgress, Input::Unrunnable) => enter(&[Failed]),
+        (Validating | InProgress, BatchTrigger::Unrunnable) => enter(&[Failed]),
         // Without the input the remaining lines can't even be written as cancelled, so the batch has failed; finished
         // results are kept.
-        (Finalizing | Cancelling, Input::Unrunnable) => enter(&[Failed]),
-        (Completed | Failed | Expired | Cancelled, Input::Unrunnable) => refused,
+        (Finalizing | Cancelling, BatchTrigger::Unrunnable) => enter(&[Failed]),
+        (Completed | Failed | Expired | Cancelled, BatchTrigger::Unrunnable) => refused,
 
-        (Validating | InProgress, Input::CancelRequested) => {
+        (Validating | InProgress, BatchTrigger::CancelRequested) => {
             Ok(Transition { entered: &[Cancelling], ending: Some(Ending::Cancelled) })
         }
-        (Cancelling | Cancelled, Input::CancelRequested) => Ok(UNCHANGED),
-        (Finalizing | Completed | Failed | Expired, Input::CancelRequested) => refused,
+        (Cancelling | Cancelled, BatchTrigger::CancelRequested) => Ok(UNCHANGED),
+        (Finalizing | Completed | Failed | Expired, BatchTrigger::CancelRequested) => refused,
 
-        (Validating | InProgress, Input::WindowClosed) => {
+        (Validating | InProgress, BatchTrigger::WindowClosed) => {
             Ok(Transition { entered: &[Finalizing], ending: Some(Ending::Expired) })
         }
         // It is ending already, so a closed window adds nothing.
-        (Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, Input::WindowClosed) => Ok(UNCHANGED),
+        (Finalizing | Cancelling | Completed | Failed | Expired | Cancelled, BatchTrigger::WindowClosed) => {
+            Ok(UNCHANGED)
+        }
 
-        (InProgress, Input::AllLinesDone) => enter(&[Finalizing, Completed]),
-        (Cancelling, Input::AllLinesDone) => enter(&[Cancelled]),
-        (Finalizing, Input::AllLinesDone) => match ending {
+        (InProgress, BatchTrigger::AllLinesDone) => enter(&[Finalizing, Completed]),
+        (Cancelling, BatchTrigger::AllLinesDone) => enter(&[Cancelled]),
+        (Finalizing, BatchTrigger::AllLinesDone) => match ending {
             Some(Ending::Expired) => enter(&[Expired]),
             Some(Ending::Cancelled) => enter(&[Cancelled]),
             None => enter(&[Completed]),
         },
-        (Validating | Completed | Failed | Expired | Cancelled, Input::AllLinesDone) => refused,
+        (Validating | Completed | Failed | Expired | Cancelled, BatchTrigger::AllLinesDone) => refused,
     }
 }
 
@@ -175,8 +173,13 @@ mod tests {
 
     use super::*;
 
-    const INPUTS: [Input; 5] =
-        [Input::Validated, Input::Unrunnable, Input::CancelRequested, Input::WindowClosed, Input::AllLinesDone];
+    const INPUTS: [BatchTrigger; 5] = [
+        BatchTrigger::Validated,
+        BatchTrigger::Unrunnable,
+        BatchTrigger::CancelRequested,
+        BatchTrigger::WindowClosed,
+        BatchTrigger::AllLinesDone,
+    ];
 
     /// Databases have them: a variant may be renamed, its name may not.
     #[test]
@@ -190,7 +193,7 @@ mod tests {
         assert_eq!(BatchStatus::from_text("Completed"), None);
     }
 
-    fn run(inputs: &[Input]) -> (Vec<BatchStatus>, Option<Ending>) {
+    fn run(inputs: &[BatchTrigger]) -> (Vec<BatchStatus>, Option<Ending>) {
         let (mut path, mut ending) = (vec![BatchStatus::Validating], None);
         for input in inputs {
             if let Ok(step) = apply(path[path.len() - 1], ending, *input) {
@@ -203,7 +206,7 @@ mod tests {
 
     #[test]
     fn the_good_way() {
-        let (path, ending) = run(&[Input::Validated, Input::AllLinesDone]);
+        let (path, ending) = run(&[BatchTrigger::Validated, BatchTrigger::AllLinesDone]);
         assert_eq!(
             path,
             [BatchStatus::Validating, BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Completed]
@@ -213,20 +216,20 @@ mod tests {
 
     #[test]
     fn a_closed_window_ends_as_expired_through_finalizing() {
-        let (path, ending) = run(&[Input::Validated, Input::WindowClosed, Input::AllLinesDone]);
+        let (path, ending) = run(&[BatchTrigger::Validated, BatchTrigger::WindowClosed, BatchTrigger::AllLinesDone]);
         assert_eq!(path[1..], [BatchStatus::InProgress, BatchStatus::Finalizing, BatchStatus::Expired]);
         assert_eq!(ending, Some(Ending::Expired));
     }
 
     #[test]
     fn cancelling_twice_is_cancelling_once() {
-        let once = run(&[Input::Validated, Input::CancelRequested, Input::AllLinesDone]);
+        let once = run(&[BatchTrigger::Validated, BatchTrigger::CancelRequested, BatchTrigger::AllLinesDone]);
         let twice = run(&[
-            Input::Validated,
-            Input::CancelRequested,
-            Input::CancelRequested,
-            Input::AllLinesDone,
-            Input::CancelRequested,
+            BatchTrigger::Validated,
+            BatchTrigger::CancelRequested,
+            BatchTrigger::CancelRequested,
+            BatchTrigger::AllLinesDone,
+            BatchTrigger::CancelRequested,
         ]);
         assert_eq!(once, twice);
         assert_eq!(once.0.last(), Some(&BatchStatus::Cancelled));

@@ -30,7 +30,6 @@ impl LineSet {
         new
     }
 
-    /// Whether it contains a line.
     #[must_use]
     pub fn contains(&self, line: u32) -> bool {
         self.bits.get(line as usize / 8).is_some_and(|byte| byte & (1 << (line % 8)) != 0)
@@ -52,7 +51,6 @@ impl LineSet {
         self.bits.iter().map(|byte| byte.count_ones() as usize).sum()
     }
 
-    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.bits.iter().all(|byte| *byte == 0)

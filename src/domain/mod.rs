@@ -20,6 +20,8 @@ pub mod weight;
 pub mod worker_health;
 pub mod worker_priority;
 
+use strum::VariantArray;
+
 pub use batch::{Batch, BatchError, Counts, NewBatch, Priority};
 pub use clocks::Clocks;
 pub use endpoint::Endpoint;
@@ -37,3 +39,11 @@ pub use usage::TokenUsage;
 pub use weight::{BadWeight, Weight, Weights};
 pub use worker_health::{HealthChange, HealthInterval, HealthPath, OwnHealth};
 pub use worker_priority::WorkerPriority;
+
+/// All variants of an enum, of which there must be `N`.
+const fn variants<T: Copy + VariantArray, const N: usize>() -> [T; N] {
+    match T::VARIANTS.first_chunk() {
+        Some(all) => *all,
+        None => panic!("an enum has as many variants as its count says"),
+    }
+}

@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 pub struct Owner(String);
 
 impl Owner {
-    /// The owner of this name.
     pub fn named(name: impl Into<String>) -> Self {
         Self(name.into())
     }

@@ -24,7 +24,7 @@ pub struct RequestLine<'a> {
     pub custom_id: Cow<'a, str>,
     /// The `custom_id` as the client wrote it: a JSON string with its quotes, for the result line.
     pub custom_id_json: &'a str,
-    /// Its `url`.
+    /// The endpoint that its `url` names.
     pub endpoint: Endpoint,
     /// The body's `model`.
     pub model: Cow<'a, str>,

@@ -17,7 +17,6 @@ pub fn is_plain(text: &str) -> bool {
 /// Why a text is not the URL of a server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadUrl {
-    /// It is empty.
     #[error("a URL is needed, such as https://example.com/path")]
     Empty,
     /// It has a character that a browser would drop or change, and so call another URL than the one written.

@@ -23,7 +23,6 @@ impl Weight {
         (1..=Self::MAX).contains(&value).then_some(Self(value))
     }
 
-    /// The number.
     #[must_use]
     pub fn get(self) -> u16 {
         self.0
@@ -50,7 +49,6 @@ impl FromStr for Weight {
 pub struct Weights(BTreeMap<Owner, Weight>);
 
 impl Weights {
-    /// The weight of an owner.
     #[must_use]
     pub fn of(&self, owner: &Owner) -> Weight {
         self.0.get(owner).copied().unwrap_or_default()

@@ -18,7 +18,7 @@ impl HealthPath {
         self.0.as_deref()
     }
 
-    /// As it is read: the path, or "none".
+    /// The setting's text: the path, or "none".
     #[must_use]
     pub fn as_str(&self) -> &str {
         self.path().unwrap_or(NONE)
@@ -50,14 +50,14 @@ impl HealthInterval {
     /// The longest.
     pub const MOST: Duration = Duration::from_secs(3_600);
 
-    /// That time, if it is in the range. What is finer than a microsecond is left out.
+    /// An interval of this length, if it is in range. Rounded down to microseconds.
     #[must_use]
     pub fn new(span: Duration) -> Option<Self> {
         let good = (Self::LEAST..=Self::MOST).contains(&span);
         good.then(|| Self(Duration::from_micros(u64::try_from(span.as_micros()).unwrap_or(u64::MAX))))
     }
 
-    /// That many microseconds, as they are stored.
+    /// The stored form, in microseconds.
     #[must_use]
     pub fn from_micros(micros: i64) -> Option<Self> {
         Self::new(Duration::from_micros(u64::try_from(micros).ok()?))
@@ -79,7 +79,7 @@ impl HealthInterval {
 /// A worker's own settings. None: the server's are used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OwnHealth {
-    /// What it is asked for.
+    /// The path of the check. `None`: the server's setting.
     pub path: Option<HealthPath>,
     /// How often.
     pub interval: Option<HealthInterval>,
@@ -88,9 +88,9 @@ pub struct OwnHealth {
 /// A change of a worker's own settings. None: the setting stays as it is. `Some(None)`: the server's is used from now on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HealthChange {
-    /// Of its path.
+    /// The new path. `Some(None)`: the server's setting again.
     pub path: Option<Option<HealthPath>>,
-    /// Of its interval.
+    /// The new interval. `Some(None)`: the server's setting again.
     pub interval: Option<Option<HealthInterval>>,
 }
 

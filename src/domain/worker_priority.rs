@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-/// How batch requests tell their worker that others go first.
+/// How a batch request tells its worker that other requests go first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WorkerPriority {
     /// In a header that vLLM reads and others ignore.
@@ -10,7 +10,7 @@ pub enum WorkerPriority {
     Auto,
     /// Not at all.
     Off,
-    /// As this `priority` in their body. A lower number goes first.
+    /// By this `priority` in their body. Lower numbers go first.
     Body(i32),
 }
 

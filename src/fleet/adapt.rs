@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{
     InFlight, Inner, Load,
-    limit::{Limiter, Seen, TICK},
+    limit::{LimitFinder, Seen, TICK},
     load::{self, HitRate},
     probe,
     worker::{Deeds, Worker, below},
@@ -26,25 +26,29 @@ const LIMIT: Family =
 const IN_FLIGHT: Family =
     Family::gauge("tidemill_worker_in_flight", "requests that this server has in flight at the worker");
 const RUNNING: Family =
-    Family::gauge("tidemill_worker_running", "requests that run there, of all clients, by the worker's own account");
+    Family::gauge("tidemill_worker_running", "requests that the worker reports as running, of all clients");
 const WAITING: Family =
-    Family::gauge("tidemill_worker_waiting", "requests that wait there, of all clients, by the worker's own account");
+    Family::gauge("tidemill_worker_waiting", "requests that the worker reports as waiting, of all clients");
 const CACHE: Family =
     Family::gauge("tidemill_worker_kv_cache_usage", "the share of the worker's KV cache that is in use, 0 to 1");
 const HIT_RATE: Family = Family::gauge(
     "tidemill_worker_prefix_hit_rate",
     "the share of prompt tokens that its prefix cache held, 0 to 1, lately",
 );
-const REQUESTS: Family =
-    Family::gauge("tidemill_worker_requests_per_second", "requests answered per second, as seen from here");
-const TOKENS: Family =
-    Family::gauge("tidemill_worker_output_tokens_per_second", "generated tokens per second, as seen from here");
+const REQUESTS: Family = Family::gauge(
+    "tidemill_worker_requests_per_second",
+    "requests that the worker answers per second, measured by this server",
+);
+const TOKENS: Family = Family::gauge(
+    "tidemill_worker_output_tokens_per_second",
+    "tokens that the worker generates per second, measured by this server",
+);
 
 /// Adjusts a worker's limit until the worker is removed.
 pub(super) async fn run(fleet: Arc<Inner>, worker: Arc<Worker>, base: Url) {
     let mut limiter = match fleet.options.limit {
         InFlight::Fixed(_) => None,
-        InFlight::Adaptive { cap } => Some(Limiter::new(cap)),
+        InFlight::Adaptive { cap } => Some(LimitFinder::new(cap)),
     };
     let began = Instant::now();
     let (mut read_at, mut published_at) = (None::<Instant>, began);

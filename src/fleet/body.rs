@@ -138,7 +138,7 @@ impl Deflate {
     }
 }
 
-/// What comes out of a decoder, within the bound of an answer.
+/// The output of a decoder, up to the size limit of an answer.
 #[derive(Default)]
 struct Sink {
     bytes: Vec<u8>,
@@ -250,12 +250,12 @@ impl Decoder {
 fn unknown(codings: &str) -> Unread {
     let shown: String = codings.chars().take(100).collect();
     Unread::Bad(format!(
-        "its Content-Encoding is {shown:?}, and tidemill reads only gzip, deflate and zstd: switch that off between them"
+        "its Content-Encoding is {shown:?}, and tidemill reads only gzip, deflate and zstd: switch the encoding off in the worker or the proxy before it"
     ))
 }
 
 fn corrupt(name: &str, error: &io::Error) -> Unread {
-    Unread::Bad(format!("its {name} data are corrupt or end early ({error})"))
+    Unread::Bad(format!("its {name} data is corrupt or ends early ({error})"))
 }
 
 #[cfg(test)]

@@ -37,7 +37,6 @@ const SHOWN: usize = 200;
 /// One request to a worker.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
-    /// The endpoint.
     pub endpoint: Endpoint,
     /// The model that the body names.
     pub model: &'a str,
@@ -85,7 +84,7 @@ pub(super) fn is_missing_model(body: &[u8]) -> bool {
         || (of_model && refusal.kind.is_some_and(|kind| kind == "NotFoundError"))
 }
 
-/// Whether the body of a 404 is none of OpenAI's API, in which an error has a message, and so is not about the request.
+/// Whether the body of a 404 lacks the error message of OpenAI's API, so that the 404 is not about the request.
 fn is_plain_404(body: &[u8]) -> bool {
     let Ok(page) = serde_json::from_slice::<serde_json::Value>(body) else { return true };
     let error = page.get("error").unwrap_or(&page);

@@ -7,7 +7,7 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 pub struct Extras(pub HeaderMap);
 
 impl Extras {
-    /// Those of an answer that its client needs.
+    /// The headers of an answer that its client needs.
     pub(super) fn of(headers: &HeaderMap) -> Self {
         let kept = [CONTENT_TYPE, RETRY_AFTER].into_iter();
         Self(kept.filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect())

@@ -38,7 +38,7 @@ impl Fleet {
         self.infer_with(tenant, endpoint, model, body, timeout, Extras::default()).await
     }
 
-    /// The same, with further headers.
+    /// Like [`Self::infer`], with further headers.
     ///
     /// # Errors
     /// [`InferError`].

@@ -21,7 +21,7 @@ const OUTAGES: Family =
 pub(super) fn describe_metrics() {
     metrics::describe_counter!(
         OWN_FAULTS,
-        "requests and health checks that failed because this server lacks something, by what"
+        "requests and health checks that failed because this server lacked a resource, by resource"
     );
 }
 
@@ -72,7 +72,7 @@ impl Slot {
             }
             tracing::warn!(
                 worker = %self.worker.id, url = %self.worker.url, ?model,
-                "the worker {sign}: it is held, and single requests find out whether it answers again"
+                "the worker {sign}: it gets single requests on trial until it answers again"
             );
         }
         self.fleet.refresh(&self.worker);
@@ -128,7 +128,7 @@ pub(super) fn own_fault(error: &(dyn std::error::Error + 'static)) -> Option<&'s
     None
 }
 
-/// The same numbers on Linux, macOS and the BSDs; std has no kinds for them.
+/// Error numbers that are equal on Linux, macOS and the BSDs, and for which std has no kinds.
 const EMFILE: i32 = 24;
 const ENFILE: i32 = 23;
 

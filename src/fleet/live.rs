@@ -29,7 +29,6 @@ const REFUSAL_TIME: Duration = Duration::from_secs(10);
 /// A request that passes through.
 #[derive(Clone, Debug)]
 pub struct LiveCall<'a> {
-    /// The endpoint.
     pub endpoint: Endpoint,
     /// The rest of the path below the endpoint; empty for the endpoint itself.
     pub below: &'static str,
@@ -37,7 +36,7 @@ pub struct LiveCall<'a> {
     pub model: &'a str,
     /// The body, sent unchanged.
     pub body: Bytes,
-    /// What goes along.
+    /// Headers that are passed on to the worker.
     pub headers: Extras,
     /// How long a worker may take to begin its answer, and how long it may pause within it.
     pub timeout: Duration,
@@ -57,7 +56,6 @@ pub struct Passing {
 
 /// What a worker answered to a try.
 enum Begun {
-    /// This is the answer.
     Answer(Passing),
     /// Another worker may take the request; this is the answer if none does.
     Refused(Passing),
@@ -185,7 +183,7 @@ impl HeldSlot {
         (Passing { worker, status, headers, body }, is_missing)
     }
 
-    /// An answer that passes through. It holds the slot to its end.
+    /// Passes an answer through. It holds the slot until it ends.
     fn passing(self, mut response: Response, began: Instant, pause: Duration) -> Passing {
         let worker = self.slot.worker.id.clone();
         let (status, headers) = (response.status().as_u16(), Extras::of(response.headers()));

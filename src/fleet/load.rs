@@ -38,8 +38,8 @@ pub struct HitRate {
 }
 
 impl HitRate {
-    /// Takes in what the worker reports. Returns the share of prompt tokens that were in its prefix cache, 0 to 1, since it
-    /// last looked any up; none as long as it has not.
+    /// Records a report of the worker. Returns the share of prompt tokens, 0 to 1, that its prefix cache held since the
+    /// report before; `None` if it has looked up none since.
     pub fn observe(&mut self, load: &Load) -> Option<f64> {
         let now = (load.prefix_queries, load.prefix_hits);
         // A worker that was restarted counts from 0, and its cache is empty.

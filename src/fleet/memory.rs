@@ -25,7 +25,7 @@ const UNIT: usize = 1_024;
 pub(super) struct AnswerMemory {
     small: Half,
     large: Half,
-    /// Its holder may continue without room.
+    /// The permit of the one answer that may continue without a reservation.
     beyond: Arc<Semaphore>,
 }
 

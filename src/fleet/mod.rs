@@ -59,7 +59,7 @@ pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
 
 use crate::{
-    config::Secret,
+    config::SecretSetting,
     domain::{HealthChange, OwnHealth, Timestamp, WorkerId},
     fault, https,
     store::{RemovedWorker, Store, StoreError, WorkerRecord},
@@ -76,7 +76,6 @@ const INFER_TRIES: usize = 3;
 /// Idle connections are closed before vLLM's server closes them (5 s), so that no request meets a closing one.
 const POOL_IDLE: Duration = Duration::from_secs(3);
 
-/// The state of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WorkerState {
     /// It has not passed a health check yet.
@@ -92,13 +91,11 @@ pub enum WorkerState {
 /// A worker as clients see it.
 #[derive(Clone, Debug)]
 pub struct WorkerView {
-    /// Its id.
     pub id: WorkerId,
     /// Base URL, without `/v1`.
     pub url: String,
     /// The models that its `/v1/models` lists.
     pub models: Vec<String>,
-    /// How it is.
     pub state: WorkerState,
     /// Requests that this node has in flight at it.
     pub in_flight: u32,
@@ -117,7 +114,7 @@ pub struct WorkerView {
     pub request_time: Option<Duration>,
     /// Why it is down.
     pub last_error: Option<String>,
-    /// What it does to every request, or to every one for a model, while it is at fault.
+    /// How it fails all requests, or all requests for a model, while it is at fault.
     pub complaints: Vec<Complaint>,
     /// How it is asked whether it is well, where that is not the server's setting.
     pub health: OwnHealth,
@@ -126,13 +123,13 @@ pub struct WorkerView {
 }
 
 impl WorkerView {
-    /// Whether it lists the model, or a pattern that stands for it.
+    /// Whether it lists the model or a pattern that matches it.
     #[must_use]
     pub fn serves(&self, model: &str) -> bool {
         self.models.iter().any(|listed| names::stands_for(listed, model))
     }
 
-    /// What it does to every request for the model.
+    /// How it fails all requests for the model, if it does.
     #[must_use]
     pub fn complaint_of(&self, model: &str) -> Option<&Complaint> {
         self.complaints.iter().find(|complaint| complaint.model.as_deref().is_none_or(|of| of == model))
@@ -182,7 +179,7 @@ pub enum FleetError {
     #[error("worker {0} comes from the server's configuration: remove it there")]
     FromConfig(WorkerId),
     /// The HTTP client can't be made.
-    #[error("the HTTP client for workers could not be made: {0}")]
+    #[error("the HTTP client for workers can't be created: {0}")]
     Client(String),
     /// The database failed.
     #[error(transparent)]
@@ -208,7 +205,7 @@ pub enum InferError {
 pub enum InFlight {
     /// This fixed limit, at least 1.
     Fixed(u32),
-    /// As many as keep the worker full, found by measuring.
+    /// The number that keeps the worker full, found by measuring.
     Adaptive {
         /// The upper bound, at least 1.
         cap: u32,
@@ -220,7 +217,7 @@ impl InFlight {
     fn first(self) -> u32 {
         match self {
             Self::Fixed(limit) => limit,
-            Self::Adaptive { cap } => limit::Limiter::new(cap).limit(),
+            Self::Adaptive { cap } => limit::LimitFinder::new(cap).limit(),
         }
     }
 }
@@ -231,7 +228,7 @@ pub struct FleetOptions {
     /// The limit of requests in flight per worker.
     pub limit: InFlight,
     /// Sent to every worker as a bearer token: what `vllm serve --api-key` asks for.
-    pub api_key: Option<Secret>,
+    pub api_key: Option<SecretSetting>,
     /// Bytes that answers may hold from their first byte until their result line is durable; one answer more at most.
     pub answer_memory: u64,
     /// How workers' health is checked.
@@ -319,7 +316,7 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// What runs its loops: those of whoever works with the workers run there, too.
+    /// The task set of the fleet's loops, for loops of other parts that work with workers.
     #[must_use]
     pub fn supervisor(&self) -> &Supervisor {
         &self.inner.supervisor
@@ -415,7 +412,7 @@ impl Fleet {
         self.register_with(url, &HealthChange::default()).await
     }
 
-    /// The same, and changes how it is asked whether it is well.
+    /// Like [`Self::register`]; also changes the worker's own health check settings.
     ///
     /// # Errors
     /// [`FleetError::BadUrl`], [`FleetError::Store`].
@@ -466,7 +463,7 @@ impl Fleet {
         self.inner.desks.lock().board.served()
     }
 
-    /// Those of the models that no healthy worker serves that is not draining.
+    /// The given models that no healthy, undrained worker serves.
     #[must_use]
     pub fn unserved<'a>(&self, models: &'a [String]) -> Vec<&'a str> {
         let desks = self.inner.desks.lock();

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 pub const REQUESTS: usize = 8;
 /// The share of the failures since the last success that must be alike: three of four.
 const ALIKE: (usize, usize) = (3, 4);
-/// For this long after a success the worker is not at fault: a few bad lines may follow each other.
+/// Time after a success during which the worker is not at fault, because a few bad lines may follow each other.
 const GRACE: Duration = Duration::from_millis(100);
 /// The time before the first request on trial. It doubles with each that fails.
 pub const FIRST_GAP: Duration = Duration::from_millis(100);
@@ -64,7 +64,7 @@ impl std::fmt::Display for Sign {
         match self {
             Self::Status(status) => write!(f, "answers {status} to every request"),
             Self::Broken => f.write_str("breaks off every request"),
-            Self::Bad(_) => f.write_str("answers every request with the same, and that is no answer"),
+            Self::Bad(_) => f.write_str("answers every request with the same invalid answer"),
         }
     }
 }
@@ -84,9 +84,7 @@ struct Shared {
 pub enum Verdict {
     /// Not known yet: nothing has succeeded since, and too little has failed.
     Open,
-    /// The worker.
     Worker,
-    /// The request.
     Request,
 }
 
@@ -138,7 +136,7 @@ impl Eq for Blame {}
 /// How many requests may be sent to a worker now, as far as outages are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
-    /// As many requests as it has slots.
+    /// Requests may use all slots.
     Open,
     /// This many on trial, in all, until one comes back: they find out whether it answers again.
     Trial(u32),
@@ -312,7 +310,7 @@ impl Outage {
         }
     }
 
-    /// When the result of [`Outage::gate`] changes by itself. `None`: not before a request comes back.
+    /// When [`Outage::gate`] changes with time alone. `None`: not before a request ends.
     #[must_use]
     pub fn changes_at(&self, now: Instant) -> Option<Instant> {
         let held = [self.asked, self.paused.map(|(until, _)| until)].into_iter().flatten().filter(|until| now < *until);
@@ -339,7 +337,7 @@ impl Outage {
         (most.count > 1).then_some((most.sign, since))
     }
 
-    /// Its outage, if it has one: how requests fail, and since when.
+    /// The current outage: how requests fail, and since when.
     #[must_use]
     pub fn complaint(&self) -> Option<(Sign, Instant)> {
         self.fault.as_ref().map(|fault| (fault.sign, fault.since))

@@ -91,7 +91,7 @@ impl Outages {
         gates.filter(|(_, gate)| *gate != Gate::Open).collect()
     }
 
-    /// When one of these changes by itself.
+    /// When the gate of the worker or of one of its models changes with time alone.
     pub(super) fn changes_at(&self, now: Instant) -> Option<Instant> {
         self.all().filter_map(|(_, outage)| outage.changes_at(now)).min()
     }
@@ -101,7 +101,7 @@ impl Outages {
         self.whole.is_doubted() || self.models.get(model).is_some_and(Outage::is_doubted)
     }
 
-    /// What is wrong with it or with one of its models, since when, and whether that is certain.
+    /// The faults of the worker and of its models, since when, and whether they are certain.
     pub(super) fn complaints(&self, now: Instant) -> Vec<(Option<&Arc<str>>, Sign, Instant, bool)> {
         let complaint = |(model, outage): (_, &Outage)| {
             let certain = outage.complaint().map(|(sign, since)| (model, sign, since, true));

@@ -21,7 +21,7 @@ pub struct Answer {
     pub body: Bytes,
     /// The token counts of a body that is JSON. `None` if it is not.
     pub usage: Option<TokenUsage>,
-    /// Its part of the memory for answers, until the answer is durable.
+    /// The memory that is reserved for the answer, until it is durable.
     pub held: Held,
     /// What of its headers a client needs.
     pub extras: Extras,
@@ -78,7 +78,6 @@ impl FailureKind {
 /// A failed try, which may be retried.
 #[derive(Debug)]
 pub struct Failure {
-    /// The kind of failure.
     pub kind: FailureKind,
     /// An explanation for people.
     pub message: String,
@@ -86,19 +85,18 @@ pub struct Failure {
     pub answer: Option<Box<Answer>>,
     /// The pause that the worker asked for.
     pub retry_after: Option<Duration>,
-    /// The worker.
     pub worker: WorkerKey,
     /// The answer may be as good as this worker's answers get: it is taken when there are no more tries.
     pub is_doubtful: bool,
     /// The answer is a success, but a proxy's page or cut short: the worker may not have answered at all.
     pub is_page: bool,
-    /// For a success that is no answer: a number for how it looks, the same for those that look alike.
+    /// For a 200 that is not an answer: a hash of its beginning, to recognise failures that are alike.
     pub looks: Option<u64>,
     /// What may tell later that the worker was at fault; none: it was not, or that is known already.
     pub blame: Option<Blame>,
 }
 
-/// Why a request to a worker failed, in words.
+/// Describes for people why a request to a worker failed.
 pub(super) fn cause(error: &reqwest::Error) -> String {
     words::cause(Peer::Worker, error)
 }

@@ -47,7 +47,7 @@ pub struct HealthCheck {
 }
 
 impl HealthCheck {
-    /// The same for a worker with its own settings.
+    /// These settings with a worker's own in their place.
     pub(super) fn with(&self, own: &OwnHealth) -> Self {
         Self {
             path: own.path.as_ref().map_or_else(|| self.path.clone(), |path| path.path().map(str::to_owned)),
@@ -212,8 +212,7 @@ impl Prober {
                     (self.slow, self.without) = (0, Some(now + WITHOUT));
                     tracing::info!(
                         worker = %self.base, path,
-                        "the health check is not answered in time, the list of models is: the check is done without \
-                         for a while; --worker-health-path none does without it for good"
+                        "the worker does not answer its health check in time, but its list of models: the check is skipped for a while; --worker-health-path none skips it for good"
                     );
                 }
                 Ok(probe)
@@ -249,7 +248,7 @@ impl Prober {
             self.costly = true;
             tracing::info!(
                 worker = %self.base, path,
-                "each health check of this gateway runs requests on its models: from now on only its list of models is asked for"
+                "each health check of this gateway runs requests on its models: from now on only its list of models is read"
             );
         }
         Ok(Checked::Well)
@@ -264,7 +263,7 @@ impl Prober {
             if !response.status().is_success() {
                 let key = match (response.status(), &self.bearer) {
                     (StatusCode::UNAUTHORIZED, None) => ": it wants an API key, see --worker-api-key",
-                    (StatusCode::UNAUTHORIZED, Some(_)) => ": it does not take the key of --worker-api-key",
+                    (StatusCode::UNAUTHORIZED, Some(_)) => ": it refuses the key of --worker-api-key",
                     _ => "",
                 };
                 return Ok(Probe::Unwell(format!("/v1/models answers {}{key}", answered(&response))));
@@ -280,7 +279,7 @@ impl Prober {
                 && self.known.as_ref().is_none_or(|(_, known)| *known != models)
             {
                 let url = &self.base;
-                tracing::warn!(%url, count, first, "the worker lists models that no request can name; the others are used");
+                tracing::warn!(%url, count, first, "the worker lists models with names that no request can have; they are ignored");
             }
             Ok(Probe::Well(models))
         });
@@ -310,7 +309,9 @@ fn answered(response: &Response) -> String {
     match to {
         Some(to) => {
             let to: String = to.chars().take(SHOWN).collect();
-            format!("{status}, a redirect to {to}: requests are not redirected, so give that server's base URL instead")
+            format!(
+                "{status}, a redirect to {to}: tidemill follows no redirects, so give that server's base URL instead"
+            )
         }
         None => status.to_string(),
     }

@@ -6,7 +6,7 @@ use crate::domain::{Endpoint, answer::Ending};
 
 /// After this many answers with a null reason and none with a reason, the server counts as one that gives none.
 const DOUBTED: u8 = 3;
-/// Models that are remembered: a worker that lists more is a gateway, and begins anew.
+/// The most models remembered. A worker with more is a gateway; beyond that, all are forgotten.
 const MODELS: usize = 256;
 
 /// What a worker has said so far, by model and endpoint: behind a gateway there are several servers.

@@ -23,7 +23,7 @@ use super::{
     board::{Board, Holder, Tenant, Ticket, Want},
     outage::Gate,
 };
-use crate::config::Secret;
+use crate::config::SecretSetting;
 
 /// The board and the waiting requests.
 #[derive(Default)]
@@ -54,7 +54,7 @@ enum Receiver {
 }
 
 impl Receiver {
-    /// If nobody waits any more the slot comes back as it is dropped.
+    /// If the waiter is gone, the slot is dropped, which returns it.
     fn send(self, slot: Slot) {
         match self {
             Self::Many(sender) => drop(sender.send(slot)),
@@ -74,7 +74,7 @@ impl Desks {
 
 impl Inner {
     pub(super) fn bearer(&self) -> Option<&str> {
-        self.options.api_key.as_ref().map(Secret::expose)
+        self.options.api_key.as_ref().map(SecretSetting::expose)
     }
 
     pub(super) fn authorized(&self, request: RequestBuilder) -> RequestBuilder {
@@ -206,7 +206,6 @@ impl Inner {
 /// The right to have one request in flight at a worker.
 pub struct Slot {
     pub(super) fleet: Arc<Inner>,
-    /// The worker.
     pub worker: Arc<Worker>,
     /// The tenant's share that it counts towards.
     pub(super) holder: Holder,
@@ -284,7 +283,7 @@ impl Acquire {
         Self { inner, ticket, receiver, found: None }
     }
 
-    /// The next slot, when it is there. None: that were all, or the fleet is gone.
+    /// Waits for the next slot. `None`: all that were wanted have come, or the fleet is gone.
     pub async fn next(&mut self) -> Option<Slot> {
         match self.found.take() {
             Some(found) => found,
@@ -292,7 +291,7 @@ impl Acquire {
         }
     }
 
-    /// The next slot, if it is there.
+    /// The next slot, if one has been granted.
     ///
     /// # Errors
     /// [`NoSlot`]: it is not.
@@ -367,7 +366,7 @@ impl Call {
         Self { inner, ticket, id, receiver }
     }
 
-    /// The slot, when it is there. None: the fleet is gone.
+    /// Waits for the slot. `None`: the fleet is gone.
     pub(super) async fn slot(&mut self) -> Option<Slot> {
         (&mut self.receiver).await.ok()
     }

@@ -12,7 +12,7 @@ pub(super) fn budget() -> usize {
     of(std::fs::read_to_string("/proc/self/limits").ok().as_deref().and_then(soft_limit))
 }
 
-/// The soft limit on open files, as Linux lists it; none if there is none.
+/// Reads the soft limit on open files from Linux's list of limits. `None`: unlimited.
 fn soft_limit(limits: &str) -> Option<usize> {
     let rest = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     rest.split_whitespace().next()?.parse().ok()

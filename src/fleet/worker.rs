@@ -41,12 +41,10 @@ const SECOND: i64 = 1_000_000;
 /// Weight of the newest second in the rates shown to people.
 const SMOOTHING: f64 = 0.3;
 
-/// One worker.
 #[derive(Debug)]
 pub struct Worker {
     /// Its key on the board.
     pub(super) key: WorkerKey,
-    /// Its id.
     pub id: WorkerId,
     /// Base URL as registered.
     pub url: String,
@@ -70,7 +68,7 @@ pub struct Worker {
     returned: AtomicU64,
     took_micros: AtomicU64,
     pushed_back: AtomicU64,
-    /// It does not take requests with a `priority` in their body.
+    /// Whether it refuses requests with a `priority` in their body.
     refuses_priority: AtomicBool,
     /// Whether its answers say why they ended.
     pub(super) reasons: Mutex<Reasons>,
@@ -112,7 +110,7 @@ pub(super) struct State {
     pub(super) outages: Outages,
     pub(super) requests_per_second: f64,
     pub(super) tokens_per_second: f64,
-    /// Of what `load` says, lately.
+    /// The recent share of prompt tokens in its prefix cache.
     pub(super) prefix_hit_rate: Option<f64>,
     /// The mean duration of a request.
     request_time: Option<Duration>,
@@ -333,7 +331,7 @@ impl Worker {
     }
 }
 
-/// What is wrong with it and with its models, or may turn out to be.
+/// The certain and the suspected faults of the worker and its models.
 fn complaints(outages: &Outages, now: Instant) -> Vec<Complaint> {
     let complaint = |(model, sign, since, is_certain): (Option<&Arc<str>>, Sign, Instant, bool)| {
         let ago = i64::try_from(now.saturating_duration_since(since).as_micros()).unwrap_or(0);
@@ -359,7 +357,7 @@ pub fn base_url(text: &str) -> Result<Url, String> {
     const EXPECTED: &str = "expected a base URL such as http://gpu-1:8000";
     let text = text.trim_matches(' ');
     if text.len() > MAX_URL {
-        return Err(format!("the worker URL is {} bytes long; at most {MAX_URL} are taken", text.len()));
+        return Err(format!("the worker URL has {} bytes; at most {MAX_URL} are accepted", text.len()));
     }
     // Not quoted: it may hold a password.
     let mut url = http_url(text).map_err(|bad| format!("{bad}; {EXPECTED}"))?;

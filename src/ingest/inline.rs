@@ -10,7 +10,6 @@ pub const INLINE_MAX_REQUESTS: usize = 1_000;
 /// The most bytes of their ids and bodies together, so that the call stays below gRPC's 4 MiB per message.
 pub const INLINE_MAX_BYTES: usize = 3 * 1024 * 1024;
 
-/// An inline request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InlineRequest {
     /// The custom_id, with the rules of a line's.

@@ -24,7 +24,7 @@ pub struct LineReport {
 }
 
 impl LineReport {
-    /// The same as the reason why a batch fails.
+    /// This problem as an error of the batch that fails because of it.
     #[must_use]
     pub fn into_error(self) -> BatchError {
         BatchError {

@@ -16,7 +16,7 @@ use crate::{
 /// Bytes checked at a time: enough that handing them to another thread costs little, and few enough to need little
 /// memory.
 const CHECK_BYTES: usize = 256 * 1024;
-/// Bytes that may wait while others are checked; beyond that the client waits.
+/// The most bytes that wait for validation. Beyond that, nothing more is read from the client.
 const AHEAD_BYTES: usize = 2 * 1024 * 1024;
 
 /// Accepts uploads. Cheap to clone.
@@ -125,8 +125,8 @@ pub struct Upload {
     garbage: bool,
 }
 
-/// Where the validator is. It runs on a thread for blocking work, a few hundred kilobytes at a time, so an upload with
-/// a slow client blocks no thread.
+/// The validator, or the task that runs it. It runs on a blocking thread for a few hundred kilobytes at a time, so a
+/// slow client blocks no thread.
 enum Checking {
     Idle(Box<Validator>),
     Busy(JoinHandle<(Box<Validator>, Result<(), IngestError>)>),

@@ -26,7 +26,6 @@ const SHOWN_MODEL: usize = 60;
 pub struct Validated {
     /// The size in bytes.
     pub bytes: u64,
-    /// The number of requests.
     pub requests: u64,
     /// The url of all its requests.
     pub endpoint: Endpoint,
@@ -170,9 +169,8 @@ impl Check {
         self.requests += 1;
         let Some(text) = text else {
             let max = self.max_line_bytes;
-            self.reports.add(self.lines, None, TOO_LONG, || {
-                format!("the line is longer than {max} bytes; expected at most that")
-            });
+            self.reports
+                .add(self.lines, None, TOO_LONG, || format!("the line is longer than the limit of {max} bytes"));
             return Ok(());
         };
         match request_line::parse(text) {
@@ -204,7 +202,7 @@ impl Check {
         let Some(model) = self.model(&request.model) else {
             self.reports.add(line, known(), Fault::in_field("mismatched_model", "body.model"), || {
                 let name: String = request.model.chars().take(SHOWN_MODEL).collect();
-                format!("one more model: {name:?}; expected at most {MAX_MODELS_PER_FILE} in a file")
+                format!("one model too many: {name:?}; a file may name at most {MAX_MODELS_PER_FILE}")
             });
             return Ok(());
         };

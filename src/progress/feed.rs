@@ -33,7 +33,6 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
-    /// The newest revision in it.
     pub(super) fn newest(&self) -> Revision {
         self.events.last().map_or(self.batch.revision, |event| event.batch.revision.max(self.batch.revision))
     }

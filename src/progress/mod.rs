@@ -75,18 +75,16 @@ pub struct Event {
     pub sequence: Sequence,
     /// When it happened.
     pub at: Timestamp,
-    /// The kind of an event.
     pub kind: EventKind,
 }
 
-/// The kind of an event.
 #[derive(Clone, Debug)]
 pub enum EventKind {
     /// The batch entered a state, or this is its state when the stream begins.
     StateChanged {
         /// The batch at that moment.
         batch: Box<Batch>,
-        /// Its progress, if that state is its present one.
+        /// The batch's progress, if this state is the current one.
         progress: Option<Box<Progress>>,
     },
     /// The newest progress.
@@ -106,7 +104,6 @@ pub enum WatchError {
     Ahead {
         /// The revision or sequence that the client gave.
         asked: i64,
-        /// The newest one.
         newest: i64,
     },
     /// The server is stopping.

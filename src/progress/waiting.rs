@@ -23,7 +23,6 @@ pub struct Situation<'a> {
     pub unserved: &'a [&'a str],
     /// The batch's models.
     pub models: &'a [String],
-    /// All workers.
     pub workers: &'a [WorkerView],
     /// Whether the reason may name workers and quote their answers, which only admins may see.
     pub for_admins: bool,
@@ -63,8 +62,7 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
         let worker = if of.for_admins { format!("worker {}", worker.url) } else { "the worker".to_owned() };
         let asked = complaint.model.as_ref().map(|model| format!(", asked for the model {model:?},"));
         let asked = asked.unwrap_or_default();
-        let then =
-            if complaint.is_certain { "no request is given up for it" } else { "requests wait some seconds for it" };
+        let then = if complaint.is_certain { "its requests wait" } else { "requests wait some seconds for it" };
         return Some(format!(
             "{worker}{asked} {} since {since}; it is asked again every few seconds, and {then}",
             complaint.what
@@ -225,7 +223,7 @@ mod tests {
             assert_eq!(
                 reason(&workers, running).unwrap(),
                 "worker http://b answers 502 to every request since 2025-11-30T01:15:00Z; it is asked again every few \
-                 seconds, and no request is given up for it"
+                 seconds, and its requests wait"
             );
         }
     }

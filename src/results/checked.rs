@@ -15,7 +15,6 @@ use crate::{blobs::Blobs, domain::SegmentSpan};
 /// A range to read.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
-    /// The object.
     pub(super) object_key: String,
     /// The range within the object.
     pub(super) range: Range<u64>,
@@ -23,7 +22,7 @@ pub(super) struct Block {
     pub(super) wanted: Range<u64>,
     /// The CRC-32C of the whole range. `None`: an earlier version did not record it.
     pub(super) crc32c: Option<u32>,
-    /// Its name for people.
+    /// The segment's name in messages.
     pub(super) name: String,
 }
 

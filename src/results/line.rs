@@ -30,7 +30,6 @@ impl Line {
         self.head.len() + self.body.len() + self.tail.len()
     }
 
-    /// Whether it is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -43,7 +42,7 @@ impl Line {
         object.extend_from_slice(&self.tail);
     }
 
-    /// Its bytes in one piece.
+    /// The line's bytes in one piece.
     #[must_use]
     pub fn into_bytes(self) -> Vec<u8> {
         if self.body.is_empty() && self.tail.is_empty() {
@@ -86,7 +85,6 @@ pub struct Reply<'a> {
     pub status: u16,
     /// The worker's `x-request-id`. `None`: the result's own id is used.
     pub request_id: Option<&'a str>,
-    /// The body.
     pub body: &'a Bytes,
     /// Whether the body is known to be JSON, so that it is not checked again.
     pub is_json: bool,

@@ -33,13 +33,11 @@ impl PartBuilder {
         self.failed.push((line, text));
     }
 
-    /// The number of lines.
     #[must_use]
     pub fn lines(&self) -> usize {
         self.completed.len() + self.failed.len()
     }
 
-    /// The number of bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes

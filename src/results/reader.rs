@@ -40,7 +40,7 @@ pub struct Cursor {
     batch: u32,
     /// The number of the part.
     seq: i64,
-    /// The lines of the part that have been delivered.
+    /// The number of the part's lines that have been delivered.
     lines: u32,
 }
 
@@ -90,7 +90,6 @@ impl FromStr for Cursor {
     }
 }
 
-/// One result.
 #[derive(Clone, Debug)]
 pub struct ResultLine {
     /// The request's custom_id, as in the input.

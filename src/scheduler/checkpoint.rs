@@ -158,11 +158,11 @@ impl Checkpoint {
             match done {
                 Ok(done) => return Ok(done),
                 Err(error) if error.is_refusal() => {
-                    tracing::error!(segment = %self.segment, %error, "can't {what}, ever; the batch can't go on");
+                    tracing::error!(segment = %self.segment, %error, "can't {what}, and a retry can't help; the batch fails");
                     return Err(Stop::Refused(what));
                 }
                 Err(error) if error.is_final() => {
-                    tracing::error!(segment = %self.segment, %error, "can't {what}; the run breaks off");
+                    tracing::error!(segment = %self.segment, %error, "can't {what}; the run is ended");
                     return Err(Stop::Broken(what));
                 }
                 Err(error) => {
@@ -191,7 +191,7 @@ pub trait Trouble {
     /// Whether a retry can't help.
     fn is_final(&self) -> bool;
 
-    /// Whether it would fail on any node, because of what is written.
+    /// Whether it would fail on every node, because the database or the store refuses the content.
     fn is_refusal(&self) -> bool {
         false
     }

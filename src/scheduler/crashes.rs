@@ -54,7 +54,7 @@ impl Crashes {
         let (times, why) = (crashed.times, &crashed.why);
         let message = format!(
             "{segment}: {why}, {times} runs in a row. This is a bug in tidemill, or rows of its database were changed; the \
-             server's log says more"
+             server's log has the details"
         );
         Some(BatchError { code: "internal_error".into(), message, line: 0, param: String::new() })
     }

@@ -37,14 +37,15 @@ struct Line {
     has_priority: bool,
 }
 
-/// Between a line's last try and the first time that it is sent all the same, and the longest such wait.
+/// The wait before a line with no tries left is first sent again while its worker is in doubt, and the longest such
+/// wait.
 const FIRST_ASK: Duration = Duration::from_millis(500);
 const LAST_ASK: Duration = Duration::from_secs(2);
 
 /// The state of a line that fails while its worker answers nothing else.
 #[derive(Clone, Copy, Debug, Default)]
 struct Alone {
-    /// Its first failure.
+    /// When the line failed first.
     since: Option<Instant>,
     /// Whether the worker has answered something since.
     is_proven: bool,
@@ -291,7 +292,6 @@ impl WorkList {
         !std::mem::replace(&mut alone.is_proven, true) && long
     }
 
-    /// The line's tally.
     pub fn tally(&mut self, key: LineKey) -> &mut Tally {
         &mut self.line_mut(key).tally
     }
@@ -387,7 +387,7 @@ impl WorkList {
     }
 }
 
-/// Where `part`, a slice of `whole`, lies in it.
+/// The byte range of `part`, a slice of `whole`.
 fn within(whole: &[u8], part: &[u8]) -> Range<u32> {
     let start = part.as_ptr() as usize - whole.as_ptr() as usize;
     let at = |place: usize| u32::try_from(place).unwrap_or(u32::MAX);

@@ -64,10 +64,10 @@ use running::Running;
 
 /// The guarantee behind every wake: how long a claimable segment or a cancelled batch can go unnoticed.
 const POLL: Duration = Duration::from_millis(500);
-/// Between two looks for segments to claim that only word of changes is the reason for.
+/// The least time between two searches for segments to claim that only notifications of changes cause.
 const LOOK_GAP: Duration = Duration::from_millis(100);
-/// How long a question to the database that is under way at the shutdown may still take: a claim that is dropped half
-/// way would be leased by nobody.
+/// Time at the shutdown for a database call that has begun. A claim that is dropped half way would leave a lease
+/// without a run.
 const HALF_WAY: Duration = Duration::from_secs(1);
 /// After what is in flight at the shutdown has had its time, for so long runs may write down what they have. Then they
 /// are abandoned, and their leases run out.
@@ -98,7 +98,7 @@ pub struct SchedulerOptions {
     pub lease: Duration,
     /// At most this much work is lost by a crash.
     pub flush_interval: Duration,
-    /// For one try of one request.
+    /// The time limit of one try of a request.
     pub request_timeout: Duration,
     /// How often a request is tried.
     pub tries: TryPolicy,
@@ -106,7 +106,7 @@ pub struct SchedulerOptions {
     pub worker_priority: WorkerPriority,
     /// How large the owners' shares of the workers are.
     pub weights: Weights,
-    /// How long requests in flight may go on at a stop.
+    /// How long requests in flight may continue at a stop.
     pub drain: Duration,
 }
 
@@ -166,13 +166,13 @@ impl Scheduler {
         }
     }
 
-    /// What its runs are stuck on.
+    /// The blob store or database errors that this node's runs wait for.
     #[must_use]
     pub fn troubles(&self) -> Troubles {
         self.troubles.clone()
     }
 
-    /// Where the time of its requests goes.
+    /// How long this node's requests spend in each stage.
     #[must_use]
     pub fn stages(&self) -> Stages {
         self.stages.clone()
@@ -323,8 +323,7 @@ impl Scheduler {
             tracing::warn!(
                 segments = self.running.len(),
                 lease = ?self.options.lease,
-                "segments could not be given back in time: their leases run out, and then they are run elsewhere or at \
-                 the next start; what was not written down of them is run again"
+                "segments could not be released in time: when their leases have expired, they run elsewhere or at the next start, without the answers that could not be written"
             );
             for running in self.running.values() {
                 running.control.send_replace(Control::Abandon);
@@ -354,7 +353,7 @@ impl Scheduler {
         demand
     }
 
-    /// Takes note of whether the database is there, from an answer that took so long.
+    /// Records from a call's answer and duration whether the database is available.
     fn heard<T>(&mut self, took: Duration, answer: &Result<T, StoreError>) {
         match answer {
             Err(StoreError::Unavailable(_)) => self.away = true,
@@ -524,7 +523,7 @@ async fn watched(run: Run, crashes: &Crashes) -> Ended {
             Ended::Lost
         }
         Err(error) => {
-            tracing::error!(%segment, %error, "a batch that can't go on could not be failed");
+            tracing::error!(%segment, %error, "a batch that can't continue could not be ended as failed");
             Ended::Stuck
         }
     }

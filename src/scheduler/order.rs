@@ -34,7 +34,6 @@ impl LineKey {
 /// The facts about a line that has not been sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Sketch<'a> {
-    /// The line.
     pub key: LineKey,
     /// What the model reads, as JSON.
     pub prompt: &'a [u8],
@@ -55,7 +54,7 @@ impl<'a> Sketch<'a> {
 
 /// Lines that are sent one after the other.
 #[derive(Clone, Debug)]
-struct Run {
+struct PrefixGroup {
     /// The hash of their common beginning. `None`: they have none.
     fingerprint: Option<u64>,
     lines: VecDeque<LineKey>,
@@ -66,7 +65,7 @@ struct Run {
 pub struct Ready {
     /// Lines that were sent before, which go first.
     again: VecDeque<LineKey>,
-    runs: Vec<Run>,
+    runs: Vec<PrefixGroup>,
     /// All runs before it are empty.
     first: usize,
     /// The run that each worker is at.
@@ -93,11 +92,11 @@ impl Ready {
         for group in groups {
             let keys = group.iter().map(|at| lines[*at].key);
             match (group, ready.runs.last_mut()) {
-                ([_], Some(Run { fingerprint: None, lines })) => lines.extend(keys),
-                ([_], _) => ready.runs.push(Run { fingerprint: None, lines: keys.collect() }),
+                ([_], Some(PrefixGroup { fingerprint: None, lines })) => lines.extend(keys),
+                ([_], _) => ready.runs.push(PrefixGroup { fingerprint: None, lines: keys.collect() }),
                 ([one, ..], _) => {
                     let fingerprint = Some(fingerprint(&lines[*one].leading()[..ALIKE]));
-                    ready.runs.push(Run { fingerprint, lines: keys.collect() });
+                    ready.runs.push(PrefixGroup { fingerprint, lines: keys.collect() });
                 }
                 ([], _) => {}
             }
@@ -217,7 +216,7 @@ fn home(print: u64, workers: &[u64]) -> Option<u64> {
     workers.iter().copied().max_by_key(|worker| fingerprint(&(print ^ worker.rotate_left(32)).to_le_bytes()))
 }
 
-/// The same on every server of one version.
+/// A hash that is equal on all servers of one version.
 fn fingerprint(bytes: &[u8]) -> u64 {
     foldhash::quality::FixedState::default().hash_one(bytes)
 }

@@ -47,7 +47,7 @@ impl Room {
 }
 
 impl Demand {
-    /// Nothing is served and nothing is running yet.
+    /// A plan without served models and running segments.
     #[must_use]
     pub fn new() -> Self {
         Self::default()

@@ -9,7 +9,6 @@ use crate::fleet::Slot;
 
 /// The slot that a request holds while it is sent.
 pub(super) enum Seat {
-    /// A slot of its own.
     Own(Slot),
     /// A worker apart from all others, together with other suspects.
     Apart(Arc<Apart>),

@@ -65,7 +65,7 @@ impl Run {
                 Err(Stop::Incomplete) => "the results do not have one line for each request".to_owned(),
                 Err(Stop::Refused(what)) => refused(what),
             };
-            let message = format!("{why}. This is a bug in tidemill; the server's log says more");
+            let message = format!("{why}. This is a bug in tidemill; the server's log has the details");
             let error = BatchError { code: "internal_error".into(), message, line: 0, param: String::new() };
             return self.fail(&checkpoint, error).await;
         }
@@ -75,7 +75,7 @@ impl Run {
     /// limit it fails the batch. Returns how the run has ended, if it has.
     async fn pause_after_torn(&mut self, checkpoint: &Checkpoint, torn: &mut u32) -> Option<Ended> {
         *torn += 1;
-        let what = format!("results read back as something else than what was written, {torn} times");
+        let what = format!("results that were read back differed from what was written, {torn} times");
         if *torn >= TORN_LIMIT {
             let error = BatchError {
                 code: "results_damaged".into(),
@@ -114,7 +114,7 @@ impl Run {
             Ok(list) => list,
             Err(Unreadable { message, is_missing: true }) if self.missed < MISSES => {
                 let (segment, epoch) = (&self.claimed.segment, self.claimed.epoch);
-                tracing::warn!(%segment, message, "the batch's input can't be read; another try follows, here or elsewhere");
+                tracing::warn!(%segment, message, "the batch's input can't be read; it is tried again, here or on another server");
                 let release = || self.store.release_segment(segment, epoch, self.claimed.span.models);
                 checkpoint.patiently("give a segment back", release).await?;
                 return Ok(Ended::Missing);
@@ -158,7 +158,6 @@ impl Run {
         }
     }
 
-    /// Fails the batch.
     async fn fail(&self, checkpoint: &Checkpoint, error: BatchError) -> Ended {
         let fail = || self.store.fail_batch(&self.claimed.segment, self.claimed.epoch, error.clone());
         match checkpoint.patiently("fail a batch", fail).await {
@@ -262,7 +261,7 @@ struct Unreadable {
 
 /// Why a batch fails whose writes are refused.
 fn refused(what: &str) -> String {
-    format!("the server can't {what}: its database refuses it for good")
+    format!("the server can't {what}: its database refuses that permanently")
 }
 
 fn is_whole(part: &NewPart, object: &[u8]) -> bool {

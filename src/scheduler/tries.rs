@@ -25,8 +25,8 @@ const REFUSALS: u32 = 2;
 /// The longest wait of a request whose worker has died or is at fault, because the request waits for a worker anyway.
 const WORKER_CAP: Duration = Duration::from_millis(500);
 
-/// Longer than a gateway's upstream takes to restart as a rule, and short enough for whoever tries out a request that
-/// can't work.
+/// How long a line is kept after its first failure while its worker answers nothing. Longer than the upstream of a
+/// gateway usually takes to restart, short enough for somebody who tries out a request.
 const PATIENCE: Duration = Duration::from_secs(25);
 
 /// How often and how patiently requests are tried.
@@ -34,8 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(25);
 pub struct TryPolicy {
     /// Tries in all, 1 or more.
     pub max_tries: u32,
-    /// The wait after the first failed try. The second is twice as long, the third 16 times, and each further one four
-    /// times the one before.
+    /// The wait after the first failed try. The second wait is twice as long, the third 16 times, and each further one
+    /// four times the one before it.
     pub base: Duration,
     /// The longest wait.
     pub cap: Duration,
@@ -115,7 +115,7 @@ impl Tally {
         self.tries + self.deaths + self.pauses
     }
 
-    /// Whether it has failed in a way that may be its own.
+    /// Whether it has failed in a way for which it may be at fault.
     #[must_use]
     pub fn counts(self) -> bool {
         self.tries + self.deaths > 0

@@ -1,5 +1,4 @@
-//! Records what runs of segments are stuck on while they can't reach the blob store or the database, for whoever asks
-//! why a batch makes no progress.
+//! Records which runs can't reach the blob store or the database, so that a batch's `waiting_reason` can say so.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -70,7 +69,7 @@ impl Troubles {
         let since =
             if seconds.is_zero() { String::new() } else { format!(" for {}", humantime::format_duration(seconds)) };
         Some(format!(
-            "the {} has failed{since}: can't {}: {}; nothing is lost, and the batch goes on when it is back",
+            "the {} has failed{since}: can't {}: {}; nothing is lost, and the batch continues when it works again",
             note.on.name(),
             note.what,
             note.why
@@ -118,7 +117,7 @@ impl Drop for Stuck {
     }
 }
 
-/// Why something failed, safe to show to clients: no path, no query, no secret. The log says more.
+/// Why something failed, safe to show to clients: no path, no query, no secret. The log has the details.
 pub(super) fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
     let mut at = Some(error);
     while let Some(error) = at {
@@ -130,7 +129,7 @@ pub(super) fn in_words(error: &(dyn std::error::Error + 'static)) -> String {
         }
         at = error.source();
     }
-    "the server's log says more".to_owned()
+    "the server's log has the details".to_owned()
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ const PAGES: f64 = 0.4;
 /// The priority of batch requests where a header says it: behind what carries none (0), and with room on both sides.
 const BEHIND_OTHERS: i32 = 10;
 
-/// With fewer lines left than this nobody else need be answered for a line to be what its worker died of.
+/// If fewer lines than this are left, a line can be blamed for its worker's death although no other was answered.
 const FEW: usize = outage::REQUESTS;
 
 /// The outcome of a request, and its slot.
@@ -233,7 +233,7 @@ impl Work<'_> {
         let count = u32::try_from(keys.len()).unwrap_or(u32::MAX);
         tracing::debug!(
             worker = %slot.worker.id, segment = %self.run.claimed.segment, count,
-            "requests that may be what kills workers are sent apart from others"
+            "requests that may have killed workers are sent apart from others"
         );
         let apart = Arc::new(Apart::new(slot, count));
         self.apart.push((Instant::now() + time, Arc::downgrade(&apart)));
@@ -465,7 +465,7 @@ impl Work<'_> {
                 .all(|model| self.list.ready(model) == 0 || self.run.fleet.capacity(&self.list.models()[model]) == 0)
     }
 
-    /// Whether it is stranded, and there is no reason to keep it.
+    /// Whether the run is stranded and there is no reason to keep it.
     fn is_given_up(&mut self, now: Instant) -> bool {
         if !self.is_stranded() {
             self.stranded = None;
@@ -521,7 +521,7 @@ async fn send_with(slot: &Slot, with: Bytes, without: Call<'_>) -> Result<Answer
     Ok(answer)
 }
 
-/// Until a slot is there for one of the wishes, or one has come to its end.
+/// Waits until one of the wishes has a slot or has ended.
 async fn any_granted(wishes: &mut [Option<Acquire>]) {
     std::future::poll_fn(|context| {
         let mut polled = wishes.iter_mut().flatten().map(|wish| wish.poll_ready(context));

@@ -355,7 +355,7 @@ fn statuses(of: &ListBatches) -> Result<Vec<BatchStatus>, ServiceError> {
 }
 
 fn not_an_input() -> ServiceError {
-    ServiceError::field("input_file_id", "is the result of a batch: only a file that UploadFile made can be run")
+    ServiceError::field("input_file_id", "is a batch's result: only an uploaded file can be run")
 }
 
 /// The endpoint of a batch: that of its file, which the client may repeat.

@@ -8,7 +8,7 @@ use super::text::short;
 use crate::{
     access::{Denied, LimitReached},
     blobs::BlobError,
-    delivery::{AcceptError, RetryError, TestError},
+    delivery::{AcceptError, DeadLetterRetryError, TestError},
     domain::{BatchId, FileId},
     fleet::{FleetError, InferError},
     ingest::{IngestError, LineReport},
@@ -133,7 +133,7 @@ impl ServiceError {
     /// The server stops. Another one, or this one after its restart, answers the retry.
     #[must_use]
     pub fn shutting_down() -> Self {
-        let message = "the server is shutting down; go on where you were in a moment";
+        let message = "the server is shutting down; continue from where you were in a moment";
         Self::retry(Code::Unavailable, "SHUTTING_DOWN", message, SOON)
     }
 }
@@ -161,7 +161,7 @@ pub(super) fn no_endpoint(id: &str) -> ServiceError {
 /// An internal error. Its details go only to the log.
 fn internal(error: &dyn std::error::Error) -> ServiceError {
     seldom!(error, %error, "internal error");
-    let message = "the server has met an error that it can't handle; its log says more";
+    let message = "the server failed because of an unexpected error; its log has the details";
     ServiceError::new(Code::Internal, "INTERNAL", message)
 }
 
@@ -216,13 +216,13 @@ impl From<BlobError> for ServiceError {
                 seldom!(error, %error, "the blob store can't be used");
                 let why = error.in_words().map(|why| format!(" ({why})")).unwrap_or_default();
                 let message = format!(
-                    "the blob store can't be used{why}: trying again does not help before whoever runs the server has mended that"
+                    "the blob store can't be used{why}: a retry does not help until the server's operator has corrected that"
                 );
                 Self::new(Code::FailedPrecondition, "BLOB_STORE_REFUSED", message)
             }
             BlobError::Missing(_) => {
                 seldom!(error, %error, "an object is gone");
-                let message = "an object that holds this data is gone from the blob store";
+                let message = "an object with this data is missing from the blob store";
                 Self::new(Code::DataLoss, "OBJECT_MISSING", message)
             }
         }
@@ -238,7 +238,7 @@ impl From<ReadError> for ServiceError {
             ReadError::Damaged(what) => damaged(&what),
             ReadError::Corrupt(_) => {
                 seldom!(error, %error, "results can't be read");
-                let message = "the stored results are damaged; the server's log says more";
+                let message = "the stored results are damaged; the server's log has the details";
                 Self::new(Code::DataLoss, "RESULTS_CORRUPT", message)
             }
         }
@@ -289,7 +289,8 @@ pub(super) fn watch(error: WatchError, field: &'static str) -> ServiceError {
     match error {
         WatchError::NotFound(id) => no_batch(&id),
         WatchError::Ahead { newest, .. } => {
-            let message = format!("lies ahead of the newest, {newest}: it is not from this server's database");
+            let message =
+                format!("is greater than the newest revision, {newest}: it does not come from this server's database");
             ServiceError::field(field, message)
         }
         WatchError::ShuttingDown => ServiceError::shutting_down(),
@@ -316,18 +317,20 @@ pub(super) fn accept(refused: AcceptError, prefix: &str) -> ServiceError {
 }
 
 /// Why a dead letter was not retried.
-pub(super) fn dead_letter(refused: RetryError, id: &str) -> ServiceError {
+pub(super) fn dead_letter(refused: DeadLetterRetryError, id: &str) -> ServiceError {
     let message = refused.to_string();
     match refused {
-        RetryError::NotFound => no_dead_letter(id),
-        RetryError::AlreadyDelivered => {
+        DeadLetterRetryError::NotFound => no_dead_letter(id),
+        DeadLetterRetryError::AlreadyDelivered => {
             ServiceError::new(Code::FailedPrecondition, "DEAD_LETTER_ALREADY_DELIVERED", message)
         }
-        RetryError::Busy => ServiceError::new(Code::Aborted, "DEAD_LETTER_BUSY", message),
-        RetryError::EndpointDeleted => ServiceError::new(Code::FailedPrecondition, "ENDPOINT_DELETED", message),
-        RetryError::LeaseLost => ServiceError::new(Code::Aborted, "RETRY_RESULT_LOST", message),
-        RetryError::Stopped => ServiceError::shutting_down(),
-        RetryError::Store(error) => error.into(),
+        DeadLetterRetryError::Busy => ServiceError::new(Code::Aborted, "DEAD_LETTER_BUSY", message),
+        DeadLetterRetryError::EndpointDeleted => {
+            ServiceError::new(Code::FailedPrecondition, "ENDPOINT_DELETED", message)
+        }
+        DeadLetterRetryError::LeaseLost => ServiceError::new(Code::Aborted, "RETRY_RESULT_LOST", message),
+        DeadLetterRetryError::Stopped => ServiceError::shutting_down(),
+        DeadLetterRetryError::Store(error) => error.into(),
     }
 }
 
@@ -342,7 +345,7 @@ pub(crate) fn ingest(error: IngestError, name: fn(u64) -> String) -> ServiceErro
         IngestError::TooManyBytes { .. } => {
             ServiceError::new(Code::ResourceExhausted, "FILE_TOO_LARGE", error.to_string())
         }
-        IngestError::Empty => ServiceError::invalid("FILE_EMPTY", "the file holds no request", Vec::new()),
+        IngestError::Empty => ServiceError::invalid("FILE_EMPTY", "the file contains no requests", Vec::new()),
         IngestError::SizeMismatch { .. } => {
             let violation = Violation { field: "spec.total_bytes".to_owned(), description: error.to_string() };
             ServiceError::invalid("FILE_SIZE_MISMATCH", error.to_string(), vec![violation])

@@ -376,7 +376,7 @@ fn new_upload(caller: &Caller, of: NewFile) -> Result<NewUpload, ServiceError> {
 }
 
 fn other_contents(file: &FileId) -> ServiceError {
-    let message = format!("the request_id has made the file {file} of other contents before; use a new one");
+    let message = format!("this request_id already made the file {file} with other contents; use a new one");
     ServiceError::new(Code::AlreadyExists, "REQUEST_ID_REUSED", message)
 }
 
@@ -420,9 +420,12 @@ impl Patience {
 
 fn idle(crowded: bool) -> ServiceError {
     let message = if crowded {
-        "hardly anything has come for a while, and other uploads wait; send it again when it comes faster".to_owned()
+        "the upload is too slow, and others wait; send it again over a faster connection".to_owned()
     } else {
-        format!("hardly anything has come for {} s; send it again when it comes faster", IDLE.as_secs())
+        format!(
+            "the upload has been slower than 1 KiB/s for {} s; send it again over a faster connection",
+            IDLE.as_secs()
+        )
     };
     ServiceError::new(Code::DeadlineExceeded, "UPLOAD_IDLE", message)
 }

@@ -56,7 +56,11 @@ fn request(endpoint: &str, body: &[u8]) -> Result<(Endpoint, String), ServiceErr
             String::new()
         }
         Ok(body) => {
-            wrong.check(body.stream != Some(true), "body", "\"stream\" must not be true: the answer comes whole");
+            wrong.check(
+                body.stream != Some(true),
+                "body",
+                "\"stream\" must not be true: this call returns the whole answer",
+            );
             body.model.into_owned()
         }
         Err(error) => {

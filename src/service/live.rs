@@ -20,13 +20,13 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// A call, as a client makes it.
 #[derive(Clone, Debug)]
 pub struct NewCall {
-    /// Where it goes.
+    /// The endpoint that it calls.
     pub endpoint: Endpoint,
     /// The rest of the path below the endpoint; empty: the endpoint itself.
     pub below: &'static str,
     /// What the worker gets.
     pub body: Bytes,
-    /// What goes along.
+    /// Headers that are passed on to the worker.
     pub headers: Extras,
 }
 

@@ -102,7 +102,7 @@ impl Service {
             return Err("shutting down");
         }
         if self.parts.blobs.foreign().is_some() {
-            return Err("the blob store is not the one of the database");
+            return Err("the blob store does not belong to this database");
         }
         match tokio::time::timeout(within, self.parts.store.ping()).await {
             Ok(Ok(())) => Ok(()),

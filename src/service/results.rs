@@ -69,5 +69,5 @@ impl Service {
 }
 
 fn no_file_yet(reason: &'static str, which: &str) -> ServiceError {
-    ServiceError::new(Code::NotFound, reason, format!("the batch has no {which} file, or not yet"))
+    ServiceError::new(Code::NotFound, reason, format!("the batch has no {which} file (yet)"))
 }

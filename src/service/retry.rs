@@ -35,7 +35,7 @@ enum RetryError {
     #[error("the batch's input file is gone; upload the requests again")]
     InputGone,
     /// The result files have been deleted, and with them what failed.
-    #[error("the batch's results have been deleted: which requests failed is not known any more")]
+    #[error("the batch's results have been deleted, so it is no longer known which requests failed")]
     ResultsDeleted,
     /// The input object is not what its rows say.
     #[error("{0}")]
@@ -185,8 +185,9 @@ async fn pick(
     segment: &SegmentRecord,
     wanted: &LineSet,
 ) -> Result<BytesMut, RetryError> {
-    let corrupt =
-        || RetryError::Corrupt(format!("{}: its input is not what was uploaded", name_of(&of.batch, &segment.span)));
+    let corrupt = || {
+        RetryError::Corrupt(format!("{}: its input differs from what was uploaded", name_of(&of.batch, &segment.span)))
+    };
     let start = u64::try_from(segment.span.offset).map_err(|_| corrupt())?;
     let end = start + u64::try_from(segment.span.length).map_err(|_| corrupt())?;
     let bytes = match blobs.get_range(object_key, start..end).await {

@@ -21,7 +21,7 @@ use crate::{
 
 /// The most bytes of a request id.
 pub(super) const REQUEST_ID: usize = 128;
-/// The most bytes of an id, a model or another short text for a lookup; nothing has a longer one.
+/// The most bytes of an id, a model or another short text that is looked up. Nothing has a longer name.
 pub(super) const NAME: usize = 512;
 /// The most pairs of metadata, and bytes of a key and of a value.
 const METADATA: (usize, usize, usize) = (16, 64, 512);

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     access::Caller,
-    delivery::{AcceptError, DEFAULT_OVERLAP, Retried, Tested},
+    delivery::{AcceptError, Retried, Tested},
     domain::{
         BatchId, DeadLetterId, DeliveryId, RetryJobId, Scope, WebhookEndpointId,
         text::{is_plain, is_storable},
@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+/// How long the previous secret also signs after a rotation: by default, and at most.
+const DEFAULT_OVERLAP: Duration = Duration::from_secs(24 * 3_600);
+const MAX_OVERLAP: Duration = Duration::from_secs(7 * 24 * 3_600);
 /// The most bytes of the reason why an endpoint is disabled.
 const REASON: usize = 256;
 
@@ -112,7 +115,10 @@ impl Service {
     ) -> Result<(Option<WebhookTarget>, Option<WebhookEndpointId>), ServiceError> {
         if let Some(id) = text(endpoint_id, "webhook_endpoint_id")? {
             if webhook.is_some() {
-                return Err(ServiceError::field("webhook_endpoint_id", "goes without webhook: name one of the two"));
+                return Err(ServiceError::field(
+                    "webhook_endpoint_id",
+                    "can't be combined with webhook: set one of the two",
+                ));
             }
             let id = WebhookEndpointId::from_text(id);
             return match self.parts.store.endpoint(&id, &caller.scope()).await? {
@@ -121,7 +127,7 @@ impl Service {
                     Err(ServiceError::new(Code::FailedPrecondition, "ENDPOINT_DISABLED", message))
                 }
                 Some(endpoint) => Ok((None, Some(endpoint.id))),
-                None => Err(ServiceError::field("webhook_endpoint_id", "names no webhook endpoint")),
+                None => Err(ServiceError::field("webhook_endpoint_id", "there is no such webhook endpoint")),
             };
         }
         let accepted = if let Some(webhook) = webhook {
@@ -221,9 +227,16 @@ impl Service {
     ) -> Result<(EndpointRecord, Secret), ServiceError> {
         let id = WebhookEndpointId::from_text(id(endpoint_id, "endpoint_id")?);
         let overlap = span(overlap, "overlap")?.unwrap_or(DEFAULT_OVERLAP);
-        let secret = (!secret.is_empty()).then_some(secret);
-        let rotated = self.parts.webhooks.rotate_secret(&id, &caller.scope(), secret, overlap).await;
-        rotated.map_err(|refused| error::accept(refused, ""))?.ok_or_else(|| no_endpoint(id.as_str()))
+        if overlap > MAX_OVERLAP {
+            let message = format!("the overlap is at most {} days", MAX_OVERLAP.as_secs() / 86_400);
+            return Err(ServiceError::field("overlap", message));
+        }
+        let secret = match secret.is_empty() {
+            true => Secret::generate(),
+            false => Secret::try_new(secret).map_err(|bad| ServiceError::field("secret", bad.to_string()))?,
+        };
+        let rotated = self.parts.webhooks.rotate_secret(&id, &caller.scope(), &secret, overlap).await?;
+        rotated.map(|endpoint| (endpoint, secret)).ok_or_else(|| no_endpoint(id.as_str()))
     }
 
     /// Sends a test event to an endpoint, now and once.
@@ -342,7 +355,7 @@ impl Service {
             DeletedDeadLetter::Deleted => Ok(()),
             DeletedDeadLetter::NotFound => Err(no_dead_letter(id.as_str())),
             DeletedDeadLetter::Busy => {
-                let message = "somebody is retrying this dead letter";
+                let message = "another retry of this dead letter is running";
                 Err(ServiceError::new(Code::Aborted, "DEAD_LETTER_BUSY", message))
             }
         }
@@ -375,7 +388,14 @@ impl Service {
         // Not given is not zero: whoever forgets it must not lose everything.
         let age = span(older_than, "older_than")?
             .ok_or_else(|| ServiceError::field("older_than", "must be given; 0s deletes all"))?;
-        Ok(self.parts.store.purge_dead_letters(age, &caller.scope()).await?)
+        let mut purged = 0;
+        loop {
+            let some = self.parts.store.purge_dead_letters(age, &caller.scope()).await?;
+            purged += some.count;
+            if !some.more {
+                return Ok(purged);
+            }
+        }
     }
 
     /// One retry job.

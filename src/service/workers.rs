@@ -30,7 +30,7 @@ impl Service {
         }
     }
 
-    /// Where the time of this process's requests goes.
+    /// How long this server's requests spend in each stage.
     #[must_use]
     pub fn stages(&self) -> &Stages {
         &self.parts.stages

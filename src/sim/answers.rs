@@ -157,7 +157,7 @@ pub(super) fn text_of(request: &Request<'_>, text: &str) -> String {
     format!("{:016x} {}", request.fingerprint, &text[..end])
 }
 
-/// The same as JSON.
+/// The generated text as a JSON string.
 fn said(request: &Request<'_>, text: &str) -> String {
     quote(&text_of(request, text))
 }
@@ -186,7 +186,7 @@ fn fraction(number: u64) -> f64 {
     (number >> 11) as f64 / 2f64.powi(53)
 }
 
-/// As a JSON string.
+/// Quotes a text as a JSON string.
 fn quote(text: &str) -> String {
     serde_json::to_string(text).expect("a string is JSON")
 }

@@ -46,7 +46,7 @@ pub(super) struct Cost {
     pub(super) completion_tokens: u64,
     /// Tokens of the prompt's first message: what another request can share.
     pub(super) prefix_tokens: u64,
-    /// Of the prompt's first message.
+    /// The fingerprint of the prompt's first message.
     pub(super) prefix: u64,
 }
 

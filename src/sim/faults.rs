@@ -47,11 +47,9 @@ pub enum Fault {
 /// How a body is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Coding {
-    /// gzip
     Gzip,
     /// zlib, as HTTP says.
     Deflate,
-    /// zstd
     Zstd,
     /// The head says `br`.
     Brotli,
@@ -124,7 +122,7 @@ impl Faults {
         self.state.unhealthy.store(unhealthy, Ordering::Release);
     }
 
-    /// Requests that begin from now on take `factor` times as long. Anything but a positive number is taken for 1.
+    /// Requests that begin from now on take `factor` times as long. A factor that is not positive counts as 1.
     pub fn set_slow_down(&self, factor: f64) {
         let factor = if factor.is_finite() && factor > 0.0 { factor } else { 1.0 };
         self.state.slow_down.store(factor.to_bits(), Ordering::Release);

@@ -59,19 +59,19 @@ pub(super) struct Request<'a> {
     pub(super) model: Cow<'a, str>,
     /// What to answer to: one text an answer. Of a chat the last user message.
     pub(super) texts: Vec<Cow<'a, str>>,
-    /// Of rerank and score: what the texts are compared with, one for all or one each.
+    /// For rerank and score: the texts to compare with, one for all or one for each.
     pub(super) queries: Vec<Cow<'a, str>>,
-    /// Of rerank: how many results.
+    /// For rerank: the number of results.
     pub(super) top_n: usize,
-    /// Of a chat: whether the answer is to have a form of its own, such as JSON.
+    /// For chats: whether the answer is to have a form of its own, such as JSON.
     pub(super) is_formed: bool,
-    /// Of embeddings: as base64.
+    /// For embeddings: whether they are encoded in base64.
     pub(super) base64: bool,
-    /// Of everything that makes the answer what it is.
+    /// A hash of everything that determines the answer.
     pub(super) fingerprint: u64,
     /// Whether the answer is to come as a stream.
     pub(super) streams: bool,
-    /// What it takes.
+    /// The work that the simulated engine has with it.
     pub(super) cost: Cost,
 }
 

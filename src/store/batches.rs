@@ -21,7 +21,7 @@ use super::{
 };
 use crate::domain::{
     Batch, BatchError, BatchId, BatchStatus, Epoch, File, FileKind, NewBatch, Owner, Priority, Scope, SegmentRef,
-    Timestamp, lifecycle::Input,
+    Timestamp, lifecycle::BatchTrigger,
 };
 
 /// The outcome of creating a batch.
@@ -55,12 +55,12 @@ pub enum CancelledBatch {
     Ended(Box<Batch>),
 }
 
-/// What became of windows whose time was up.
+/// The results of closing windows.
 #[derive(Debug, Default)]
 pub struct ClosedWindows {
     /// They are closed.
     pub closed: Vec<BatchId>,
-    /// They can't be closed: the database refuses it.
+    /// They could not be closed.
     pub stuck: Vec<BatchId>,
     /// Whether the time of others may be up too.
     pub more: bool,
@@ -152,7 +152,7 @@ impl Store {
             append(&tx, &row, at).await?;
             // The file was validated when it was uploaded.
             let moved = match problems {
-                None => transition(&tx, &mut row, Input::Validated, at).await?,
+                None => transition(&tx, &mut row, BatchTrigger::Validated, at).await?,
                 Some(problems) => {
                     row.errors = problems;
                     fail(&tx, &mut row, Telling::Webhook, at).await?
@@ -190,7 +190,7 @@ impl Store {
             let found = lock_batch(&tx, id).await?.filter(|row| scope.sees(&row.owner.as_str().into()));
             let Some(mut row) = found else { return roll_back(Ok(CancelledBatch::NotFound)) };
             let at = now(&tx).await?;
-            match transition(&tx, &mut row, Input::CancelRequested, at).await? {
+            match transition(&tx, &mut row, BatchTrigger::CancelRequested, at).await? {
                 // One that can't be read is cancelled all the same.
                 Ok(true) => announce(tx, id, Batch::try_from(row).map(Box::new).map(CancelledBatch::Batch)),
                 Ok(false) => commit(tx, Batch::try_from(row).map(Box::new).map(CancelledBatch::Batch)),
@@ -231,7 +231,7 @@ impl Store {
     pub async fn fail_batch(&self, of: &SegmentRef, epoch: Epoch, error: BatchError) -> Result<Commit, StoreError> {
         match self.fail_batch_telling(of, epoch, &error, Telling::Webhook).await {
             Err(refused) if refused.is_final() => {
-                tracing::error!(batch = %of.batch, %refused, "a failed batch's webhook can't be written; nobody hears of it");
+                tracing::error!(batch = %of.batch, %refused, "a failed batch's webhook can't be written; its receiver is not notified");
                 self.fail_batch_telling(of, epoch, &error, Telling::Nobody).await
             }
             done => done,
@@ -268,7 +268,7 @@ impl Store {
         Ok(self.close_windows_but(&[], limit).await?.closed)
     }
 
-    /// The same, without the batches that `rest`: their windows could not be closed a short time ago.
+    /// Like [`Self::close_windows`], without the batches in `rest`, whose windows could not be closed a short time ago.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -286,17 +286,29 @@ impl Store {
             .all(self.read())
             .await?;
         let mut windows = ClosedWindows { more: due.len() as u64 == limit, ..ClosedWindows::default() };
+        // The last error after which the database may be unreachable, until a later window is closed.
+        let mut away = None;
         for id in due.into_iter().map(BatchId::from_text) {
-            match self.close_window(&id).await {
-                Ok(true) => windows.closed.push(id),
-                Ok(false) => {}
-                // One that can't be written does not keep other windows open.
-                Err(error) if error.is_final() => {
-                    tracing::error!(batch = %id, %error, "a window can't be closed");
-                    windows.stuck.push(id);
+            let error = match self.close_window(&id).await {
+                Ok(is_closed) => {
+                    windows.stuck.extend(away.take().map(|(stuck, _)| stuck));
+                    if is_closed {
+                        windows.closed.push(id);
+                    }
+                    continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => error,
+            };
+            // One that can't be written, or that another transaction keeps locked, does not keep other windows open.
+            tracing::warn!(batch = %id, %error, "a window can't be closed");
+            if error.is_final() {
+                windows.stuck.push(id);
+            } else if away.replace((id, error)).is_some() {
+                break;
             }
+        }
+        if let Some((_, error)) = away {
+            return Err(error);
         }
         Ok(windows)
     }
@@ -306,7 +318,7 @@ impl Store {
             let Some(mut row) = lock_batch(&tx, id).await? else { return roll_back(false) };
             let at = now(&tx).await?;
             if row.expires_at <= at.0
-                && let Ok(true) = transition(&tx, &mut row, Input::WindowClosed, at).await?
+                && let Ok(true) = transition(&tx, &mut row, BatchTrigger::WindowClosed, at).await?
             {
                 return announce(tx, id, true);
             }
@@ -346,7 +358,7 @@ impl Store {
             .collect()
     }
 
-    /// Those of these batches that exist, in any order.
+    /// The batches with these ids, in any order. Unknown ids are left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -435,7 +447,7 @@ fn new_row(
         errors: "[]".to_owned(),
         metadata: to_json(&new.metadata)?,
         priority: Priority::value(new.priority),
-        completion_window: i64::try_from(new.completion_window.as_micros()).unwrap_or(i64::MAX),
+        completion_window: convert::micros(new.completion_window),
         request_id: new.request_id.clone(),
         webhook: new.webhook.as_ref().map(to_json).transpose()?,
         webhook_endpoint_id: new.webhook_endpoint_id.as_ref().map(|id| id.as_str().to_owned()),
@@ -453,7 +465,7 @@ fn new_row(
         segments: 0,
         segments_done: 0,
         revision: 1,
-        output_expires_after: new.output_expires_after.map(|span| i64::try_from(span.as_micros()).unwrap_or(i64::MAX)),
+        output_expires_after: new.output_expires_after.map(convert::micros),
     })
 }
 

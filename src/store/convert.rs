@@ -1,6 +1,6 @@
 //! Converts rows to domain types. A row that does not convert was not written by tidemill: [`StoreError::Corrupt`].
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, str::FromStr, time::Duration};
 
 use parking_lot::Mutex;
 
@@ -42,8 +42,23 @@ pub(super) fn to_json<T: serde::Serialize + ?Sized>(value: &T) -> Result<String,
     serde_json::to_string(value).map_err(|error| StoreError::Corrupt(error.to_string()))
 }
 
+/// The variant of an enum that has this name.
+pub(super) fn name<T: FromStr>(what: &str, text: &str) -> Result<T, StoreError> {
+    text.parse().map_err(|_| corrupt(what, text))
+}
+
 pub(super) fn status(text: &str) -> Result<BatchStatus, StoreError> {
-    BatchStatus::from_text(text).ok_or_else(|| corrupt("batch status", text))
+    name("batch status", text)
+}
+
+/// A duration as stored: microseconds.
+pub(super) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// A stored duration.
+pub(super) fn duration(micros: i64) -> Duration {
+    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }
 
 pub(super) fn ending(text: Option<&str>) -> Result<Option<Ending>, StoreError> {
@@ -118,7 +133,7 @@ impl TryFrom<entity::batch::Model> for Batch {
             errors: json("error list", &row.errors)?,
             metadata: json("metadata", &row.metadata)?,
             priority: Priority::new(row.priority).ok_or_else(|| corrupt("priority", &row.priority.to_string()))?,
-            completion_window: Duration::from_micros(u64::try_from(row.completion_window).unwrap_or(0)),
+            completion_window: duration(row.completion_window),
             created_at: Timestamp(row.created_at),
             expires_at: Timestamp(row.expires_at),
             times,
@@ -127,9 +142,7 @@ impl TryFrom<entity::batch::Model> for Batch {
             webhook: row.webhook.map(|text| json("webhook", &text)).transpose()?,
             webhook_endpoint_id: row.webhook_endpoint_id.map(WebhookEndpointId::from_text),
             revision: Revision(row.revision),
-            output_expires_after: row
-                .output_expires_after
-                .map(|span| Duration::from_micros(u64::try_from(span).unwrap_or(0))),
+            output_expires_after: row.output_expires_after.map(|span| duration(span)),
         })
     }
 }

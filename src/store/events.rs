@@ -18,7 +18,7 @@ use super::{
 };
 use crate::domain::{
     Batch, BatchId, BatchStatus, FileId, Revision, Scope, Sequence, Timestamp, TokenUsage,
-    lifecycle::{self, Input},
+    lifecycle::{self, BatchTrigger},
 };
 
 /// The counter behind [`Sequence`].
@@ -59,9 +59,9 @@ pub(super) enum Telling {
 pub(super) async fn transition(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
-    input: Input,
+    input: BatchTrigger,
     at: Timestamp,
-) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
+) -> Result<Result<bool, lifecycle::BatchRefusal>, StoreError> {
     change(tx, row, input, Telling::Webhook, at).await
 }
 
@@ -71,17 +71,17 @@ pub(super) async fn fail(
     row: &mut batch::Model,
     telling: Telling,
     at: Timestamp,
-) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
-    change(tx, row, Input::Unrunnable, telling, at).await
+) -> Result<Result<bool, lifecycle::BatchRefusal>, StoreError> {
+    change(tx, row, BatchTrigger::Unrunnable, telling, at).await
 }
 
 async fn change(
     tx: &DatabaseTransaction,
     row: &mut batch::Model,
-    input: Input,
+    input: BatchTrigger,
     telling: Telling,
     at: Timestamp,
-) -> Result<Result<bool, lifecycle::Refused>, StoreError> {
+) -> Result<Result<bool, lifecycle::BatchRefusal>, StoreError> {
     let step = match lifecycle::apply(convert::status(&row.status)?, convert::ending(row.ending.as_deref())?, input) {
         Ok(step) => step,
         Err(refused) => return Ok(Err(refused)),

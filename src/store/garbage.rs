@@ -9,12 +9,13 @@ use sea_orm::{
     sea_query::OnConflict,
 };
 
-use super::{Store, StoreError, entity::garbage, now, write::commit};
+use super::{Store, StoreError, convert, entity::garbage, now, write::commit};
 use crate::domain::Timestamp;
 
 /// Time for readers that have begun to finish reading a released object.
 const GRACE: Duration = Duration::from_secs(600);
-/// Time until an object that was taken for deletion is offered again. It doubles each time, up to [`DOUBLINGS`].
+/// Time until an object that could not be deleted is offered again: 5 minutes after the first try. It doubles each
+/// time, up to [`DOUBLINGS`] times.
 const TAKEN: Duration = Duration::from_secs(300);
 /// The longest time is 2^6 times as long: 5 hours and 20 minutes.
 const DOUBLINGS: u32 = 6;
@@ -92,7 +93,7 @@ impl Store {
             // As an array it is evaluated once, whatever the plan.
             _ => format!("= ANY(ARRAY({due} FOR UPDATE SKIP LOCKED))"),
         };
-        let wait = i64::try_from(TAKEN.as_micros()).unwrap_or(i64::MAX);
+        let wait = convert::micros(TAKEN);
         let sql = &format!(
             "UPDATE garbage SET delete_after = $2 + ($1 << CASE WHEN tries < {DOUBLINGS} THEN tries ELSE {DOUBLINGS} END), \
              tries = tries + 1 WHERE object_key {of_these} RETURNING object_key"

@@ -64,7 +64,8 @@ pub use sweeps::{SweepRow, WantedSweep};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
     DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,
-    EndpointRecord, NewEndpoint, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement, Signing,
+    EndpointRecord, NewEndpoint, Purged, Reaped, RetryJob, RetryJobState, SecretOf, Settled, SettledAs, Settlement,
+    Signing,
 };
 pub use workers::{RemovedWorker, WorkerRecord};
 
@@ -202,7 +203,7 @@ impl Store {
         };
         let write = connect(1, SQLITE_WRITE_CACHE).await.map_err(|error| match is_no_database(&error) {
             true => StoreError::Open(format!(
-                "{} is not a SQLite database, or it is damaged: is --data-dir right? Else put a backup in its place",
+                "{} is not a SQLite database, or it is damaged: check --data-dir; if it is right, restore a backup",
                 file.display()
             )),
             false => error.into(),

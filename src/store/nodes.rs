@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, Set, sea_query::OnConflict};
 
-use super::{Store, StoreError, entity::node, now, write::commit};
+use super::{Store, StoreError, convert, entity::node, now, write::commit};
 use crate::domain::{NodeId, Timestamp};
 
 /// A node without a heartbeat for this long is dead.
@@ -19,7 +19,6 @@ pub struct NodeRecord {
     pub version: String,
     /// Its roles, comma-separated.
     pub roles: String,
-    /// When it started.
     pub started_at: Timestamp,
     /// Its last heartbeat.
     pub heartbeat_at: Timestamp,
@@ -100,5 +99,5 @@ impl Store {
 
 /// A node is dead if its last heartbeat was before this.
 pub(super) fn dead_since(at: Timestamp) -> i64 {
-    at.0.saturating_sub(i64::try_from(DEAD.as_micros()).unwrap_or(i64::MAX))
+    at.0.saturating_sub(convert::micros(DEAD))
 }

@@ -72,7 +72,7 @@ pub(super) fn listen(
         loop {
             fault::panic_in(Part::Listener);
             let Err(error) = pass_on(&url, &origin, &changes).await;
-            tracing::warn!(%error, "no word of other nodes' changes; they are found by asking until it comes again");
+            tracing::warn!(%error, "no notifications of other nodes' changes arrive; until they do, the database is polled");
             tokio::time::sleep(AGAIN).await;
         }
     };

@@ -8,7 +8,7 @@ pub(super) fn in_words(error: &sqlx::Error) -> String {
         sqlx::Error::Database(refused) => {
             let text = refused.message();
             let hint = if text.contains("prepared statement") {
-                "; is this a pooler in transaction mode? tidemill needs session mode"
+                "; if this is a pooler in transaction mode: tidemill needs session mode"
             } else {
                 ""
             };
@@ -21,7 +21,7 @@ pub(super) fn in_words(error: &sqlx::Error) -> String {
             }
             text
         }
-        sqlx::Error::PoolTimedOut => "all connections were in use, or none could be made in time".to_owned(),
+        sqlx::Error::PoolTimedOut => "all connections were in use, or none could be opened in time".to_owned(),
         other => words::cause(Peer::Database, other),
     }
 }

@@ -14,7 +14,9 @@ use super::{
     garbage, now, webhooks,
     write::{announce, roll_back},
 };
-use crate::domain::{BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::Input};
+use crate::domain::{
+    BatchId, Epoch, LineSet, SegmentIndex, SegmentRef, Timestamp, TokenUsage, lifecycle::BatchTrigger,
+};
 
 /// Results that have just been made durable as an object.
 #[derive(Clone, Debug)]
@@ -168,7 +170,7 @@ impl Store {
                 return roll_back(Commit::Incomplete);
             }
             let ended = row.segments_done >= row.segments
-                && matches!(transition(&tx, &mut row, Input::AllLinesDone, at).await?, Ok(true));
+                && matches!(transition(&tx, &mut row, BatchTrigger::AllLinesDone, at).await?, Ok(true));
             if !ended {
                 row.revision += 1;
                 webhooks::enqueue_progress(&tx, &mut row, at).await?;
@@ -322,8 +324,8 @@ fn count(row: &mut batch::Model, of: &NewPart, sign: i64) {
     row.total_tokens = tokens(row.total_tokens, of.usage.total, sign);
 }
 
-/// A sum of what workers said, which may be anything. One that has reached the most that can be counted stays there: how
-/// much more it was nobody knows.
+/// Adds a token count that a worker reported, which may be any number. A sum that has reached the maximum stays there,
+/// because its true value is unknown.
 fn tokens(sum: i64, count: i64, sign: i64) -> i64 {
     if sum == i64::MAX { sum } else { sum.saturating_add(sign * count.max(0)).max(0) }
 }

@@ -21,7 +21,7 @@ const AGAIN: Duration = Duration::from_millis(250);
 const SESSION: &str = "SET jit = off; SET idle_in_transaction_session_timeout = 5000; SET tcp_keepalives_idle = 10; \
                        SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3";
 
-/// Without the start-up parameter that the driver sends by itself.
+/// Removes the start-up parameter that the driver adds.
 pub(super) fn plain(options: PgConnectOptions) -> PgConnectOptions {
     options.extra_float_digits(None)
 }

@@ -11,7 +11,7 @@ use tidemill_migrations::{Migrator, MigratorTrait, requires};
 
 use super::{Store, StoreError, write::has_code};
 
-/// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number. Any number would do that nobody else takes.
+/// PostgreSQL's advisory lock for migrating: the bytes of "tidemill" as a number.
 const MIGRATION_LOCK: i64 = i64::from_be_bytes(*b"tidemill");
 /// How long a migration waits for one table while nodes of the release before work on it: everything that comes after it
 /// waits behind it meanwhile. Shorter than PostgreSQL's `deadlock_timeout` (1 s), so that it is the migration that gives
@@ -75,7 +75,7 @@ impl Store {
         for _ in 1..TRIES {
             match self.migrate_once().await {
                 Err(StoreError::Unavailable(error)) if has_code(&error, &IN_THE_WAY) => {
-                    tracing::info!(%error, "other nodes are in the way of a migration; trying again");
+                    tracing::info!(%error, "other nodes block a migration; trying again");
                     tokio::time::sleep(PAUSE.mul_f64(rand::random())).await;
                 }
                 done => return done.map(|()| self),

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use sea_orm::{ColumnTrait, ConnectionTrait, EntityTrait, QueryFilter, Statement, Value, sea_query::Expr};
 
-use super::{Store, StoreError, entity::sweep, now, write::commit};
+use super::{Store, StoreError, convert, entity::sweep, now, write::commit};
 use crate::domain::{NodeId, Timestamp};
 
 /// A sweep that a node wants to do.
@@ -120,5 +120,5 @@ impl Store {
 }
 
 fn before(at: Timestamp, ago: Duration) -> i64 {
-    at.0.saturating_sub(i64::try_from(ago.as_micros()).unwrap_or(i64::MAX))
+    at.0.saturating_sub(convert::micros(ago))
 }

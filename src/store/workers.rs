@@ -13,7 +13,6 @@ use crate::domain::{HealthChange, HealthInterval, HealthPath, OwnHealth, Timesta
 /// A worker as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerRecord {
-    /// Its id.
     pub id: WorkerId,
     /// Base URL.
     pub url: String,

@@ -20,7 +20,7 @@ const REPEATED: &str = "tidemill_transactions_repeated_total";
 
 /// Registers the help text of this module's metric.
 pub(super) fn describe_metrics() {
-    metrics::describe_counter!(REPEATED, "transactions that were begun again because the database had given them up");
+    metrics::describe_counter!(REPEATED, "transactions that were repeated because the database had aborted them");
 }
 
 /// How a transaction ends, with the result for its caller. Every return names it, so no early return commits half of a

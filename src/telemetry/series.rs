@@ -16,13 +16,11 @@ pub struct Family {
 }
 
 impl Family {
-    /// A gauge.
     #[must_use]
     pub const fn gauge(name: &'static str, help: &'static str) -> Self {
         Self { name, kind: "gauge", help }
     }
 
-    /// A counter.
     #[must_use]
     pub const fn counter(name: &'static str, help: &'static str) -> Self {
         Self { name, kind: "counter", help }
@@ -43,7 +41,6 @@ impl Series {
         Self { label, values: Mutex::new(BTreeMap::new()) }
     }
 
-    /// Sets the value of `of`.
     pub fn set(&self, family: Family, of: &str, value: f64) {
         self.change(family, of, |known| *known = value);
     }

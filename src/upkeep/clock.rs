@@ -46,7 +46,7 @@ impl Leases {
         match mended.await {
             Ok(leases) => {
                 if leases > 0 {
-                    tracing::warn!(leases, "the database's clock was set back; leases end when they would have ended");
+                    tracing::warn!(leases, "the database's clock was set back; leases are shortened accordingly");
                 }
                 self.longest = self.lease;
                 Ok(Swept::all(leases))

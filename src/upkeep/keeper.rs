@@ -23,7 +23,7 @@ use crate::{
 
 /// How long a lease lasts. It is renewed three times as often.
 const LEASE: Duration = Duration::from_secs(15);
-/// The longest tick. A tick that takes longer is taken for stuck and dropped, because its lease is renewed meanwhile.
+/// The time limit of a tick. A tick that takes longer counts as stuck and is dropped; until then its lease is renewed.
 const LONGEST: Duration = Duration::from_secs(600);
 /// Time until the database is asked again for leases after it has failed.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -43,7 +43,7 @@ pub struct Upkeep {
     sweeps: Vec<Box<dyn Sweep>>,
 }
 
-/// What the holder of the leases and one sweep know of each other.
+/// The state that the holder of the leases shares with one sweep.
 struct Shared {
     name: &'static str,
     every: Duration,
@@ -58,7 +58,7 @@ struct Report {
 }
 
 impl Upkeep {
-    /// Does these sweeps in the name of this node.
+    /// Runs these sweeps as this node.
     #[must_use]
     pub fn new(store: Store, node: NodeId, sweeps: Vec<Box<dyn Sweep>>) -> Self {
         metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, "how long a tick of a sweep took");
@@ -67,7 +67,7 @@ impl Upkeep {
         metrics::describe_gauge!(
             LAG,
             metrics::Unit::Seconds,
-            "for how long a sweep is overdue, whichever server does it; 0 while it is less than 15 s"
+            "how long a sweep is overdue, whichever server does it; 0 if less than 15 s"
         );
         Self { store, node, lease: LEASE, sweeps }
     }
@@ -100,8 +100,10 @@ impl Upkeep {
         let names: Vec<&str> = all.iter().map(|shared| shared.name).collect();
         match timeout(FAREWELL, store.give_back_sweeps(&node, &names)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "leases of sweeps are left to expire"),
-            Err(_) => tracing::debug!("leases of sweeps are left to expire: the database does not answer"),
+            Ok(Err(error)) => tracing::debug!(%error, "leases of sweeps could not be released; they expire"),
+            Err(_) => tracing::debug!(
+                "leases of sweeps could not be released, because the database does not answer; they expire"
+            ),
         }
     }
 }
@@ -134,7 +136,7 @@ async fn hold_once(store: &Store, node: &NodeId, all: &[Shared], lease: Duration
         !report.gives_up
     });
     if !given_up.is_empty() {
-        tracing::warn!(sweeps = ?given_up, "left to other servers for a while, because they fail here");
+        tracing::warn!(sweeps = ?given_up, "sweeps that fail here are left to other servers for a while");
         store.give_back_sweeps(node, &given_up).await?;
     }
     let asked = Instant::now();
@@ -198,7 +200,7 @@ async fn tick(sweep: &mut dyn Sweep) -> Outcome {
             (1, if here { Outcome::FailedHere } else { Outcome::Failed })
         }
         Err(_) => {
-            tracing::warn!(sweep = name, after = ?LONGEST, "a sweep did not end and is tried again");
+            tracing::warn!(sweep = name, after = ?LONGEST, "a sweep did not end in time and is tried again");
             (1, Outcome::FailedHere)
         }
     };

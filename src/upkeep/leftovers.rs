@@ -37,7 +37,7 @@ impl Leftovers {
                     Ok(objects)
                 }
                 Err(error) => {
-                    tracing::warn!(%batch, %error, "leftovers could not be deleted; they are looked for later");
+                    tracing::warn!(%batch, %error, "leftover objects could not be deleted; it is tried again later");
                     Err(error)
                 }
             }

@@ -97,7 +97,6 @@ pub fn of_batches(store: &Store, blobs: &Blobs, lease: Duration) -> Vec<Box<dyn 
     ]
 }
 
-/// The sweeps of webhooks.
 #[must_use]
 pub fn of_webhooks(webhooks: &Webhooks) -> Vec<Box<dyn Sweep>> {
     vec![

@@ -32,7 +32,7 @@ impl Sweep for DeadNodes {
         async {
             let dead = self.store.forget_dead_nodes().await?;
             if dead > 0 {
-                tracing::info!(nodes = dead, "servers that gave no sign of life for 10 minutes are forgotten");
+                tracing::info!(nodes = dead, "servers without a heartbeat for 10 minutes are forgotten");
             }
             Ok(Swept::all(dead))
         }

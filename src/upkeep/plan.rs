@@ -21,11 +21,11 @@ pub struct Lease {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// A tick, now.
+    /// Tick now.
     Tick,
-    /// Nothing until then.
+    /// Wait until then.
     At(Instant),
-    /// Nothing until this node has the lease.
+    /// Wait for the lease.
     Lease,
 }
 
@@ -60,7 +60,7 @@ impl Plan {
         Self { every, due: None, caught_up: None, failures: 0, own_failures: 0 }
     }
 
-    /// What to do now. A node that takes over goes on where the one before it was.
+    /// The next action. A node that takes over continues where the last holder was.
     pub fn next(&mut self, now: Instant, lease: Option<Lease>) -> Next {
         let Some(lease) = lease.filter(|lease| lease.until > now) else {
             self.due = None;

@@ -40,7 +40,7 @@ impl<K: Clone + Eq + std::hash::Hash> Rests<K> {
         }
     }
 
-    /// What is to be left alone now. What has not failed again for long after its rest is forgotten.
+    /// The keys that rest now. Forgets keys that have not failed again for an hour after their rest.
     pub(super) fn resting(&mut self, now: Instant) -> Vec<K> {
         self.of.retain(|_, rest| rest.until + LONGEST > now);
         self.of.iter().filter(|(_, rest)| rest.until > now).map(|(key, _)| key.clone()).collect()

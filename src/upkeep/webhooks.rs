@@ -5,10 +5,16 @@ use std::time::Duration;
 use futures::{FutureExt, future::BoxFuture};
 
 use super::{Sweep, SweepError, Swept};
-use crate::delivery::Webhooks;
+use crate::{delivery::Webhooks, store::Purged};
 
 /// Time between two deletions of old webhooks.
 const RETENTION: Duration = Duration::from_secs(3_600);
+
+impl From<Purged> for Swept {
+    fn from(Purged { count, more }: Purged) -> Self {
+        Self { done: count, failed: 0, more }
+    }
+}
 
 /// Attempts whose sender is gone, and progress events that are too old to be sent.
 pub(super) struct Attempts {
@@ -31,7 +37,7 @@ impl Sweep for Attempts {
     }
 
     fn tick(&mut self) -> BoxFuture<'_, Result<Swept, SweepError>> {
-        async { Ok(Swept::all(self.webhooks.reap(false).await?)) }.boxed()
+        async { Ok(self.webhooks.reap(false).await?.into()) }.boxed()
     }
 }
 
@@ -56,6 +62,6 @@ impl Sweep for Retention {
     }
 
     fn tick(&mut self) -> BoxFuture<'_, Result<Swept, SweepError>> {
-        async { Ok(Swept::all(self.webhooks.purge().await?)) }.boxed()
+        async { Ok(self.webhooks.purge().await?.into()) }.boxed()
     }
 }

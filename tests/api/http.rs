@@ -54,7 +54,7 @@ async fn files_are_served_over_plain_http_to_those_who_may_see_them() {
     let results = format!("/v1/batches/{}/results", batch.id);
     let (status, _, said) = get(&results, "ana", "").await;
     let said: serde_json::Value = serde_json::from_slice(&said).unwrap();
-    assert_eq!((status, &said["error"]["message"]), (404, &"the batch has no output file, or not yet".into()));
+    assert_eq!((status, &said["error"]["message"]), (404, &"the batch has no output file (yet)".into()));
     server.run_batch(&batch.id, 900).await;
     let ended = ana.get_batch(pb::GetBatchRequest { batch_id: batch.id.clone() }).await.unwrap().into_inner();
     let request = pb::DownloadFileRequest { file_id: ended.output_file_id.clone(), offset: 0 };

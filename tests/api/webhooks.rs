@@ -106,6 +106,10 @@ async fn endpoints_live_over_the_wire() {
     };
     assert_eq!(fields(hooks.update_endpoint(bad).await), ["url"]);
     let rotate = pb::RotateSecretRequest { endpoint_id: id.clone(), overlap: seconds(60), ..Default::default() };
+    let long = pb::RotateSecretRequest { overlap: seconds(8 * 86_400), ..rotate.clone() };
+    assert_eq!(fields(hooks.rotate_secret(long).await), ["overlap"]);
+    let bad = pb::RotateSecretRequest { secret: "a\nb".into(), ..rotate.clone() };
+    assert_eq!(fields(hooks.rotate_secret(bad).await), ["secret"]);
     let rotated = hooks.rotate_secret(rotate).await.unwrap().into_inner();
     assert_ne!(rotated.secret, made.secret);
     assert!(rotated.endpoint.unwrap().previous_secret_expire_time.is_some());

@@ -55,7 +55,7 @@ async fn an_outage_uses_up_no_try_and_is_told() {
         let lines = chats(100);
         let id = node.submit(&lines, 50).await;
         let words = match status {
-            200 => format!("{} answers every request with the same, and that is no answer since ", raw.url()),
+            200 => format!("{} answers every request with the same invalid answer since ", raw.url()),
             status => format!("{} answers {status} to every request since ", raw.url()),
         };
         node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;

@@ -181,8 +181,8 @@ fn names(cycle: &BTreeSet<Path>) -> Vec<String> {
     cycle.iter().map(|file| file.join("::")).collect()
 }
 
-#[test]
-fn no_files_of_a_room_import_each_other() {
+/// All files, each with its code.
+fn files() -> Vec<(Path, String)> {
     let mut all = Vec::new();
     for (_, path, code) in sources() {
         let mut file: Path =
@@ -192,8 +192,34 @@ fn no_files_of_a_room_import_each_other() {
             all.push((file, code));
         }
     }
-    let cycles: Vec<Vec<String>> = House::of(&all).cycles().iter().map(names).collect();
+    all
+}
+
+#[test]
+fn no_files_of_a_room_import_each_other() {
+    let cycles: Vec<Vec<String>> = House::of(&files()).cycles().iter().map(names).collect();
     assert!(cycles.is_empty(), "these files import each other: {cycles:#?}");
+}
+
+/// The protocols of `src/api`. What several of them share is beside them.
+const PROTOCOLS: [&str; 3] = ["anthropic", "grpc", "openai"];
+
+#[test]
+fn no_protocol_knows_another() {
+    let house = House::of(&files());
+    let protocol = |file: &Path| {
+        let name = (file[0] == "api").then(|| file.get(1)).flatten();
+        name.filter(|name| PROTOCOLS.contains(&name.as_str())).cloned()
+    };
+    let (mut seen, mut wrong) = (0, Vec::new());
+    for file in house.files.keys() {
+        let Some(own) = protocol(file) else { continue };
+        seen += 1;
+        let others = house.arrows(file).into_iter().filter(|to| protocol(to).is_some_and(|other| other != own));
+        wrong.extend(others.map(|to| format!("{} uses {}", file.join("::"), to.join("::"))));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(seen > 20, "only {seen} files of protocols");
 }
 
 #[test]

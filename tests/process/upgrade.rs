@@ -394,7 +394,7 @@ async fn data_of_earlier_versions_are_not_opened_without_their_objects() {
         connection.close().await.unwrap();
         let refused = Server::new(&["--database-url", &url, "--master-key", MASTER_KEY]).second().await;
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(!refused.status.success() && said.contains("is not the one of the database"), "{said}");
+        assert!(!refused.status.success() && said.contains("does not belong to this database"), "{said}");
         let connection = connect(Some(&url), Path::new("")).await;
         let sql = "SELECT count(*) FROM blob_store";
         let row = connection.query_one_raw(Statement::from_string(sea_orm::DatabaseBackend::Postgres, sql)).await;

@@ -11,7 +11,7 @@ use tidemill::{
     },
     domain::{
         Owner,
-        webhook::{Delivery, DeliveryState, Effect, Input, apply},
+        webhook::{Delivery, DeliveryState, DeliveryTrigger, Effect, apply},
     },
 };
 
@@ -98,7 +98,7 @@ impl Deliveries {
         }
     }
 
-    fn input(&mut self, at: usize, input: Input) -> bool {
+    fn input(&mut self, at: usize, input: DeliveryTrigger) -> bool {
         let row = &mut self.rows[at];
         let before = row.state;
         let Ok(step) = apply(before, input) else { return false };
@@ -137,10 +137,10 @@ impl Deliveries {
             let there = share.count.min(mine.len());
             let taken = if self.faults { self.random.random_range(0..=there) } else { there };
             for at in &mine[..taken] {
-                assert!(self.input(*at, Input::Claimed));
+                assert!(self.input(*at, DeliveryTrigger::Claimed));
                 // Some are not sent, because the sender is stopped.
                 if self.faults && self.random.random_bool(0.1) {
-                    self.input(*at, Input::Released);
+                    self.input(*at, DeliveryTrigger::Released);
                     self.fairness.give_back(&share.owner, &share.target, 1);
                 } else {
                     self.flights.push(*at);
@@ -157,12 +157,12 @@ impl Deliveries {
         let at = self.flights.swap_remove(self.random.random_range(0..self.flights.len()));
         let (owner, target) = (owner(self.rows[at].target), self.rows[at].target.to_string());
         let input = match self.random.random_range(0..10) {
-            0 if self.faults => Input::FailedForGood,
-            2..6 if self.faults => Input::Failed,
-            _ => Input::Succeeded,
+            0 if self.faults => DeliveryTrigger::FailedForGood,
+            2..6 if self.faults => DeliveryTrigger::Failed,
+            _ => DeliveryTrigger::Succeeded,
         };
         match input {
-            Input::Succeeded => {
+            DeliveryTrigger::Succeeded => {
                 self.rows[at].received = true;
                 self.fairness.succeeded(&owner, &target, self.now);
             }
@@ -181,7 +181,7 @@ impl Deliveries {
             let expired = self.rows[at].lease.is_some_and(|lease| lease < self.now);
             // The real sender ends its attempts before their lease.
             if expired && !self.flights.contains(&at) {
-                assert!(self.input(at, Input::LeaseExpired));
+                assert!(self.input(at, DeliveryTrigger::LeaseExpired));
             }
         }
     }
@@ -196,7 +196,7 @@ impl Deliveries {
     fn supersede(&mut self) {
         let at = self.random.random_range(0..self.rows.len());
         let disposable = self.rows[at].state.disposable;
-        assert!(!self.input(at, Input::Superseded) || disposable, "a delivery that matters was dropped");
+        assert!(!self.input(at, DeliveryTrigger::Superseded) || disposable, "a delivery that matters was dropped");
     }
 }
 

@@ -14,7 +14,7 @@ use tidemill::{
     fleet::{
         FailureKind, Rank, Want, WorkerKey,
         board::Board,
-        limit::{Limiter, Seen, TICK},
+        limit::{LimitFinder, Seen, TICK},
         outage::{Gate, Outage, Sign},
     },
     scheduler::{
@@ -46,7 +46,7 @@ struct World {
     list: WorkList,
     board: Board,
     outage: Outage,
-    limiter: Option<Limiter>,
+    limiter: Option<LimitFinder>,
     limit: u32,
     /// What the flaky lines are answered with.
     status: Option<u16>,
@@ -67,8 +67,8 @@ impl World {
             )
         };
         let text: String = (0..LINES).map(line).collect();
-        let limiter = limit.is_none().then(|| Limiter::new(1_024));
-        let limit = limit.or_else(|| limiter.as_ref().map(Limiter::limit)).unwrap();
+        let limiter = limit.is_none().then(|| LimitFinder::new(1_024));
+        let limit = limit.or_else(|| limiter.as_ref().map(LimitFinder::limit)).unwrap();
         Self {
             now: Instant::now(),
             random: StdRng::seed_from_u64(seed),

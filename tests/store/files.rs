@@ -161,15 +161,17 @@ async fn garbage_is_taken_by_one_node_at_a_time_and_what_stays_blocks_nothing(db
     let distinct = taken.iter().collect::<std::collections::BTreeSet<_>>().len();
     assert_eq!((taken.len(), distinct), (30, 30), "each by one of them");
     assert!(db.store.take_garbage(10).await.unwrap().is_empty(), "what could not be deleted rests");
+    let rest = async |before: i64| (db.number("SELECT MAX(delete_after) FROM garbage").await - before) / 60_000_000;
+    assert_eq!(rest(db.store.clock().await.unwrap().0 - 59_000_000).await, 5, "for five minutes");
     db.store.forget_garbage(&taken[..29]).await.unwrap();
     assert_eq!(db.number("SELECT COUNT(*) FROM garbage").await, 1, "but is not forgotten");
-    // Each time it fails it rests for longer: ten minutes, twenty, and so on up to five hours and twenty minutes.
+    // After that it rests for ten minutes, twenty, and so on up to five hours and twenty minutes.
     let mut rests = Vec::new();
     for _ in 0..8 {
         db.execute("UPDATE garbage SET delete_after = 1").await;
         let before = db.store.clock().await.unwrap().0;
         assert_eq!(db.store.take_garbage(10).await.unwrap(), taken[29..]);
-        rests.push((db.number("SELECT delete_after FROM garbage").await - before) / 60_000_000);
+        rests.push(rest(before).await);
     }
     assert_eq!(rests, [10, 20, 40, 80, 160, 320, 320, 320]);
     // An upload that breaks off while its note is there is due at once, in one statement.

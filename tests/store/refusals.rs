@@ -78,6 +78,37 @@ async fn a_window_that_can_not_be_closed_keeps_no_other_open(db: Db) {
     assert_eq!(end.unwrap(), Commit::Done);
 }
 
+async fn a_window_that_another_transaction_blocks_keeps_no_other_open(db: Db) {
+    // SQLite has one writer: no row is blocked by itself.
+    if db.is_sqlite() {
+        return;
+    }
+    let mut all = Vec::new();
+    for _ in 0..4 {
+        let batch = db.batch(1).await;
+        db.store.set_expiry(&batch.id, batch.created_at).await.unwrap();
+        all.push(batch.id);
+    }
+    // What a statement is answered with that waited in vain for a lock.
+    let blocked = "RAISE EXCEPTION ''blocked'' USING ERRCODE = ''55P03''";
+    db.execute(&format!("CREATE FUNCTION blocked() RETURNS trigger AS 'BEGIN {blocked}; END' LANGUAGE plpgsql")).await;
+    let block = async |when: &str| {
+        db.execute("DROP TRIGGER IF EXISTS blocked ON batches").await;
+        let on = "CREATE TRIGGER blocked BEFORE UPDATE ON batches FOR EACH ROW";
+        db.execute(&format!("{on} WHEN ({when}) EXECUTE FUNCTION blocked()")).await;
+    };
+    block(&format!("NEW.id = '{}'", all[0])).await;
+    let page = db.store.close_windows_but(&[], 10).await.unwrap();
+    assert_eq!((&page.closed[..], &page.stuck[..]), (&all[1..], &all[..1]));
+    // If two fail one after the other, the database is unreachable.
+    for _ in 0..2 {
+        let batch = db.batch(1).await;
+        db.store.set_expiry(&batch.id, batch.created_at).await.unwrap();
+    }
+    block("true").await;
+    assert!(matches!(db.store.close_windows_but(&[], 10).await, Err(StoreError::Unavailable(_))));
+}
+
 async fn a_row_that_can_not_be_read_hides_no_other(db: Db) {
     let mut batches = Vec::new();
     for _ in 0..6 {
@@ -158,6 +189,7 @@ async fn a_batch_does_not_end_without_a_line_for_each_of_its_requests(db: Db) {
 
 on_both_databases!(
     a_row_that_can_not_be_read_hides_no_other,
+    a_window_that_another_transaction_blocks_keeps_no_other_open,
     a_segment_ends_with_one_line_for_each_of_its_requests,
     a_batch_does_not_end_without_a_line_for_each_of_its_requests,
     a_refusal_is_final_and_leaves_nothing_behind,

@@ -92,7 +92,7 @@ async fn a_crash_during_an_attempt_repeats_it_under_the_same_id(db: Db) {
     assert_eq!((delivery.state, delivery.attempts), (DeliveryState::Delivered, 2));
     let ids: HashSet<_> = requests.iter().map(|request| request.header("webhook-id")).collect();
     assert_eq!(ids.len(), 1);
-    let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome).collect();
+    let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome.as_str()).collect();
     assert_eq!(outcomes, ["unknown", "succeeded"]);
     second.stop().await;
 }
@@ -121,7 +121,7 @@ async fn of_two_deliverers_only_the_one_with_the_lease_writes(db: Db) {
     second.stop().await;
     let delivery = db.deliveries(&batch.id).await.remove(0);
     assert_eq!((delivery.state, delivery.attempts), (DeliveryState::Delivered, 2));
-    let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome).collect();
+    let outcomes: Vec<_> = db.attempts(&delivery.id).await.into_iter().map(|one| one.outcome.as_str()).collect();
     assert_eq!(outcomes, ["unknown", "succeeded"]);
     assert_eq!(receiver.requests().len(), 2);
     assert!(db.dead_letters().await.is_empty());
@@ -236,8 +236,8 @@ async fn no_secret_is_found_anywhere() {
     let config = tidemill::domain::webhook::WebhookConfig::new(receiver.url("/e")).secret(Some(CANARY.into()));
     let (endpoint, secret) = webhooks.create_endpoint(&"".into(), config).await.unwrap();
     assert_eq!(secret.expose(), CANARY);
-    let rotated =
-        webhooks.rotate_secret(&endpoint.id, &Scope::All, Some(format!("{CANARY}-2")), Duration::from_secs(60)).await;
+    let second = Secret::try_new(format!("{CANARY}-2")).unwrap();
+    let rotated = webhooks.rotate_secret(&endpoint.id, &Scope::All, &second, Duration::from_secs(60)).await;
     rotated.unwrap().unwrap();
     let running = crate::fixture::Running::start(webhooks.clone());
     let tested = webhooks.test_endpoint(&endpoint.id, &Scope::All).await.unwrap().unwrap();

@@ -10,7 +10,7 @@ use sea_orm::{ConnectionTrait, Statement};
 use tidemill::{
     delivery::fairness::PER_TARGET,
     domain::Scope,
-    domain::webhook::{AttemptResult, Delivery, DeliveryState, ErrorKind, Input, apply},
+    domain::webhook::{AttemptResult, Delivery, DeliveryState, DeliveryTrigger, ErrorKind, apply},
     store::{ClaimShare, ClaimedDelivery, DeliveryFilter, DeliveryRecord, SettledAs, Settlement},
 };
 
@@ -81,7 +81,7 @@ struct Known {
 
 impl Known {
     /// The same input as the store had, through the pure state machine.
-    fn step(&mut self, input: Input, outcome: Option<&'static str>) {
+    fn step(&mut self, input: DeliveryTrigger, outcome: Option<&'static str>) {
         let step = apply(self.is, input).unwrap();
         (self.is.state, self.is.attempts) = (step.state, step.attempts);
         self.lease = None;
@@ -141,11 +141,13 @@ impl World<'_> {
                 continue;
             }
             match &one.result {
-                None => known.step(Input::Released, None),
+                None => known.step(DeliveryTrigger::Released, None),
                 Some(result) => match &result.error {
-                    None => known.step(Input::Succeeded, Some("succeeded")),
-                    Some(error) if error.kind == ErrorKind::Gone => known.step(Input::FailedForGood, Some("failed")),
-                    Some(_) => known.step(Input::Failed, Some("failed")),
+                    None => known.step(DeliveryTrigger::Succeeded, Some("succeeded")),
+                    Some(error) if error.kind == ErrorKind::Gone => {
+                        known.step(DeliveryTrigger::FailedForGood, Some("failed"))
+                    }
+                    Some(_) => known.step(DeliveryTrigger::Failed, Some("failed")),
                 },
             }
             let expected = match known.is.state {
@@ -158,7 +160,7 @@ impl World<'_> {
         }
         for claim in self.db.store.claim_deliveries(&shares).await.unwrap() {
             let known = self.known.get_mut(claim.id.as_str()).unwrap();
-            let step = apply(known.is, Input::Claimed).unwrap();
+            let step = apply(known.is, DeliveryTrigger::Claimed).unwrap();
             (known.is.state, known.is.attempts) = (step.state, step.attempts);
             assert_eq!(claim.attempt, step.attempts);
             known.lease = Some(claim.lease.clone());
@@ -174,7 +176,7 @@ impl World<'_> {
             self.known.iter().filter(|(_, known)| known.lease.is_some()).map(|(id, _)| id.clone()).collect();
         for id in leased.into_iter().filter(|_| self.random.random_bool(0.4)) {
             self.db.execute(&format!("UPDATE webhook_deliveries SET lease_expires_at = 1 WHERE id = '{id}'")).await;
-            self.known.get_mut(&id).unwrap().step(Input::LeaseExpired, Some("unknown"));
+            self.known.get_mut(&id).unwrap().step(DeliveryTrigger::LeaseExpired, Some("unknown"));
         }
         self.db.store.reap_deliveries(false, |_| Duration::ZERO).await.unwrap();
         if self.random.random_bool(0.3) {
@@ -192,8 +194,8 @@ impl World<'_> {
             let outcomes: Vec<_> = log.iter().map(|one| one.outcome.as_str()).collect();
             assert_eq!(outcomes, known.log, "{id}");
             for one in log {
-                assert_eq!(one.finished_at.is_some(), one.outcome != "started");
-                let answered = one.outcome == "succeeded";
+                assert_eq!(one.finished_at.is_some(), one.outcome.as_str() != "started");
+                let answered = one.outcome.as_str() == "succeeded";
                 assert_eq!(one.http_status, answered.then_some(204));
                 assert_eq!(one.response_excerpt, success().response_excerpt.filter(|_| answered));
             }

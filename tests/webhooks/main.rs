@@ -6,6 +6,7 @@
 mod support;
 
 mod atomic;
+mod bounded;
 mod clock;
 mod delivery;
 mod endpoints;

@@ -129,7 +129,7 @@ async fn a_lease_that_ran_out_is_an_unknown_attempt(db: Db) {
         assert_eq!(db.store.reap_deliveries(false, |_| Duration::ZERO).await.unwrap().pending, 0, "the lease holds");
         let reaped = db.store.reap_deliveries(true, |_| Duration::ZERO).await.unwrap();
         assert_eq!((reaped.pending, reaped.dead), (left, dead));
-        assert_eq!(db.attempts(&id).await.last().unwrap().outcome, "unknown");
+        assert_eq!(db.attempts(&id).await.last().unwrap().outcome.as_str(), "unknown");
     }
     assert!(claim(&db).await.is_empty(), "a body that crashes its sender can't do so for ever");
     let dead = db.dead_letters().await;
@@ -220,11 +220,15 @@ async fn old_things_go_and_what_is_named_stays(db: Db) {
         db.complete(&batch.id).await;
         settle(&db, &claim(&db).await.remove(0), result).await;
     }
-    assert_eq!(db.store.purge_deliveries(day).await.unwrap(), 0);
-    assert_eq!(db.store.purge_deliveries(Duration::ZERO).await.unwrap(), 1, "a dead letter still names the other");
-    assert_eq!(db.store.purge_dead_letters(day, &Scope::All).await.unwrap(), 0);
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::Of("somebody else".into())).await.unwrap(), 0);
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap(), 1);
-    assert_eq!(db.store.purge_deliveries(Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(db.store.purge_deliveries(day).await.unwrap().count, 0);
+    assert_eq!(
+        db.store.purge_deliveries(Duration::ZERO).await.unwrap().count,
+        1,
+        "a dead letter still names the other"
+    );
+    assert_eq!(db.store.purge_dead_letters(day, &Scope::All).await.unwrap().count, 0);
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::Of("somebody else".into())).await.unwrap().count, 0);
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap().count, 1);
+    assert_eq!(db.store.purge_deliveries(Duration::ZERO).await.unwrap().count, 1);
     assert_eq!(db.execute("DELETE FROM webhook_attempts").await, 0, "their attempts went with them");
 }

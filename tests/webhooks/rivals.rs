@@ -77,12 +77,12 @@ async fn moving_an_endpoint_survives_a_deadlock() {
 async fn retention_survives_a_deadlock() {
     let Some(db) = Db::postgres().await else { return };
     let id = dead_letter(&db).await;
-    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap(), 1, "{id}");
+    assert_eq!(db.store.purge_dead_letters(Duration::ZERO, &Scope::All).await.unwrap().count, 1, "{id}");
     let (deliveries, attempts) =
         ("SELECT 1 FROM webhook_deliveries FOR UPDATE", "SELECT 1 FROM webhook_attempts FOR UPDATE");
     let purged =
         deadlock(&db.raw, deliveries, attempts, Box::pin(db.store.purge_deliveries(Duration::ZERO))).await.unwrap();
-    assert_eq!(purged, 1);
+    assert_eq!(purged.count, 1);
 }
 
 #[tokio::test]

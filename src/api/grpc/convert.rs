@@ -68,7 +68,6 @@ fn progress(of: Progress) -> pb::BatchProgress {
     }
 }
 
-/// A batch with its progress.
 pub(super) fn shown(of: Shown, service: &Service) -> pb::Batch {
     batch(of.batch, Some(of.progress), service)
 }

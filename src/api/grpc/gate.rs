@@ -119,7 +119,7 @@ pub(in crate::api) fn unknown_method() -> Response {
 }
 
 fn no_such_method() -> Status {
-    let message = "this server has no such method; its reflection lists those that it has";
+    let message = "this server has no such method; server reflection lists its methods";
     error(Code::Unimplemented, "METHOD_UNKNOWN", message)
 }
 

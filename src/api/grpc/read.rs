@@ -51,7 +51,6 @@ pub(super) fn file(of: pb::FileSpec) -> NewFile {
     }
 }
 
-/// A chunk of an upload.
 pub(super) fn chunk(of: pb::UploadFileRequest) -> Result<Bytes, Status> {
     use pb::upload_file_request::Payload;
     let wrong = match of.payload {
@@ -121,7 +120,6 @@ pub(super) fn webhook(of: pb::WebhookConfig) -> NewWebhook {
     }
 }
 
-/// The webhook of a new endpoint.
 pub(super) fn endpoint(of: pb::CreateEndpointRequest) -> NewWebhook {
     NewWebhook {
         url: of.url,

@@ -58,7 +58,7 @@ fn attempt(of: AttemptRecord) -> pb::DeliveryAttempt {
     pb::DeliveryAttempt {
         generation: of.generation,
         attempt: of.attempt,
-        outcome: of.outcome,
+        outcome: of.outcome.as_str().to_owned(),
         error_kind: of.error_kind.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
         error_message: of.error_message.unwrap_or_default(),
         http_status: of.http_status.map(i32::from).unwrap_or_default(),

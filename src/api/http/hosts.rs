@@ -47,7 +47,7 @@ struct Authority {
 }
 
 impl Authority {
-    /// Reads `host`, `host:port` or `[v6]:port`. None: it is none of these.
+    /// Parses `host`, `host:port` or `[v6]:port`.
     fn parse(text: &str) -> Option<Self> {
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
@@ -68,7 +68,7 @@ impl Authority {
     }
 }
 
-/// Which names and origins are let in.
+/// The host names and origins that are accepted.
 #[derive(Clone, Debug)]
 pub(in crate::api) struct Hosts {
     /// `--public-host`, in lower case.
@@ -125,9 +125,7 @@ impl Hosts {
                 let host = Authority::parse(&name).map_or_else(|| name.to_string(), |authority| authority.host);
                 let host = short(&host);
                 let message = format!(
-                    "this tidemill has no access tokens and does not answer to the name {host:?}, so that web pages can't \
-                     use it through a name of theirs; call it by its address or as localhost, or start it with \
-                     --public-host {host}"
+                    "this server has no access tokens, so it does not accept the host name {host:?}: a web page could use it through a name of its own. Call it by its address or as localhost, or start it with --public-host {host}"
                 );
                 return Err(ServiceError::new(Code::PermissionDenied, "HOST_NOT_ALLOWED", message));
             }
@@ -164,8 +162,7 @@ impl Hosts {
         }
         let origin = short(&String::from_utf8_lossy(origin.as_bytes()));
         let message = format!(
-            "a page of {origin:?} may not use this tidemill, which has no access tokens; if it is yours, start tidemill \
-             with --public-host and the page's host name"
+            "pages from {origin:?} may not use this server, because it has no access tokens; if the page is yours, start tidemill with --public-host and the page's host name"
         );
         Err(ServiceError::new(Code::PermissionDenied, "ORIGIN_NOT_ALLOWED", message))
     }
@@ -186,7 +183,7 @@ impl Hosts {
     fn refuse(&self, request: &Request, error: ServiceError, code: StatusCode) -> Response {
         const KIND: HeaderName = header::CONTENT_TYPE;
         if let Some(unlogged) = self.refusals.may() {
-            tracing::warn!(reason = error.message, unlogged, "a request was refused at the door");
+            tracing::warn!(reason = error.message, unlogged, "a request was refused because of its Host or Origin");
         }
         let kind = request.headers().get(KIND).filter(|kind| kind.as_bytes().starts_with(b"application/grpc"));
         match kind.cloned() {
@@ -240,7 +237,7 @@ fn is_preflight(request: &Request) -> bool {
 fn preflight(hosts: &Hosts, request: &Request) -> Response {
     let origin = request.headers()[header::ORIGIN].clone();
     if !origin.to_str().is_ok_and(|text| hosts.allows_origin(text, request)) {
-        let text = "tidemill takes calls from pages of its own origin and of those hosts that --public-host names\n";
+        let text = "this server accepts calls from pages of its own origin and of the hosts that --public-host names\n";
         return (StatusCode::FORBIDDEN, [(header::VARY, "origin")], text).into_response();
     }
     let mut response = StatusCode::NO_CONTENT.into_response();

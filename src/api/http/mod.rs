@@ -52,11 +52,11 @@ const READY_WITHIN: Duration = Duration::from_secs(2);
 const REQUESTS: &str = "tidemill_http_requests_total";
 /// Seconds that requests took, downloads to their end, by `route` and `status`.
 const SECONDS: &str = "tidemill_http_request_seconds";
-/// What this server is, for whoever expects another.
+/// The answer to an unknown path: it says what this server is.
 const NOTHING: &str = "this is tidemill, a batch server. Here are its gRPC API, OpenAI's HTTP API below /v1, and /healthz, \
                        /readyz and /metrics for GET\n";
 
-/// The routes, and what answers where there is none.
+/// The routes, and the answer for unknown paths.
 pub(super) fn routes(service: Service, gate: Arc<Gate>, api: Option<BadFiles>, shutdown: CancellationToken) -> Router {
     metrics::describe_counter!(REQUESTS, "HTTP requests that have ended, by route and status");
     metrics::describe_histogram!(
@@ -95,7 +95,7 @@ async fn metrics(Extension(caller): Extension<Caller>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], telemetry::render()).into_response()
 }
 
-/// A gRPC client is told in gRPC's way.
+/// Answers an unknown path; a gRPC client gets a gRPC status.
 async fn nothing(request: Request) -> Response {
     if grpc::is_grpc(&request) {
         return grpc::unknown_method();
@@ -123,11 +123,11 @@ async fn elsewhere(uri: http::Uri) -> Response {
 enum Kind {
     /// Anybody may ask, as often as they like.
     Open,
-    /// Whoever asks must be known.
+    /// The caller must be known.
     Known,
-    /// The same, and they have only so many at a time.
+    /// The caller must be known, and has a limited number at a time.
     Download,
-    /// The same, for streams that last and cost little.
+    /// Like `Download`, with the limit of long streams that cost little.
     Watch,
     /// The bytes of the request are counted as they come.
     Upload,
@@ -242,7 +242,7 @@ struct Record {
     began: Instant,
     /// None: there was no response yet when the client went away.
     status: Option<StatusCode>,
-    /// The body came to its end.
+    /// Whether the whole body was sent.
     ended: bool,
 }
 
@@ -262,7 +262,7 @@ impl Drop for Record {
 /// Looks at a response's body for its end.
 struct Recorded {
     record: Record,
-    /// Of the caller's downloads, this one.
+    /// The caller's place among its downloads, returned on drop.
     _held: Option<Held>,
 }
 

@@ -19,14 +19,13 @@ pub(in crate::api) trait Observer: Send + Unpin + 'static {
         Span::none()
     }
 
-    /// A frame has passed.
+    /// Called for each frame.
     fn passed(&mut self, _: &Frame<Bytes>) {}
 
-    /// The body has come to its end.
+    /// Called when the whole body was sent.
     fn ended(&mut self) {}
 }
 
-/// The body, with an observer.
 pub(in crate::api) fn observed(body: Body, observer: impl Observer) -> Body {
     Body::new(Observed { body, observer })
 }

@@ -23,7 +23,7 @@ use axum::{
 use futures::FutureExt;
 use http::StatusCode;
 
-const MESSAGE: &str = "the server has met a bug in this call; its log says more";
+const MESSAGE: &str = "the server failed because of a bug; its log has the details";
 
 /// Answers for a handler that panics.
 pub(in crate::api) async fn caught(request: Request, next: Next) -> Response {

@@ -34,13 +34,13 @@ pub(super) async fn watch(
     let after = match after.as_deref() {
         None | Some("") => 0,
         Some(text) => text.parse::<i64>().ok().filter(|revision| *revision >= 0).ok_or_else(|| {
-            let message = "Last-Event-ID is no revision: send the id of the last event, or nothing";
+            let message = "Last-Event-ID is not a revision: send the id of the last event, or leave the header out";
             Problem::invalid("invalid_value", "Last-Event-ID", message)
         })?,
     };
     let now = service.batch(&caller, &id).await.map_err(|error| no_such(error, &id))?.batch;
     if after > now.revision.0 {
-        let message = format!("Last-Event-ID lies ahead of the newest revision, {}", now.revision);
+        let message = format!("Last-Event-ID is greater than the newest revision, {}", now.revision);
         return Err(Problem::invalid("invalid_value", "Last-Event-ID", message));
     }
     if after > 0 && now.status.is_terminal() && now.revision.0 == after {

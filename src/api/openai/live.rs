@@ -71,7 +71,7 @@ fn passed(of: &HeaderMap, id: Option<HeaderValue>) -> Extras {
 fn respond(endpoint: Endpoint, of: Answered) -> Result<Response, Problem> {
     if matches!(of.status, 401 | 403 | 407) {
         // The worker's key is this server's, not the client's.
-        let message = "the worker refuses this server's key: its operator must mend --worker-api-key";
+        let message = "the worker refuses this server's API key: the server's operator must correct --worker-api-key";
         return Err(Problem::new(StatusCode::BAD_GATEWAY, "worker_refused", message));
     }
     let kind = of.headers.0.get(header::CONTENT_TYPE);

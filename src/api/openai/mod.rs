@@ -149,7 +149,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<String, Problem> {
     let Some(key) = headers.get(IDEMPOTENCY_KEY) else { return Ok(String::new()) };
     match key.to_str() {
         Ok(key) if is_plain(key) => Ok(key.to_owned()),
-        _ => Err(Problem::invalid("invalid_value", "Idempotency-Key", "the Idempotency-Key is no plain ASCII")),
+        _ => Err(Problem::invalid("invalid_value", "Idempotency-Key", "the Idempotency-Key is not plain ASCII")),
     }
 }
 

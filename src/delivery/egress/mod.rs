@@ -42,7 +42,7 @@ pub struct Policy {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Forbidden {
     /// Not a URL that webhooks can be sent to.
-    #[error("this is no URL that webhooks can be sent to")]
+    #[error("webhooks can't be sent to this URL")]
     Url,
     /// Plain HTTP, which the operator does not allow.
     #[error("this server sends webhooks over https only")]
@@ -50,7 +50,7 @@ pub enum Forbidden {
     /// An address that is not public. The message does not name it, because a name's addresses are not the client's
     /// business.
     #[error(
-        "the host is, or resolves to, an address that webhooks are not sent to; the operator can open it with --webhook-allow-cidr"
+        "the host is, or resolves to, an address to which this server sends no webhooks; its operator can allow it with --webhook-allow-cidr"
     )]
     Address,
 }

@@ -95,7 +95,7 @@ impl Names {
         }
         let files = changed_at();
         let resolver =
-            self.build().map_err(|error| io::Error::other(format!("the resolver can't be set up: {error}")))?;
+            self.build().map_err(|error| io::Error::other(format!("the DNS resolver can't be configured: {error}")))?;
         *current = Some(Current { resolver: resolver.clone(), looked_at: now, files });
         Ok(resolver)
     }
@@ -107,7 +107,7 @@ impl Names {
                 (ResolverConfig::from_name_servers(servers), ResolverOpts::default())
             }
             None => read_system_conf().unwrap_or_else(|error| {
-                warn!(%error, "no name server is set in /etc/resolv.conf; names of webhooks are asked for at 127.0.0.1");
+                warn!(%error, "/etc/resolv.conf names no name server; webhook hosts are looked up at 127.0.0.1");
                 let local = vec![NameServerConfig::udp_and_tcp(IpAddr::from([127, 0, 0, 1]))];
                 (ResolverConfig::from_name_servers(local), ResolverOpts::default())
             }),

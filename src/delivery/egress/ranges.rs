@@ -1,4 +1,4 @@
-//! Which addresses webhooks may go to by default: those of the public internet.
+//! The addresses that webhooks may go to by default: those of the public internet.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

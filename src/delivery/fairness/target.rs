@@ -45,12 +45,12 @@ impl Target {
         self.failures >= FAILURES_BEFORE_PROBING
     }
 
-    /// Whether it has answered lately, so that it will most likely do so again.
+    /// Whether it has answered lately, so that it will probably answer again.
     pub(super) fn is_sure(&self, now: Instant) -> bool {
         self.failures == 0 && self.last_success.is_some_and(|at| now.saturating_duration_since(at) <= LATELY)
     }
 
-    /// Whether its own limits allow another send.
+    /// Whether the target's own limits allow another send.
     pub(super) fn has_room(&self, per_target: usize, now: Instant) -> bool {
         let limit = if self.is_probed() { 1 } else { per_target };
         self.in_flight < limit && !self.is_held(now)

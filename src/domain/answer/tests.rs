@@ -67,7 +67,7 @@ fn an_error_or_nothing_is_no_answer_of_any_endpoint() {
         }
     }
     assert!(is_bad(&chat(r#"{"choices":[]}"#)) && is_bad(&verdict_of(Endpoint::Embeddings, r#"{"data":[]}"#)));
-    assert_eq!(chat(r#"{"error":{}}"#), Verdict::Bad("it holds an error and no `choices`".into()));
+    assert_eq!(chat(r#"{"error":{}}"#), Verdict::Bad("it contains an error and no `choices`".into()));
 }
 
 #[test]

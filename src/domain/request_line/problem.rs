@@ -21,13 +21,9 @@ pub struct LineError {
 /// The fields that rules are about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Field {
-    /// `custom_id`
     CustomId,
-    /// `method`
     Method,
-    /// `url`
     Url,
-    /// `body`
     Body,
     /// `body.model`
     Model,
@@ -36,7 +32,7 @@ pub enum Field {
 }
 
 impl Field {
-    /// Its path in the line.
+    /// The field's path in the line.
     #[must_use]
     pub fn path(self) -> &'static str {
         match self {
@@ -69,7 +65,6 @@ pub enum Problem {
         /// The first bad byte, from 0.
         at: usize,
     },
-    /// Not JSON.
     NotJson {
         /// Why not.
         message: String,
@@ -89,14 +84,12 @@ pub enum Problem {
     Twice(Field),
     /// A field has a value of the wrong kind.
     WrongKind {
-        /// The field.
         field: Field,
         /// The kind of value found.
         found: &'static str,
     },
     /// A field has a text that is not allowed.
     WrongText {
-        /// The field.
         field: Field,
         /// The text, cut if long.
         found: String,
@@ -105,14 +98,12 @@ pub enum Problem {
     Empty(Field),
     /// A string is too long.
     TooLong {
-        /// The field.
         field: Field,
         /// Its size in bytes.
         bytes: usize,
     },
     /// A string has a character that can't be stored or shown.
     Character {
-        /// The field.
         field: Field,
         /// The first of them.
         found: char,
@@ -178,7 +169,7 @@ impl fmt::Display for Problem {
             ),
             Self::NotAnObject { found } => write!(f, "found {found}; expected a JSON object"),
             Self::Missing(field) => write!(f, "{} is missing; expected {}", field.path(), field.expected()),
-            Self::Twice(field) => write!(f, "{} is there more than once; expected it once", field.path()),
+            Self::Twice(field) => write!(f, "{} is given more than once; expected it once", field.path()),
             Self::WrongKind { field, found } => {
                 write!(f, "{} is {found}; expected {}", field.path(), field.expected())
             }
@@ -231,7 +222,7 @@ pub(super) fn not_json(reason: &str, rest: &str) -> String {
         "trailing comma" => "a comma before a closing bracket",
         "invalid number" => "a number that JSON does not have, such as 01, .5, +1 or 1.",
         "number out of range" => "a number that is too large",
-        "invalid escape" => r"a \ that begins no escape (a backslash itself is written \\)",
+        "invalid escape" => r"a \ that does not begin an escape (write a backslash itself as \\)",
         "lone leading surrogate in hex escape" | "unexpected end of hex escape" | "invalid unicode code point" => {
             r"half of a surrogate pair (an escape from \ud800 to \udfff without its other half): a text was cut inside an emoji"
         }
@@ -247,16 +238,16 @@ pub(super) fn not_json(reason: &str, rest: &str) -> String {
 pub(super) fn other_format(line: &str) -> Option<&'static str> {
     if line.starts_with('[') {
         return Some(
-            "a list that goes on over several lines: the file is one JSON list; write each of its objects on one line, such as by \
+            "a list over several lines: the file is one JSON list; write each of its objects on one line, such as by \
              jq -c '.[]'",
         );
     }
     if line.starts_with('<') {
-        return Some("this is HTML or XML: a web page or an error may have been saved in place of the file");
+        return Some("this is HTML or XML: a web page or an error may have been saved instead of the file");
     }
     let key = line.strip_prefix('"').and_then(|key| key.split_once('"'));
     if key.is_some_and(|(_, rest)| rest.trim_start().starts_with(':')) {
-        return Some("the braces around the object are missing, or it goes on over several lines");
+        return Some("the braces around the object are missing, or it is spread over several lines");
     }
     is_row(line).then_some(
         "this is a row of a table: the file is CSV or TSV; write each request as a JSON object on one line, such as by \
@@ -280,7 +271,7 @@ pub(super) fn odd(rest: &str) -> Option<String> {
     let words = if rest.starts_with('\u{feff}') {
         "a byte order mark (U+FEFF), which some editors write and nobody sees, stands in the middle of the file: remove it"
     } else if rest.starts_with('\'') {
-        "' is no quote in JSON: use \", as json.dumps writes it and str() does not"
+        "' is not a quote in JSON: use \", as json.dumps writes it and str() does not"
     } else if begins(&["NaN", "Infinity", "-Infinity"]) {
         "NaN and Infinity are not JSON: use null, or leave the field out"
     } else if begins(&["None", "True", "False"]) {

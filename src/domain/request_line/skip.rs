@@ -1,13 +1,13 @@
-//! The fast way over a JSON value. It says where a value ends that is surely one; of anything else it says nothing, and
-//! `serde_json` is asked, which also has the words for what is wrong.
+//! Finds the end of a JSON value, fast. It returns the end only of values that are certainly valid. Anything else is left
+//! to `serde_json`, which also describes what is wrong.
 //!
-//! Nearly all bytes of a file are in long strings. `serde_json` looks through these eight bytes at a time for three things;
-//! here a line is first looked through for control characters as a whole, and then a string's end is found 32 bytes at a
-//! time.
+//! Nearly all bytes of a file are in long strings. `serde_json` searches a string eight bytes at a time for three kinds of
+//! bytes. Here the whole line is searched for control characters first, so that a string's end can be searched for 32
+//! bytes at a time.
 
 /// Nesting above this is left to `serde_json`.
 const DEPTH: u32 = 64;
-/// Of a string so many bytes are looked at eight at a time.
+/// The first bytes of a string that are searched eight at a time.
 const SHORT: usize = 16;
 
 /// Whether this module may be asked about a text: there is no control character in it, but for a line end's at its end.

@@ -59,7 +59,7 @@ fn a_file_of_another_format_is_named_with_what_to_do() {
     assert!(problem("[").contains("one JSON list; write each of its objects on one line"), "{}", problem("["));
     assert!(problem("<!DOCTYPE html>").contains("HTML or XML"));
     for (line, words) in [
-        ("'a', 'b'", "is no quote in JSON"),
+        ("'a', 'b'", "is not a quote in JSON"),
         (r#""custom_id": "a", "method": "POST""#, "the braces around the object are missing"),
         ("custom_id: a, method: POST", "expected a value"),
         ("NaN, 1", "NaN"),
@@ -83,7 +83,7 @@ fn keys_are_known_however_they_are_written() {
     let line = GOOD.replace("body", r"b\u006fdy").replace("\"model", r#""\u006dodel"#);
     assert_eq!(parse(line.as_bytes()).unwrap().model, "m");
     let twice = GOOD.replace("{\"model", r#"{"\u006dodel":"other","model"#);
-    assert_eq!(problem(&twice), "body.model is there more than once; expected it once");
+    assert_eq!(problem(&twice), "body.model is given more than once; expected it once");
 }
 
 #[test]
@@ -118,9 +118,9 @@ fn every_rule_has_its_message() {
         (r#""m""#, r#""m","stream":true"#, "body.stream is on; expected false, null or no such field"),
         (r#""m""#, r#""m","stream":"yes""#, "body.stream is on; expected"),
         (r#""m""#, r#""m","stream":1"#, "body.stream is on; expected"),
-        (r#"{"custom"#, r#"{"custom_id":"b","custom"#, "custom_id is there more than once; expected it once"),
-        (r#"{"custom"#, r#"{"body":{},"custom"#, "body is there more than once; expected it once"),
-        (r#""m""#, r#""m","model":"m""#, "body.model is there more than once; expected it once"),
+        (r#"{"custom"#, r#"{"custom_id":"b","custom"#, "custom_id is given more than once; expected it once"),
+        (r#"{"custom"#, r#"{"body":{},"custom"#, "body is given more than once; expected it once"),
+        (r#""m""#, r#""m","model":"m""#, "body.model is given more than once; expected it once"),
         (
             r#""m"}}"#,
             r#""m"}"#,
@@ -151,7 +151,7 @@ fn every_rule_has_its_message() {
         (
             r#""a""#,
             "'a'",
-            "not valid JSON: ' is no quote in JSON: use \", as json.dumps writes it and str() does not at byte 14",
+            "not valid JSON: ' is not a quote in JSON: use \", as json.dumps writes it and str() does not at byte 14",
         ),
         (r#""a""#, "NaN", "not valid JSON: NaN and Infinity are not JSON: use null"),
         (r#""a""#, "-Infinity", "not valid JSON: a number that JSON does not have"),
@@ -161,10 +161,10 @@ fn every_rule_has_its_message() {
         (
             r#""a""#,
             r#""\q""#,
-            "not valid JSON: a \\ that begins no escape (a backslash itself is written \\\\) at byte",
+            "not valid JSON: a \\ that does not begin an escape (write a backslash itself as \\\\) at byte",
         ),
         (r#""a""#, "\u{a0}1", "not valid JSON: the character U+00A0 stands outside of a string at byte 14"),
-        (r#"{"custom_id""#, "{'custom_id'", "not valid JSON: ' is no quote in JSON: use \""),
+        (r#"{"custom_id""#, "{'custom_id'", "not valid JSON: ' is not a quote in JSON: use \""),
         (
             r#""m"}}"#,
             r#""m"}}{"a":1}"#,

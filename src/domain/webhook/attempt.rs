@@ -29,7 +29,7 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    /// Its name, as stored and as in metrics.
+    /// The name that is stored and used in metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         self.into()
@@ -53,7 +53,35 @@ impl ErrorKind {
     }
 }
 
-/// The outcome of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum AttemptOutcome {
+    /// It is being made.
+    Started,
+    /// The receiver accepted it.
+    Succeeded,
+    Failed,
+    /// The server stopped during the attempt; the receiver may have it.
+    Unknown,
+}
+
+impl AttemptOutcome {
+    /// Its name, as stored.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        self.into()
+    }
+
+    #[must_use]
+    pub fn of(result: &AttemptResult) -> Self {
+        match result.error.as_ref().map(|error| error.kind) {
+            None => Self::Succeeded,
+            Some(ErrorKind::Unknown) => Self::Unknown,
+            Some(_) => Self::Failed,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttemptResult {
     /// Why it failed. `None` if it succeeded.
@@ -109,5 +137,8 @@ mod tests {
         let kinds = names.map(|name| ErrorKind::from_text(name).unwrap());
         assert_eq!(kinds.map(ErrorKind::as_str), names);
         assert_eq!(ErrorKind::from_text("nothing"), None);
+        use AttemptOutcome::{Failed, Started, Succeeded, Unknown};
+        let outcomes = [Started, Succeeded, Failed, Unknown].map(AttemptOutcome::as_str);
+        assert_eq!(outcomes, ["started", "succeeded", "failed", "unknown"]);
     }
 }

@@ -6,7 +6,6 @@ use std::{collections::BTreeMap, fmt::Write};
 /// A JSON value without floats: no two languages print those alike, and no payload needs them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Json {
-    /// `null`
     Null,
     /// `true`, `false`
     Bool(bool),
@@ -21,7 +20,6 @@ pub enum Json {
 }
 
 impl Json {
-    /// An object of these members.
     pub fn object<const N: usize>(members: [(&str, Self); N]) -> Self {
         Self::Object(members.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
     }

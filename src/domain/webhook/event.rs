@@ -36,7 +36,7 @@ impl WebhookEvent {
         text.parse().ok()
     }
 
-    /// The event of entering this state. `None`: there is none.
+    /// The event that reports this state, if there is one.
     #[must_use]
     pub fn of(status: BatchStatus) -> Option<Self> {
         match status {

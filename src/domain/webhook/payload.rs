@@ -6,7 +6,6 @@ use crate::domain::{Batch, Counts, FileId, Timestamp};
 /// The content of a webhook.
 #[derive(Clone, Debug)]
 pub struct Payload<'a> {
-    /// The event.
     pub event: WebhookEvent,
     /// The batch at the time of the event.
     pub batch: &'a Batch,

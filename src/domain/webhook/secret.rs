@@ -16,17 +16,17 @@ pub struct Secret(Zeroizing<String>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadSecret {
     /// Empty or too long.
-    #[error("a secret has 1 to 128 bytes, not {0}")]
+    #[error("a secret has 1 to 128 bytes; this one has {0}")]
     Length(usize),
     /// It has characters other than printable ASCII.
     #[error("a secret is printable ASCII")]
     NotPrintable,
     /// `whsec_` is not followed by base64. Receivers would use other bytes as the key than the server, so it is
     /// refused.
-    #[error("a secret that begins with whsec_ goes on in padded base64, as Standard Webhooks has it")]
+    #[error("after whsec_ a secret must be padded base64, as Standard Webhooks requires")]
     NotBase64,
-    /// Something from a pasted setting stands before `whsec_`. As a text it would be another key than the receiver's,
-    /// and no signature would match.
+    /// Something precedes `whsec_`, such as a pasted quote. The server's key would differ from the receiver's, and no
+    /// signature would match.
     #[error("something stands before whsec_ (v1, a comma, a quote, a space): give the secret alone, from whsec_ on")]
     Pasted,
 }

@@ -1,9 +1,13 @@
 //! The lifecycle of a delivery as one pure function: `(delivery, input) -> (delivery, effect)`, or a refusal.
 
+use strum::{EnumCount, EnumString, IntoStaticStr, VariantArray};
+
 use super::AttemptResult;
+use crate::domain::variants;
 
 /// The states of a delivery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumCount, VariantArray, EnumString, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum DeliveryState {
     /// It waits for its next attempt.
     Pending,
@@ -19,18 +23,12 @@ pub enum DeliveryState {
 
 impl DeliveryState {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Pending, Self::Leased, Self::Delivered, Self::Dead, Self::Cancelled];
+    pub const ALL: [Self; Self::COUNT] = variants();
 
     /// Its name, as stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Leased => "leased",
-            Self::Delivered => "delivered",
-            Self::Dead => "dead",
-            Self::Cancelled => "cancelled",
-        }
+        self.into()
     }
 
     /// Whether nothing happens to it any more.
@@ -45,14 +43,13 @@ impl DeliveryState {
     /// The state of that name.
     #[must_use]
     pub fn from_text(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == text)
+        text.parse().ok()
     }
 }
 
 /// The state machine's view of a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Delivery {
-    /// Its state.
     pub state: DeliveryState,
     /// The number of attempts begun.
     pub attempts: i32,
@@ -63,8 +60,8 @@ pub struct Delivery {
 }
 
 /// What can happen to a delivery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Input {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, VariantArray)]
+pub enum DeliveryTrigger {
     /// A node claims it in order to send it.
     Claimed,
     /// The node that claimed it has sent nothing and releases it.
@@ -79,9 +76,11 @@ pub enum Input {
     LeaseExpired,
     /// A newer event makes it pointless, or it is too old.
     Superseded,
+    /// There is no receiver: the endpoint that it is for was deleted.
+    Unaddressed,
 }
 
-impl Input {
+impl DeliveryTrigger {
     /// What the result of an attempt means for its delivery. `None`: nothing was sent.
     #[must_use]
     pub fn of(result: Option<&AttemptResult>) -> Self {
@@ -107,7 +106,7 @@ pub enum Effect {
 
 /// The result of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct DeliveryStep {
     /// The new state.
     pub state: DeliveryState,
     /// The new number of attempts begun.
@@ -119,47 +118,50 @@ pub struct Step {
 /// An input that the state does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a delivery that is {} can't take the input {input:?}", from.as_str())]
-pub struct Refused {
-    /// The state.
+pub struct DeliveryRefusal {
     pub from: DeliveryState,
-    /// The input.
-    pub input: Input,
+    pub input: DeliveryTrigger,
 }
 
 /// The state machine of a delivery.
 ///
 /// # Errors
-/// [`Refused`] where the input makes no sense in the state: the caller must write nothing.
+/// [`DeliveryRefusal`] where the input makes no sense in the state: the caller must write nothing.
 #[allow(clippy::match_same_arms)] // read as a table: one block an input
-pub fn apply(of: Delivery, input: Input) -> Result<Step, Refused> {
+pub fn apply(of: Delivery, input: DeliveryTrigger) -> Result<DeliveryStep, DeliveryRefusal> {
     use DeliveryState::{Cancelled, Dead, Delivered, Leased, Pending};
-    let refused = Err(Refused { from: of.state, input });
+    let refused = Err(DeliveryRefusal { from: of.state, input });
     let attempts = of.attempts;
-    let to = |state, effect| Ok(Step { state, attempts, effect });
+    let to = |state, effect| Ok(DeliveryStep { state, attempts, effect });
     let end = if of.disposable { to(Cancelled, Effect::None) } else { to(Dead, Effect::DeadLetter) };
     let try_again = if attempts < of.max_attempts { to(Pending, Effect::Retry) } else { end };
     match (of.state, input) {
         // Counted before it is sent, so that a body that crashes its sender can't do so for ever.
-        (Pending, Input::Claimed) if attempts < of.max_attempts => {
-            Ok(Step { state: Leased, attempts: attempts + 1, effect: Effect::None })
+        (Pending, DeliveryTrigger::Claimed) if attempts < of.max_attempts => {
+            Ok(DeliveryStep { state: Leased, attempts: attempts + 1, effect: Effect::None })
         }
-        (Pending | Leased | Delivered | Dead | Cancelled, Input::Claimed) => refused,
+        (Pending | Leased | Delivered | Dead | Cancelled, DeliveryTrigger::Claimed) => refused,
 
-        (Leased, Input::Released) => Ok(Step { state: Pending, attempts: attempts - 1, effect: Effect::None }),
-        (Pending | Delivered | Dead | Cancelled, Input::Released) => refused,
+        (Leased, DeliveryTrigger::Released) => {
+            Ok(DeliveryStep { state: Pending, attempts: attempts - 1, effect: Effect::None })
+        }
+        (Pending | Delivered | Dead | Cancelled, DeliveryTrigger::Released) => refused,
 
-        (Leased, Input::Succeeded) => to(Delivered, Effect::None),
-        (Pending | Delivered | Dead | Cancelled, Input::Succeeded) => refused,
+        (Leased, DeliveryTrigger::Succeeded) => to(Delivered, Effect::None),
+        (Pending | Delivered | Dead | Cancelled, DeliveryTrigger::Succeeded) => refused,
 
-        (Leased, Input::Failed | Input::LeaseExpired) => try_again,
-        (Pending | Delivered | Dead | Cancelled, Input::Failed | Input::LeaseExpired) => refused,
+        (Leased, DeliveryTrigger::Failed | DeliveryTrigger::LeaseExpired) => try_again,
+        (Pending | Delivered | Dead | Cancelled, DeliveryTrigger::Failed | DeliveryTrigger::LeaseExpired) => refused,
 
-        (Leased, Input::FailedForGood) => end,
-        (Pending | Delivered | Dead | Cancelled, Input::FailedForGood) => refused,
+        (Leased, DeliveryTrigger::FailedForGood) => end,
+        (Pending | Delivered | Dead | Cancelled, DeliveryTrigger::FailedForGood) => refused,
 
         // Only disposable events can be superseded. A delivery being sent finishes.
-        (Pending, Input::Superseded) if of.disposable => to(Cancelled, Effect::None),
-        (Pending | Leased | Delivered | Dead | Cancelled, Input::Superseded) => refused,
+        (Pending, DeliveryTrigger::Superseded) if of.disposable => to(Cancelled, Effect::None),
+        (Pending | Leased | Delivered | Dead | Cancelled, DeliveryTrigger::Superseded) => refused,
+
+        (Pending, DeliveryTrigger::Unaddressed) => end,
+        (Leased | Delivered | Dead | Cancelled, DeliveryTrigger::Unaddressed) => refused,
     }
 }
 
@@ -169,21 +171,13 @@ mod tests {
 
     use super::*;
 
-    const INPUTS: [Input; 7] = [
-        Input::Claimed,
-        Input::Released,
-        Input::Succeeded,
-        Input::Failed,
-        Input::FailedForGood,
-        Input::LeaseExpired,
-        Input::Superseded,
-    ];
+    const INPUTS: &[DeliveryTrigger] = DeliveryTrigger::VARIANTS;
 
     fn new(max_attempts: i32, disposable: bool) -> Delivery {
         Delivery { state: DeliveryState::Pending, attempts: 0, max_attempts, disposable }
     }
 
-    fn run(mut delivery: Delivery, inputs: &[Input]) -> Delivery {
+    fn run(mut delivery: Delivery, inputs: &[DeliveryTrigger]) -> Delivery {
         for input in inputs {
             let step = apply(delivery, *input).unwrap();
             delivery = Delivery { state: step.state, attempts: step.attempts, ..delivery };
@@ -193,7 +187,7 @@ mod tests {
 
     #[test]
     fn three_failures_are_a_dead_letter() {
-        use Input::{Claimed, Failed, LeaseExpired};
+        use DeliveryTrigger::{Claimed, Failed, LeaseExpired};
         let last = run(new(3, false), &[Claimed, Failed, Claimed, LeaseExpired, Claimed]);
         assert_eq!((last.state, last.attempts), (DeliveryState::Leased, 3));
         let step = apply(last, Failed).unwrap();
@@ -202,28 +196,38 @@ mod tests {
 
     #[test]
     fn a_release_costs_nothing() {
-        use Input::{Claimed, Released};
+        use DeliveryTrigger::{Claimed, Released};
         let after = run(new(1, false), &[Claimed, Released, Claimed, Released, Claimed]);
         assert_eq!((after.state, after.attempts), (DeliveryState::Leased, 1));
     }
 
     #[test]
     fn disposable_ones_end_without_a_dead_letter() {
-        use Input::{Claimed, Failed, FailedForGood};
+        use DeliveryTrigger::{Claimed, Failed, FailedForGood};
         for end in [Failed, FailedForGood] {
             assert_eq!(run(new(1, true), &[Claimed, end]).state, DeliveryState::Cancelled);
         }
-        assert_eq!(run(new(1, true), &[Input::Superseded]).state, DeliveryState::Cancelled);
-        assert!(apply(new(1, false), Input::Superseded).is_err());
+        assert_eq!(run(new(1, true), &[DeliveryTrigger::Superseded]).state, DeliveryState::Cancelled);
+        assert!(apply(new(1, false), DeliveryTrigger::Superseded).is_err());
         let sending = run(new(1, true), &[Claimed]);
-        assert!(apply(sending, Input::Superseded).is_err());
+        assert!(apply(sending, DeliveryTrigger::Superseded).is_err());
     }
 
     #[test]
-    fn names_are_read_back() {
-        for state in DeliveryState::ALL {
-            assert_eq!(DeliveryState::from_text(state.as_str()), Some(state));
-        }
+    fn without_a_receiver_it_is_a_dead_letter_unless_it_may_be_lost() {
+        let end =
+            |disposable| apply(new(3, disposable), DeliveryTrigger::Unaddressed).map(|step| (step.state, step.effect));
+        assert_eq!(end(false), Ok((DeliveryState::Dead, Effect::DeadLetter)));
+        assert_eq!(end(true), Ok((DeliveryState::Cancelled, Effect::None)));
+    }
+
+    /// Databases have them: a variant may be renamed, its name may not.
+    #[test]
+    fn stored_names_stay_as_they_are() {
+        let names = ["pending", "leased", "delivered", "dead", "cancelled"];
+        assert_eq!(DeliveryState::ALL.map(DeliveryState::as_str), names);
+        assert_eq!(names.map(DeliveryState::from_text), DeliveryState::ALL.map(Some));
+        assert_eq!(DeliveryState::from_text("nothing"), None);
     }
 
     proptest! {
@@ -239,7 +243,7 @@ mod tests {
             for pick in picks {
                 let Ok(step) = apply(delivery, INPUTS[pick]) else { continue };
                 let allowed: &[DeliveryState] = match delivery.state {
-                    Pending => &[Leased, Cancelled],
+                    Pending => &[Leased, Cancelled, Dead],
                     Leased => &[Delivered, Pending, Dead, Cancelled],
                     Delivered | Dead | Cancelled => &[],
                 };
@@ -248,7 +252,7 @@ mod tests {
                 prop_assert_eq!(step.effect == Effect::DeadLetter, step.state == Dead);
                 prop_assert!(!(step.effect == Effect::Retry && step.attempts >= max_attempts), "no attempt is left");
                 dead_letters += i32::from(step.effect == Effect::DeadLetter);
-                sent += i32::from(INPUTS[pick] == Input::Claimed) - i32::from(INPUTS[pick] == Input::Released);
+                sent += i32::from(INPUTS[pick] == DeliveryTrigger::Claimed) - i32::from(INPUTS[pick] == DeliveryTrigger::Released);
                 delivery = Delivery { state: step.state, attempts: step.attempts, ..delivery };
             }
             prop_assert!(sent <= max_attempts);

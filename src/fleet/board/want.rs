@@ -30,7 +30,6 @@ impl Tenant {
         Self { weight, ..self }
     }
 
-    /// Its weight.
     #[must_use]
     pub fn weight(self) -> Weight {
         self.weight
@@ -71,7 +70,6 @@ impl Rank {
         Self { tenant, ..self }
     }
 
-    /// The tenant.
     #[must_use]
     pub fn tenant(self) -> Tenant {
         self.tenant

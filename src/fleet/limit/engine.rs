@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use super::{Limiter, Seen, TICK};
+use super::{LimitFinder, Seen, TICK};
 use crate::fleet::Load;
 
 /// The resolution of this simulation.
@@ -58,7 +58,7 @@ struct Request {
 
 /// Who sends.
 pub struct Node {
-    pub limiter: Option<Limiter>,
+    pub limiter: Option<LimitFinder>,
     pub limit: u32,
     pub in_flight: u32,
     pub limits: Vec<u32>,
@@ -94,7 +94,7 @@ pub struct World {
 impl World {
     /// With one adaptive node per cap, or nodes of fixed limits.
     pub fn adaptive(model: Model, caps: &[u32]) -> Self {
-        let limiters = caps.iter().map(|cap| Limiter::new(*cap));
+        let limiters = caps.iter().map(|cap| LimitFinder::new(*cap));
         Self::with(model, limiters.map(|limiter| (limiter.limit(), Some(limiter))).collect())
     }
 
@@ -102,7 +102,7 @@ impl World {
         Self::with(model, vec![(limit, None)])
     }
 
-    fn with(model: Model, nodes: Vec<(u32, Option<Limiter>)>) -> Self {
+    fn with(model: Model, nodes: Vec<(u32, Option<LimitFinder>)>) -> Self {
         let node = |(limit, limiter)| Node {
             limiter,
             limit,

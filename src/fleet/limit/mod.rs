@@ -73,7 +73,7 @@ pub struct Seen {
 
 /// One worker's limit.
 #[derive(Clone, Debug)]
-pub struct Limiter {
+pub struct LimitFinder {
     cap: u32,
     limit: u32,
     /// Whether the limit doubles while too few wait.
@@ -156,7 +156,7 @@ impl Cut {
     }
 }
 
-impl Limiter {
+impl LimitFinder {
     /// The limiter of a new worker. `cap` is 1 or more.
     #[must_use]
     pub fn new(cap: u32) -> Self {

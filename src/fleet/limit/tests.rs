@@ -233,7 +233,7 @@ proptest! {
         looks in prop::collection::vec(
             (1u64..3_000, 0u32..3_000, any::<bool>(), 0u32..5_000, 0u64..100_000, prop::option::of(load()), 0u32..3), 1..200),
     ) {
-        let mut limiter = Limiter::new(cap);
+        let mut limiter = LimitFinder::new(cap);
         let mut now = Duration::ZERO;
         for (wait, in_flight, full, answered, latency, load, pushed_back) in looks {
             now += Duration::from_millis(wait);

@@ -73,7 +73,7 @@ fn bad_lines_are_named_by_number_and_id() {
             (4, Some("b"), "url is /v1/rerank; expected /v1/score as in line 2: one file, one url"),
             (5, Some("c"), "method is \"GET\"; expected \"POST\""),
             (7, Some("a"), "custom_id is already in line 2; expected it to be unique in the file"),
-            (8, None, "the line is longer than 400 bytes; expected at most that"),
+            (8, None, "the line is longer than the limit of 400 bytes"),
             (9, Some("a"), "custom_id is already in line 2; expected it to be unique in the file"),
         ]
     );
@@ -106,7 +106,7 @@ fn models_are_limited() {
     assert_eq!((found.models.len(), found.segments[0].models), (32, (1 << 32) - 1));
     let errors = bad_lines(&file(33));
     assert_eq!((errors[0].line, errors[0].custom_id.as_deref()), (33, Some("32")));
-    assert_eq!(errors[0].message, "one more model: \"m32\"; expected at most 32 in a file");
+    assert_eq!(errors[0].message, "one model too many: \"m32\"; a file may name at most 32");
 }
 
 #[test]

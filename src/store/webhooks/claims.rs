@@ -11,13 +11,13 @@ use sea_orm::{
 use uuid::Uuid;
 
 use super::{
-    LEASE_MARGIN_MICROS, NEVER, UNREADABLE_MICROS, event_of, is, outcome,
+    LEASE_MARGIN_MICROS, NEVER, UNREADABLE_MICROS, in_state, is,
     steps::{self, Change},
 };
 use crate::{
     domain::{
         BatchId, DeliveryId, Owner, Timestamp, WebhookEndpointId,
-        webhook::{DeliveryState, Input, SealedSecret, WebhookEvent},
+        webhook::{AttemptOutcome, DeliveryState, DeliveryTrigger, SealedSecret, WebhookEvent},
     },
     fault::{self, Fault},
     store::{
@@ -34,7 +34,6 @@ const TARGETS_AT_A_LOOK: usize = 1_000;
 /// A target with waiting deliveries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Due {
-    /// The owner.
     pub owner: Owner,
     /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
@@ -56,7 +55,6 @@ pub struct DueTargets {
 /// How many of a target's deliveries to claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClaimShare {
-    /// The owner.
     pub owner: Owner,
     /// The target's key ([`crate::domain::webhook::target_of`]).
     pub target: String,
@@ -77,7 +75,6 @@ impl ClaimShare {
 pub enum Signing {
     /// The server's own secret, if it has one.
     Global,
-    /// The batch's secret.
     Batch(SealedSecret),
     /// The endpoint's current secrets, newest first, so that a rotation also applies to deliveries that wait.
     Endpoint(WebhookEndpointId, Vec<SealedSecret>),
@@ -92,11 +89,8 @@ pub struct ClaimedDelivery {
     pub id: DeliveryId,
     /// The batch that the event is about. `None` for a test event.
     pub batch_id: Option<BatchId>,
-    /// The owner.
     pub owner: Owner,
-    /// The event.
     pub event: WebhookEvent,
-    /// The URL.
     pub url: String,
     /// The target's key.
     pub target: String,
@@ -127,22 +121,23 @@ impl Store {
     pub async fn due_targets(&self, after: &[(Owner, String)]) -> Result<DueTargets, StoreError> {
         let at = now(self.read()).await?;
         let (backend, rows) = (self.read().get_database_backend(), steps::rows(self.read()));
+        let waits = format!("webhook_deliveries d WHERE d.{}", in_state(DeliveryState::Pending));
         // One index probe an owner and a target, however many rows each has (neither database skips through an index by
         // itself). A step without a target stands between two owners.
         let sql = format!(
             "WITH RECURSIVE page(owner, target) AS (SELECT v.value ->> 0, v.value ->> 1 FROM {rows}), \
              scan(owner, target, n) AS ( \
-             SELECT MIN(d.owner), CAST(NULL AS TEXT), 0 FROM webhook_deliveries d WHERE d.state = 'pending' \
+             SELECT MIN(d.owner), CAST(NULL AS TEXT), 0 FROM {waits} \
              UNION ALL \
              SELECT CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN \
-             (SELECT MIN(d.owner) FROM webhook_deliveries d WHERE d.state = 'pending' AND d.owner > scan.owner) \
+             (SELECT MIN(d.owner) FROM {waits} AND d.owner > scan.owner) \
              ELSE scan.owner END, \
              CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN NULL ELSE \
-             (SELECT MIN(d.target) FROM webhook_deliveries d WHERE d.state = 'pending' AND d.owner = scan.owner AND \
+             (SELECT MIN(d.target) FROM {waits} AND d.owner = scan.owner AND \
              d.target > COALESCE(scan.target, (SELECT page.target FROM page WHERE page.owner = scan.owner), '')) END, \
              CASE WHEN scan.n >= $2 OR (scan.target IS NULL AND scan.n > 0) THEN 0 ELSE scan.n + 1 END \
              FROM scan WHERE scan.owner IS NOT NULL) \
-             SELECT owner, target, (SELECT MIN(d.next_attempt_at) FROM webhook_deliveries d WHERE d.state = 'pending' \
+             SELECT owner, target, (SELECT MIN(d.next_attempt_at) FROM {waits} \
              AND d.owner = scan.owner AND d.target = scan.target) AS due FROM scan \
              WHERE owner IS NOT NULL AND target IS NOT NULL"
         );
@@ -227,7 +222,7 @@ async fn claim(
             held.push(id);
             continue;
         }
-        match convert::readable("webhook delivery", &id, Change::new(row, Input::Claimed, at)) {
+        match convert::readable("webhook delivery", &id, Change::new(row, DeliveryTrigger::Claimed, at)) {
             Some(change) => changes.push(change),
             None => unreadable.push(id),
         }
@@ -274,14 +269,14 @@ pub(super) async fn take(
             id: DeliveryId::from_text(row.id),
             batch_id: row.batch_id.map(BatchId::from_text),
             owner: row.owner.into(),
-            event: event_of(&row.event)?,
+            event: convert::name("webhook event", &row.event)?,
             url: row.url,
             target: row.target,
             body: row.body.into(),
             generation: 0,
             attempt: row.attempts,
             number: row.attempts.into(),
-            timeout: std::time::Duration::from_micros(u64::try_from(row.timeout).unwrap_or(0)),
+            timeout: convert::duration(row.timeout),
             lease: lease.clone(),
             created_at: Timestamp(row.created_at),
         });
@@ -302,7 +297,7 @@ pub(super) fn started(id: &DeliveryId, generation: i32, attempt: i32, at: Timest
         attempt,
         started_at: at.0,
         finished_at: None,
-        outcome: outcome::STARTED.to_owned(),
+        outcome: AttemptOutcome::Started.as_str().to_owned(),
         error_kind: None,
         http_status: None,
         error_message: None,

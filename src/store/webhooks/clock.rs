@@ -2,10 +2,13 @@
 
 use sea_orm::{ConnectionTrait, Statement};
 
-use super::{LEASE_MARGIN_MICROS, NEVER};
+use super::{LEASE_MARGIN_MICROS, NEVER, in_state};
 use crate::{
-    domain::{Timestamp, webhook::TIMEOUT_RANGE},
-    store::{Store, StoreError, now, write::commit},
+    domain::{
+        Timestamp,
+        webhook::{DeliveryState, TIMEOUT_RANGE},
+    },
+    store::{Store, StoreError, convert, now, write::commit},
 };
 
 impl Store {
@@ -27,23 +30,28 @@ impl Store {
         self.write(|tx| async move {
             let at = now(&tx).await?;
             let backend = tx.get_database_backend();
-            let longest = i64::try_from(TIMEOUT_RANGE.1.as_micros()).unwrap_or(i64::MAX) + LEASE_MARGIN_MICROS;
+            let longest = convert::micros(TIMEOUT_RANGE.1) + LEASE_MARGIN_MICROS;
             let mut changed = 0;
+            let (waits, leased) = (in_state(DeliveryState::Pending), in_state(DeliveryState::Leased));
             for (sql, values) in [
                 (
-                    "UPDATE webhook_deliveries SET \
-                 next_attempt_at = next_attempt_at - (COALESCE(scheduled_at, created_at) - $1), scheduled_at = $1 \
-                 WHERE state IN ('pending', 'leased') AND next_attempt_at <> $2 \
-                 AND COALESCE(scheduled_at, created_at) > $1",
+                    format!(
+                        "UPDATE webhook_deliveries SET \
+                         next_attempt_at = next_attempt_at - (COALESCE(scheduled_at, created_at) - $1), \
+                         scheduled_at = $1 WHERE ({waits} OR {leased}) AND next_attempt_at <> $2 \
+                         AND COALESCE(scheduled_at, created_at) > $1"
+                    ),
                     vec![at.0, NEVER],
                 ),
                 (
-                    "UPDATE webhook_deliveries SET lease_expires_at = timeout + $1 \
-                 WHERE state = 'leased' AND lease_expires_at > timeout + $1",
+                    format!(
+                        "UPDATE webhook_deliveries SET lease_expires_at = timeout + $1 \
+                         WHERE {leased} AND lease_expires_at > timeout + $1"
+                    ),
                     vec![at.0 + LEASE_MARGIN_MICROS],
                 ),
                 (
-                    "UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1",
+                    "UPDATE webhook_dead_letters SET lease_expires_at = $1 WHERE lease_expires_at > $1".to_owned(),
                     vec![at.0 + longest],
                 ),
             ] {

@@ -1,7 +1,5 @@
 //! Dead letters: created with the last failed attempt, retried by hand, deleted.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter, QueryOrder,
@@ -12,17 +10,16 @@ use uuid::Uuid;
 use super::{
     LEASE_MARGIN_MICROS,
     claims::{ClaimedDelivery, Signing, signing, started},
-    event_of,
     log::AttemptRecord,
-    outcome, steps,
+    steps,
 };
 use crate::{
     domain::{
         BatchId, DeadLetterId, DeliveryId, Owner, Scope, Timestamp,
-        webhook::{AttemptResult, ErrorKind, WebhookEvent, target_of},
+        webhook::{AttemptOutcome, AttemptResult, ErrorKind, WebhookEvent, target_of},
     },
     store::{
-        DatabaseTransaction, Store, StoreError,
+        DatabaseTransaction, Store, StoreError, convert,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_endpoint},
         now,
         pages::readable_page,
@@ -34,9 +31,7 @@ use crate::{
 /// A webhook that could not be delivered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// Its id.
     pub id: DeadLetterId,
-    /// The owner.
     pub owner: Owner,
     /// The batch that the event is about.
     pub batch_id: Option<BatchId>,
@@ -44,7 +39,6 @@ pub struct DeadLetter {
     pub delivery_id: DeliveryId,
     /// The URL to which it was sent.
     pub url: String,
-    /// The event.
     pub event: WebhookEvent,
     /// The body, byte for byte.
     pub payload: Vec<u8>,
@@ -66,7 +60,6 @@ pub struct DeadLetter {
     pub retry_count: i64,
 }
 
-/// A filter for dead letters.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DeadLetterFilter {
     /// Only those within this scope. Stored with retry jobs under its older name.
@@ -120,7 +113,6 @@ pub enum DeletedDeadLetter {
 }
 
 impl DeadLetterFilter {
-    /// All dead letters within a scope.
     #[must_use]
     pub fn within(scope: Scope) -> Self {
         Self {
@@ -257,7 +249,7 @@ impl Store {
                 id: delivery_id,
                 batch_id: row.batch_id.clone().map(BatchId::from_text),
                 owner: row.owner.as_str().into(),
-                event: event_of(&row.event)?,
+                event: convert::name("webhook event", &row.event)?,
                 target: target_of(&url),
                 url,
                 signing,
@@ -265,7 +257,7 @@ impl Store {
                 generation,
                 attempt: 1,
                 number: i64::from(row.attempts) + row.retry_count,
-                timeout: Duration::from_micros(u64::try_from(timeout).unwrap_or(0)),
+                timeout: convert::duration(timeout),
                 lease,
                 created_at: Timestamp(delivery.created_at),
             };
@@ -330,30 +322,35 @@ impl Store {
 }
 
 /// Ends the leases of retries whose sender died, with an unknown outcome.
-pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp) -> Result<(), StoreError> {
-    let mut find =
-        webhook_dead_letter::Entity::find().filter(webhook_dead_letter::Column::LeaseExpiresAt.is_not_null());
+pub(super) async fn reap(tx: &DatabaseTransaction, all: bool, at: Timestamp, most: u64) -> Result<u64, StoreError> {
+    let mut find = webhook_dead_letter::Entity::find()
+        .filter(webhook_dead_letter::Column::LeaseExpiresAt.is_not_null())
+        .order_by_asc(webhook_dead_letter::Column::Id)
+        .limit(most)
+        .lock_exclusive();
     if !all {
         find = find.filter(webhook_dead_letter::Column::LeaseExpiresAt.lt(at.0));
     }
-    for mut row in find.order_by_asc(webhook_dead_letter::Column::Id).lock_exclusive().all(tx).await? {
+    let lost = find.all(tx).await?;
+    let count = lost.len() as u64;
+    for mut row in lost {
         end_lost(tx, &row.delivery_id, at).await?;
         row.lease_token = None;
         row.lease_expires_at = None;
         row.into_active_model().reset_all().update(tx).await?;
     }
-    Ok(())
+    Ok(count)
 }
 
 /// Ends the retries of a delivery whose sender died.
 async fn end_lost(tx: &DatabaseTransaction, delivery_id: &str, at: Timestamp) -> Result<(), StoreError> {
     webhook_attempt::Entity::update_many()
-        .col_expr(webhook_attempt::Column::Outcome, Expr::val(outcome::UNKNOWN))
+        .col_expr(webhook_attempt::Column::Outcome, Expr::val(AttemptOutcome::Unknown.as_str()))
         .col_expr(webhook_attempt::Column::FinishedAt, Expr::val(at.0))
         .col_expr(webhook_attempt::Column::ErrorKind, Expr::val(ErrorKind::Unknown.as_str()))
         .filter(webhook_attempt::Column::DeliveryId.eq(delivery_id))
         .filter(webhook_attempt::Column::Generation.gt(0))
-        .filter(webhook_attempt::Column::Outcome.eq(outcome::STARTED))
+        .filter(webhook_attempt::Column::Outcome.eq(AttemptOutcome::Started.as_str()))
         .exec(tx)
         .await?;
     Ok(())
@@ -387,10 +384,9 @@ impl TryFrom<webhook_dead_letter::Model> for DeadLetter {
             batch_id: row.batch_id.map(BatchId::from_text),
             delivery_id: DeliveryId::from_text(row.delivery_id),
             url: row.webhook_url,
-            event: event_of(&row.event)?,
+            event: convert::name("webhook event", &row.event)?,
             payload: row.payload,
-            error_kind: ErrorKind::from_text(&row.error_kind)
-                .ok_or_else(|| StoreError::Corrupt(format!("an unknown error kind {:?}", row.error_kind)))?,
+            error_kind: convert::name("error kind", &row.error_kind)?,
             error_message: row.error_message,
             attempts: row.attempts,
             last_attempt_at: Timestamp(row.last_attempt_at),

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     domain::{
         BatchStatus, Owner, Scope, Timestamp, WebhookEndpointId,
-        webhook::{DeliveryState, EventFilter, Input, SealedSecret, WebhookEvent, target_of, test_payload},
+        webhook::{DeliveryState, DeliveryTrigger, EventFilter, SealedSecret, WebhookEvent, target_of, test_payload},
     },
     store::{
         DatabaseTransaction, Store, StoreError,
@@ -29,23 +29,17 @@ use crate::{
     },
 };
 
-/// The states of deliveries that are not settled yet.
-const UNSETTLED: [&str; 2] = ["pending", "leased"];
-
 /// An endpoint to register.
 #[derive(Clone, Debug)]
 pub struct NewEndpoint {
     /// The id, made by the caller, because the secret is encrypted for it.
     pub id: WebhookEndpointId,
-    /// The owner.
     pub owner: Owner,
-    /// The URL.
     pub url: String,
     /// The events that it receives.
     pub events: EventFilter,
     /// The secret. `None`: the server's own, if it has one.
     pub secret: Option<SealedSecret>,
-    /// The number of attempts in all.
     pub max_attempts: i32,
     /// The time limit of one attempt.
     pub timeout: Duration,
@@ -54,11 +48,8 @@ pub struct NewEndpoint {
 /// A registered endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointRecord {
-    /// Its id.
     pub id: WebhookEndpointId,
-    /// The owner.
     pub owner: Owner,
-    /// The URL.
     pub url: String,
     /// The events that it receives.
     pub events: EventFilter,
@@ -66,13 +57,11 @@ pub struct EndpointRecord {
     pub has_secret: bool,
     /// Until when the previous secret also signs.
     pub previous_secret_until: Option<Timestamp>,
-    /// The number of attempts in all.
     pub max_attempts: i32,
     /// The time limit of one attempt.
     pub timeout: Duration,
     /// Whether sending is suspended; then its deliveries wait.
     pub disabled: bool,
-    /// Why it is disabled.
     pub disabled_reason: Option<String>,
     /// When it was registered.
     pub created_at: Timestamp,
@@ -129,7 +118,7 @@ impl Store {
                 previous_secret: None,
                 previous_secret_until: None,
                 max_attempts: new.max_attempts,
-                timeout: i64::try_from(new.timeout.as_micros()).unwrap_or(i64::MAX),
+                timeout: convert::micros(new.timeout),
                 disabled: false,
                 disabled_reason: None,
                 created_at: at.0,
@@ -190,7 +179,7 @@ impl Store {
             if let Some(url) = &change.url {
                 row.url.clone_from(url);
                 // Also for deliveries being sent: their next attempts go to the new URL.
-                unsettled(id)
+                unsettled_of(id)
                     .col_expr(webhook_delivery::Column::Url, Expr::val(row.url.as_str()))
                     .col_expr(webhook_delivery::Column::Target, Expr::val(target_of(&row.url)))
                     .exec(&tx)
@@ -200,7 +189,7 @@ impl Store {
                 let disabled = *disabled;
                 if disabled != row.disabled {
                     let due = if disabled { NEVER } else { at.0 };
-                    unsettled(id)
+                    unsettled_of(id)
                         .col_expr(webhook_delivery::Column::NextAttemptAt, Expr::val(due))
                         .col_expr(webhook_delivery::Column::ScheduledAt, Expr::val(at.0))
                         .filter(webhook_delivery::Column::State.eq(DeliveryState::Pending.as_str()))
@@ -215,7 +204,7 @@ impl Store {
             }
             row.max_attempts = change.max_attempts.unwrap_or(row.max_attempts);
             if let Some(timeout) = change.timeout {
-                row.timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
+                row.timeout = convert::micros(timeout);
             }
             row.updated_at = at.0;
             let row = row.into_active_model().reset_all().update(&tx).await?;
@@ -266,7 +255,7 @@ impl Store {
                 .await?;
             let deliveries = webhook_delivery::Entity::find()
                 .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
-                .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
+                .filter(webhook_delivery::Column::State.is_in(super::unsettled()))
                 .count(&tx)
                 .await?;
             if batches > 0 || deliveries > 0 {
@@ -298,7 +287,7 @@ impl Store {
             row.next_attempt_at = at.0.saturating_add(LEASE_MARGIN_MICROS);
             webhook_delivery::Entity::insert(row.clone().into_active_model()).exec_without_returning(&tx).await?;
             let endpoints = [(endpoint.id.clone(), endpoint)].into();
-            let claimed = take(&tx, vec![Change::new(row, Input::Claimed, at)?], &endpoints, at).await?.pop();
+            let claimed = take(&tx, vec![Change::new(row, DeliveryTrigger::Claimed, at)?], &endpoints, at).await?.pop();
             commit(tx, claimed)
         })
         .await
@@ -306,10 +295,10 @@ impl Store {
 }
 
 /// An update of the deliveries to an endpoint that wait or are being sent.
-fn unsettled(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Entity> {
+fn unsettled_of(id: &WebhookEndpointId) -> sea_orm::UpdateMany<webhook_delivery::Entity> {
     webhook_delivery::Entity::update_many()
         .filter(webhook_delivery::Column::EndpointId.eq(id.as_str()))
-        .filter(webhook_delivery::Column::State.is_in(UNSETTLED))
+        .filter(webhook_delivery::Column::State.is_in(super::unsettled()))
 }
 
 pub(super) async fn lock(
@@ -333,7 +322,7 @@ impl TryFrom<webhook_endpoint::Model> for EndpointRecord {
             has_secret: row.secret.is_some(),
             previous_secret_until: row.previous_secret_until.map(Timestamp),
             max_attempts: row.max_attempts,
-            timeout: Duration::from_micros(u64::try_from(row.timeout).unwrap_or(0)),
+            timeout: convert::duration(row.timeout),
             disabled: row.disabled,
             disabled_reason: row.disabled_reason,
             created_at: Timestamp(row.created_at),

@@ -2,38 +2,33 @@
 
 use sea_orm::{ColumnTrait, Condition, EntityTrait, QueryFilter, QueryOrder, QuerySelect, QueryTrait};
 
-use super::{DueTargets, NEVER, event_of, state_of};
+use super::{DueTargets, NEVER};
 use crate::{
     domain::{
         BatchId, DeliveryId, Owner, Scope, Timestamp, WebhookEndpointId,
-        webhook::{DeliveryState, ErrorKind, WebhookEvent},
+        webhook::{AttemptOutcome, DeliveryState, ErrorKind, WebhookEvent},
     },
     store::{
-        Store, StoreError,
+        Store, StoreError, convert,
         entity::{webhook_attempt, webhook_delivery},
         pages::readable_page,
         scoped::within,
     },
 };
 
-/// A delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryRecord {
     /// Its id, the `webhook-id`.
     pub id: DeliveryId,
-    /// The owner.
     pub owner: Owner,
     /// The batch that the event is about.
     pub batch_id: Option<BatchId>,
     /// The registered endpoint that it goes to.
     pub endpoint_id: Option<WebhookEndpointId>,
-    /// The event.
     pub event: WebhookEvent,
-    /// The URL.
     pub url: String,
     /// The body, byte for byte.
     pub body: Vec<u8>,
-    /// Its state.
     pub state: DeliveryState,
     /// The number of attempts begun.
     pub attempts: i32,
@@ -72,7 +67,6 @@ impl DeliveryFilter {
     }
 }
 
-/// An attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttemptRecord {
     /// 0 for the automatic attempts; each retry by hand has the next number.
@@ -83,8 +77,7 @@ pub struct AttemptRecord {
     pub started_at: Timestamp,
     /// When it ended, if that is known.
     pub finished_at: Option<Timestamp>,
-    /// started, succeeded, failed or unknown.
-    pub outcome: String,
+    pub outcome: AttemptOutcome,
     /// Why it failed.
     pub error_kind: Option<ErrorKind>,
     /// Why it failed, for people.
@@ -150,8 +143,8 @@ impl Store {
         rows.into_iter().map(AttemptRecord::try_from).collect()
     }
 
-    /// For how long the delivery that has been due longest has been so. None if none is due. Of an owner with very many targets
-    /// only the first are looked at ([`Store::due_targets`]).
+    /// How long the longest waiting delivery has been due; `None` if none is due. If an owner has very many targets, only
+    /// the first of them are considered ([`Store::due_targets`]).
     ///
     /// # Errors
     /// [`StoreError`].
@@ -166,14 +159,14 @@ impl TryFrom<webhook_delivery::Model> for DeliveryRecord {
     type Error = StoreError;
 
     fn try_from(row: webhook_delivery::Model) -> Result<Self, StoreError> {
-        let state = state_of(&row.state)?;
+        let state: DeliveryState = convert::name("delivery state", &row.state)?;
         let waits = state == DeliveryState::Pending && row.next_attempt_at != NEVER;
         Ok(Self {
             id: DeliveryId::from_text(row.id),
             owner: row.owner.into(),
             batch_id: row.batch_id.map(BatchId::from_text),
             endpoint_id: row.endpoint_id.map(WebhookEndpointId::from_text),
-            event: event_of(&row.event)?,
+            event: convert::name("webhook event", &row.event)?,
             url: row.url,
             body: row.body,
             state,
@@ -191,16 +184,13 @@ impl TryFrom<webhook_attempt::Model> for AttemptRecord {
     type Error = StoreError;
 
     fn try_from(row: webhook_attempt::Model) -> Result<Self, StoreError> {
-        let kind = |text: String| {
-            ErrorKind::from_text(&text).ok_or_else(|| StoreError::Corrupt(format!("an unknown error kind {text:?}")))
-        };
         Ok(Self {
             generation: row.generation,
             attempt: row.attempt,
             started_at: Timestamp(row.started_at),
             finished_at: row.finished_at.map(Timestamp),
-            outcome: row.outcome,
-            error_kind: row.error_kind.map(kind).transpose()?,
+            outcome: convert::name("outcome", &row.outcome)?,
+            error_kind: row.error_kind.map(|kind| convert::name("error kind", &kind)).transpose()?,
             error_message: row.error_message,
             http_status: row.http_status.and_then(|status| u16::try_from(status).ok()),
             response_excerpt: row.response_excerpt,

@@ -14,7 +14,8 @@ mod retention;
 mod retry_jobs;
 mod settle;
 mod steps;
-mod undeliverable;
+
+use std::time::Duration;
 
 use sea_orm::{
     ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
@@ -26,6 +27,7 @@ pub use dead_letters::{BeginRetry, DeadLetter, DeadLetterFilter, DeletedDeadLett
 pub use endpoints::{DeletedEndpoint, EndpointChange, EndpointRecord, NewEndpoint};
 pub use log::{AttemptRecord, DeliveryFilter, DeliveryRecord};
 pub use reseal::SecretOf;
+pub use retention::Purged;
 pub use retry_jobs::{ClaimedJob, RetryJob, RetryJobState};
 pub use settle::{Reaped, Settled, SettledAs, Settlement};
 
@@ -37,7 +39,7 @@ use super::{
 use crate::domain::{
     Batch, BatchStatus, DeliveryId, Timestamp,
     webhook::{
-        AttemptError, DeliveryState, ErrorKind, EventFilter, Input, PROGRESS_LIFETIME, Payload, ProgressMark,
+        AttemptError, DeliveryState, DeliveryTrigger, ErrorKind, EventFilter, PROGRESS_LIFETIME, Payload, ProgressMark,
         WebhookEvent, WebhookTarget, target_of,
     },
 };
@@ -49,29 +51,19 @@ pub(super) const UNREADABLE_MICROS: i64 = 600_000_000;
 /// The due time of a delivery to a disabled endpoint: never, until it is enabled.
 pub(super) const NEVER: i64 = i64::MAX;
 
-/// That a delivery is in this state. Written out: the databases use the index over one state only where they see at once that
-/// no other is meant.
+/// The condition that a delivery is in this state. It is written into the SQL, because the databases use the partial
+/// index of a state only if the statement names the state.
 fn is(state: DeliveryState) -> SimpleExpr {
-    Expr::cust(format!("state = '{}'", state.as_str()))
+    Expr::cust(in_state(state))
 }
 
-/// An attempt's outcome, as stored. `started` becomes `unknown` when its sender has died.
-pub(super) mod outcome {
-    use crate::domain::webhook::{AttemptResult, ErrorKind};
+fn in_state(state: DeliveryState) -> String {
+    format!("state = '{}'", state.as_str())
+}
 
-    pub(in crate::store) const STARTED: &str = "started";
-    pub(in crate::store) const SUCCEEDED: &str = "succeeded";
-    pub(in crate::store) const FAILED: &str = "failed";
-    pub(in crate::store) const UNKNOWN: &str = "unknown";
-
-    /// The outcome of an attempt with this result.
-    pub(in crate::store) fn of(result: &AttemptResult) -> &'static str {
-        match result.error.as_ref().map(|error| error.kind) {
-            None => SUCCEEDED,
-            Some(ErrorKind::Unknown) => UNKNOWN,
-            Some(_) => FAILED,
-        }
-    }
+/// The names of the states of deliveries that have not ended.
+fn unsettled() -> impl Iterator<Item = &'static str> {
+    DeliveryState::ALL.into_iter().filter(|state| !state.is_settled()).map(DeliveryState::as_str)
 }
 
 /// Creates the delivery for the state that `row` has entered, if its webhook subscribes to it. Progress that still
@@ -169,7 +161,7 @@ async fn enqueue(
             delivery.url.clone_from(&webhook.url);
             delivery.secret = webhook.secret.as_ref().map(|secret| secret.as_bytes().to_vec());
             delivery.max_attempts = webhook.max_attempts;
-            delivery.timeout = i64::try_from(webhook.timeout.as_micros()).unwrap_or(i64::MAX);
+            delivery.timeout = convert::micros(webhook.timeout);
         }
         Receiver::Endpoint(endpoint, _) => address(&mut delivery, endpoint),
         Receiver::Gone(id) => delivery.endpoint_id = Some(id.clone()),
@@ -178,14 +170,12 @@ async fn enqueue(
         delivery.max_attempts = 1;
     }
     if let Receiver::Gone(_) = receiver {
-        // There is no receiver, which must not go unnoticed.
-        delivery.state = DeliveryState::Dead.as_str().to_owned();
-        delivery.settled_at = Some(at.0);
-        let error = AttemptError {
-            kind: ErrorKind::EndpointDeleted,
-            message: "the webhook endpoint was deleted before the batch ended".into(),
-        };
-        undeliverable::insert(tx, &delivery, &error, at).await?;
+        // This must not go unnoticed.
+        let message = "the webhook endpoint was deleted before the batch ended".into();
+        let error = AttemptError { kind: ErrorKind::EndpointDeleted, message };
+        let change = Change::new(delivery, DeliveryTrigger::Unaddressed, at)?.after(Some(&error), Duration::ZERO, at);
+        steps::bury(tx, &change, at).await?;
+        delivery = change.row;
     }
     webhook_delivery::Entity::insert(delivery.into_active_model()).exec_without_returning(tx).await?;
     Ok(())
@@ -239,14 +229,6 @@ async fn supersede_progress(tx: &DatabaseTransaction, row: &batch::Model, at: Ti
         .lock_exclusive()
         .all(tx)
         .await?;
-    let changes = waiting.into_iter().map(|row| Change::new(row, Input::Superseded, at));
+    let changes = waiting.into_iter().map(|row| Change::new(row, DeliveryTrigger::Superseded, at));
     steps::write(tx, &changes.collect::<Result<Vec<_>, _>>()?, at).await
-}
-
-fn event_of(text: &str) -> Result<WebhookEvent, StoreError> {
-    WebhookEvent::from_text(text).ok_or_else(|| StoreError::Corrupt(format!("an unknown webhook event {text:?}")))
-}
-
-fn state_of(text: &str) -> Result<DeliveryState, StoreError> {
-    DeliveryState::from_text(text).ok_or_else(|| StoreError::Corrupt(format!("an unknown delivery state {text:?}")))
 }

@@ -1,21 +1,15 @@
-//! Encrypts stored secrets again after the master key was replaced, page by page, in small transactions. What is written
-//! meanwhile is left as it is written.
+//! Encrypts stored secrets again after the master key was replaced, page by page, in small transactions. A value that was
+//! changed meanwhile is left as it is.
 
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, sea_query::Expr,
-};
+use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect, TryGetable, Value, sea_query::Expr};
 
-use super::endpoints::lock;
 use crate::{
-    domain::{
-        Scope, WebhookEndpointId,
-        webhook::{SealedSecret, WebhookTarget},
-    },
+    domain::webhook::{SealedSecret, WebhookTarget},
     store::{
         Store, StoreError,
         convert::{self, to_json},
         entity::{batch, webhook_delivery, webhook_endpoint},
-        write::{commit, roll_back},
+        write::commit,
     },
 };
 
@@ -25,142 +19,93 @@ const PAGE: u64 = 200;
 /// What a stored secret belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SecretOf<'a> {
-    /// A registered endpoint.
-    Endpoint(&'a WebhookEndpointId),
+    /// The registered endpoint of this id.
+    Endpoint(&'a str),
     /// A batch, or a delivery of one, to this URL.
     Webhook(&'a str),
 }
 
 impl Store {
-    /// Seals every stored secret anew for which `reseal` gives another, so that an old master key can be dropped.
-    /// Returns how many were sealed anew.
+    /// Replaces every stored secret for which `reseal` returns another, so that an old master key can be removed. Returns
+    /// how many were replaced.
     ///
     /// # Errors
-    /// [`StoreError`]: some may have been sealed anew; the same call again does the rest.
+    /// [`StoreError`]. Some may have been replaced; the same call again does the rest.
     pub async fn reseal_secrets(
         &self,
         mut reseal: impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
     ) -> Result<u64, StoreError> {
-        Ok(self.reseal_endpoints(&mut reseal).await?
-            + self.reseal_batches(&mut reseal).await?
-            + self.reseal_deliveries(&mut reseal).await?)
+        let mut bytes = |of: SecretOf<'_>, sealed: &[u8]| {
+            reseal(of, &SealedSecret::from_bytes(sealed.to_vec())).map(|anew| anew.as_bytes().to_vec())
+        };
+        let mut replaced = {
+            use webhook_endpoint::{Column, Entity};
+            let mut anew = |id: &str, sealed: &Vec<u8>| Ok(bytes(SecretOf::Endpoint(id), sealed));
+            // In this order, because a rotation moves the first to the second.
+            self.replace::<Entity, _>([Column::Id, Column::Id, Column::Secret], &mut anew).await?
+                + self.replace::<Entity, _>([Column::Id, Column::Id, Column::PreviousSecret], &mut anew).await?
+        };
+        // Batches before deliveries, because the end of a batch copies its secret to a delivery.
+        replaced += {
+            use batch::{Column, Entity};
+            let anew = |_: &str, text: &String| {
+                let webhook: WebhookTarget = convert::json("webhook", text)?;
+                let sealed = webhook.secret.as_ref().map(SealedSecret::as_bytes);
+                let anew = sealed.and_then(|sealed| bytes(SecretOf::Webhook(&webhook.url), sealed));
+                let anew = anew.map(|anew| WebhookTarget { secret: Some(SealedSecret::from_bytes(anew)), ..webhook });
+                anew.as_ref().map(to_json).transpose()
+            };
+            self.replace::<Entity, _>([Column::Id, Column::Id, Column::Webhook], anew).await?
+        };
+        use webhook_delivery::{Column, Entity};
+        let anew = |url: &str, sealed: &Vec<u8>| Ok(bytes(SecretOf::Webhook(url), sealed));
+        Ok(replaced + self.replace::<Entity, _>([Column::Id, Column::Url, Column::Secret], anew).await?)
     }
 
-    async fn reseal_endpoints(
+    /// Replaces values of the third column: `anew` gets those of the second and the third column, and returns the new
+    /// one. The first column is the key.
+    async fn replace<E: EntityTrait, V: TryGetable + Into<Value> + Clone>(
         &self,
-        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
+        [key, context, value]: [E::Column; 3],
+        mut anew: impl FnMut(&str, &V) -> Result<Option<V>, StoreError>,
     ) -> Result<u64, StoreError> {
-        let mut changed = 0;
-        let ids: Vec<String> = webhook_endpoint::Entity::find()
-            .select_only()
-            .column(webhook_endpoint::Column::Id)
-            .into_tuple()
-            .all(self.read())
-            .await?;
-        for id in ids.into_iter().map(WebhookEndpointId::from_text) {
-            let Some(row) = webhook_endpoint::Entity::find_by_id(id.as_str()).one(self.read()).await? else { continue };
-            let mut anew = |secret: &Option<Vec<u8>>| {
-                let sealed = SealedSecret::from_bytes(secret.clone()?);
-                reseal(SecretOf::Endpoint(&id), &sealed).map(|sealed| sealed.as_bytes().to_vec())
-            };
-            let (current, previous) = (&anew(&row.secret), &anew(&row.previous_secret));
-            if current.is_none() && previous.is_none() {
+        let (mut replaced, mut after) = (0, String::new());
+        loop {
+            let page: Vec<(String, String, V)> = E::find()
+                .select_only()
+                .column_as(key, "key")
+                .column_as(context, "context")
+                .column_as(value, "value")
+                .filter(value.is_not_null())
+                .filter(key.gt(after.as_str()))
+                .order_by_asc(key)
+                .limit(PAGE)
+                .into_tuple()
+                .all(self.read())
+                .await?;
+            let Some((last, ..)) = page.last() else { return Ok(replaced) };
+            after.clone_from(last);
+            let mut changes = Vec::new();
+            for (key, context, before) in page {
+                if let Some(now) = anew(&context, &before)? {
+                    changes.push((key, before, now));
+                }
+            }
+            if changes.is_empty() {
                 continue;
             }
-            let (id, seen) = (&id, &row);
-            let replaced = self.write(|tx| async move {
-                let Some(mut row) = lock(&tx, id, &Scope::All).await? else { return roll_back(false) };
-                if (&row.secret, &row.previous_secret) != (&seen.secret, &seen.previous_secret) {
-                    return roll_back(false);
-                }
-                row.secret = current.clone().or(row.secret);
-                row.previous_secret = previous.clone().or(row.previous_secret);
-                row.into_active_model().reset_all().update(&tx).await?;
-                commit(tx, true)
-            });
-            changed += u64::from(replaced.await?);
-        }
-        Ok(changed)
-    }
-
-    async fn reseal_batches(
-        &self,
-        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
-    ) -> Result<u64, StoreError> {
-        use batch::Column;
-        let (mut changed, mut after) = (0, String::new());
-        loop {
-            let page: Vec<(String, String)> = batch::Entity::find()
-                .select_only()
-                .columns([Column::Id, Column::Webhook])
-                .filter(Column::Webhook.is_not_null())
-                .filter(Column::Id.gt(after.as_str()))
-                .order_by_asc(Column::Id)
-                .limit(PAGE)
-                .into_tuple()
-                .all(self.read())
+            let changes = &changes;
+            replaced += self
+                .write(|tx| async move {
+                    let mut replaced = 0;
+                    for (id, before, now) in changes {
+                        let update = E::update_many().col_expr(value, Expr::val(now.clone()));
+                        let update = update.filter(key.eq(id.as_str())).filter(value.eq(before.clone()));
+                        replaced += update.exec(&tx).await?.rows_affected;
+                    }
+                    commit(tx, replaced)
+                })
                 .await?;
-            let Some((last, _)) = page.last() else { return Ok(changed) };
-            after.clone_from(last);
-            let mut anew = Vec::new();
-            for (id, text) in page {
-                let webhook: WebhookTarget = convert::json("webhook", &text)?;
-                let sealed = webhook.secret.as_ref().and_then(|secret| reseal(SecretOf::Webhook(&webhook.url), secret));
-                if let Some(secret) = sealed {
-                    anew.push((id, text, to_json(&WebhookTarget { secret: Some(secret), ..webhook })?));
-                }
-            }
-            let anew = &anew;
-            let replaced = self.write(|tx| async move {
-                let mut changed = 0;
-                for (id, before, now) in anew {
-                    let update = batch::Entity::update_many().col_expr(Column::Webhook, Expr::val(now));
-                    let update = update.filter(Column::Id.eq(id)).filter(Column::Webhook.eq(before));
-                    changed += update.exec(&tx).await?.rows_affected;
-                }
-                commit(tx, changed)
-            });
-            changed += if anew.is_empty() { 0 } else { replaced.await? };
-        }
-    }
-
-    async fn reseal_deliveries(
-        &self,
-        reseal: &mut impl FnMut(SecretOf<'_>, &SealedSecret) -> Option<SealedSecret>,
-    ) -> Result<u64, StoreError> {
-        use webhook_delivery::Column;
-        let (mut changed, mut after) = (0, String::new());
-        loop {
-            let page: Vec<(String, String, Vec<u8>)> = webhook_delivery::Entity::find()
-                .select_only()
-                .columns([Column::Id, Column::Url, Column::Secret])
-                .filter(Column::Secret.is_not_null())
-                .filter(Column::Id.gt(after.as_str()))
-                .order_by_asc(Column::Id)
-                .limit(PAGE)
-                .into_tuple()
-                .all(self.read())
-                .await?;
-            let Some((last, ..)) = page.last() else { return Ok(changed) };
-            after.clone_from(last);
-            let mut anew = Vec::new();
-            for (id, url, before) in page {
-                if let Some(sealed) = reseal(SecretOf::Webhook(&url), &SealedSecret::from_bytes(before.clone())) {
-                    anew.push((id, before, sealed));
-                }
-            }
-            let anew = &anew;
-            let replaced = self.write(|tx| async move {
-                let mut changed = 0;
-                for (id, before, now) in anew {
-                    let now = Expr::val(now.as_bytes().to_vec());
-                    let update = webhook_delivery::Entity::update_many().col_expr(Column::Secret, now);
-                    let update = update.filter(Column::Id.eq(id)).filter(Column::Secret.eq(before.clone()));
-                    changed += update.exec(&tx).await?.rows_affected;
-                }
-                commit(tx, changed)
-            });
-            changed += if anew.is_empty() { 0 } else { replaced.await? };
         }
     }
 }

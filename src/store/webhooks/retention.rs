@@ -1,4 +1,4 @@
-//! Deletes old webhooks: some rows per transaction, so that nobody waits long for the database.
+//! Deletes old webhooks: a bounded number of rows per call, so that nobody waits long for the database.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use sea_orm::{
 };
 
 use crate::{
-    domain::{Scope, webhook::DeliveryState},
+    domain::{Scope, Timestamp, webhook::DeliveryState},
     store::{
-        Store, StoreError,
+        Store, StoreError, convert,
         entity::{webhook_attempt, webhook_dead_letter, webhook_delivery, webhook_retry_job},
         now,
         scoped::within,
@@ -18,72 +18,57 @@ use crate::{
     },
 };
 
+/// Rows per call, and so per transaction.
 const AT_ONCE: u64 = 500;
 
+/// What one call deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Purged {
+    /// The number of dead letters or deliveries.
+    pub count: u64,
+    /// Whether there may be more, for the next call.
+    pub more: bool,
+}
+
 impl Store {
-    /// Deletes dead letters older than `age`, except those that are being retried. Returns the number.
+    /// Deletes some dead letters older than `age`, except those that are being retried.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn purge_dead_letters(&self, age: Duration, scope: &Scope) -> Result<u64, StoreError> {
-        let mut purged = 0;
-        loop {
-            let (deleted, last) = self.purge_some_dead_letters(age, scope).await?;
-            purged += deleted;
-            if last {
-                return Ok(purged);
-            }
-        }
-    }
-
-    /// Returns the number deleted, and whether they were the last.
-    async fn purge_some_dead_letters(&self, age: Duration, scope: &Scope) -> Result<(u64, bool), StoreError> {
+    pub async fn purge_dead_letters(&self, age: Duration, scope: &Scope) -> Result<Purged, StoreError> {
         self.write(|tx| async move {
             let at = now(&tx).await?;
-            let before = at.0.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
             let idle = Condition::any()
                 .add(webhook_dead_letter::Column::LeaseExpiresAt.is_null())
                 .add(webhook_dead_letter::Column::LeaseExpiresAt.lt(at.0));
             let find = webhook_dead_letter::Entity::find()
                 .select_only()
                 .column(webhook_dead_letter::Column::Id)
-                .filter(webhook_dead_letter::Column::CreatedAt.lte(before))
+                .filter(webhook_dead_letter::Column::CreatedAt.lte(before(at, age)))
                 .filter(idle.clone())
                 .limit(AT_ONCE);
             let find = within(find, webhook_dead_letter::Column::Owner, scope);
             let ids: Vec<String> = find.into_tuple().all(&tx).await?;
-            let last = (ids.len() as u64) < AT_ONCE;
+            let more = ids.len() as u64 == AT_ONCE;
             // The condition is repeated, because a retry may have begun since.
             let deleted = webhook_dead_letter::Entity::delete_many()
                 .filter(webhook_dead_letter::Column::Id.is_in(ids))
                 .filter(idle)
                 .exec(&tx)
                 .await?;
-            commit(tx, (deleted.rows_affected, last))
+            commit(tx, Purged { count: deleted.rows_affected, more })
         })
         .await
     }
 
-    /// Deletes deliveries that were settled longer ago than `age`, with their attempts, and finished retry jobs of that age.
-    /// What a dead letter still names stays. Returns how many deliveries.
+    /// Deletes some deliveries that were settled longer ago than `age`, with their attempts, and some finished retry jobs
+    /// of that age. Keeps a delivery that a dead letter names. Counts only the deliveries.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn purge_deliveries(&self, age: Duration) -> Result<u64, StoreError> {
-        let mut purged = 0;
-        loop {
-            let count = self.purge_some_deliveries(age).await?;
-            purged += count;
-            if count < AT_ONCE {
-                return Ok(purged);
-            }
-        }
-    }
-
-    async fn purge_some_deliveries(&self, age: Duration) -> Result<u64, StoreError> {
+    pub async fn purge_deliveries(&self, age: Duration) -> Result<Purged, StoreError> {
         self.write(|tx| async move {
-            let at = now(&tx).await?;
-            let before = at.0.saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
+            let before = before(now(&tx).await?, age);
             let named = Query::select()
                 .expr(Expr::val(1))
                 .from(webhook_dead_letter::Entity)
@@ -92,7 +77,7 @@ impl Store {
                         .equals((webhook_delivery::Entity, webhook_delivery::Column::Id)),
                 )
                 .to_owned();
-            let settled = [DeliveryState::Delivered, DeliveryState::Cancelled, DeliveryState::Dead];
+            let settled = DeliveryState::ALL.into_iter().filter(|state| state.is_settled());
             let ids: Vec<String> = webhook_delivery::Entity::find()
                 .select_only()
                 .column(webhook_delivery::Column::Id)
@@ -109,12 +94,26 @@ impl Store {
                 .exec(&tx)
                 .await?;
             webhook_delivery::Entity::delete_many().filter(webhook_delivery::Column::Id.is_in(ids)).exec(&tx).await?;
-            webhook_retry_job::Entity::delete_many()
+            let old_jobs: Vec<String> = webhook_retry_job::Entity::find()
+                .select_only()
+                .column(webhook_retry_job::Column::Id)
                 .filter(webhook_retry_job::Column::FinishedAt.lte(before))
+                .limit(AT_ONCE)
+                .into_tuple()
+                .all(&tx)
+                .await?;
+            let more = count == AT_ONCE || old_jobs.len() as u64 == AT_ONCE;
+            webhook_retry_job::Entity::delete_many()
+                .filter(webhook_retry_job::Column::Id.is_in(old_jobs))
                 .exec(&tx)
                 .await?;
-            commit(tx, count)
+            commit(tx, Purged { count, more })
         })
         .await
     }
+}
+
+/// The time `age` ago, in microseconds since the Unix epoch.
+fn before(at: Timestamp, age: Duration) -> i64 {
+    at.0.saturating_sub(convert::micros(age))
 }

@@ -9,12 +9,9 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
-use super::{
-    dead_letters::{DeadLetter, DeadLetterFilter},
-    outcome,
-};
+use super::dead_letters::{DeadLetter, DeadLetterFilter};
 use crate::{
-    domain::{DeadLetterId, Owner, RetryJobId, Scope, Timestamp},
+    domain::{DeadLetterId, Owner, RetryJobId, Scope, Timestamp, webhook::AttemptOutcome},
     store::{
         Store, StoreError,
         convert::{self, to_json},
@@ -27,7 +24,8 @@ use crate::{
 };
 
 /// The states of a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum RetryJobState {
     /// It has not handled all its dead letters yet.
     Running,
@@ -41,28 +39,15 @@ impl RetryJobState {
     /// Its name, as stored.
     #[must_use]
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Done => "done",
-            Self::Cancelled => "cancelled",
-        }
-    }
-
-    fn from_text(text: &str) -> Option<Self> {
-        [Self::Running, Self::Done, Self::Cancelled].into_iter().find(|state| state.as_str() == text)
+        self.into()
     }
 }
 
-/// A job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RetryJob {
-    /// Its id.
     pub id: RetryJobId,
-    /// The owner.
     pub owner: Owner,
-    /// The filter of its dead letters.
     pub filter: DeadLetterFilter,
-    /// Its state.
     pub state: RetryJobState,
     /// The number of dead letters that matched when it was created.
     pub matched: i64,
@@ -81,7 +66,6 @@ pub struct RetryJob {
 /// A job that this node runs.
 #[derive(Clone, Debug)]
 pub struct ClaimedJob {
-    /// The job.
     pub job: RetryJob,
     /// The last dead letter handled.
     pub position: DeadLetterId,
@@ -254,14 +238,14 @@ impl Store {
                 .await?;
             let Some(mut row) = found else { return roll_back(false) };
             // Counted from the attempts, so that what a crash interrupted is neither lost nor counted twice.
-            let ended = |outcomes: Vec<&str>| {
+            let ended = |outcomes: Vec<AttemptOutcome>| {
                 webhook_attempt::Entity::find()
                     .filter(webhook_attempt::Column::RequestId.eq(of.job.id.as_str()))
-                    .filter(webhook_attempt::Column::Outcome.is_in(outcomes))
+                    .filter(webhook_attempt::Column::Outcome.is_in(outcomes.into_iter().map(AttemptOutcome::as_str)))
             };
             let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-            row.succeeded = count(ended(vec![outcome::SUCCEEDED]).count(&tx).await?);
-            row.failed = count(ended(vec![outcome::FAILED, outcome::UNKNOWN]).count(&tx).await?);
+            row.succeeded = count(ended(vec![AttemptOutcome::Succeeded]).count(&tx).await?);
+            row.failed = count(ended(vec![AttemptOutcome::Failed, AttemptOutcome::Unknown]).count(&tx).await?);
             row.skipped += skipped;
             of.position.as_str().clone_into(&mut row.position);
             row.lease_expires_at = Some(at.plus(lease).0);
@@ -300,8 +284,7 @@ impl TryFrom<webhook_retry_job::Model> for RetryJob {
 
     fn try_from(row: webhook_retry_job::Model) -> Result<Self, StoreError> {
         Ok(Self {
-            state: RetryJobState::from_text(&row.state)
-                .ok_or_else(|| StoreError::Corrupt(format!("an unknown job state {:?}", row.state)))?,
+            state: convert::name("job state", &row.state)?,
             id: RetryJobId::from_text(row.id),
             owner: row.owner.into(),
             filter: convert::json("dead letter filter", &row.filter)?,
@@ -312,5 +295,22 @@ impl TryFrom<webhook_retry_job::Model> for RetryJob {
             created_at: Timestamp(row.created_at),
             finished_at: row.finished_at.map(Timestamp),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RetryJobState;
+
+    /// Databases have them: a variant may be renamed, its name may not.
+    #[test]
+    fn stored_names_stay_as_they_are() {
+        for (state, name) in [
+            (RetryJobState::Running, "running"),
+            (RetryJobState::Done, "done"),
+            (RetryJobState::Cancelled, "cancelled"),
+        ] {
+            assert_eq!((state.as_str(), name.parse()), (name, Ok(state)));
+        }
     }
 }

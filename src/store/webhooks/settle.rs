@@ -14,7 +14,7 @@ use super::{
 use crate::{
     domain::{
         DeliveryId, Timestamp,
-        webhook::{AttemptResult, DeliveryState, ErrorKind, Input, WebhookEvent},
+        webhook::{AttemptResult, DeliveryState, DeliveryTrigger, ErrorKind, WebhookEvent},
     },
     store::{
         DatabaseTransaction, Store, StoreError,
@@ -31,7 +31,6 @@ const REAPED_AT_ONCE: u64 = 100;
 /// The outcome of a claimed delivery.
 #[derive(Clone, Debug)]
 pub struct Settlement {
-    /// The delivery.
     pub id: DeliveryId,
     /// The claim's.
     pub lease: String,
@@ -46,7 +45,6 @@ pub struct Settlement {
 /// The result of a settlement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settled {
-    /// The delivery.
     pub id: DeliveryId,
     /// Its new state.
     pub now: SettledAs,
@@ -76,6 +74,8 @@ pub struct Reaped {
     pub dead: u64,
     /// Progress deliveries that were too old.
     pub expired: u64,
+    /// Whether there may be more, for the next call.
+    pub more: bool,
 }
 
 impl Store {
@@ -95,32 +95,23 @@ impl Store {
         .await
     }
 
-    /// Ends the leases of senders that are gone, and cancels progress that is too old. `all`: every lease, not only those
-    /// that have run out; only for a database that no other node has, at its start. `wait` is the wait after so many
-    /// attempts.
+    /// Ends some leases of senders that are gone, and cancels some progress that is too old. `all`: every lease, not only
+    /// those that have expired; only for a database that no other node has, at its start. `wait` gives the wait after a
+    /// number of attempts.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn reap_deliveries(&self, all: bool, wait: impl Fn(i32) -> Duration) -> Result<Reaped, StoreError> {
-        let (mut reaped, wait) = (Reaped::default(), &wait);
-        loop {
-            let (some, last) = self
-                .write(|tx| async move {
-                    let at = now(&tx).await?;
-                    let (mut reaped, last) = reap(&tx, all, wait, at).await?;
-                    let (expired, was_last) = expire_progress(&tx, at).await?;
-                    reaped.expired = expired;
-                    dead_letters::reap(&tx, all, at).await?;
-                    commit(tx, (reaped, last && was_last))
-                })
-                .await?;
-            reaped.pending += some.pending;
-            reaped.dead += some.dead;
-            reaped.expired += some.expired;
-            if last {
-                return Ok(reaped);
-            }
-        }
+        let wait = &wait;
+        self.write(|tx| async move {
+            let at = now(&tx).await?;
+            let mut reaped = reap(&tx, all, wait, at).await?;
+            reaped.expired = expire_progress(&tx, at).await?;
+            let retries = dead_letters::reap(&tx, all, at, REAPED_AT_ONCE).await?;
+            reaped.more |= reaped.expired == REAPED_AT_ONCE || retries == REAPED_AT_ONCE;
+            commit(tx, reaped)
+        })
+        .await
     }
 }
 
@@ -145,7 +136,11 @@ async fn settle(
         // Each lease settles once.
         let row = mine.then(|| rows.remove(one.id.as_str())).flatten();
         let change = row.and_then(|row| {
-            readable("webhook delivery", one.id.as_str(), Change::new(row, Input::of(one.result.as_ref()), at))
+            readable(
+                "webhook delivery",
+                one.id.as_str(),
+                Change::new(row, DeliveryTrigger::of(one.result.as_ref()), at),
+            )
         });
         let Some(mut change) = change else {
             settled.push(Settled { id: one.id.clone(), now: SettledAs::LeaseLost });
@@ -183,13 +178,13 @@ impl SettledAs {
     }
 }
 
-/// Ends leases. Returns what it found, and whether that was all.
+/// Ends leases.
 async fn reap(
     tx: &DatabaseTransaction,
     all: bool,
     wait: impl Fn(i32) -> Duration,
     at: Timestamp,
-) -> Result<(Reaped, bool), StoreError> {
+) -> Result<Reaped, StoreError> {
     let mut find = webhook_delivery::Entity::find()
         .filter(is(DeliveryState::Leased))
         .order_by_asc(webhook_delivery::Column::LeaseExpiresAt)
@@ -199,14 +194,15 @@ async fn reap(
         find = find.filter(webhook_delivery::Column::LeaseExpiresAt.lt(at.0));
     }
     let rows = find.all(tx).await?;
-    let last = (rows.len() as u64) < REAPED_AT_ONCE;
+    let is_full = rows.len() as u64 == REAPED_AT_ONCE;
     let lost =
         AttemptResult::failed(ErrorKind::Unknown, "the server stopped during the attempt; the receiver may have it");
     let (mut reaped, mut changes) = (Reaped::default(), Vec::with_capacity(rows.len()));
     for row in rows {
         let (id, attempts) = (row.id.clone(), row.attempts);
-        let Some(change) = readable("webhook delivery", &id, Change::new(row, Input::LeaseExpired, at)) else {
-            // Else it would be among the first of every round.
+        let Some(change) = readable("webhook delivery", &id, Change::new(row, DeliveryTrigger::LeaseExpired, at))
+        else {
+            // Otherwise it would be among the first of every call.
             webhook_delivery::Entity::update_many()
                 .col_expr(webhook_delivery::Column::LeaseExpiresAt, Expr::val(at.0.saturating_add(UNREADABLE_MICROS)))
                 .filter(webhook_delivery::Column::Id.eq(&id))
@@ -224,11 +220,13 @@ async fn reap(
     steps::write(tx, &changes, at).await?;
     let ended: Vec<_> = changes.iter().map(|one| (one.row.id.as_str(), 0, one.row.attempts, &lost)).collect();
     steps::end_attempts(tx, &ended, at).await?;
-    Ok((reaped, last))
+    // If all leases are to end, those that can't be read are found in every call, after all others.
+    reaped.more = is_full && !(all && changes.is_empty());
+    Ok(reaped)
 }
 
-/// Cancels progress that is too old. Returns how many, and whether that was all.
-async fn expire_progress(tx: &DatabaseTransaction, at: Timestamp) -> Result<(u64, bool), StoreError> {
+/// Cancels progress that is too old. Returns how many.
+async fn expire_progress(tx: &DatabaseTransaction, at: Timestamp) -> Result<u64, StoreError> {
     let old = webhook_delivery::Entity::find()
         .filter(is(DeliveryState::Pending))
         .filter(webhook_delivery::Column::ExpiresAt.lte(at.0))
@@ -237,7 +235,8 @@ async fn expire_progress(tx: &DatabaseTransaction, at: Timestamp) -> Result<(u64
         .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
     let rows = old.all(tx).await?;
     let count = rows.len() as u64;
-    let changes = rows.into_iter().map(|row| Change::new(row, Input::Superseded, at)).collect::<Result<Vec<_>, _>>()?;
+    let changes =
+        rows.into_iter().map(|row| Change::new(row, DeliveryTrigger::Superseded, at)).collect::<Result<Vec<_>, _>>()?;
     steps::write(tx, &changes, at).await?;
-    Ok((count, count < REAPED_AT_ONCE))
+    Ok(count)
 }

@@ -6,16 +6,21 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait, DatabaseBackend, Statement};
+use sea_orm::{ConnectionTrait, DatabaseBackend, EntityTrait, IntoActiveModel, Statement};
 use serde::Serialize;
 
-use super::{event_of, outcome, state_of, undeliverable};
 use crate::{
     domain::{
-        Timestamp,
-        webhook::{AttemptError, AttemptResult, Delivery, DeliveryState, Effect, Input, Step, apply},
+        DeadLetterId, Timestamp,
+        webhook::{
+            AttemptError, AttemptOutcome, AttemptResult, Delivery, DeliveryState, DeliveryStep, DeliveryTrigger,
+            Effect, WebhookEvent, apply,
+        },
     },
-    store::{DatabaseTransaction, StoreError, convert::to_json, entity::webhook_delivery},
+    store::{
+        DatabaseTransaction, StoreError, convert,
+        entity::{webhook_dead_letter, webhook_delivery},
+    },
 };
 
 /// A delivery that the transaction has locked, as it is to be.
@@ -23,18 +28,22 @@ pub(super) struct Change {
     /// The state and the lease that it was found with; it is written only if it still has them.
     found: (String, Option<String>),
     pub(super) row: webhook_delivery::Model,
-    step: Step,
+    step: DeliveryStep,
     error: Option<AttemptError>,
 }
 
 impl Change {
     /// What `input` makes of a delivery.
-    pub(super) fn new(mut row: webhook_delivery::Model, input: Input, at: Timestamp) -> Result<Self, StoreError> {
+    pub(super) fn new(
+        mut row: webhook_delivery::Model,
+        input: DeliveryTrigger,
+        at: Timestamp,
+    ) -> Result<Self, StoreError> {
         let of = Delivery {
-            state: state_of(&row.state)?,
+            state: convert::name("delivery state", &row.state)?,
             attempts: row.attempts,
             max_attempts: row.max_attempts,
-            disposable: event_of(&row.event)?.is_disposable(),
+            disposable: convert::name::<WebhookEvent>("webhook event", &row.event)?.is_disposable(),
         };
         let step = apply(of, input).map_err(|refused| StoreError::Corrupt(refused.to_string()))?;
         let found = (std::mem::replace(&mut row.state, step.state.as_str().to_owned()), row.lease_token.take());
@@ -49,7 +58,6 @@ impl Change {
         self.step.state
     }
 
-    /// With this lease.
     pub(super) fn leased(mut self, lease: &str, until: i64) -> Self {
         self.row.lease_token = Some(lease.to_owned());
         self.row.lease_expires_at = Some(until);
@@ -104,11 +112,41 @@ pub(super) async fn write(tx: &DatabaseTransaction, changes: &[Change], at: Time
     if written != changes.len() as u64 {
         return Err(StoreError::Corrupt(format!("{written} of {} locked deliveries as they were", changes.len())));
     }
-    for Change { row, step, error, .. } in changes {
-        if let (Effect::DeadLetter, Some(error)) = (step.effect, error) {
-            undeliverable::insert(tx, row, error, at).await?;
-        }
+    for change in changes {
+        bury(tx, change, at).await?;
     }
+    Ok(())
+}
+
+/// Creates the dead letter of a delivery, if this change makes one of it.
+pub(super) async fn bury(tx: &DatabaseTransaction, change: &Change, at: Timestamp) -> Result<(), StoreError> {
+    let Change { row: of, step: DeliveryStep { effect: Effect::DeadLetter, .. }, error: Some(error), .. } = change
+    else {
+        return Ok(());
+    };
+    let host = url::Url::parse(&of.url).ok().and_then(|url| url.host_str().map(str::to_owned)).unwrap_or_default();
+    let row = webhook_dead_letter::Model {
+        id: DeadLetterId::generate().into_string(),
+        owner: of.owner.clone(),
+        batch_id: of.batch_id.clone(),
+        delivery_id: of.id.clone(),
+        endpoint_id: of.endpoint_id.clone(),
+        webhook_url: of.url.clone(),
+        host,
+        event: of.event.clone(),
+        payload: of.body.clone(),
+        error_kind: error.kind.as_str().to_owned(),
+        error_message: error.message.clone(),
+        attempts: of.attempts,
+        last_attempt_at: at.0,
+        created_at: at.0,
+        retried_at: None,
+        retry_success: false,
+        retry_count: 0,
+        lease_token: None,
+        lease_expires_at: None,
+    };
+    webhook_dead_letter::Entity::insert(row.into_active_model()).exec_without_returning(tx).await?;
     Ok(())
 }
 
@@ -127,7 +165,16 @@ pub(super) async fn end_attempts(
     let values = ended.iter().map(|(id, generation, attempt, result)| {
         let error = result.error.as_ref();
         let (kind, message) = (error.map(|error| error.kind.as_str()), error.map(|error| &error.message));
-        (id, generation, attempt, outcome::of(result), result.http_status, kind, message, &result.response_excerpt)
+        (
+            id,
+            generation,
+            attempt,
+            AttemptOutcome::of(result).as_str(),
+            result.http_status,
+            kind,
+            message,
+            &result.response_excerpt,
+        )
     });
     let sql = format!(
         "UPDATE webhook_attempts AS a SET outcome = v.value ->> 3, http_status = CAST(v.value ->> 4 AS INTEGER), \
@@ -149,7 +196,7 @@ pub(super) fn rows<C: ConnectionTrait>(connection: &C) -> &'static str {
     }
 }
 
-/// That parameter.
+/// The first parameter of such a statement.
 pub(super) fn json<R: Serialize>(rows: impl Iterator<Item = R>) -> Result<String, StoreError> {
-    to_json(&rows.collect::<Vec<_>>())
+    convert::to_json(&rows.collect::<Vec<_>>())
 }

@@ -1,4 +1,4 @@
-//! How long a connection may go on doing what it does. Pure: time comes as an argument.
+//! How long a connection may remain in its current activity. Pure: time is an argument.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub(super) enum Ending {
     Silent,
     /// It had no request for long.
     Idle,
-    /// Its client reads nothing.
+    /// The client reads nothing of what is ready for it.
     Stalled,
 }
 

@@ -38,9 +38,11 @@ use crate::{
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 /// RPCs at a time on one connection.
 const STREAMS: u32 = 1_024;
-/// What one upload may send ahead, and all on one connection together: 15 that stand still don't stop the sixteenth.
+/// HTTP/2 windows: bytes that one upload may send ahead, and all uploads of one connection together. Fifteen stalled
+/// uploads do not block a sixteenth.
 const WINDOWS: (u32, u32) = (1024 * 1024, 16 * 1024 * 1024);
-/// The most bytes of a frame: with HTTP/2's least of 16 KiB an upload would be read in as many pieces.
+/// The largest frame that is accepted. With HTTP/2's minimum of 16 KiB, an upload would come in sixteen times as many
+/// pieces.
 const FRAME: u32 = 256 * 1024;
 /// The most bytes of a request's headers.
 const HEADERS: u32 = 16 * 1024;

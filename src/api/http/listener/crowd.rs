@@ -1,4 +1,4 @@
-//! Which connection gives way to a new one when there are as many as there may be. Pure: no sockets, no clock.
+//! Chooses the connection that is closed for a new one when the limit is reached. Pure: no sockets, no clock.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -23,11 +23,11 @@ struct Member {
     idle_since: Option<Instant>,
 }
 
-/// Those of one peer.
+/// The connections of one peer.
 #[derive(Debug, Default)]
 struct Connections {
     all: BTreeSet<Id>,
-    /// Those without a request, the longest idle one first.
+    /// The connections without a request, the longest idle one first.
     idle: BTreeSet<(Instant, Id)>,
 }
 
@@ -88,7 +88,7 @@ impl Crowd {
         if largest.all.len() > own + 1 { largest.all.last().copied() } else { None }
     }
 
-    /// Which connection is closed if one must be, whoever comes: the longest idle one of the peer that has most.
+    /// The connection to close if one must be closed: the longest idle one of the peer with the most connections.
     pub(super) fn least_missed(&self) -> Option<Id> {
         let idle = self.peers.values().filter_map(|of| of.idle.first().map(|first| (of.all.len(), *first)));
         idle.max_by_key(|(count, first)| (*count, std::cmp::Reverse(*first))).map(|(_, (_, id))| id)

@@ -2,7 +2,7 @@
 
 /// The most connections where nothing is set and descriptors are plenty. Each costs some 30 KiB.
 const PLENTY: u64 = 10_000;
-/// Where the system does not say how many descriptors a process may have open: the usual soft limit.
+/// The assumed limit of open files where the system does not report one: the usual soft limit.
 const USUAL_DESCRIPTORS: u64 = 1_024;
 
 /// How many connections this server keeps open: as many as are set, or [`PLENTY`], and never more than half of the

@@ -45,7 +45,7 @@ use crate::{access::Peer, telemetry::Seldom};
 const CONNECTIONS: &str = "tidemill_connections";
 /// Connections that the server ended or refused, by reason.
 const CLOSED: &str = "tidemill_connections_closed_total";
-/// Connections that could not be taken for want of descriptors or memory.
+/// Counts connections that could not be accepted because file descriptors or memory were lacking.
 const ACCEPT_ERRORS: &str = "tidemill_accept_errors_total";
 
 /// The pause after a failed accept; it doubles up to [`LONGEST_PAUSE`] while none works.
@@ -67,7 +67,7 @@ pub(in crate::api) struct Options {
     pub(in crate::api) tls: Option<TlsAcceptor>,
 }
 
-/// Takes connections and knows those that are open.
+/// Accepts connections and keeps track of the open ones.
 pub(in crate::api) struct Listener {
     service: Router,
     server: connection::Http,
@@ -128,7 +128,10 @@ impl Listener {
     pub(in crate::api) fn new(service: Router, options: Options) -> Arc<Self> {
         metrics::describe_gauge!(CONNECTIONS, "client connections that are open");
         metrics::describe_counter!(CLOSED, "client connections that the server ended or refused, by reason");
-        metrics::describe_counter!(ACCEPT_ERRORS, "connections that could not be taken for want of file descriptors");
+        metrics::describe_counter!(
+            ACCEPT_ERRORS,
+            "connections that could not be accepted because file descriptors or memory were lacking"
+        );
         Arc::new(Self {
             service,
             server: connection::http(),

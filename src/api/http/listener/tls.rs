@@ -14,7 +14,7 @@ use crate::{
     words::{self, Peer},
 };
 
-/// Reads the files. HTTP/2 is offered first; clients that speak only HTTP/1.1 are welcome too.
+/// Reads the files. Offers HTTP/2 first, then HTTP/1.1.
 ///
 /// # Errors
 /// [`ServeError`]: a file can't be read, or is not what it should be.
@@ -29,12 +29,12 @@ pub(in crate::api) async fn acceptor(files: &TlsFiles) -> Result<TlsAcceptor, Se
             let mut roots = RootCertStore::empty();
             for certificate in certificates(path).await? {
                 roots.add(certificate).map_err(|error| {
-                    bad(path, format!("holds a certificate of no use: {}", words::cause(Peer::Server, &error)))
+                    bad(path, format!("contains an unusable certificate: {}", words::cause(Peer::Server, &error)))
                 })?;
             }
             let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build();
             builder.with_client_cert_verifier(
-                verifier.map_err(|error| bad(path, format!("holds no authority of certificates ({error})")))?,
+                verifier.map_err(|error| bad(path, format!("contains no certificate authority ({error})")))?,
             )
         }
     };

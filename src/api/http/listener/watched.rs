@@ -16,10 +16,10 @@ use tokio::{
 
 use super::activity::{Activity, Ending};
 
-/// What a connection does. The connection, its requests and whoever watches over it share it.
+/// A connection's activity. Shared by the connection, its requests and the task that closes idle connections.
 pub(super) struct Watch {
     activity: Mutex<Activity>,
-    /// Notified when the connection is due sooner than whoever watches over it knows.
+    /// Notified when the connection's deadline has moved forward.
     pub(super) sooner: Notify,
 }
 
