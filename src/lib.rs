@@ -16,6 +16,7 @@
 //! - [`ingest`]: validates an upload while it streams in and cuts it into segments.
 //! - [`results`]: parts, their merge in input order, manifests, reading back.
 //! - [`fleet`]: the workers: their state, their slots, and one HTTP request to one of them.
+//! - [`engines`]: which model is loaded on which GPUs, and when that changes.
 //! - [`scheduler`]: claims segments, decides which line goes to which worker, and runs a segment.
 //! - [`delivery`]: webhooks: signs, sends and retries them, keeps dead letters.
 //! - [`progress`]: durable changes in, event streams out.
@@ -50,6 +51,7 @@ pub mod cli;
 pub mod config;
 pub mod delivery;
 pub mod domain;
+pub mod engines;
 pub mod fault;
 pub mod fleet;
 mod https;

@@ -26,6 +26,7 @@ const ROOMS: &[&[&str]] = &[
     &["upkeep"],
     &["progress"],
     &["scheduler"],
+    &["engines"],
     &["delivery", "fleet", "ingest", "sim"],
     &["objects"],
     &["results"],
