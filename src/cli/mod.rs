@@ -14,6 +14,7 @@ mod infer;
 mod interrupt;
 mod json;
 mod meter;
+mod models;
 mod out;
 mod printable;
 mod results;
@@ -93,6 +94,9 @@ enum Command {
     /// Manage webhooks: dead letters, deliveries, endpoints; verify and receive webhooks.
     #[command(subcommand)]
     Webhooks(webhooks::WebhooksCommand),
+    /// Check a file of models that tidemill may load itself.
+    #[command(subcommand)]
+    Models(models::ModelsCommand),
     /// Make access tokens.
     #[command(subcommand)]
     Token(token::TokenCommand),
@@ -146,7 +150,7 @@ pub enum UsageError {
 }
 
 /// The commands that are not clients.
-const SERVERS: [&str; 6] = ["serve", "demo", "token", "migrate", "sim", "completions"];
+const SERVERS: [&str; 7] = ["serve", "demo", "models", "token", "migrate", "sim", "completions"];
 
 /// The command line's grammar. Client options are accepted everywhere but shown only where they have an effect.
 #[must_use]
@@ -243,6 +247,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Webhooks(command) => done(webhooks::run(command, &cli.client.client()?).await),
         Command::Workers(command) => done(workers::run(command, &cli.client.client()?).await),
         Command::Top(args) => done(top::run(args, &cli.client.client()?, &cli.client.server).await),
+        Command::Models(command) => models::run(command, cli.client.json).await,
         Command::Token(command) => done(token::run(command, cli.client.json)),
         Command::Migrate(args) => done(serve::migrate(args, cli.client.json).await),
         Command::Sim(args) => done(serve::sim(args).await),
@@ -330,6 +335,8 @@ mod tests {
             "tidemill webhooks listen --secret s",
             "tidemill token new --name n --role admin",
             "tidemill token new --name n --weight 1000",
+            "tidemill models check models.toml --json",
+            "tidemill models check --model qwen=Qwen/Qwen3-8B --model b=c",
             "tidemill token hash",
             "tidemill migrate --data-dir /d --status",
             "tidemill sim --listen 127.0.0.1:0 --models a,b --latency-ms 5 --tokens-per-second 9.5 --error-rate 0.1 --seed 7",
@@ -360,6 +367,7 @@ mod tests {
             "tidemill batch list --limit 0",
             "tidemill batch list --status done",
             "tidemill infer model-only",
+            "tidemill models check",
             "tidemill sim --error-rate 1.5",
             "tidemill token new --name a/b",
             "tidemill token new --name n --weight 0",

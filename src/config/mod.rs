@@ -562,7 +562,11 @@ pub fn parse_span(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn parse_bytes(text: &str) -> Result<u64, String> {
+/// A number of bytes such as 10GB.
+///
+/// # Errors
+/// It is none, in words for people.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let size: bytesize::ByteSize =
         text.parse().map_err(|_| "expected a number of bytes, such as 500000, 10GB or 4GiB".to_owned())?;
     Ok(size.as_u64())

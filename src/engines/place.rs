@@ -2,8 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use super::policy::{EngineId, Gpu};
-
 /// The share of a GPU's memory that may be held by others where a model takes the whole GPU. vLLM takes 0.92 of it.
 const OTHERS: f64 = 0.08;
 /// The share of a GPU's memory that engines which sleep may hold where a model takes the whole GPU. The new engine gets
@@ -11,6 +9,21 @@ const OTHERS: f64 = 0.08;
 const SLEEPERS: f64 = 0.25;
 /// What an engine that sleeps still holds of each of its GPUs: 0.5 to 1.3 GiB were seen.
 const ASLEEP: u64 = 1536 * 1024 * 1024;
+
+/// Names an engine: one process tree that serves one model. No two engines ever have the same one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EngineId(pub u64);
+
+/// A GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Its number.
+    pub index: u32,
+    /// Its memory in bytes; 0 if that is unknown: then only models that take whole GPUs fit.
+    pub total: u64,
+    /// The bytes of it that are held by processes that are not our engines.
+    pub foreign: u64,
+}
 
 /// What an engine needs of each of its GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,29 +1,31 @@
 //! Which model is loaded where: the decision, without IO, clock or randomness.
 //!
-//! [`decide`] gets the [`World`] and answers with [`Action`]s and with one [`Reason`] for each model that has work and is not
-//! served. Its rules, of which the first that applies counts:
+//! [`decide`] gets the [`World`] and answers with [`Action`]s and with one [`Reason`] for each model that has work
+//! and is not served. Its rules, of which the first that applies counts:
 //!
 //! 1. A GPU on which an engine starts, wakes, drains, falls asleep or stops is left alone.
 //! 2. Free GPUs go to the best waiting model that fits (see 7).
 //! 3. An engine without lines to send makes room for a model that wants its GPUs. It drains first.
-//! 4. A model whose deadline is at stake takes the place of one that has more time, and not of one that has less. Work that
-//!    is more than an hour late is no reason to swap.
-//! 5. A model with work of a higher priority takes the place of one without, if that work is worth the two swaps or the
-//!    loaded model has run its quantum: ten times what the two swaps cost, at least 5 minutes.
-//! 6. A model whose oldest line has waited for its quantum, at least 30 minutes, takes the place of one that has run its own
-//!    quantum and has more work left than the waiting one needs: the short work goes first. The same holds if what is left
-//!    of the loaded model came much later. Priorities are respected: this rule never favours lower ones. So swaps for
-//!    fairness take at most 1/11 of the time.
-//! 7. Of several waiting models the one with the least time to its deadline goes first if that is under an hour; then higher
-//!    priorities; then the one that finishes most batches per second: the least (swap + work) / batches. Idle GPUs are taken
-//!    before those whose engines must leave, and among these the ones that come back cheapest.
-//! 8. A loaded model gets another engine on idle GPUs if its work, shared by one engine more, is worth three starts. The
-//!    additional engine leaves first when another model wants its GPUs.
-//! 9. Live calls for a model that is not loaded count as work of a priority above all others, if [`World::live_calls_swap`].
+//! 4. A model whose deadline is at stake takes the place of one that has more time, and not of one that has less.
+//!    Work that is more than an hour late is no reason to swap.
+//! 5. A model with work of a higher priority takes the place of one without, if that work is worth the two swaps or
+//!    the loaded model has run its quantum: ten times what the two swaps cost, at least 5 minutes.
+//! 6. A model whose oldest line has waited for its quantum, at least 30 minutes, takes the place of one that has run
+//!    its own quantum and has more work left than the waiting one needs: the short work goes first. The same holds if
+//!    what is left of the loaded model came much later. Priorities are respected: this rule never favours lower ones.
+//!    So swaps for fairness take at most 1/11 of the time.
+//! 7. Of several waiting models the one with the least time to its deadline goes first if that is under an hour; then
+//!    higher priorities; then one that has waited four times as long as rule 6 asks; then the one that finishes most
+//!    batches per second: the least (swap + work) / batches. Idle GPUs are taken before those whose engines must
+//!    leave, and among these the ones that come back cheapest.
+//! 8. A loaded model gets another engine on idle GPUs if its work, shared by one engine more, is worth three starts.
+//!    The additional engine leaves first when another model wants its GPUs.
+//! 9. Live calls for a model that is not loaded count as work of a priority above all others, if
+//!    [`World::live_calls_swap`].
 //!
 //! A model that needs several GPUs would wait forever where small models take turns on each of them. So its GPUs are
-//! promised to it once it has waited as long as rule 6 asks, and nothing else starts there. A [`Promise`] also remembers for
-//! whom an engine has been drained.
+//! promised to it once it has waited as long as rule 6 asks, and nothing else starts there. A [`Promise`] also
+//! remembers for whom an engine has been drained.
 
 mod costs;
 mod decide;
@@ -39,6 +41,7 @@ pub use decide::decide;
 pub use reason::Reason;
 
 use super::place::Memory;
+pub use super::place::{EngineId, Gpu};
 use crate::domain::Timestamp;
 
 /// A model's own name, as requests use it. Aliases and LoRA adapters count for the model that serves them.
@@ -70,10 +73,6 @@ impl fmt::Debug for ModelName {
         write!(f, "{:?}", self.as_str())
     }
 }
-
-/// Names an engine: one process tree that serves one model. No two engines ever have the same one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct EngineId(pub u64);
 
 /// What becomes of an engine that makes room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -209,17 +208,6 @@ pub struct Promise {
     pub model: ModelName,
     /// The GPUs.
     pub gpus: Vec<u32>,
-}
-
-/// A GPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gpu {
-    /// Its number.
-    pub index: u32,
-    /// Its memory in bytes; 0 if that is unknown: then only models that take whole GPUs fit.
-    pub total: u64,
-    /// The bytes of it that are held by processes that are not our engines.
-    pub foreign: u64,
 }
 
 /// All that the decision depends on.

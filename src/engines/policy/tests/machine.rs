@@ -1,5 +1,5 @@
-//! A machine in virtual time: its engines take the seconds that the costs say, and its batches are worked off at the rate
-//! that the costs say.
+//! A machine in virtual time: its engines take the seconds that the costs say, and its batches are worked off at their
+//! rate.
 
 use std::time::Duration;
 

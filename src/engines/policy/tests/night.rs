@@ -1,5 +1,5 @@
-//! The night: sixty batches for six models on one GPU, eight hours of work, a tenth of the batches with windows of two to
-//! six hours. They come in its first hour.
+//! The night: sixty batches for six models on one GPU, eight hours of work, a tenth of the batches with windows of two
+//! to six hours. They come in its first hour.
 
 use super::machine::{Batch, Machine, costs, gpus, spec};
 

@@ -62,7 +62,7 @@ fn ready_with_work(machine: &Machine, demand: &[Demand]) -> Vec<ModelName> {
     loaded.filter(|model| demand.iter().any(|demand| demand.model == **model)).cloned().collect()
 }
 
-/// More lines for a loaded model must not make it leave, unless somebody has waited so long that rule 6 compares their work.
+/// More lines for a loaded model must not make it leave, unless somebody has waited so long that rule 6 counts.
 fn more_lines_keep_it(machine: &Machine, demand: &[Demand], decision: &Decision) -> Result<(), TestCaseError> {
     for model in ready_with_work(machine, demand) {
         let somebody_waits_long = demand.iter().any(|other| {
@@ -82,7 +82,7 @@ fn more_lines_keep_it(machine: &Machine, demand: &[Demand], decision: &Decision)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn all_work_ends_and_nothing_is_decided_twice(mut machine in any_machine(), halfway in 0.01..0.99f64) {
