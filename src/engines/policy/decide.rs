@@ -14,7 +14,7 @@ const NOT_YET: f64 = 1e9;
 pub fn decide(world: &World<'_>) -> Decision {
     let mut board = Board { world, engines: world.engines.to_vec(), promises: Vec::new() };
     for promise in world.promises {
-        if is_open(&board, &promise.model) && !board.promises.iter().any(|other| overlap(&other.gpus, &promise.gpus)) {
+        if can_be_kept(&board, promise) {
             board.promises.push(promise.clone());
         }
     }
@@ -25,6 +25,18 @@ pub fn decide(world: &World<'_>) -> Decision {
     }
     let why = reasons(&board);
     Decision { actions, why, again_at: board.next_moment(), promises: board.promises }
+}
+
+/// Whether there is still a reason for a promise, and a way to keep it: the models and GPUs may have been configured
+/// anew meanwhile, and somebody may have loaded the model.
+fn can_be_kept(board: &Board<'_>, promise: &Promise) -> bool {
+    let Some(spec) = board.spec(&promise.model).filter(|spec| is_open(board, &spec.model)) else { return false };
+    let is_there = |index: &u32| board.world.gpus.iter().any(|gpu| gpu.index == *index);
+    let engines = board.engines.iter().filter(|engine| engine.model == spec.model).count();
+    promise.gpus.len() == spec.gpus
+        && promise.gpus.iter().all(is_there)
+        && !board.promises.iter().any(|other| overlap(&other.gpus, &promise.gpus))
+        && (!board.is_served(&spec.model) || engines < spec.replicas)
 }
 
 /// Whether a model has work and may be loaded.

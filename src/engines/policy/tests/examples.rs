@@ -213,6 +213,14 @@ fn a_promise_is_kept_although_another_model_would_go_first_now() {
     assert_eq!((decision.actions, decision.promises), (vec![start("b", &[0])], vec![]));
     scene.blocked.push(Blocked { model: "b".into(), until: None });
     assert_eq!(scene.actions(), [start("a", &[0])], "a promise to a model that has failed is void");
+    scene.blocked.clear();
+    for gpus in [vec![7], vec![0, 1]] {
+        scene.promises[0].gpus = gpus;
+        assert_eq!(scene.actions(), [start("a", &[0])], "so is one of GPUs that are no longer there");
+    }
+    scene.promises[0].gpus = vec![0];
+    scene.ready("b", &[0], MINUTE);
+    assert_eq!(scene.decide().promises, [], "and one to a model that has been loaded meanwhile");
 }
 
 #[test]
