@@ -13,10 +13,10 @@
 
 mod common;
 
-use std::{fmt::Write, hint::black_box, path::Path, time::Instant};
+use std::{hint::black_box, path::Path, time::Instant};
 
 use bytes::Bytes;
-use common::{Process, machine, median, report};
+use common::{Process, chunks, machine, median, report};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tidemill::pb::{
@@ -25,8 +25,6 @@ use tidemill::pb::{
 };
 use tonic::transport::Channel;
 
-/// Of a message, as the command line sends them.
-const CHUNK: usize = 512 * 1024;
 const GOAL: f64 = 1.0;
 /// Characters of a request's content, and how it is called.
 const SIZES: [(&str, usize); 3] = [("short lines", 20), ("chat", 600), ("documents", 8_000)];
@@ -132,27 +130,4 @@ async fn upload(
     let spec = UploadFileRequest { payload: Some(Payload::Spec(FileSpec::default())) };
     let chunks = chunks.map(|chunk| UploadFileRequest { payload: Some(Payload::Chunk(chunk)) });
     client.upload_file(tokio_stream::iter(std::iter::once(spec).chain(chunks))).await.unwrap().into_inner()
-}
-
-/// A file of so many bytes or lines, whichever is less, in messages.
-fn chunks(content: usize, bytes: usize, lines: usize) -> impl Iterator<Item = Bytes> + Send + 'static {
-    let words = r#"The quick brown fox jumps over the lazy dog, and says \"why not?\" before it goes on.\n"#;
-    let content = words.chars().cycle().take(content).collect::<String>();
-    // An escape that is cut off would be no JSON.
-    let content = content.trim_end_matches('\\').to_owned();
-    let (mut sent, mut line) = (0, 0);
-    std::iter::from_fn(move || {
-        let mut chunk = String::with_capacity(CHUNK + content.len() + 256);
-        while chunk.len() < CHUNK && sent + chunk.len() < bytes && line < lines {
-            writeln!(
-                chunk,
-                "{{\"custom_id\":\"request-{line}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
-                 \"messages\":[{{\"role\":\"user\",\"content\":\"{content}\"}}],\"max_tokens\":16}}}}"
-            )
-            .unwrap();
-            line += 1;
-        }
-        sent += chunk.len();
-        (!chunk.is_empty()).then(|| chunk.into())
-    })
 }

@@ -3,12 +3,14 @@
 #![allow(dead_code)] // no benchmark needs all of it
 
 use std::{
+    fmt::Write,
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use bytes::Bytes;
 use tidemill::pb::{
     File, FileSpec, UploadFileRequest, batch_service_client::BatchServiceClient, upload_file_request::Payload,
 };
@@ -17,6 +19,9 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 /// Of `/proc/<pid>/stat`: Linux has 100 ticks a second on every platform that Rust has.
 pub const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Of a message, as the command line sends them.
+const CHUNK: usize = 512 * 1024;
 
 /// A process that is killed when it is dropped.
 pub struct Process {
@@ -110,6 +115,29 @@ fn line(number: usize) -> String {
         "{{\"custom_id\":\"r{number}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
          \"messages\":[{{\"role\":\"user\",\"content\":\"number {number}\"}}],\"max_tokens\":4}}}}\n"
     )
+}
+
+/// A file of so many bytes or lines, whichever is less, in messages.
+pub fn chunks(content: usize, bytes: usize, lines: usize) -> impl Iterator<Item = Bytes> + Send + 'static {
+    let words = r#"The quick brown fox jumps over the lazy dog, and says \"why not?\" before it goes on.\n"#;
+    let content = words.chars().cycle().take(content).collect::<String>();
+    // An escape that is cut off would be no JSON.
+    let content = content.trim_end_matches('\\').to_owned();
+    let (mut sent, mut line) = (0, 0);
+    std::iter::from_fn(move || {
+        let mut chunk = String::with_capacity(CHUNK + content.len() + 256);
+        while chunk.len() < CHUNK && sent + chunk.len() < bytes && line < lines {
+            writeln!(
+                chunk,
+                "{{\"custom_id\":\"request-{line}\",\"method\":\"POST\",\"url\":\"/v1/chat/completions\",\"body\":{{\"model\":\"sim\",\
+                 \"messages\":[{{\"role\":\"user\",\"content\":\"{content}\"}}],\"max_tokens\":16}}}}"
+            )
+            .unwrap();
+            line += 1;
+        }
+        sent += chunk.len();
+        (!chunk.is_empty()).then(|| chunk.into())
+    })
 }
 
 /// Seconds of CPU that a process has used so far; `self` is this one.
