@@ -7,8 +7,8 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use crate::domain::{
-    BatchId, DeadLetterId, DeliveryId, FileId, NodeId, RetryJobId, Timestamp, WebhookEndpointId, WorkerId,
-    webhook::Secret,
+    BatchId, DeadLetterId, DeliveryId, FileId, NodeId, RetryJobId, Timestamp, UploadId, UploadPartId,
+    WebhookEndpointId, WorkerId, webhook::Secret,
 };
 
 impl Timestamp {
@@ -32,7 +32,18 @@ macro_rules! generate {
     };
 }
 
-generate!(BatchId, DeadLetterId, DeliveryId, FileId, NodeId, RetryJobId, WebhookEndpointId, WorkerId);
+generate!(
+    BatchId,
+    DeadLetterId,
+    DeliveryId,
+    FileId,
+    NodeId,
+    RetryJobId,
+    UploadId,
+    UploadPartId,
+    WebhookEndpointId,
+    WorkerId
+);
 
 impl Secret {
     /// A new `whsec_…` secret from 32 random bytes.

@@ -16,6 +16,8 @@ use crate::supervise::Part;
 pub enum Fault {
     /// An upload's object exists, its row does not.
     UploadObject,
+    /// The object of a part of an upload exists, its row does not.
+    UploadedPart,
     /// A part's object exists, its row does not.
     PartObject,
     /// A part's row exists; the scheduler does not know yet.

@@ -26,6 +26,18 @@ for await (const one of client.files.list({ limit: 1 })) if ([streamed.id, blob.
 assert.deepEqual(ids, [blob.id, streamed.id]);
 assert.equal(await (await client.files.content(streamed.id)).text(), text);
 
+// In parts, the second one first.
+const bytes = Buffer.from(text);
+const upload = await client.uploads.create({ bytes: bytes.length, filename: "parts.jsonl", mime_type: "text/jsonl",
+  purpose: "batch" });
+const part = async (piece) => (await client.uploads.parts.create(upload.id, { data: await toFile(piece, "part") })).id;
+const [tail, head] = [await part(bytes.subarray(500)), await part(bytes.subarray(0, 500))];
+const whole = await client.uploads.complete(upload.id, { part_ids: [head, tail] });
+assert.deepEqual([whole.status, whole.file.filename], ["completed", "parts.jsonl"]);
+assert.equal(await (await client.files.content(whole.file.id)).text(), text);
+assert.deepEqual(await client.uploads.complete(upload.id, { part_ids: [head, tail] }), whole);
+assert.equal((await client.files.delete(whole.file.id)).deleted, true);
+
 let batch = await client.batches.create({ input_file_id: streamed.id, endpoint: "/v1/chat/completions",
   completion_window: "24h" });
 for (let tries = 0; batch.status !== "completed" && tries < 600; tries++) {

@@ -1,5 +1,5 @@
 """The openai package for Python, with strict checks of every answer of files, batches and models."""
-import io, itertools, json, os, pathlib, tempfile, time
+import hashlib, io, itertools, json, os, pathlib, tempfile, time
 
 import openai
 from openai import OpenAI
@@ -53,6 +53,23 @@ with client.files.with_streaming_response.content(from_disk.id) as response:
     assert b"".join(response.iter_bytes()) == lines(20)
 assert [file.id for file in strict.files.list(limit=1, purpose="batch")] == [from_disk.id, from_memory.id], "pages"
 assert strict.files.list(order="asc", limit=1, purpose="batch").data[0].id == from_memory.id
+
+# Uploads in parts
+text = lines(2000)
+chunked = strict.uploads.upload_file_chunked(
+    file=text, filename="chunks.jsonl", bytes=len(text), mime_type="text/jsonl", purpose="batch", part_size=100_000,
+    md5=hashlib.md5(text).hexdigest())
+assert (chunked.status, chunked.file.filename, chunked.file.bytes) == ("completed", "chunks.jsonl", len(text)), chunked
+assert strict.files.content(chunked.file.id).content == text
+assert strict.files.delete(chunked.file.id).deleted
+upload = strict.uploads.create(bytes=20, filename="a", mime_type="text/jsonl", purpose="batch")
+part = strict.uploads.parts.create(upload.id, data=b"x" * 20)
+assert part.upload_id == upload.id and upload.status == "pending" and upload.expires_at > upload.created_at
+bad = raises(openai.BadRequestError, lambda: client.uploads.complete(upload.id, part_ids=[part.id]))
+assert bad.code == "invalid_json_line", bad
+assert strict.uploads.cancel(upload.id).status == "cancelled"
+raises(openai.BadRequestError, lambda: client.uploads.complete(upload.id, part_ids=[part.id]))
+raises(openai.NotFoundError, lambda: client.uploads.cancel("upload_x"))
 
 # Batches
 batch = strict.batches.create(

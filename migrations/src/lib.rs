@@ -18,6 +18,7 @@ mod m20261202_000008_leftovers;
 mod m20261203_000009_worker_health;
 mod m20261205_000010_sweeps;
 mod m20261206_000011_retention;
+mod m20261207_000012_uploads;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -39,6 +40,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261203_000009_worker_health::Migration),
             Box::new(m20261205_000010_sweeps::Migration),
             Box::new(m20261206_000011_retention::Migration),
+            Box::new(m20261207_000012_uploads::Migration),
         ]
     }
 }

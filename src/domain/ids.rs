@@ -49,6 +49,16 @@ text_id!(
     "file-"
 );
 text_id!(
+    /// An upload in parts: `upload_…`.
+    UploadId,
+    "upload_"
+);
+text_id!(
+    /// A part of an upload: `part_…`.
+    UploadPartId,
+    "part_"
+);
+text_id!(
     /// A worker: `worker_…`.
     WorkerId,
     "worker_"

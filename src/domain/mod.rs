@@ -14,6 +14,7 @@ pub mod result_keys;
 pub mod segment;
 pub mod text;
 pub mod time;
+pub mod upload;
 pub mod usage;
 pub mod webhook;
 pub mod weight;
@@ -28,13 +29,14 @@ pub use endpoint::Endpoint;
 pub use file::{File, FileKind};
 pub use ids::{
     BatchId, DeadLetterId, DeliveryId, Epoch, FileId, NodeId, RetryJobId, Revision, SegmentIndex, SegmentRef, Sequence,
-    WebhookEndpointId, WorkerId,
+    UploadId, UploadPartId, WebhookEndpointId, WorkerId,
 };
 pub use lifecycle::BatchStatus;
 pub use line_set::LineSet;
 pub use owner::{Owner, Scope};
 pub use segment::SegmentSpan;
 pub use time::Timestamp;
+pub use upload::{Completion, PartedUpload, UploadPart, UploadState};
 pub use usage::TokenUsage;
 pub use weight::{BadWeight, Weight, Weights};
 pub use worker_health::{HealthChange, HealthInterval, HealthPath, OwnHealth};

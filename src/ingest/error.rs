@@ -40,6 +40,9 @@ pub enum IngestError {
         /// The number of bytes received.
         received: u64,
     },
+    /// The upload in parts that it was to complete has been completed, cancelled or given up meanwhile.
+    #[error("the upload has ended meanwhile")]
+    UploadEnded,
     /// The database failed.
     #[error(transparent)]
     Store(#[from] StoreError),

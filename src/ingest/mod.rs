@@ -2,11 +2,13 @@
 //! file.
 //!
 //! [`Validator`] is the synchronous core: chunks in, the segment index or the bad lines out. [`Upload`] runs it in
-//! parallel with writing the object, off the async threads, and inserts the file's row at the end.
+//! parallel with writing the object, off the async threads, and inserts the file's row at the end. [`IncomingPart`] takes a part of
+//! an upload in parts, unread.
 
 mod error;
 mod format;
 mod inline;
+mod part;
 mod report;
 mod segments;
 mod splitter;
@@ -16,6 +18,7 @@ mod validator;
 
 pub use error::IngestError;
 pub use inline::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest};
+pub use part::IncomingPart;
 pub use report::{Fault, LineReport, MAX_REPORTS};
 pub use segments::{SEGMENT_BYTES, SEGMENT_LINES, SEGMENT_REQUESTS};
 pub use upload::{Begun, Ingest, NewUpload, Upload};

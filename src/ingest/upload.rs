@@ -8,9 +8,9 @@ use tokio::task::JoinHandle;
 use super::{IngestError, Limits, LineReport, Validated, Validator, report::Fault as LineFault};
 use crate::{
     blobs::{Blobs, ObjectWriter},
-    domain::{BatchError, File, FileId, FileKind, Owner, Timestamp, request_line::Problem},
+    domain::{BatchError, Completion, File, FileId, FileKind, Owner, Timestamp, request_line::Problem},
     fault::{self, Fault},
-    store::{InsertedFile, Store},
+    store::{InsertedFile, Origin, Store},
 };
 
 /// Bytes checked at a time: enough that handing them to another thread costs little, and few enough to need little
@@ -22,13 +22,13 @@ const AHEAD_BYTES: usize = 2 * 1024 * 1024;
 /// Accepts uploads. Cheap to clone.
 #[derive(Clone)]
 pub struct Ingest {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
-    store: Store,
-    blobs: Blobs,
-    limits: Limits,
+pub(super) struct Inner {
+    pub(super) store: Store,
+    pub(super) blobs: Blobs,
+    pub(super) limits: Limits,
     scratch: PathBuf,
 }
 
@@ -47,6 +47,8 @@ pub struct NewUpload {
     pub expires_after: Option<Duration>,
     /// A file with bad lines is kept, and a batch of it fails. Not if its first line is no JSON: that is no JSONL.
     pub keeps_bad: bool,
+    /// The upload in parts that becomes this file.
+    pub completes: Option<Completion>,
 }
 
 /// The result of beginning an upload.
@@ -213,16 +215,21 @@ impl Upload {
         self.garbage = false;
         object.finish().await?;
         fault::point(Fault::UploadObject);
-        let (store, request_id) = (&self.inner.store, self.spec.request_id.as_deref());
+        let store = &self.inner.store;
+        let origin = Origin { request_id: self.spec.request_id.as_deref(), completes: self.spec.completes.as_ref() };
         let inserted = match &content {
-            Ok(segments) => store.insert_file(&file, request_id, segments).await?,
-            Err(problems) => store.insert_bad_file(&file, request_id, problems).await?,
+            Ok(segments) => store.insert_file(&file, origin, segments).await?,
+            Err(problems) => store.insert_bad_file(&file, origin, problems).await?,
         };
         match inserted {
             InsertedFile::New => Ok(file),
             InsertedFile::Existing(existing) => {
                 self.garbage = true;
                 Ok(*existing)
+            }
+            InsertedFile::UploadEnded => {
+                self.garbage = true;
+                Err(IngestError::UploadEnded)
             }
         }
     }
@@ -320,7 +327,7 @@ impl Drop for Upload {
 }
 
 /// Deletes an object that no row names. If that fails, the garbage row of the upload remains.
-async fn abandon(inner: &Inner, object: Option<ObjectWriter>, key: &str) {
+pub(super) async fn abandon(inner: &Inner, object: Option<ObjectWriter>, key: &str) {
     if let Some(object) = object
         && let Err(error) = object.abort().await
     {

@@ -2,6 +2,7 @@
 
 mod checked;
 mod error;
+mod joined;
 mod line;
 mod merge;
 mod part;

@@ -108,7 +108,7 @@ pub struct ResultLine {
 #[derive(Clone)]
 pub struct Reader {
     store: Store,
-    blobs: Blobs,
+    pub(super) blobs: Blobs,
 }
 
 impl Reader {

@@ -123,10 +123,8 @@ impl Service {
                 let spec = NewUpload {
                     owner: caller.owner.clone(),
                     filename: INLINE_NAME.to_owned(),
-                    total_bytes: None,
                     request_id: key,
-                    expires_after: None,
-                    keeps_bad: false,
+                    ..NewUpload::default()
                 };
                 let made = self.parts.ingest.inline(spec, endpoint, &requests).await;
                 (made.map_err(|error| error::ingest(error, inline_name))?, endpoint, true, admitted)

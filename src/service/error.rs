@@ -350,6 +350,7 @@ pub(crate) fn ingest(error: IngestError, name: fn(u64) -> String) -> ServiceErro
             let violation = Violation { field: "spec.total_bytes".to_owned(), description: error.to_string() };
             ServiceError::invalid("FILE_SIZE_MISMATCH", error.to_string(), vec![violation])
         }
+        IngestError::UploadEnded => ServiceError::new(Code::FailedPrecondition, "UPLOAD_ENDED", error.to_string()),
         IngestError::Interrupted => ServiceError::shutting_down(),
         IngestError::Store(error) => error.into(),
         IngestError::Blob(error) => error.into(),

@@ -23,7 +23,7 @@ use crate::{
 pub use crate::store::PageOrder as FileOrder;
 
 /// The most bytes of a file name.
-const FILENAME: usize = 255;
+pub(super) const FILENAME: usize = 255;
 /// How many bytes of a repeated upload are compared with the file of its request id.
 const COMPARED: usize = 4 * 1024 * 1024;
 
@@ -281,7 +281,7 @@ impl FileUpload {
                 std::future::pending::<()>().await;
             }
             gives_way.await;
-            LimitReached::GaveWay.counted().into()
+            gave_way()
         }
     }
 
@@ -372,7 +372,13 @@ fn new_upload(caller: &Caller, of: NewFile) -> Result<NewUpload, ServiceError> {
         request_id,
         expires_after,
         keeps_bad: of.keeps_bad,
+        completes: None,
     })
+}
+
+/// The upload has given its place to another.
+pub(super) fn gave_way() -> ServiceError {
+    LimitReached::GaveWay.counted().into()
 }
 
 fn other_contents(file: &FileId) -> ServiceError {

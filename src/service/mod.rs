@@ -2,7 +2,7 @@
 //! come out, and one [`ServiceError`] says why not; a door only translates. Every rule is here: what a request may say,
 //! who sees what, idempotency, quotas.
 //!
-//! - [`files`]: upload, show, list, delete, read. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
+//! - [`files`]: upload, show, list, delete, read. [`uploads`]: uploads in parts. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
 //!   requests once more. [`infer`], [`live`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
 //! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
 //! - `rules`: what fields may hold. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
@@ -18,6 +18,7 @@ pub mod results;
 pub mod retry;
 mod rules;
 mod text;
+pub mod uploads;
 pub mod watch;
 pub mod webhooks;
 pub mod workers;

@@ -148,11 +148,9 @@ async fn failed_lines_file(
     let spec = NewUpload {
         owner: owner.clone(),
         filename: format!("failed-of-{}.jsonl", batch.id),
-        total_bytes: None,
         // A client's request ids for uploads are its own.
         request_id: request_id.map(|id| format!("retry/{}/{id}", batch.id)),
-        expires_after: None,
-        keeps_bad: false,
+        ..NewUpload::default()
     };
     let mut upload = match ingest.begin(spec).await? {
         Begun::Upload(upload) => upload,

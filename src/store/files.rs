@@ -11,10 +11,11 @@ use super::{
     entity::{batch, file, file_segment, garbage, part, segment},
     local_now, now,
     scoped::{visible, within},
+    uploads,
     write::{commit, roll_back},
 };
 use crate::domain::{
-    BatchError, BatchId, BatchStatus, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp,
+    BatchError, BatchId, BatchStatus, Completion, File, FileId, Owner, Scope, SegmentIndex, SegmentSpan, Timestamp,
 };
 
 /// Rows per statement: PostgreSQL takes 65,535 values, SQLite 32,766.
@@ -27,6 +28,23 @@ pub enum InsertedFile {
     New,
     /// The file that an earlier upload with this request id made.
     Existing(Box<File>),
+    /// The upload in parts that it was to complete has ended meanwhile.
+    UploadEnded,
+}
+
+/// How a file came.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Origin<'a> {
+    /// The client's idempotency key.
+    pub request_id: Option<&'a str>,
+    /// The upload in parts that becomes this file.
+    pub completes: Option<&'a Completion>,
+}
+
+impl<'a> From<Option<&'a str>> for Origin<'a> {
+    fn from(request_id: Option<&'a str>) -> Self {
+        Self { request_id, completes: None }
+    }
 }
 
 /// The outcome of a deletion.
@@ -76,10 +94,10 @@ impl Store {
     pub async fn insert_file(
         &self,
         new: &File,
-        request_id: Option<&str>,
+        origin: impl Into<Origin<'_>>,
         segments: &[SegmentSpan],
     ) -> Result<InsertedFile, StoreError> {
-        self.insert_file_with(new, request_id, segments, None).await
+        self.insert_file_with(new, origin.into(), segments, None).await
     }
 
     /// Adds a file with bad lines: a batch of it fails at once, for these reasons.
@@ -89,19 +107,20 @@ impl Store {
     pub async fn insert_bad_file(
         &self,
         new: &File,
-        request_id: Option<&str>,
+        origin: impl Into<Origin<'_>>,
         problems: &[BatchError],
     ) -> Result<InsertedFile, StoreError> {
-        self.insert_file_with(new, request_id, &[], Some(problems)).await
+        self.insert_file_with(new, origin.into(), &[], Some(problems)).await
     }
 
     async fn insert_file_with(
         &self,
         new: &File,
-        request_id: Option<&str>,
+        origin: Origin<'_>,
         segments: &[SegmentSpan],
         problems: Option<&[BatchError]>,
     ) -> Result<InsertedFile, StoreError> {
+        let request_id = origin.request_id;
         self.write(|tx| async move {
             let row = file::ActiveModel {
                 id: Set(new.id.as_str().to_owned()),
@@ -137,6 +156,11 @@ impl Store {
                 };
                 let existing = existing.ok_or_else(|| StoreError::Corrupt("a file id twice".into()))?;
                 return roll_back(InsertedFile::Existing(Box::new(existing)));
+            }
+            if let Some(completion) = origin.completes
+                && !uploads::complete(&tx, completion, &new.owner, &new.id).await?
+            {
+                return roll_back(InsertedFile::UploadEnded);
             }
             for some in segments.chunks(ROWS_PER_INSERT) {
                 let rows = some.iter().map(|segment| file_segment::ActiveModel {

@@ -28,6 +28,7 @@ mod schema;
 mod scoped;
 mod sweeps;
 mod turns;
+mod uploads;
 mod wanted;
 mod webhooks;
 mod workers;
@@ -56,11 +57,12 @@ pub use batches::{CancelledBatch, ClosedWindows, CreatedBatch, DeletedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use error::StoreError;
 pub use events::StateEvent;
-pub use files::{DeletedFile, InsertedFile};
+pub use files::{DeletedFile, InsertedFile, Origin};
 pub use nodes::NodeRecord;
 pub use pages::{BatchFilter, FileFilter, PageOrder};
 pub use parts::{Commit, FinalObject, NewPart, Part};
 pub use sweeps::{SweepRow, WantedSweep};
+pub use uploads::{CancelledUpload, EndedUploads, InsertedPart, NewPartedUpload};
 pub use webhooks::{
     AttemptRecord, BeginRetry, ClaimShare, ClaimedDelivery, ClaimedJob, DeadLetter, DeadLetterFilter,
     DeletedDeadLetter, DeletedEndpoint, DeliveryFilter, DeliveryRecord, Due, DueTargets, EndpointChange,

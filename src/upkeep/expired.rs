@@ -1,4 +1,5 @@
-//! Deletes files that have expired, or that were hidden while a batch read them.
+//! Deletes files that have expired, or that were hidden while a batch read them, and ends uploads in parts whose time is
+//! up.
 
 use std::time::Duration;
 
@@ -35,8 +36,13 @@ impl Sweep for Expired {
         async {
             let deleted = self.store.delete_due_files(SOME).await?;
             deleted.iter().for_each(|file| tracing::info!(%file, "the file has expired"));
-            let done = deleted.len() as u64;
-            Ok(Swept { done, failed: 0, more: done >= SOME })
+            let uploads = self.store.end_due_uploads(SOME).await?;
+            if uploads.expired > 0 {
+                tracing::info!(uploads = uploads.expired, "uploads in parts were not completed in time");
+            }
+            let files = deleted.len() as u64;
+            let more = files >= SOME || uploads.expired >= SOME || uploads.forgotten >= SOME;
+            Ok(Swept { done: files + uploads.expired + uploads.forgotten, failed: 0, more })
         }
         .boxed()
     }

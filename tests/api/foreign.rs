@@ -268,6 +268,27 @@ async fn another_owners_ids_are_as_good_as_none_on_every_http_path() {
         let what = format!("{method} {path}");
         assert_eq!((status, foreign.replace(id, "ID")), (404, unknown.replace("no-such-id", "ID")), "{what}");
     }
+    // An upload in parts.
+    let body = r#"{"bytes":2,"filename":"f","mime_type":"text/jsonl","purpose":"batch"}"#;
+    let announced = http.post(server.url("/v1/uploads")).bearer_auth("ana").body(body).send().await.unwrap();
+    let announced: serde_json::Value = serde_json::from_str(&announced.text().await.unwrap()).unwrap();
+    let upload = announced["id"].as_str().unwrap();
+    let form = "--b\r\ncontent-disposition: form-data; name=\"data\"\r\n\r\n{}\r\n--b--\r\n";
+    let send = async |end: &str, id: &str, token: &str| {
+        let request = http.post(server.url(&format!("/v1/uploads/{id}/{end}"))).bearer_auth(token);
+        let request = match end {
+            "parts" => request.header("content-type", "multipart/form-data; boundary=b").body(form),
+            _ => request.body(r#"{"part_ids":["part_x"]}"#),
+        };
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap().replace(id, "ID"))
+    };
+    assert_eq!(send("parts", upload, "ana").await.0, 200);
+    for end in ["parts", "complete", "cancel"] {
+        let foreign = send(end, upload, "bob").await;
+        assert_eq!((foreign.0, &foreign), (404, &send(end, "no-such-id", "bob").await), "{end}");
+    }
+    assert_eq!(send("cancel", upload, "ana").await.0, 200, "it was still there");
     // A file in the body, and ids to go on after.
     let create = async |id: &str| {
         let body = format!(r#"{{"input_file_id":"{id}","endpoint":"/v1/chat/completions","completion_window":"24h"}}"#);

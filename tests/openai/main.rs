@@ -3,9 +3,12 @@
 
 mod batches;
 mod client;
+#[path = "../support/direct.rs"]
+mod direct;
 mod files;
 mod hostile;
 mod live;
 #[allow(dead_code)] // it serves the tests of gRPC, too
 #[path = "../api/support.rs"]
 mod support;
+mod uploads;

@@ -35,7 +35,8 @@ macro_rules! deaths {
         /// A point that no test dies at would be a hole in the table.
         #[test]
         fn every_point_has_its_test() {
-            let tested = [$(Fault::$fault),*];
+            // `parted` has the tests of the one that no batch comes by.
+            let tested = [$(Fault::$fault,)* Fault::UploadedPart];
             assert!(Fault::VARIANTS.iter().all(|fault| tested.contains(fault)));
         }
         mod sqlite {

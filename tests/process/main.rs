@@ -19,6 +19,8 @@ mod identity;
 mod nodes;
 mod objects;
 mod page;
+#[cfg(debug_assertions)]
+mod parted;
 #[cfg(target_os = "linux")]
 mod power;
 mod receiver;

@@ -23,4 +23,5 @@ mod start;
 #[path = "../support/mod.rs"]
 mod support;
 mod sweeps;
+mod uploads;
 mod workers;

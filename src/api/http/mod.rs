@@ -144,6 +144,10 @@ fn route_of(method: &Method, path: &str) -> (&'static str, Kind) {
         ["v1", "files"] => ("/v1/files", Kind::Known),
         ["v1", "files", _] => ("/v1/files/{file}", Kind::Known),
         ["v1", "files", _, "content"] => ("/v1/files/{file}/content", Kind::Download),
+        ["v1", "uploads"] => ("/v1/uploads", Kind::Known),
+        ["v1", "uploads", _, "parts"] => ("/v1/uploads/{upload}/parts", Kind::Upload),
+        ["v1", "uploads", _, "complete"] => ("/v1/uploads/{upload}/complete", Kind::Known),
+        ["v1", "uploads", _, "cancel"] => ("/v1/uploads/{upload}/cancel", Kind::Known),
         ["v1", "batches"] => ("/v1/batches", Kind::Known),
         ["v1", "batches", _] => ("/v1/batches/{batch}", Kind::Known),
         ["v1", "batches", _, "cancel"] => ("/v1/batches/{batch}/cancel", Kind::Known),
@@ -289,6 +293,8 @@ mod tests {
         assert_eq!(get("/v1/batches/b/results"), ("/v1/batches/{batch}/results", Kind::Download));
         assert_eq!(get("/v1/files"), ("/v1/files", Kind::Known));
         assert_eq!(route_of(&Method::POST, "/v1/files"), ("/v1/files", Kind::Upload));
+        let part = route_of(&Method::POST, "/v1/uploads/u/parts");
+        assert_eq!(part, ("/v1/uploads/{upload}/parts", Kind::Upload));
         assert_eq!(get("/v1/models/a/b/c/d/e/f/g/h/i"), ("/v1/models/{model}", Kind::Known));
         for other in ["/", "", "/v1", "/v1/files/a/b/content", "/v1/files/x/content/more", "/healthz/", "//metrics"] {
             assert_eq!(get(other), ("other", Kind::Open), "{other}");

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     By, Id, Of, body,
+    json::{given, integer, required, text},
     list::{Query, page},
     problem::Problem,
     shapes,
@@ -120,29 +121,6 @@ fn new_batch(of: &Map<String, Value>, key: String) -> Result<CreateBatch, Proble
         webhook_endpoint_id: text(of, "webhook_endpoint_id")?.unwrap_or_default().to_owned(),
         output_expires_after,
     })
-}
-
-/// A field that is there and not null.
-fn given<'a>(of: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    of.get(name).filter(|value| !value.is_null())
-}
-
-fn required<'a>(of: &'a Map<String, Value>, name: &str) -> Result<&'a str, Problem> {
-    text(of, name)?.ok_or_else(|| Problem::missing(name))
-}
-
-fn text<'a>(of: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>, Problem> {
-    match given(of, name) {
-        None => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text)),
-        Some(other) => Err(Problem::kind(name, "a string", other)),
-    }
-}
-
-fn integer(of: &Map<String, Value>, name: &str, param: &str) -> Result<Option<i32>, Problem> {
-    let Some(value) = given(of, name) else { return Ok(None) };
-    let number = value.as_i64().and_then(|number| i32::try_from(number).ok());
-    number.map(Some).ok_or_else(|| Problem::kind(param, "an integer", value))
 }
 
 fn metadata(of: Option<&Value>) -> Result<BTreeMap<String, String>, Problem> {

@@ -74,7 +74,19 @@ pub(super) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Resul
 /// # Errors
 /// [`Problem`].
 pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<serde_json::Map<String, Value>, Problem> {
-    let bytes = whole(headers, body, SMALL).await?;
+    json_of(headers, body, SMALL).await
+}
+
+/// The body of at most so many bytes as a JSON object.
+///
+/// # Errors
+/// [`Problem`].
+pub(super) async fn json_of(
+    headers: &HeaderMap,
+    body: Body,
+    most: usize,
+) -> Result<serde_json::Map<String, Value>, Problem> {
+    let bytes = whole(headers, body, most).await?;
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => {

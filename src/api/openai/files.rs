@@ -7,14 +7,15 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use http::{HeaderMap, StatusCode, header};
+use http::HeaderMap;
 use serde_json::{Value, json};
 
 use super::{
     By, Id, Of,
-    body::{broken_off, drain, length, plain},
+    body::{broken_off, drain},
+    form::{Field, Form, announced, twice},
     list::{Query, page},
-    multipart::{Malformed, Multipart, Piece, boundary},
+    multipart::Piece,
     problem::Problem,
     shapes,
 };
@@ -24,14 +25,10 @@ use crate::{
     domain::File,
     service::{
         Service, Span,
-        files::{FileOrder, FileUpload, NewFile, Patience},
+        files::{FileOrder, FileUpload, NewFile},
     },
 };
 
-/// The most bytes of a form field that is no file.
-const FIELD: usize = 64 * 1024;
-/// What a form may add to its file: its other fields and all heads.
-const FORM: u64 = 4 * 1024 * 1024;
 /// The default and the most of files in a list that OpenAI takes.
 const LIMIT: (u64, u64) = (10_000, 10_000);
 /// The most files in one answer. A client asks for the next page where `has_more` says so.
@@ -68,7 +65,7 @@ struct Upload<'a> {
 
 /// The fields beside the file, which come before or after it.
 #[derive(Default)]
-struct Form {
+struct Fields {
     purpose: Option<String>,
     anchor: Option<String>,
     seconds: Option<String>,
@@ -76,81 +73,45 @@ struct Form {
     expires_after: Option<String>,
 }
 
-/// The field that is being read.
-enum Open {
-    File,
-    Text(String, Vec<u8>),
-}
-
 impl Upload<'_> {
     /// Takes the form and makes its file. If that fails, nothing is left of it.
     async fn take(&self, pieces: &mut (impl Stream<Item = Result<Bytes, Problem>> + Unpin)) -> Result<File, Problem> {
-        let mut multipart = Multipart::new(&self.boundary()?);
-        let mut patience = Patience::new(self.received.clone());
-        let (mut form, mut file, mut open) = (Form::default(), None::<FileUpload>, None::<Open>);
-        let mut read = Vec::new();
-        while !multipart.is_done() {
-            let next = match &file {
-                Some(file) => tokio::select! {
-                    biased;
-                    gives_way = file.gives_way() => return Err(gives_way.into()),
-                    next = patience.next(|| self.service.is_crowded(), pieces) => next?,
-                },
-                None => patience.next(|| false, pieces).await?,
-            };
-            let Some(bytes) = next else { break };
-            multipart.push(bytes, &mut read).map_err(malformed)?;
-            for piece in std::mem::take(&mut read) {
-                match piece {
-                    Piece::Begin(head) if head.name == "file" => {
-                        if file.is_some() {
-                            let message = "the form has two parts named 'file': upload one file at a time";
-                            return Err(Problem::invalid("invalid_multipart", "file", message));
-                        }
-                        if let Some(purpose) = &form.purpose {
-                            check_purpose(purpose)?;
-                        }
-                        file = Some(self.begin(head.filename.unwrap_or_default()).await?);
-                        open = Some(Open::File);
+        let mut form = Form::begin(self.service, self.headers, self.received.clone(), pieces)?;
+        if let Some(bytes) = announced(self.headers) {
+            self.service.check_upload_size(bytes)?;
+        }
+        let (mut fields, mut file, mut field, mut is_file) =
+            (Fields::default(), None::<FileUpload>, None::<Field>, false);
+        while let Some(piece) = form.next(file.as_ref().map(FileUpload::gives_way)).await? {
+            match piece {
+                Piece::Begin(head) if head.name == "file" => {
+                    if file.is_some() {
+                        return Err(twice("file"));
                     }
-                    Piece::Begin(head) => open = Some(Open::Text(head.name, Vec::new())),
-                    Piece::Data(data) => match (&mut open, &mut file) {
-                        (Some(Open::File), Some(file)) => file.write(data).await?,
-                        (Some(Open::Text(name, text)), _) => {
-                            if text.len() + data.len() > FIELD {
-                                let message = format!("the form field is longer than {FIELD} bytes");
-                                return Err(Problem::invalid("invalid_multipart", name, message));
-                            }
-                            text.extend_from_slice(&data);
-                        }
-                        (Some(Open::File) | None, _) => {}
-                    },
-                    Piece::End => {
-                        if let Some(Open::Text(name, text)) = open.take() {
-                            form.set(&name, &text);
-                        }
+                    if let Some(purpose) = &fields.purpose {
+                        check_purpose(purpose)?;
+                    }
+                    file = Some(self.begin(head.filename.unwrap_or_default()).await?);
+                    is_file = true;
+                }
+                Piece::Begin(head) => field = Some(Field::new(head.name)),
+                Piece::Data(data) => match (&mut file, &mut field) {
+                    (Some(file), _) if is_file => file.write(data).await?,
+                    (_, Some(field)) => field.push(&data)?,
+                    (_, None) => {}
+                },
+                Piece::End => {
+                    is_file = false;
+                    if let Some(field) = field.take() {
+                        fields.set(&field.name, field.text());
                     }
                 }
             }
         }
-        multipart.finish().map_err(malformed)?;
-        check_purpose(form.purpose.as_deref().ok_or_else(|| Problem::missing("purpose"))?)?;
+        check_purpose(fields.purpose.as_deref().ok_or_else(|| Problem::missing("purpose"))?)?;
         let mut file = file.ok_or_else(|| Problem::missing("file"))?;
-        file.expires_after(form.expiry()?)?;
+        file.expires_after(fields.expiry()?)?;
         Ok(file.finish().await?)
-    }
-
-    fn boundary(&self) -> Result<String, Problem> {
-        plain(self.headers)?;
-        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-        let boundary = boundary(kind).ok_or_else(|| {
-            let message = "a file is uploaded as multipart/form-data with a boundary, not in another content-type";
-            Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_content_type", message)
-        })?;
-        if let Some(length) = length(self.headers) {
-            self.service.check_upload_size(length.saturating_sub(FORM))?;
-        }
-        Ok(boundary)
     }
 
     async fn begin(&self, filename: String) -> Result<FileUpload, Problem> {
@@ -160,9 +121,8 @@ impl Upload<'_> {
     }
 }
 
-impl Form {
-    fn set(&mut self, name: &str, text: &[u8]) {
-        let text = String::from_utf8_lossy(text).into_owned();
+impl Fields {
+    fn set(&mut self, name: &str, text: String) {
         match name {
             "purpose" => self.purpose = Some(text),
             "expires_after[anchor]" => self.anchor = Some(text),
@@ -189,13 +149,8 @@ impl Form {
     }
 }
 
-fn check_purpose(purpose: &str) -> Result<(), Problem> {
+pub(super) fn check_purpose(purpose: &str) -> Result<(), Problem> {
     if purpose == "batch" { Ok(()) } else { Err(Problem::value("purpose", purpose, "'batch'")) }
-}
-
-#[allow(clippy::needless_pass_by_value)] // as map_err gives it
-fn malformed(why: Malformed) -> Problem {
-    Problem::new(StatusCode::BAD_REQUEST, "invalid_multipart", why.to_string())
 }
 
 pub(super) async fn list(State(service): Of, By(caller): By, query: Query) -> Result<Response, Problem> {

@@ -1,15 +1,18 @@
 //! OpenAI's HTTP API over the same service as gRPC: a file or a batch that one made, the other sees.
 //!
-//! - `files`, `content`: files and their bytes. `multipart` reads an upload's form. `batches`, `events`: batches, and their
+//! - `files`, `content`: files and their bytes. `uploads`: uploads in parts. `form` reads a form with a file, `multipart` its
+//!   bytes. `batches`, `events`: batches, and their
 //!   events for those who watch over HTTP. `models`: what the workers serve. `live`: calls that a worker answers at once,
 //!   `sse` their streams.
-//! - `shapes`: how files, batches and models are written. `list`: pages. `problem`: errors. `body`: request bodies.
+//! - `shapes`: how files, batches and models are written. `json`: fields of a JSON body. `list`: pages. `problem`: errors. `body`: request bodies.
 
 mod batches;
 pub(super) mod body;
 mod content;
 mod events;
 mod files;
+mod form;
+mod json;
 mod list;
 mod live;
 mod models;
@@ -17,6 +20,7 @@ pub mod multipart;
 pub(super) mod problem;
 mod shapes;
 pub mod sse;
+mod uploads;
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +28,7 @@ use axum::{
     Extension, RequestPartsExt, Router,
     extract::{FromRequestParts, Path, State},
     response::Response,
-    routing::get,
+    routing::{get, post},
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, request::Parts};
 use serde_json::Value;
@@ -58,9 +62,13 @@ pub(super) fn routes(service: Service, bad_files: BadFiles) -> Router {
         .route("/v1/files", get(files::list).post(files::upload))
         .route("/v1/files/{file}", get(files::show).delete(files::delete))
         .route("/v1/files/{file}/content", get(content::content))
+        .route("/v1/uploads", post(uploads::create))
+        .route("/v1/uploads/{upload}/parts", post(uploads::add_part))
+        .route("/v1/uploads/{upload}/complete", post(uploads::complete))
+        .route("/v1/uploads/{upload}/cancel", post(uploads::cancel))
         .route("/v1/batches", get(batches::list).post(batches::create))
         .route("/v1/batches/{batch}", get(batches::show).delete(batches::delete))
-        .route("/v1/batches/{batch}/cancel", axum::routing::post(batches::cancel))
+        .route("/v1/batches/{batch}/cancel", post(batches::cancel))
         .route("/v1/batches/{batch}/events", get(events::watch))
         .route("/v1/batches/{batch}/results", get(content::results))
         .route("/v1/batches/{batch}/errors", get(content::errors))

@@ -216,6 +216,9 @@ impl From<ServiceError> for Problem {
             }
             "FILE_TOO_LARGE" => status(StatusCode::PAYLOAD_TOO_LARGE, "file_too_large").on("file"),
             "FILE_TOO_MANY_LINES" => status(StatusCode::PAYLOAD_TOO_LARGE, "too_many_tasks").on("file"),
+            "PART_TOO_LARGE" => status(StatusCode::PAYLOAD_TOO_LARGE, "part_too_large").on("data"),
+            "UPLOAD_ENDED" => status(StatusCode::BAD_REQUEST, "upload_ended"),
+            "UPLOAD_NOT_FOUND" => Self { code: None, ..status(StatusCode::NOT_FOUND, "").on("id") },
             "UPLOAD_IDLE" => status(StatusCode::REQUEST_TIMEOUT, "upload_idle"),
             "TOKEN_MISSING" | "TOKEN_UNKNOWN" => status(StatusCode::UNAUTHORIZED, "invalid_api_key"),
             "ADMIN_ONLY" => status(StatusCode::FORBIDDEN, "insufficient_permissions"),

@@ -6,7 +6,10 @@ use serde_json::{Value, json};
 
 use super::problem::openais;
 use crate::{
-    domain::{Batch, BatchError, Counts, Endpoint, File, FileId, Timestamp, TokenUsage, WebhookEndpointId},
+    domain::{
+        Batch, BatchError, Counts, Endpoint, File, FileId, PartedUpload, Timestamp, TokenUsage, UploadId, UploadPart,
+        WebhookEndpointId,
+    },
     progress::Progress,
 };
 
@@ -30,6 +33,31 @@ pub(super) fn file(of: &File) -> Value {
             "endpoint": of.endpoint.map(Endpoint::path),
             "owner": of.owner.as_str(),
         },
+    })
+}
+
+/// An upload in parts, with the file that it has become.
+pub(super) fn upload(of: &PartedUpload, file: Option<&File>) -> Value {
+    json!({
+        "id": of.id.as_str(),
+        "object": "upload",
+        "bytes": of.bytes,
+        "created_at": of.created_at.unix_seconds(),
+        "expires_at": of.expires_at.unix_seconds(),
+        "filename": of.filename,
+        "purpose": "batch",
+        "status": of.state.as_str(),
+        "file": file.map(self::file),
+    })
+}
+
+/// A part of an upload.
+pub(super) fn upload_part(upload: &UploadId, of: &UploadPart) -> Value {
+    json!({
+        "id": of.id.as_str(),
+        "object": "upload.part",
+        "created_at": of.created_at.unix_seconds(),
+        "upload_id": upload.as_str(),
     })
 }
 

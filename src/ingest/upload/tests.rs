@@ -71,10 +71,8 @@ fn spec(request_id: Option<&str>) -> NewUpload {
     NewUpload {
         owner: "me".into(),
         filename: "in.jsonl".into(),
-        total_bytes: None,
         request_id: request_id.map(str::to_owned),
-        expires_after: None,
-        keeps_bad: false,
+        ..NewUpload::default()
     }
 }
 

@@ -15,6 +15,8 @@ pub(super) mod node;
 pub(super) mod part;
 pub(super) mod segment;
 pub(super) mod sweep;
+pub(super) mod upload;
+pub(super) mod upload_part;
 pub(super) mod webhook_attempt;
 pub(super) mod webhook_dead_letter;
 pub(super) mod webhook_delivery;
