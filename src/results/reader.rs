@@ -27,6 +27,8 @@ use crate::{
 const SEGMENT_PAGE: u64 = 256;
 /// Parts queried at a time when results are followed.
 const PART_PAGE: u64 = 32;
+/// Parts queried at a time when only their lines are counted.
+const COUNTED_PAGE: u64 = 1_000;
 /// Bytes of final objects that a stream of results keeps for further parts of their segments: those read last, and at
 /// least one object.
 const KEPT_BYTES: usize = 16 * 1024 * 1024;
@@ -248,6 +250,30 @@ impl Reader {
                         yield piece;
                     }
                 }
+            }
+        }
+    }
+
+    /// The position after so many lines of a batch's results, or after the last one if there are fewer; and how many there
+    /// are in all. Reads rows only.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn after_lines(&self, batch: &BatchId, lines: u64) -> Result<(Cursor, u64), ReadError> {
+        let (mut place, mut from, mut all) = (Cursor::start(batch), 0, 0);
+        loop {
+            let parts = self.store.parts_from(batch, from, COUNTED_PAGE).await?;
+            for part in &parts {
+                let count = (part.content.completed.len() + part.content.failed.len()) as u64;
+                if all < lines {
+                    let taken = u32::try_from((lines - all).min(count)).unwrap_or(u32::MAX);
+                    place = Cursor { seq: part.seq, lines: taken, ..place };
+                }
+                all += count;
+                from = part.seq + 1;
+            }
+            if (parts.len() as u64) < COUNTED_PAGE {
+                return Ok((place, all));
             }
         }
     }

@@ -9,6 +9,16 @@ use crate::{
     results::{Cursor, ResultLine},
 };
 
+/// The results of a batch so far.
+pub struct SoFar {
+    /// The lines that were asked for.
+    pub lines: BoxStream<'static, Result<ResultLine, ServiceError>>,
+    /// The number of the last of them, counted from the first of all.
+    pub last_line: u64,
+    /// Whether no more will come.
+    pub ended: bool,
+}
+
 impl Service {
     /// The results of a batch after a cursor; an empty cursor starts at the first. `follow`: also the future ones.
     ///
@@ -45,6 +55,21 @@ impl Service {
             }
         };
         Ok(lines.boxed())
+    }
+
+    /// The results of a batch that are there now, without the first `offset` of them, in the order in which they became
+    /// durable. That order never changes, so a client goes on with the number of the last line that it has.
+    ///
+    /// # Errors
+    /// [`ServiceError`], at once or in the stream.
+    pub async fn results_so_far(&self, caller: &Caller, id: &str, offset: u64) -> Result<SoFar, ServiceError> {
+        let id = rules::batch_id(id)?;
+        // Read before the lines, because a batch that has ended gets no more of them.
+        let ended = self.find_batch(caller, &id).await?.status.is_terminal();
+        let (cursor, last_line) = self.parts.reader.after_lines(&id, offset).await?;
+        let lines = self.results(caller, id.as_str(), &cursor.to_string(), false).await?;
+        let left = usize::try_from(last_line.saturating_sub(offset)).unwrap_or(usize::MAX);
+        Ok(SoFar { lines: lines.take(left).boxed(), last_line, ended })
     }
 
     /// The file of a batch's answers.

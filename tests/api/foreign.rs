@@ -252,6 +252,7 @@ async fn another_owners_ids_are_as_good_as_none_on_every_http_path() {
         (&get, "/v1/files/ID/content", &hers.error_file),
         (&get, "/v1/batches/ID", batch),
         (&get, "/v1/batches/ID/events", batch),
+        (&get, "/v1/batches/ID/output", batch),
         (&get, "/v1/batches/ID/results", batch),
         (&get, "/v1/batches/ID/errors", batch),
         (&delete, "/v1/files/ID", file),

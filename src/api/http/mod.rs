@@ -152,6 +152,7 @@ fn route_of(method: &Method, path: &str) -> (&'static str, Kind) {
         ["v1", "batches", _] => ("/v1/batches/{batch}", Kind::Known),
         ["v1", "batches", _, "cancel"] => ("/v1/batches/{batch}/cancel", Kind::Known),
         ["v1", "batches", _, "events"] => ("/v1/batches/{batch}/events", Kind::Watch),
+        ["v1", "batches", _, "output"] => ("/v1/batches/{batch}/output", Kind::Download),
         ["v1", "batches", _, "results"] => ("/v1/batches/{batch}/results", Kind::Download),
         ["v1", "batches", _, "errors"] => ("/v1/batches/{batch}/errors", Kind::Download),
         ["v1", "models"] => ("/v1/models", Kind::Known),

@@ -9,10 +9,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::HeaderMap;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value, json, value::RawValue};
 
 use super::{
-    By, Id, Of, body,
+    By, Id, Of, body, inline,
     json::{given, integer, required, text},
     list::{Query, page},
     problem::Problem,
@@ -31,6 +31,8 @@ use crate::{
 
 /// The default and the most of batches in a list.
 const LIMIT: (u64, u64) = (20, 100);
+/// What a completion window may be.
+const WINDOWS: &str = "'24h', or another time from '1h' to '14d', in s, m, h or d";
 
 pub(super) async fn create(
     State(service): Of,
@@ -40,9 +42,13 @@ pub(super) async fn create(
     body: Body,
 ) -> Result<Response, Problem> {
     let key = super::idempotency_key(&headers)?;
-    let object = body::json(&headers, body).await?;
-    let new = new_batch(&object, key)?;
-    let made = service.create_batch(&caller, &account, new).await.map_err(|error| no_file(error, &object))?;
+    let (object, requests) = body::json_and(&headers, body, inline::MOST, inline::FIELD).await?;
+    let new = new_batch(&object, requests.as_deref(), key)?;
+    let made = Box::pin(service.create_batch(&caller, &account, new)).await;
+    let made = made.map_err(|error| match requests {
+        None => no_file(error, &object),
+        Some(_) => inline::refused(error),
+    })?;
     Ok(shown(&made))
 }
 
@@ -90,17 +96,32 @@ fn no_file(error: ServiceError, object: &Map<String, Value>) -> Problem {
 }
 
 /// What OpenAI checks first is refused first, one thing at a time.
-fn new_batch(of: &Map<String, Value>, key: String) -> Result<CreateBatch, Problem> {
-    let file = required(of, "input_file_id")?;
+fn new_batch(of: &Map<String, Value>, requests: Option<&RawValue>, key: String) -> Result<CreateBatch, Problem> {
+    let file = match requests {
+        None => Some(required(of, "input_file_id")?),
+        Some(_) => text(of, "input_file_id")?,
+    };
     let endpoint = required(of, "endpoint")?;
-    let window = required(of, "completion_window")?;
+    // OpenAI knows no batch without a file, so there is no client that sends these as OpenAI's do.
+    let window = match requests {
+        None => Some(required(of, "completion_window")?),
+        Some(_) => text(of, "completion_window")?,
+    };
     if endpoint.parse::<Endpoint>().is_err() {
         let supported = Endpoint::ALL.map(|endpoint| format!("'{endpoint}'")).join(", ");
         return Err(Problem::value("endpoint", endpoint, &supported));
     }
-    let window = parse_window(window).ok_or_else(|| {
-        Problem::value("completion_window", window, "'24h', or another time from '1h' to '14d', in s, m, h or d")
-    })?;
+    let input = match (file, requests) {
+        (Some(_), Some(_)) => {
+            let message = "Mutually exclusive parameters: 'input_file_id' and 'requests'.";
+            return Err(Problem::invalid("mutually_exclusive_parameters", inline::FIELD, message));
+        }
+        (file, None) => file.map(|file| BatchInput::File(file.to_owned())),
+        (None, Some(requests)) => Some(BatchInput::Inline(inline::requests(requests, endpoint)?)),
+    };
+    let window = window
+        .map(|text| parse_window(text).ok_or_else(|| Problem::value("completion_window", text, WINDOWS)))
+        .transpose()?;
     let metadata = metadata(of.get("metadata"))?;
     let output_expires_after = match given(of, "output_expires_after") {
         None => None,
@@ -111,9 +132,9 @@ fn new_batch(of: &Map<String, Value>, key: String) -> Result<CreateBatch, Proble
         Some(_) | None => key,
     };
     Ok(CreateBatch {
-        input: Some(BatchInput::File(file.to_owned())),
+        input,
         endpoint: endpoint.to_owned(),
-        completion_window: Some(Ok(window)),
+        completion_window: window.map(Ok),
         priority: integer(of, "priority", "priority")?.unwrap_or_default(),
         metadata,
         request_id,
@@ -162,7 +183,7 @@ fn webhook(of: &Value) -> Result<NewWebhook, Problem> {
     })
 }
 
-/// A completion window: a number and its unit.
+/// A completion window: a number and its unit. How long it may be is for the service to judge.
 fn parse_window(text: &str) -> Option<Duration> {
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let seconds = match unit {
@@ -175,9 +196,7 @@ fn parse_window(text: &str) -> Option<Duration> {
     if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    let window = Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?);
-    let (least, most) = crate::domain::batch::WINDOW_RANGE;
-    (least..=most).contains(&window).then_some(window)
+    Some(Duration::from_secs(number.parse::<u64>().ok()?.checked_mul(seconds)?))
 }
 
 #[cfg(test)]
@@ -186,7 +205,7 @@ mod tests {
 
     fn of(body: &Value) -> Result<CreateBatch, Value> {
         let Value::Object(object) = body else { panic!("{body}") };
-        new_batch(object, String::new()).map_err(|problem| problem.object())
+        new_batch(object, None, String::new()).map_err(|problem| problem.object())
     }
 
     fn good() -> Value {
@@ -206,8 +225,6 @@ mod tests {
         }
         for (name, value, param, code) in [
             ("endpoint", json!("/v1/x"), "endpoint", "invalid_value"),
-            ("completion_window", json!("59m"), "completion_window", "invalid_value"),
-            ("completion_window", json!("15d"), "completion_window", "invalid_value"),
             ("completion_window", json!("24 h"), "completion_window", "invalid_value"),
             ("metadata", json!([]), "metadata", "invalid_type"),
             ("metadata", json!({"tags": ["a"]}), "metadata.tags", "invalid_type"),

@@ -1,12 +1,12 @@
 //! Request bodies: whole and bounded, or left to be read on after an early answer.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt};
 use http::{HeaderMap, StatusCode, header};
-use serde_json::Value;
+use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
 
 use super::problem::Problem;
@@ -73,7 +73,7 @@ pub(super) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Resul
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<serde_json::Map<String, Value>, Problem> {
+pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<Map<String, Value>, Problem> {
     json_of(headers, body, SMALL).await
 }
 
@@ -81,23 +81,46 @@ pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<serde_json::
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn json_of(
-    headers: &HeaderMap,
-    body: Body,
-    most: usize,
-) -> Result<serde_json::Map<String, Value>, Problem> {
+pub(super) async fn json_of(headers: &HeaderMap, body: Body, most: usize) -> Result<Map<String, Value>, Problem> {
     let bytes = whole(headers, body, most).await?;
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
-        Ok(_) => {
-            let message = "the request body is not a JSON object";
-            Err(Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message))
-        }
-        Err(error) => {
-            let message = format!("We could not parse the JSON body of your request: {error}");
-            Err(Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message))
-        }
+        Ok(_) => Err(no_object()),
+        Err(error) => Err(no_json(&error)),
     }
+}
+
+/// The body of at most so many bytes as a JSON object, and the text of one field, which is left as it came. What is beside
+/// that field is small.
+///
+/// # Errors
+/// [`Problem`].
+pub(super) async fn json_and(
+    headers: &HeaderMap,
+    body: Body,
+    most: usize,
+    field: &str,
+) -> Result<(Map<String, Value>, Option<Box<RawValue>>), Problem> {
+    let bytes = whole(headers, body, most).await?;
+    let mut fields: BTreeMap<String, &RawValue> =
+        serde_json::from_slice(&bytes).map_err(|error| if error.is_data() { no_object() } else { no_json(&error) })?;
+    let one = fields.remove(field).filter(|one| one.get() != "null").map(ToOwned::to_owned);
+    if fields.values().map(|value| value.get().len()).sum::<usize>() > SMALL {
+        let message = format!("the fields beside '{field}' are larger than {SMALL} bytes");
+        return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message));
+    }
+    let read = |(name, text): (String, &RawValue)| Ok((name, serde_json::from_str(text.get())?));
+    let object = fields.into_iter().map(read).collect::<Result<_, _>>().map_err(|error| no_json(&error))?;
+    Ok((object, one))
+}
+
+fn no_object() -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, "invalid_json", "the request body is not a JSON object")
+}
+
+fn no_json(error: &serde_json::Error) -> Problem {
+    let message = format!("We could not parse the JSON body of your request: {error}");
+    Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message)
 }
 
 /// The connection broke while the body came: nobody reads this.

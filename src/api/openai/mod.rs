@@ -1,10 +1,12 @@
 //! OpenAI's HTTP API over the same service as gRPC: a file or a batch that one made, the other sees.
 //!
-//! - `files`, `content`: files and their bytes. `uploads`: uploads in parts. `form` reads a form with a file, `multipart` its
-//!   bytes. `batches`, `events`: batches, and their
-//!   events for those who watch over HTTP. `models`: what the workers serve. `live`: calls that a worker answers at once,
-//!   `sse` their streams.
-//! - `shapes`: how files, batches and models are written. `json`: fields of a JSON body. `list`: pages. `problem`: errors. `body`: request bodies.
+//! - `files`, `content`: files and their bytes. `uploads`: uploads in parts. `form` reads a form with a file, `multipart`
+//!   its bytes.
+//! - `batches`, `events`: batches, and their events for those who watch over HTTP. `inline`: requests in the call that
+//!   creates their batch. `output`: its results so far.
+//! - `models`: what the workers serve. `live`: calls that a worker answers at once, `sse` their streams.
+//! - `shapes`: how files, batches and models are written. `list`: pages. `problem`: errors. `body`: request bodies. `json`:
+//!   fields of a JSON body.
 
 mod batches;
 pub(super) mod body;
@@ -12,11 +14,13 @@ mod content;
 mod events;
 mod files;
 mod form;
+mod inline;
 mod json;
 mod list;
 mod live;
 mod models;
 pub mod multipart;
+mod output;
 pub(super) mod problem;
 mod shapes;
 pub mod sse;
@@ -70,6 +74,7 @@ pub(super) fn routes(service: Service, bad_files: BadFiles) -> Router {
         .route("/v1/batches/{batch}", get(batches::show).delete(batches::delete))
         .route("/v1/batches/{batch}/cancel", post(batches::cancel))
         .route("/v1/batches/{batch}/events", get(events::watch))
+        .route("/v1/batches/{batch}/output", get(output::output))
         .route("/v1/batches/{batch}/results", get(content::results))
         .route("/v1/batches/{batch}/errors", get(content::errors))
         .route("/v1/models", get(models::list))

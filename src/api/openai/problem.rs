@@ -185,6 +185,7 @@ fn anthropic_kind(status: StatusCode) -> &'static str {
 fn param_of(field: &str) -> String {
     match field {
         "input" => "input_file_id".to_owned(),
+        "inline_requests" | "inline_requests.requests" => "requests".to_owned(),
         "page_token" => "after".to_owned(),
         "request_id" | "spec.request_id" => "idempotency_key".to_owned(),
         "after_revision" => "Last-Event-ID".to_owned(),
