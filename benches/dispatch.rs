@@ -128,6 +128,7 @@ async fn upload(store: &Store, ingest: &Ingest, requests: usize) -> tidemill::do
         priority: Priority::default(),
         metadata: BTreeMap::new(),
         request_id: None,
+        request_hash: None,
         webhook: None,
         webhook_endpoint_id: None,
         output_expires_after: None,

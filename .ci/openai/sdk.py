@@ -76,9 +76,13 @@ batch = strict.batches.create(
     input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"team": "search"},
     extra_body={"priority": 1}, extra_headers={"Idempotency-Key": ONCE})
 again = strict.batches.create(
-    input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h",
-    extra_headers={"Idempotency-Key": ONCE})
+    input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"team": "search"},
+    extra_body={"priority": 1}, extra_headers={"Idempotency-Key": ONCE})
 assert again.id == batch.id
+other = raises(openai.ConflictError, lambda: client.batches.create(
+    input_file_id=from_disk.id, endpoint="/v1/chat/completions", completion_window="24h",
+    extra_headers={"Idempotency-Key": ONCE}))
+assert other.code == "idempotency_conflict", other
 assert strict.files.delete(from_disk.id).deleted, "an input in use goes at once, and its batch goes on"
 ended = until_ended(batch.id)
 assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("completed", 20, 0), ended

@@ -1,4 +1,5 @@
-//! Uploads in parts. A server of the release before this does not know them: what expires waits for a newer one.
+//! Uploads in parts, and what a batch was asked to be, so that another request under the same key is refused. A server of
+//! the release before this does not know them: what expires waits for a newer one, and other requests are not noticed.
 
 use sea_orm_migration::prelude::*;
 
@@ -6,6 +7,8 @@ use crate::columns::{Table, index};
 
 const UPLOADS: &str = "uploads";
 const PARTS: &str = "upload_parts";
+/// A hash of the request, if it had an idempotency key.
+const HASH: (&str, &str) = ("batches", "request_hash");
 
 #[derive(DeriveMigrationName)]
 pub(crate) struct Migration;
@@ -45,10 +48,23 @@ impl MigrationTrait for Migration {
             .key(&["id"])
             .create(manager)
             .await?;
-        index(manager, PARTS, &["upload_id"], false).await
+        index(manager, PARTS, &["upload_id"], false).await?;
+        let (table, column) = HASH;
+        if !manager.has_column(table, column).await? {
+            let new = ColumnDef::new(Alias::new(column)).text().null().take();
+            let add = sea_orm_migration::prelude::Table::alter().table(Alias::new(table)).add_column(new).to_owned();
+            manager.alter_table(add).await?;
+        }
+        Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let (table, column) = HASH;
+        let drop = sea_orm_migration::prelude::Table::alter()
+            .table(Alias::new(table))
+            .drop_column(Alias::new(column))
+            .to_owned();
+        manager.alter_table(drop).await?;
         Table::drop(manager, &[PARTS, UPLOADS]).await
     }
 }

@@ -101,6 +101,8 @@ pub struct NewBatch {
     pub metadata: BTreeMap<String, String>,
     /// The client's idempotency key.
     pub request_id: Option<String>,
+    /// Identifies what was asked for, so that something else under the same key is noticed. `None`: it is not compared.
+    pub request_hash: Option<String>,
     /// The target of its webhooks, if it has one of its own.
     pub webhook: Option<WebhookTarget>,
     /// The registered endpoint of its webhooks.

@@ -91,6 +91,7 @@ impl World {
             priority: Priority::default(),
             metadata: BTreeMap::new(),
             request_id: None,
+            request_hash: None,
             webhook: None,
             webhook_endpoint_id: None,
             output_expires_after: None,

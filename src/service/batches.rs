@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    Code, Found, Page, Service, ServiceError, Span,
+    Code, Found, Page, Service, ServiceError, Span, asked,
     error::{self, Violations, no_batch, no_file},
     filters, rules,
     webhooks::NewWebhook,
@@ -90,7 +90,8 @@ struct Wanted {
 }
 
 impl Service {
-    /// Creates a batch. A repeated request id returns the batch that it created.
+    /// Creates a batch. A repeated call with the same request id returns the batch that it created; a call for something
+    /// else is refused.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -100,10 +101,11 @@ impl Service {
         account: &Account,
         mut of: CreateBatch,
     ) -> Result<Shown, ServiceError> {
+        let hash = asked::for_batch(&of);
         let (webhook, endpoint_id) = (of.webhook.take(), std::mem::take(&mut of.webhook_endpoint_id));
         let new = wanted(of)?;
         // First of all: the same call again answers the same, whatever has become of its file since.
-        if let Some(existing) = self.by_request_id(caller, new.request_id.as_deref()).await? {
+        if let Some(existing) = self.by_request_id(caller, new.request_id.as_deref(), &hash).await? {
             return self.show(caller, existing).await;
         }
         let (webhook, webhook_endpoint_id) = self.webhook_of_batch(caller, webhook, endpoint_id, &new.metadata).await?;
@@ -119,7 +121,7 @@ impl Service {
                 let lines = i64::try_from(requests.len()).unwrap_or(i64::MAX);
                 let bytes = requests.iter().map(|request| request.body.len() as u64).sum();
                 let admitted = self.admit(caller, account, lines, Work::Lines(bytes)).await?;
-                let key = new.request_id.as_ref().map(|id| format!("{INLINE_KEY}{id}"));
+                let key = new.request_id.as_ref().map(|id| format!("{INLINE_KEY}{id}/{hash}"));
                 let spec = NewUpload {
                     owner: caller.owner.clone(),
                     filename: INLINE_NAME.to_owned(),
@@ -138,6 +140,7 @@ impl Service {
             priority: new.priority,
             metadata: new.metadata,
             request_id: new.request_id,
+            request_hash: Some(hash),
             webhook,
             webhook_endpoint_id,
             output_expires_after: new.output_expires_after,
@@ -159,6 +162,12 @@ impl Service {
                 }
                 self.show(caller, *batch).await
             }
+            CreatedBatch::Reused(batch) => {
+                if made {
+                    let _ = store.delete_file(&file, &scope).await;
+                }
+                Err(asked_otherwise(&batch))
+            }
             CreatedBatch::TooManyLines { queued, added } => {
                 if made {
                     let _ = store.delete_file(&file, &scope).await;
@@ -174,10 +183,13 @@ impl Service {
         &self,
         caller: &Caller,
         request_id: Option<&str>,
+        hash: &str,
     ) -> Result<Option<Batch>, ServiceError> {
-        match request_id {
-            Some(id) => Ok(self.parts.store.batch_by_request_id(&caller.owner, id).await?),
-            None => Ok(None),
+        let Some(id) = request_id else { return Ok(None) };
+        match self.parts.store.batch_by_request_id(&caller.owner, id, Some(hash)).await? {
+            Some(CreatedBatch::Existing(batch)) => Ok(Some(*batch)),
+            Some(CreatedBatch::Reused(batch)) => Err(asked_otherwise(&batch)),
+            Some(_) | None => Ok(None),
         }
     }
 
@@ -350,6 +362,11 @@ fn statuses(of: &ListBatches) -> Result<Vec<BatchStatus>, ServiceError> {
     rules::metadata(&of.metadata, &mut wrong);
     wrong.finish()?;
     Ok(statuses)
+}
+
+fn asked_otherwise(batch: &BatchId) -> ServiceError {
+    let message = format!("the request_id has made the batch {batch} with other parameters before; use a new one");
+    ServiceError::new(Code::AlreadyExists, "REQUEST_ID_REUSED", message)
 }
 
 fn not_an_input() -> ServiceError {

@@ -5,8 +5,9 @@
 //! - [`files`]: upload, show, list, delete, read. [`uploads`]: uploads in parts. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
 //!   requests once more. [`infer`], [`live`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
 //! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
-//! - `rules`: what fields may hold. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
+//! - `rules`: what fields may hold. `asked`: whether a repeated call asks for the same. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
 
+mod asked;
 pub mod batches;
 mod error;
 pub mod files;

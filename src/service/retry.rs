@@ -3,7 +3,7 @@
 use bytes::{BufMut, BytesMut};
 
 use super::{
-    Code, Service, ServiceError, Span,
+    Code, Service, ServiceError, Span, asked,
     batches::Shown,
     error::{self, Violations, damaged, line_name},
     rules,
@@ -86,7 +86,8 @@ impl Service {
         let window = rules::window(completion_window, &mut wrong);
         let request_id = rules::request_id(request_id, &mut wrong, "request_id");
         wrong.finish()?;
-        if let Some(existing) = self.by_request_id(caller, request_id.as_deref()).await? {
+        let hash = asked::hash(&["retry", id.as_str(), &window.as_secs().to_string()]);
+        if let Some(existing) = self.by_request_id(caller, request_id.as_deref(), &hash).await? {
             return self.show(caller, existing).await;
         }
         let batch = self.find_batch(caller, &id).await?;
@@ -103,6 +104,7 @@ impl Service {
             priority: batch.priority,
             metadata: batch.metadata,
             request_id,
+            request_hash: Some(hash),
             // Whoever waits for the lines waits for these too.
             webhook: batch.webhook,
             webhook_endpoint_id: batch.webhook_endpoint_id,
@@ -250,6 +252,7 @@ mod tests {
                 priority: Priority::default(),
                 metadata: [].into(),
                 request_id: None,
+                request_hash: None,
                 webhook: None,
                 webhook_endpoint_id: None,
                 output_expires_after: None,

@@ -3,10 +3,9 @@
 use bytes::Bytes;
 use futures::StreamExt;
 use md5::{Digest, Md5};
-use sha2::Sha256;
 
 use super::{
-    Code, Service, ServiceError, Span, Violation,
+    Code, Service, ServiceError, Span, Violation, asked,
     error::{self, Violations, line_name},
     files::{FILENAME, gave_way},
     rules, short,
@@ -106,7 +105,7 @@ impl Service {
         of: CompleteUpload,
     ) -> Result<(PartedUpload, Option<File>), ServiceError> {
         let upload = self.find_upload(caller, id).await?;
-        let made_of = hash(&of.part_ids);
+        let made_of = asked::hash(&of.part_ids);
         if upload.state != UploadState::Pending {
             return self.completed(caller, upload, &made_of).await;
         }
@@ -323,14 +322,4 @@ fn md5_of(text: &str) -> Result<[u8; 16], ServiceError> {
         Ok(()) => Ok(sum),
         Err(_) => Err(ServiceError::field("md5", "must be 32 hexadecimal digits")),
     }
-}
-
-/// Identifies a list of parts.
-fn hash(ids: &[String]) -> String {
-    let mut hasher = Sha256::new();
-    for id in ids {
-        hasher.update((id.len() as u64).to_le_bytes());
-        hasher.update(id);
-    }
-    hex::encode(hasher.finalize())
 }

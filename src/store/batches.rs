@@ -31,6 +31,8 @@ pub enum CreatedBatch {
     New(Box<Batch>),
     /// The batch that an earlier call with this request id created.
     Existing(Box<Batch>),
+    /// An earlier call with this request id asked for something else.
+    Reused(BatchId),
     /// There is no such input file.
     FileNotFound,
     /// The file is not an input.
@@ -107,7 +109,7 @@ impl Store {
             let find = visible(file::Entity::find_by_id(new.input_file_id.as_str()), scope);
             let Some(input) = find.lock_exclusive().one(&tx).await? else {
                 return match find_existing(&tx, new).await? {
-                    Some(existing) => roll_back(CreatedBatch::Existing(Box::new(existing))),
+                    Some(existing) => roll_back(existing),
                     None => roll_back(CreatedBatch::FileNotFound),
                 };
             };
@@ -128,7 +130,7 @@ impl Store {
             if inserted == 0 {
                 let existing =
                     find_existing(&tx, new).await?.ok_or_else(|| StoreError::Corrupt("a batch id twice".into()))?;
-                return roll_back(CreatedBatch::Existing(Box::new(existing)));
+                return roll_back(existing);
             }
             if let Some(most) = most {
                 let queued = queued_lines_of(&tx, &new.owner).await?;
@@ -173,12 +175,18 @@ impl Store {
         find.one(self.read()).await?.map(Batch::try_from).transpose()
     }
 
-    /// The batch that an owner's call with this request id created.
+    /// What a call with this request id would find: [`CreatedBatch::Existing`] or [`CreatedBatch::Reused`]. `hash`
+    /// identifies what it asks for.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn batch_by_request_id(&self, owner: &Owner, request_id: &str) -> Result<Option<Batch>, StoreError> {
-        find_by_request_id(self.read(), owner, request_id).await
+    pub async fn batch_by_request_id(
+        &self,
+        owner: &Owner,
+        request_id: &str,
+        hash: Option<&str>,
+    ) -> Result<Option<CreatedBatch>, StoreError> {
+        find_by_request_id(self.read(), owner, request_id, hash).await
     }
 
     /// Starts to cancel a batch.
@@ -449,6 +457,7 @@ fn new_row(
         priority: Priority::value(new.priority),
         completion_window: convert::micros(new.completion_window),
         request_id: new.request_id.clone(),
+        request_hash: new.request_hash.clone(),
         webhook: new.webhook.as_ref().map(to_json).transpose()?,
         webhook_endpoint_id: new.webhook_endpoint_id.as_ref().map(|id| id.as_str().to_owned()),
         progress_done: 0,
@@ -493,9 +502,9 @@ async fn insert_filter_rows<C: ConnectionTrait>(
     Ok(())
 }
 
-async fn find_existing<C: ConnectionTrait>(tx: &C, new: &NewBatch) -> Result<Option<Batch>, StoreError> {
+async fn find_existing<C: ConnectionTrait>(tx: &C, new: &NewBatch) -> Result<Option<CreatedBatch>, StoreError> {
     match &new.request_id {
-        Some(request_id) => find_by_request_id(tx, &new.owner, request_id).await,
+        Some(request_id) => find_by_request_id(tx, &new.owner, request_id, new.request_hash.as_deref()).await,
         None => Ok(None),
     }
 }
@@ -504,12 +513,19 @@ async fn find_by_request_id<C: ConnectionTrait>(
     connection: &C,
     owner: &Owner,
     request_id: &str,
-) -> Result<Option<Batch>, StoreError> {
-    batch::Entity::find()
+    hash: Option<&str>,
+) -> Result<Option<CreatedBatch>, StoreError> {
+    let found = batch::Entity::find()
         .filter(batch::Column::Owner.eq(owner.as_str()))
         .filter(batch::Column::RequestId.eq(request_id))
         .one(connection)
-        .await?
-        .map(Batch::try_from)
-        .transpose()
+        .await?;
+    let Some(row) = found else { return Ok(None) };
+    // An earlier version has not noted what it was asked for.
+    let is_other = row.request_hash.as_deref().zip(hash).is_some_and(|(first, now)| first != now);
+    Ok(Some(if is_other {
+        CreatedBatch::Reused(BatchId::from_text(row.id))
+    } else {
+        CreatedBatch::Existing(Box::new(Batch::try_from(row)?))
+    }))
 }

@@ -66,6 +66,13 @@ async fn the_same_request_id_gives_the_same_batch_whatever_became_of_its_file() 
     assert_eq!(client.create_batch(request.clone()).await.unwrap().into_inner().id, first.id);
     let delete = pb::DeleteFileRequest { file_id: file.id.clone() };
     expect(client.delete_file(delete.clone()).await, Code::FailedPrecondition, "FILE_IN_USE");
+    for other in [
+        pb::CreateBatchRequest { priority: 1, ..request.clone() },
+        pb::CreateBatchRequest { metadata: [("a".to_owned(), "b".to_owned())].into(), ..request.clone() },
+        pb::CreateBatchRequest { request_id: "r1".into(), ..inline(1) },
+    ] {
+        expect(client.create_batch(other).await, Code::AlreadyExists, "REQUEST_ID_REUSED");
+    }
     server.run_batch(&first.id, 2).await;
     client.delete_file(delete.clone()).await.unwrap();
     expect(client.delete_file(delete).await, Code::NotFound, "FILE_NOT_FOUND");
@@ -87,6 +94,8 @@ async fn inline_requests_with_a_request_id_leave_one_file() {
     let files = client.list_files(pb::ListFilesRequest::default()).await.unwrap().into_inner().files;
     assert_eq!(files.len(), 1);
     assert_eq!(files[0].id, a.input_file_id);
+    let other = pb::CreateBatchRequest { request_id: "r1".into(), ..inline(2) };
+    expect(client.create_batch(other).await, Code::AlreadyExists, "REQUEST_ID_REUSED");
 }
 
 #[tokio::test]

@@ -175,6 +175,7 @@ impl Node {
             priority: Priority::new(priority).unwrap(),
             metadata: BTreeMap::new(),
             request_id: None,
+            request_hash: None,
             webhook: None,
             webhook_endpoint_id: None,
             output_expires_after: None,

@@ -211,6 +211,75 @@ async fn json_of_every_wrong_kind_is_refused_in_its_place() {
     assert_eq!(zipped.error(), (415, Some("unsupported_content_encoding"), None));
 }
 
+/// Every field of these bodies, as the way to it.
+fn fields(of: &Value) -> Vec<String> {
+    let below = |name: String, value: &Value| {
+        let inner = fields(value).into_iter().map(|inner| format!("/{name}{inner}")).collect::<Vec<_>>();
+        std::iter::once(format!("/{name}")).chain(inner).collect::<Vec<_>>()
+    };
+    match of {
+        Value::Object(fields) => fields.iter().flat_map(|(name, value)| below(name.clone(), value)).collect(),
+        Value::Array(list) => list.iter().enumerate().flat_map(|(at, value)| below(at.to_string(), value)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What a fuzzer does with the shapes that it knows: one field is something else, in every place.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_field_is_the_answer_is_an_error_of_the_client_or_none() {
+    let server = Server::start().await;
+    let file = upload(&server, &lines(1)).await;
+    let announced = json!({"bytes": 10, "filename": "f", "mime_type": "m", "purpose": "batch",
+        "expires_after": {"anchor": "created_at", "seconds": 3600}});
+    let announced_id = post(&server, "/v1/uploads", &announced).await.id();
+    let webhook = json!({"url": "http://127.0.0.1:9/x", "secret": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0", "max_retries": 1,
+        "timeout_seconds": 5, "events": ["completed"]});
+    let requests = json!([{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": []}}]);
+    let bodies = [
+        (
+            "/v1/batches".to_owned(),
+            json!({"input_file_id": file, "endpoint": "/v1/chat/completions", "metadata": {"a": "b"},
+            "completion_window": "24h", "priority": 0, "output_expires_after": {"anchor": "created_at", "seconds": 3600},
+            "webhook": webhook}),
+        ),
+        (
+            "/v1/batches".to_owned(),
+            json!({"endpoint": "/v1/chat/completions", "requests": requests,
+            "webhook_endpoint_id": "we_x", "idempotency_key": "k"}),
+        ),
+        ("/v1/uploads".to_owned(), announced),
+        (format!("/v1/uploads/{announced_id}/complete"), json!({"part_ids": ["part_x"], "md5": "0".repeat(32)})),
+    ];
+    let values = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(1e300),
+        json!(""),
+        json!("\u{0}"),
+        json!("x".repeat(600)),
+        json!([]),
+        json!([null]),
+        json!({"": {}}),
+    ];
+    let client = reqwest::Client::new();
+    for (path, good) in &bodies {
+        for field in fields(good) {
+            for value in &values {
+                let mut body = good.clone();
+                *body.pointer_mut(&field).unwrap() = value.clone();
+                let said = client.post(server.url(path)).body(body.to_string()).send().await.unwrap();
+                let said = Said::of(said).await;
+                if said.status != 200 {
+                    let (status, _, _) = said.error();
+                    assert!((400..500).contains(&status), "{field} {value}: {said:?}");
+                }
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn ids_paths_and_queries_that_are_none_are_told_so() {
     let server = Server::start().await;
@@ -223,6 +292,8 @@ async fn ids_paths_and_queries_that_are_none_are_told_so() {
             (Method::DELETE, format!("/v1/files/{id}")),
             (Method::GET, format!("/v1/batches/{id}")),
             (Method::GET, format!("/v1/batches/{id}/events")),
+            (Method::GET, format!("/v1/batches/{id}/output")),
+            (Method::POST, format!("/v1/uploads/{id}/cancel")),
             (Method::POST, format!("/v1/batches/{id}/cancel")),
             (Method::GET, format!("/v1/models/{id}")),
         ] {

@@ -5,6 +5,7 @@ mod batches;
 mod client;
 #[path = "../support/direct.rs"]
 mod direct;
+mod early;
 mod files;
 mod hostile;
 mod live;

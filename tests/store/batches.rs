@@ -41,13 +41,23 @@ async fn the_same_request_id_is_the_same_batch(db: Db) {
     let file = db.file(2).await;
     let new = NewBatch { request_id: Some("r".into()), ..new_batch(&file.id) };
     let made = db.create(new.clone()).await;
-    let again = NewBatch { metadata: [].into(), ..new.clone() };
+    let hash = Some("what it is".to_owned());
+    let new = NewBatch { request_hash: hash.clone(), ..new };
+    db.execute("UPDATE batches SET request_hash = 'what it is'").await;
+    let again = NewBatch { request_hash: None, metadata: [].into(), ..new.clone() };
     assert!(
         matches!(db.store.create_batch(again).await.unwrap(), CreatedBatch::Existing(batch) if batch.id == made.id)
     );
-    let found = db.store.batch_by_request_id(&"".into(), "r").await.unwrap();
-    assert_eq!(found.map(|batch| batch.id), Some(made.id.clone()));
-    assert_eq!(db.store.batch_by_request_id(&"bob".into(), "r").await.unwrap(), None);
+    let other = NewBatch { request_hash: Some("something else".into()), ..new.clone() };
+    let made_id = made.id.clone();
+    assert!(matches!(db.store.create_batch(other).await.unwrap(), CreatedBatch::Reused(batch) if batch == made_id));
+    let find = async |hash| db.store.batch_by_request_id(&"".into(), "r", hash).await.unwrap();
+    assert!(matches!(find(hash.as_deref()).await, Some(CreatedBatch::Existing(batch)) if batch.id == made_id));
+    assert!(matches!(find(Some("something else")).await, Some(CreatedBatch::Reused(batch)) if batch == made_id));
+    assert!(db.store.batch_by_request_id(&"bob".into(), "r", None).await.unwrap().is_none());
+    // A row of an earlier version has no hash.
+    db.execute("UPDATE batches SET request_hash = NULL").await;
+    assert!(matches!(find(Some("something else")).await, Some(CreatedBatch::Existing(batch)) if batch.id == made_id));
     // Other owners' ids, and no id, are their own.
     db.create(NewBatch { owner: "bob".into(), ..new.clone() }).await;
     db.create(NewBatch { request_id: None, ..new.clone() }).await;

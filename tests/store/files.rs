@@ -41,6 +41,7 @@ async fn the_same_request_id_is_the_same_file(db: Db) {
                 assert_eq!(file, winner);
             }
             InsertedFile::Existing(existing) => assert_eq!(*existing, winner),
+            InsertedFile::UploadEnded => panic!("it completes none"),
         }
     }
     assert_eq!(new, 1);

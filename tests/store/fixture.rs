@@ -219,6 +219,7 @@ pub fn new_batch(file: &FileId) -> NewBatch {
         priority: Priority::default(),
         metadata: [("team".to_owned(), "a".to_owned())].into(),
         request_id: None,
+        request_hash: None,
         webhook: None,
         webhook_endpoint_id: None,
         output_expires_after: None,

@@ -149,6 +149,7 @@ impl Db {
             priority: Priority::default(),
             metadata: [("name".to_owned(), "café 😀 \"q\"".to_owned())].into(),
             request_id: None,
+            request_hash: None,
             webhook,
             webhook_endpoint_id: endpoint.cloned(),
             output_expires_after: None,

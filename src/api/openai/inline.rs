@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use http::StatusCode;
 use serde_json::{Value, value::RawValue};
 
 use super::problem::Problem;

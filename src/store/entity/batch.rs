@@ -29,6 +29,7 @@ pub struct Model {
     pub priority: i32,
     pub completion_window: i64,
     pub request_id: Option<String>,
+    pub request_hash: Option<String>,
     pub webhook: Option<String>,
     pub webhook_endpoint_id: Option<String>,
     pub progress_done: i64,
