@@ -1,13 +1,14 @@
 //! One request at once, whose whole answer its caller waits for.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::{Answer, Call, Extras, Failure, FailureKind, Fleet, INFER_TRIES, InferError, Rank, Tenant, Want, slots};
-use crate::domain::{Endpoint, WorkerId};
+use super::{
+    Answer, Call, Extras, Failure, FailureKind, Fleet, INFER_TRIES, InferError, Rank, Tenant, Want, live::LiveCall,
+    slots,
+};
+use crate::domain::WorkerId;
 
 /// An answer to [`Fleet::infer`].
 #[derive(Clone, Debug)]
@@ -23,34 +24,13 @@ pub struct Inferred {
 }
 
 impl Fleet {
-    /// Runs one request at once, ahead of all batches. Calls of several tenants share the slots.
+    /// Runs one request at once, ahead of all batches. Calls of several tenants share the slots. The whole answer has to come
+    /// within the call's timeout. It counts against the memory for answers while it comes.
     ///
     /// # Errors
     /// [`InferError`].
-    pub async fn infer(
-        &self,
-        tenant: Tenant,
-        endpoint: Endpoint,
-        model: &str,
-        body: Bytes,
-        timeout: Duration,
-    ) -> Result<Inferred, InferError> {
-        self.infer_with(tenant, endpoint, model, body, timeout, Extras::default()).await
-    }
-
-    /// Like [`Self::infer`], with further headers.
-    ///
-    /// # Errors
-    /// [`InferError`].
-    pub async fn infer_with(
-        &self,
-        tenant: Tenant,
-        endpoint: Endpoint,
-        model: &str,
-        body: Bytes,
-        timeout: Duration,
-        extras: Extras,
-    ) -> Result<Inferred, InferError> {
+    pub async fn infer(&self, tenant: Tenant, of: LiveCall<'_>) -> Result<Inferred, InferError> {
+        let LiveCall { endpoint, model, timeout, .. } = of;
         let deadline = Instant::now() + timeout;
         let rank = Rank::interactive().of(tenant);
         let mut want = Want { model: model.into(), rank, avoid: SmallVec::new(), alone: false };
@@ -68,11 +48,11 @@ impl Fleet {
             let call = Call {
                 endpoint,
                 model,
-                body: body.clone(),
+                body: of.body.clone(),
                 priority: None,
                 timeout: left,
                 expected: 0,
-                extras: extras.clone(),
+                extras: of.headers.clone(),
             };
             let Ok(sent) = tokio::time::timeout_at(deadline, slot.send(call)).await else {
                 return Err(InferError::Timeout(timeout));

@@ -26,7 +26,7 @@ const REFUSAL: usize = 64 * 1024;
 /// How long such a refusal may take to come.
 const REFUSAL_TIME: Duration = Duration::from_secs(10);
 
-/// A request that passes through.
+/// A request of a caller who waits.
 #[derive(Clone, Debug)]
 pub struct LiveCall<'a> {
     pub endpoint: Endpoint,
@@ -38,7 +38,8 @@ pub struct LiveCall<'a> {
     pub body: Bytes,
     /// Headers that are passed on to the worker.
     pub headers: Extras,
-    /// How long a worker may take to begin its answer, and how long it may pause within it.
+    /// How long a worker may take to begin its answer, and how long it may pause within it; for a whole answer, how long it may
+    /// take in all.
     pub timeout: Duration,
 }
 

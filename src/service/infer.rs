@@ -8,7 +8,7 @@ use super::{Service, ServiceError, error::Violations, rules};
 use crate::{
     access::{Account, Caller, Work},
     domain::{Endpoint, request_line, text::is_plain},
-    fleet::{Inferred, Tenant},
+    fleet::{Extras, Inferred, LiveCall, Tenant},
 };
 
 /// How long a request may run if the client sets no deadline.
@@ -31,7 +31,8 @@ impl Service {
         let timeout = deadline.unwrap_or(DEFAULT_DEADLINE);
         let _admitted = self.admit(caller, account, 0, Work::Now(body.len() as u64)).await?;
         let tenant = Tenant::named(account.as_str()).weighing(self.weights.of(&caller.owner));
-        Ok(self.parts.fleet.infer(tenant, endpoint, &model, body, timeout).await?)
+        let call = LiveCall { endpoint, below: "", model: &model, body, headers: Extras::default(), timeout };
+        Ok(self.parts.fleet.infer(tenant, call).await?)
     }
 }
 

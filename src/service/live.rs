@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Code, Service, ServiceError};
 use crate::{
-    access::{Account, Caller, Work},
+    access::{Account, Admitted, Caller, Work},
     domain::{Endpoint, text::is_plain},
     fleet::{Extras, InferError, LiveCall, Tenant, WorkerState},
 };
@@ -38,6 +38,9 @@ pub struct Answered {
     pub headers: Extras,
     /// Its body.
     pub body: AnswerBody,
+    /// The call's part of its caller's limits, until the body has reached the client: a client that reads slowly holds what
+    /// is the caller's, and no memory of the batches.
+    pub admitted: Admitted,
 }
 
 /// The body of an answer.
@@ -59,22 +62,17 @@ impl Service {
         let admitted = self.admit(caller, account, 0, Work::Now(of.body.len() as u64)).await?;
         let tenant = Tenant::named(account.as_str()).weighing(self.weights.of(&caller.owner));
         let fleet = &self.parts.fleet;
-        if !streams && of.below.is_empty() {
-            let answer = fleet.infer_with(tenant, of.endpoint, &model, of.body, PATIENCE, of.headers).await;
-            let answer = answer.map_err(|error| self.unanswered(error))?;
-            let body = AnswerBody::Whole(answer.body);
-            return Ok(Answered { status: answer.status, headers: answer.extras, body });
-        }
         let NewCall { endpoint, below, body, headers } = of;
         let call = LiveCall { endpoint, below, model: &model, body, headers, timeout: PATIENCE };
+        if !streams && below.is_empty() {
+            let answer = fleet.infer(tenant, call).await.map_err(|error| self.unanswered(error))?;
+            let body = AnswerBody::Whole(answer.body);
+            return Ok(Answered { status: answer.status, headers: answer.extras, body, admitted });
+        }
         let passing = fleet.pass(tenant, call).await.map_err(|error| self.unanswered(error))?;
         let lost = |why| ServiceError::new(Code::Unavailable, "WORKER_LOST", why);
-        let body = passing.body.map(move |piece| {
-            // Counts as one of the caller's calls until its end.
-            let _ = &admitted;
-            piece.map_err(lost)
-        });
-        Ok(Answered { status: passing.status, headers: passing.headers, body: AnswerBody::Passing(body.boxed()) })
+        let body = AnswerBody::Passing(passing.body.map(move |piece| piece.map_err(lost)).boxed());
+        Ok(Answered { status: passing.status, headers: passing.headers, body, admitted })
     }
 
     /// Why nobody has answered. A model that no worker has ever listed is the client's mistake.

@@ -11,7 +11,7 @@ use std::{
 
 use tidemill::{
     domain::{BatchStatus, Endpoint, Scope},
-    fleet::Tenant,
+    fleet::{Extras, LiveCall, Tenant},
     scheduler::{SchedulerOptions, TryPolicy},
     sim::SimConfig,
 };
@@ -149,8 +149,15 @@ async fn calls_of_one_caller_that_fail_hold_up_nobodys_batch() {
     node.fleet.register(&raw.url()).await.unwrap();
     let call = || async {
         let body = r#"{"model":"sim","messages":[{"role":"user","content":"poison"}]}"#.into();
-        let (eve, within) = (Tenant::named("eve"), Duration::from_secs(10));
-        node.fleet.infer(eve, Endpoint::ChatCompletions, "sim", body, within).await
+        let call = LiveCall {
+            endpoint: Endpoint::ChatCompletions,
+            below: "",
+            model: "sim",
+            body,
+            headers: Extras::default(),
+            timeout: Duration::from_secs(10),
+        };
+        node.fleet.infer(Tenant::named("eve"), call).await
     };
     let calls = async {
         loop {

@@ -2,27 +2,29 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use axum::body::{Body, HttpBody};
+use axum::body::Body;
 use bytes::Bytes;
-use hyper::body::{Frame, SizeHint};
+use hyper::body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Code;
 
 use super::status::error;
-use crate::access::LEAST;
+use crate::{
+    access::LEAST,
+    api::http::observed::{Observer, observed},
+};
 
 /// The time for a message besides what its bytes take at the least rate.
 const MESSAGE_GRACE: Duration = Duration::from_secs(10);
 /// The longest time for a message, at any rate: enough for the largest message at 300 kbit/s.
 const MESSAGE_LONGEST: Duration = Duration::from_secs(120);
 
-/// A request body that must arrive in time, so that a client can't keep a call open by sending a byte now and then.
+/// Makes a request body arrive in time, so that a client can't keep a call open by sending a byte now and then.
 pub(super) struct Timely {
-    body: Body,
     came: u64,
     began: Instant,
     /// Created when the body is first waited for.
@@ -31,7 +33,7 @@ pub(super) struct Timely {
 
 impl Timely {
     pub(super) fn wrap(body: Body) -> Body {
-        Body::new(Self { body, came: 0, began: Instant::now(), over: None })
+        observed(body, Self { came: 0, began: Instant::now(), over: None })
     }
 
     fn until(&self) -> Instant {
@@ -39,35 +41,22 @@ impl Timely {
     }
 }
 
-impl HttpBody for Timely {
-    type Data = Bytes;
-    type Error = axum::Error;
+impl Observer for Timely {
+    fn passed(&mut self, frame: &Frame<Bytes>) {
+        self.came += frame.data_ref().map_or(0, |data| data.len() as u64);
+    }
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = &mut *self;
-        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
-            if let Some(Ok(frame)) = &frame {
-                this.came += frame.data_ref().map_or(0, |data| data.len() as u64);
-            }
-            return Poll::Ready(frame);
-        }
-        let until = this.until();
-        let over = this.over.get_or_insert_with(|| Box::pin(sleep_until(until)));
+    fn waits(&mut self, cx: &mut Context<'_>) -> Poll<axum::Error> {
+        let until = self.until();
+        let over = self.over.get_or_insert_with(|| Box::pin(sleep_until(until)));
         if over.deadline() != until {
             over.as_mut().reset(until);
         }
-        ready!(over.as_mut().poll(cx));
-        let message =
-            "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
-        Poll::Ready(Some(Err(axum::Error::new(error(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", message)))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        over.as_mut().poll(cx).map(|()| {
+            let message =
+                "the request did not come in time: its message must come within 10 s, or at 1 KiB/s, and within 2 min";
+            axum::Error::new(error(Code::DeadlineExceeded, "REQUEST_TOO_SLOW", message))
+        })
     }
 }
 

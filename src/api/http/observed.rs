@@ -1,4 +1,5 @@
-//! Bodies with an observer: what counts their bytes, records how a call ended, or holds a place until they are gone.
+//! Bodies with an observer: what counts their bytes, records how a call ended, holds a place until they are
+//! gone, or gives up one that comes too slowly.
 
 use std::{
     pin::Pin,
@@ -24,11 +25,23 @@ pub(in crate::api) trait Observer: Send + Unpin + 'static {
 
     /// Called when the whole body was sent.
     fn ended(&mut self) {}
+
+    /// Nothing of the body is there now. An error is its end: it has been waited for too long.
+    fn waits(&mut self, _: &mut Context<'_>) -> Poll<axum::Error> {
+        Poll::Pending
+    }
 }
 
 pub(in crate::api) fn observed(body: Body, observer: impl Observer) -> Body {
     Body::new(Observed { body, observer })
 }
+
+/// Keeps something until the body is gone.
+pub(in crate::api) struct Keeps<T> {
+    pub(in crate::api) _kept: T,
+}
+
+impl<T: Send + Unpin + 'static> Observer for Keeps<T> {}
 
 /// Counts the bytes of a request's body while they come, those of an unfinished message too.
 impl Observer for Received {
@@ -57,7 +70,10 @@ impl<O: Observer> HttpBody for Observed<O> {
         if matches!(polled, Poll::Ready(None)) || body.is_end_stream() {
             observer.ended();
         }
-        polled
+        match polled {
+            Poll::Pending => observer.waits(cx).map(|error| Some(Err(error))),
+            ready => ready,
+        }
     }
 
     fn is_end_stream(&self) -> bool {

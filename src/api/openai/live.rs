@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     access::Account,
+    api::http::observed::{Keeps, observed},
     domain::Endpoint,
     fleet::Extras,
     service::{
@@ -81,7 +82,7 @@ fn respond(endpoint: Endpoint, of: Answered) -> Result<Response, Problem> {
         AnswerBody::Passing(pieces) if is_events => Body::from_stream(events(endpoint, pieces)),
         AnswerBody::Passing(pieces) => Body::from_stream(pieces),
     };
-    let mut response = body.into_response();
+    let mut response = observed(body, Keeps { _kept: of.admitted }).into_response();
     *response.status_mut() = StatusCode::from_u16(of.status).unwrap_or(StatusCode::BAD_GATEWAY);
     response.headers_mut().extend(of.headers.0);
     if is_events {
