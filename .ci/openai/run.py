@@ -16,7 +16,7 @@ ROOT = HERE.parent.parent
 VENV = ROOT / os.environ.pop("TIDEMILL_CI_VENV", "target/ci-venv")
 NODE = ROOT / "target/ci-node"
 # The last one for Node.js 20.
-NODE_PACKAGES = ["openai@6"]
+NODE_PACKAGES = ["openai@6", "@anthropic-ai/sdk@1"]
 
 
 def free_port():
@@ -47,7 +47,7 @@ def models_are_served(base):
 
 
 def node_packages():
-    if not all((NODE / "node_modules" / package.split("@")[0]).exists() for package in NODE_PACKAGES):
+    if not all((NODE / "node_modules" / package.rsplit("@", 1)[0]).exists() for package in NODE_PACKAGES):
         NODE.mkdir(parents=True, exist_ok=True)
         (NODE / "package.json").write_text('{"private": true, "type": "module"}')
         subprocess.run(["npm", "install", "--silent", "--no-fund", "--no-audit", *NODE_PACKAGES], cwd=NODE, check=True)
@@ -69,6 +69,8 @@ def programs():
     yield "instructor", [sys.executable, HERE / "structured.py"], older
     yield "node", ["node", NODE / "sdk.mjs"], {}
     yield "anthropic", [sys.executable, HERE / "messages.py"], {}
+    yield "anthropic-node", ["node", NODE / "messages.mjs"], {}
+    yield "quickstarts-anthropic", [sys.executable, HERE.parent / "readme.py", "docs/anthropic.md"], {}
 
 
 @contextlib.contextmanager
@@ -91,8 +93,6 @@ def serving(tidemill, worker):
 
 def run(tidemill, worker, name, command, more):
     """Whether it passed."""
-    if name == "node":
-        node_packages()
     with serving(tidemill, worker) as (base, log):
         # LiteLLM's own Python comes after the one that is meant.
         folders = [tidemill.parent, pathlib.Path(sys.executable).parent, os.environ["PATH"], VENV / "litellm/bin"]
@@ -124,6 +124,8 @@ def main():
     chosen = [program for program in programs() if not arguments.only or program[0] in arguments.only]
     try:
         wait_for(f"http://127.0.0.1:{worker}/health", sim)
+        if any("node" in program[0] for program in chosen):
+            node_packages()
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             passed = list(pool.map(lambda program: run(tidemill, f"http://127.0.0.1:{worker}", *program), chosen))
     finally:

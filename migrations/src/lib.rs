@@ -19,6 +19,7 @@ mod m20261203_000009_worker_health;
 mod m20261205_000010_sweeps;
 mod m20261206_000011_retention;
 mod m20261207_000012_uploads;
+mod m20261208_000013_not_run;
 
 /// All migrations, oldest first.
 pub struct Migrator;
@@ -41,6 +42,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261205_000010_sweeps::Migration),
             Box::new(m20261206_000011_retention::Migration),
             Box::new(m20261207_000012_uploads::Migration),
+            Box::new(m20261208_000013_not_run::Migration),
         ]
     }
 }

@@ -3,15 +3,18 @@
 //! - [`serve`] assembles the server and stops it in order.
 //! - `gate`: what every request passes: who calls, and how much of the server they may hold.
 //! - `grpc`: `BatchService`, `WebhookAdmin`, `WorkerAdmin`, health, reflection.
-//! - `openai`: OpenAI's HTTP API below `/v1`, and what Anthropic's clients call there.
+//! - `openai`: OpenAI's HTTP API below `/v1`, and live calls in Anthropic's form.
+//! - `anthropic`: Anthropic's Message Batches. `v1`: what both have in common.
 //! - `http`: `/healthz`, `/readyz`, `/metrics`; and what lies below all protocols: the listener, the gate of HTTP, the
 //!   names that the server answers to, handlers that panic.
 
+mod anthropic;
 mod gate;
 mod grpc;
 mod http;
 mod openai;
 mod server;
+mod v1;
 
 pub use gate::TraceId;
 /// Two readers of bytes from outside, for `fuzz/`.

@@ -130,6 +130,9 @@ pub struct Batch {
     pub error_file_id: Option<FileId>,
     /// Numbers of requests.
     pub counts: Counts,
+    /// How many of the failed requests were not run, because the batch was cancelled or expired. An earlier version did not
+    /// count them.
+    pub not_run: i64,
     /// Numbers of tokens.
     pub usage: TokenUsage,
     /// Why it failed.

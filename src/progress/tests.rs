@@ -115,6 +115,7 @@ impl World {
             crc32c: 0,
             completed: LineSet::from_iter([line]),
             failed: LineSet::default(),
+            not_run: 0,
             usage: TokenUsage { output: 5, total: 5, ..TokenUsage::default() },
         };
         assert_eq!(self.store.commit_part(&of.0, of.1, &part).await.unwrap(), Commit::Done);

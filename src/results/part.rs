@@ -13,6 +13,8 @@ use crate::{
 pub struct PartBuilder {
     completed: Vec<(u32, Line)>,
     failed: Vec<(u32, Line)>,
+    /// How many of those were not run.
+    not_run: u32,
     bytes: usize,
     usage: TokenUsage,
 }
@@ -31,6 +33,12 @@ impl PartBuilder {
         let text = text.into();
         self.bytes += text.len();
         self.failed.push((line, text));
+    }
+
+    /// Adds a line of the error file whose request was not run, because its batch ended first.
+    pub fn end(&mut self, line: u32, text: impl Into<Line>) {
+        self.not_run += 1;
+        self.fail(line, text);
     }
 
     #[must_use]
@@ -66,6 +74,7 @@ impl PartBuilder {
             crc32c: crc32c::crc32c(&object),
             completed,
             failed,
+            not_run: self.not_run,
             usage: self.usage,
         };
         (object.into(), part)

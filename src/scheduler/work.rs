@@ -439,6 +439,10 @@ impl Work<'_> {
     fn error(&mut self, key: LineKey, code: &str, message: &str) {
         let line = results::render_error(&self.request_id(key), self.list.custom_id(key), code, message);
         self.builder.fail(self.list.index(key), line);
+        self.failed(key);
+    }
+
+    fn failed(&mut self, key: LineKey) {
         self.list.done(key);
         self.oldest.get_or_insert_with(Instant::now);
         metrics::counter!("tidemill_requests_total", "outcome" => "failed").increment(1);
@@ -453,7 +457,10 @@ impl Work<'_> {
     fn end_unfinished(&mut self, ending: Ending) {
         self.doubtful.clear();
         for key in self.list.unfinished() {
-            self.error(key, ending.error_code(), ending.error_message());
+            let (code, message) = (ending.error_code(), ending.error_message());
+            let line = results::render_error(&self.request_id(key), self.list.custom_id(key), code, message);
+            self.builder.end(self.list.index(key), line);
+            self.failed(key);
         }
     }
 

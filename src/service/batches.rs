@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use futures::future::BoxFuture;
+
 use super::{
     Code, Found, Page, Service, ServiceError, Span, asked,
     error::{self, Violations, no_batch, no_file},
@@ -13,7 +15,7 @@ use crate::{
     domain::{Batch, BatchId, BatchStatus, Endpoint, File, FileId, FileKind, NewBatch, Priority},
     ingest::{INLINE_MAX_BYTES, INLINE_MAX_REQUESTS, InlineRequest, NewUpload},
     progress::Progress,
-    store::{BatchFilter, CancelledBatch, CreatedBatch, DeletedBatch},
+    store::{BatchFilter, CancelledBatch, CreatedBatch, DeletedBatch, PageOrder},
 };
 
 /// Prefix of the idempotency keys of files that the server creates. Clients' keys contain no control characters.
@@ -230,6 +232,7 @@ impl Service {
         let filter = BatchFilter {
             scope: caller.scope(),
             statuses,
+            endpoint: None,
             model: (!of.model.is_empty()).then_some(of.model),
             metadata: of.metadata,
         };
@@ -253,13 +256,27 @@ impl Service {
         limit: u64,
     ) -> Result<(Vec<Shown>, bool), ServiceError> {
         let (filter, after) = (BatchFilter::within(caller.scope()), after.map(BatchId::from_text));
-        let mut found = self.parts.store.batches(&filter, after.as_ref(), limit + 1).await?;
-        let has_more = found.len() as u64 > limit;
-        found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-        let progress = self.parts.hub.progresses(&found).await?;
-        let items = found.into_iter().zip(progress);
-        let items = items.map(|(batch, progress)| Shown { batch, progress: shown(caller, progress) }).collect();
-        Ok((items, has_more))
+        self.page_of(caller, &filter, PageOrder::Newest, after.as_ref(), limit).await
+    }
+
+    /// At most so many batches that follow one, and whether there are more.
+    pub(super) fn page_of<'a>(
+        &'a self,
+        caller: &'a Caller,
+        filter: &'a BatchFilter,
+        order: PageOrder,
+        after: Option<&'a BatchId>,
+        limit: u64,
+    ) -> BoxFuture<'a, Result<(Vec<Shown>, bool), ServiceError>> {
+        Box::pin(async move {
+            let mut found = self.parts.store.batches_in(filter, order, after, limit + 1).await?;
+            let has_more = found.len() as u64 > limit;
+            found.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+            let progress = self.parts.hub.progresses(&found).await?;
+            let items = found.into_iter().zip(progress);
+            let items = items.map(|(batch, progress)| Shown { batch, progress: shown(caller, progress) }).collect();
+            Ok((items, has_more))
+        })
     }
 
     /// Begins to cancel a batch.
@@ -281,7 +298,7 @@ impl Service {
 }
 
 impl Service {
-    /// Deletes an ended batch with its result files.
+    /// Deletes an ended batch with its result files, and with its input if that came with it.
     ///
     /// # Errors
     /// [`ServiceError`].
@@ -290,10 +307,7 @@ impl Service {
         match self.parts.store.delete_batch(&id, &caller.scope()).await? {
             DeletedBatch::Deleted => Ok(()),
             DeletedBatch::NotFound => Err(no_batch(&id)),
-            DeletedBatch::NotEnded => {
-                let message = "the batch has not ended: cancel it, or wait for its end";
-                Err(ServiceError::new(Code::FailedPrecondition, "BATCH_NOT_ENDED", message))
-            }
+            DeletedBatch::NotEnded => Err(ServiceError::not_ended()),
         }
     }
 }

@@ -130,6 +130,19 @@ impl ServiceError {
         Self::invalid("INVALID_REQUEST", message, vec![Violation { field: field.to_owned(), description }])
     }
 
+    /// The batch has not ended, and this is only for one that has.
+    #[must_use]
+    pub fn not_ended() -> Self {
+        let message = "the batch has not ended: cancel it, or wait for its end";
+        Self::new(Code::FailedPrecondition, "BATCH_NOT_ENDED", message)
+    }
+
+    /// A stored result is not what this server writes.
+    #[must_use]
+    pub fn unreadable_result() -> Self {
+        damaged("a line of the results")
+    }
+
     /// The server stops. Another one, or this one after its restart, answers the retry.
     #[must_use]
     pub fn shutting_down() -> Self {

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, stream::BoxStream};
+use futures::{Stream, StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::time::Instant;
 
 use super::{
@@ -61,6 +61,8 @@ pub struct FileUpload {
     caller: Caller,
     place: Place,
     state: State,
+    /// Gives a line's field in the violations its name.
+    name: fn(u64) -> String,
 }
 
 enum State {
@@ -94,10 +96,21 @@ impl Service {
         file: NewFile,
         received: Received,
     ) -> Result<FileUpload, ServiceError> {
-        let new = new_upload(caller, file)?;
+        self.begin(caller, account, new_upload(caller, file)?, received, line_name).await
+    }
+
+    /// The same, of an upload that the server may have described itself; `name` names its lines in errors.
+    pub(super) async fn begin(
+        &self,
+        caller: &Caller,
+        account: &Account,
+        new: NewUpload,
+        received: Received,
+        name: fn(u64) -> String,
+    ) -> Result<FileUpload, ServiceError> {
         let total = new.total_bytes;
         let place = self.limits.upload(account, Some(received)).await?;
-        let begun = self.parts.ingest.begin(new).await.map_err(|error| error::ingest(error, line_name))?;
+        let begun = self.parts.ingest.begin(new).await.map_err(|error| error::ingest(error, name))?;
         let state = match begun {
             Begun::Upload(upload) => State::New(upload),
             Begun::Existing(file) if total.is_some_and(|total| i64::try_from(total) != Ok(file.bytes)) => {
@@ -112,7 +125,7 @@ impl Service {
                 Err(_) => State::Settled(file),
             },
         };
-        Ok(FileUpload { service: self.clone(), caller: caller.clone(), place, state })
+        Ok(FileUpload { service: self.clone(), caller: caller.clone(), place, state, name })
     }
 
     /// Runs a whole upload, within the longest time for one.
@@ -273,16 +286,16 @@ impl FileUpload {
     }
 
     /// Completes when this upload must give way to another.
-    pub fn gives_way(&self) -> impl Future<Output = ServiceError> + Send + use<> {
+    pub fn gives_way(&self) -> BoxFuture<'static, ServiceError> {
         let is_new = matches!(self.state, State::New(_));
         let gives_way = self.place.gives_way();
-        async move {
+        Box::pin(async move {
             if !is_new {
                 std::future::pending::<()>().await;
             }
             gives_way.await;
             gave_way()
-        }
+        })
     }
 
     /// Sets when the file expires, where that becomes known only after its bytes.
@@ -307,7 +320,7 @@ impl FileUpload {
         let settled = match &mut self.state {
             State::New(upload) => {
                 self.service.limits.bytes(&self.caller.owner, bytes.len() as u64)?;
-                return upload.write(bytes).await.map_err(|error| error::ingest(error, line_name));
+                return upload.write(bytes).await.map_err(|error| error::ingest(error, self.name));
             }
             State::Known(known) => known.compare(bytes).await?.then(|| known.file.clone()),
             State::Settled(_) => None,
@@ -324,7 +337,7 @@ impl FileUpload {
     /// [`ServiceError`].
     pub async fn finish(self) -> Result<File, ServiceError> {
         match self.state {
-            State::New(upload) => upload.finish().await.map_err(|error| error::ingest(error, line_name)),
+            State::New(upload) => upload.finish().await.map_err(|error| error::ingest(error, self.name)),
             // A client that sends no bytes asks whether the file is there.
             State::Known(known) if known.bytes == 0 || i64::try_from(known.bytes) == Ok(known.file.bytes) => {
                 Ok(known.file)
@@ -397,6 +410,25 @@ impl Patience {
     #[must_use]
     pub fn new(received: Received) -> Self {
         Self { received, pace: Pace::default() }
+    }
+
+    /// The next piece of an upload, if it comes in time and the upload need not give way to another: `gives_way` is its
+    /// [`FileUpload::gives_way`], none as long as it has not begun. `None` is the end.
+    ///
+    /// # Errors
+    /// As of [`Patience::next`].
+    pub async fn next_of<T, E: From<ServiceError>>(
+        &mut self,
+        service: &Service,
+        gives_way: Option<BoxFuture<'static, ServiceError>>,
+        pieces: &mut (impl Stream<Item = Result<T, E>> + Unpin),
+    ) -> Result<Option<T>, E> {
+        let Some(gives_way) = gives_way else { return self.next(|| false, pieces).await };
+        tokio::select! {
+            biased;
+            gives_way = gives_way => Err(gives_way.into()),
+            next = self.next(|| service.is_crowded(), pieces) => next,
+        }
     }
 
     /// The next piece, if it comes in time; there is less time while `crowded`. `None` is the end.

@@ -12,7 +12,8 @@ use crate::{
 };
 
 pub(super) fn of_batches(filter: &BatchFilter) -> String {
-    let BatchFilter { scope, statuses, model, metadata } = filter;
+    // No list with page tokens is of one endpoint.
+    let BatchFilter { scope, statuses, endpoint: _, model, metadata } = filter;
     let statuses: Vec<_> = statuses.iter().map(|status| status.as_str()).collect();
     json!(["batches", scope, statuses, model, metadata]).to_string()
 }

@@ -5,6 +5,7 @@
 //! - [`files`]: upload, show, list, delete, read. [`uploads`]: uploads in parts. [`batches`]: create, show, list, cancel. [`retry`]: a batch's failed
 //!   requests once more. [`infer`], [`live`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
 //! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
+//! - `message_batches`: batches of Anthropic's clients.
 //! - `rules`: what fields may hold. `asked`: whether a repeated call asks for the same. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
 
 mod asked;
@@ -14,6 +15,7 @@ pub mod files;
 mod filters;
 pub mod infer;
 pub mod live;
+mod message_batches;
 pub mod page;
 pub mod results;
 pub mod retry;
@@ -31,7 +33,9 @@ use tokio_util::sync::CancellationToken;
 #[cfg(test)]
 pub(crate) use self::error::{ingest as ingest_error, line_name};
 pub use self::{
+    batches::Shown,
     error::{BadLines, Code, ServiceError, Violation, bad_lines, shortened},
+    message_batches::Beside,
     page::{Found, Page},
     rules::{NotASpan, Span},
     text::short,

@@ -24,6 +24,10 @@ use crate::domain::{
     Timestamp, lifecycle::BatchTrigger,
 };
 
+/// Prefix of the request ids of input files that came with their batch, and go with it. No client's key has a control
+/// character.
+pub const COMES_WITH_BATCH: &str = "\u{1}messages:";
+
 /// The outcome of creating a batch.
 #[derive(Debug)]
 pub enum CreatedBatch {
@@ -222,6 +226,14 @@ impl Store {
             let (at, of) = (now(&tx).await?, id.as_str());
             free(&tx, of, at).await?;
             file::Entity::delete_many().filter(file::Column::BatchId.eq(of)).exec(&tx).await?;
+            // The sweep deletes it once no other batch reads it.
+            file::Entity::update_many()
+                .col_expr(file::Column::DeletedAt, Expr::val(at.0))
+                .col_expr(file::Column::RequestId, Expr::val(Option::<String>::None))
+                .filter(file::Column::Id.eq(&row.input_file_id))
+                .filter(file::Column::RequestId.starts_with(COMES_WITH_BATCH))
+                .exec(&tx)
+                .await?;
             batch_model::Entity::delete_many().filter(batch_model::Column::BatchId.eq(of)).exec(&tx).await?;
             batch_metadata::Entity::delete_many().filter(batch_metadata::Column::BatchId.eq(of)).exec(&tx).await?;
             batch_event::Entity::delete_many().filter(batch_event::Column::BatchId.eq(of)).exec(&tx).await?;
@@ -447,6 +459,7 @@ fn new_row(
         total: input.line_count,
         completed: 0,
         failed: 0,
+        not_run: 0,
         input_tokens: 0,
         cached_input_tokens: 0,
         output_tokens: 0,

@@ -129,6 +129,7 @@ impl TryFrom<entity::batch::Model> for Batch {
             output_file_id: row.output_file_id.map(FileId::from_text),
             error_file_id: row.error_file_id.map(FileId::from_text),
             counts: Counts { total: row.total, completed: row.completed, failed: row.failed },
+            not_run: row.not_run,
             usage,
             errors: json("error list", &row.errors)?,
             metadata: json("metadata", &row.metadata)?,

@@ -53,7 +53,7 @@ use sqlx::{Connection, SqliteConnection, pool::PoolConnectionMetadata};
 use tokio::sync::{broadcast, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-pub use batches::{CancelledBatch, ClosedWindows, CreatedBatch, DeletedBatch};
+pub use batches::{COMES_WITH_BATCH, CancelledBatch, ClosedWindows, CreatedBatch, DeletedBatch};
 pub use claims::{Candidate, ClaimedSegment, HeldSegment, Renewed, SegmentRecord};
 pub use error::StoreError;
 pub use events::StateEvent;

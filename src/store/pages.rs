@@ -17,7 +17,7 @@ use super::{
     entity::{batch, batch_metadata, batch_model, file},
     scoped::visible,
 };
-use crate::domain::{Batch, BatchId, BatchStatus, File, FileId, FileKind, Scope};
+use crate::domain::{Batch, BatchId, BatchStatus, Endpoint, File, FileId, FileKind, Scope};
 
 /// Index entries counted at most to find the rarest of several filters: about 1 ms.
 const COUNTED: u64 = 10_000;
@@ -32,6 +32,8 @@ pub struct BatchFilter {
     pub scope: Scope,
     /// Only batches in one of these states. Empty: in any.
     pub statuses: Vec<BatchStatus>,
+    /// Only batches of this endpoint. `None`: of any.
+    pub endpoint: Option<Endpoint>,
     /// Only batches that use this model. `None`: any.
     pub model: Option<String>,
     /// Only batches whose metadata has all of these pairs.
@@ -61,7 +63,7 @@ impl BatchFilter {
     /// All batches within a scope.
     #[must_use]
     pub fn within(scope: Scope) -> Self {
-        Self { scope, statuses: Vec::new(), model: None, metadata: BTreeMap::new() }
+        Self { scope, statuses: Vec::new(), endpoint: None, model: None, metadata: BTreeMap::new() }
     }
 }
 
@@ -76,7 +78,7 @@ impl FileFilter {
 /// The index that a page of batches scans. All are in the order of the batches' ids.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Walk<'a> {
-    /// The batches, by the owner and the state of the filter if it has them.
+    /// The batches, by the owner, the endpoint and the state of the filter if it has them.
     Batches,
     /// The batches with this model.
     Model(&'a str),
@@ -89,6 +91,7 @@ enum Walk<'a> {
 struct Wanted<'a> {
     filter: &'a BatchFilter,
     status: Option<BatchStatus>,
+    order: PageOrder,
     after: Option<&'a BatchId>,
 }
 
@@ -103,14 +106,29 @@ impl Store {
         after: Option<&BatchId>,
         limit: u64,
     ) -> Result<Vec<Batch>, StoreError> {
+        self.batches_in(filter, PageOrder::Newest, after, limit).await
+    }
+
+    /// The same, in either order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn batches_in(
+        &self,
+        filter: &BatchFilter,
+        order: PageOrder,
+        after: Option<&BatchId>,
+        limit: u64,
+    ) -> Result<Vec<Batch>, StoreError> {
         let after = after.map(|after| after.as_str().to_owned());
-        let rows = |after| self.batch_rows(filter, after, limit);
+        let rows = |after| self.batch_rows(filter, order, after, limit);
         readable_page("batch", limit, after, rows, |row: &batch::Model| &row.id).await
     }
 
     async fn batch_rows(
         &self,
         filter: &BatchFilter,
+        order: PageOrder,
         after: Option<String>,
         limit: u64,
     ) -> Result<Vec<batch::Model>, StoreError> {
@@ -123,12 +141,12 @@ impl Store {
         let states: Vec<_> = if filter.statuses.is_empty() { vec![None] } else { states.collect() };
         let mut rows = Vec::new();
         for status in states {
-            let wanted = Wanted { filter, status, after };
+            let wanted = Wanted { filter, status, order, after };
             let walk = self.rarest(wanted).await?;
             let page = batch::Entity::find().filter(batch::Column::Id.in_subquery(wanted.page(walk, limit)));
             rows.extend(page.all(self.read()).await?);
         }
-        newest_first(&mut rows, limit, |row| &row.id);
+        in_order(&mut rows, order, limit, |row| &row.id);
         Ok(rows)
     }
 
@@ -212,13 +230,7 @@ impl Store {
             }
             rows.extend(find.all(self.read()).await?);
         }
-        match order {
-            PageOrder::Newest => newest_first(&mut rows, limit, |row| &row.id),
-            PageOrder::Oldest => {
-                rows.sort_by(|one, other| one.id.cmp(&other.id));
-                rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-            }
-        }
+        in_order(&mut rows, order, limit, |row| &row.id);
         Ok(rows)
     }
 }
@@ -226,7 +238,8 @@ impl Store {
 impl<'a> Wanted<'a> {
     /// The possible scans for this filter.
     fn walks(self) -> Vec<Walk<'a>> {
-        let batches = self.filter.scope.owner().is_some() || self.status.is_some();
+        let filter = self.filter;
+        let batches = filter.scope.owner().is_some() || self.status.is_some() || filter.endpoint.is_some();
         let pairs = self.filter.metadata.iter().map(|(name, value)| Walk::Pair(name, value));
         let model = self.filter.model.as_deref().map(Walk::Model);
         let walks: Vec<_> = batches.then_some(Walk::Batches).into_iter().chain(pairs).chain(model).collect();
@@ -239,7 +252,10 @@ impl<'a> Wanted<'a> {
         let mut ids = self.rows_of(walk, WALKED);
         ids.column(key.clone());
         if let Some(after) = self.after {
-            ids.and_where(Expr::col(key).lt(after.as_str()));
+            ids.and_where(match self.order {
+                PageOrder::Newest => Expr::col(key).lt(after.as_str()),
+                PageOrder::Oldest => Expr::col(key).gt(after.as_str()),
+            });
         }
         ids
     }
@@ -253,7 +269,11 @@ impl<'a> Wanted<'a> {
             rows.expr(Expr::val(1)).and_where(Expr::col(other.key(LOOKED_AT)).equals(key.clone()));
             ids.and_where(Expr::exists(rows));
         }
-        ids.order_by(key, Order::Desc).limit(limit);
+        let order = match self.order {
+            PageOrder::Newest => Order::Desc,
+            PageOrder::Oldest => Order::Asc,
+        };
+        ids.order_by(key, order).limit(limit);
         ids
     }
 
@@ -265,6 +285,9 @@ impl<'a> Wanted<'a> {
                 rows.from_as(batch::Entity, alias);
                 if let Some(owner) = self.filter.scope.owner() {
                     rows.and_where(Expr::col((alias, batch::Column::Owner)).eq(owner.as_str()));
+                }
+                if let Some(endpoint) = self.filter.endpoint {
+                    rows.and_where(Expr::col((alias, batch::Column::Endpoint)).eq(endpoint.path()));
                 }
                 if let Some(status) = self.status {
                     rows.and_where(Expr::col((alias, batch::Column::Status)).eq(status.as_str()));
@@ -325,8 +348,11 @@ where
 }
 
 /// Merges the results of several scans, each at most `limit`, into one page.
-fn newest_first<T>(rows: &mut Vec<T>, limit: u64, id: impl Fn(&T) -> &String) {
-    rows.sort_by(|one, other| id(other).cmp(id(one)));
+fn in_order<T>(rows: &mut Vec<T>, order: PageOrder, limit: u64, id: impl Fn(&T) -> &String) {
+    rows.sort_by(|one, other| match order {
+        PageOrder::Newest => id(other).cmp(id(one)),
+        PageOrder::Oldest => id(one).cmp(id(other)),
+    });
     rows.dedup_by(|one, other| id(one) == id(other));
     rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
 }

@@ -33,6 +33,8 @@ pub struct NewPart {
     pub completed: LineSet,
     /// The segment's lines that are error lines here.
     pub failed: LineSet,
+    /// How many of its error lines are of requests that were not run, because the batch was cancelled or expired.
+    pub not_run: u32,
     /// The token usage of its output lines together.
     pub usage: TokenUsage,
 }
@@ -301,6 +303,7 @@ async fn insert(
         crc32c: Set(i64::from(new.crc32c)),
         completed_lines: Set(new.completed.as_bytes().to_vec()),
         failed_lines: Set(new.failed.as_bytes().to_vec()),
+        not_run: Set(i64::from(new.not_run)),
         input_tokens: Set(new.usage.input),
         cached_input_tokens: Set(new.usage.cached_input),
         output_tokens: Set(new.usage.output),
@@ -317,6 +320,7 @@ fn count(row: &mut batch::Model, of: &NewPart, sign: i64) {
     let lines = |set: &LineSet| sign * i64::try_from(set.len()).unwrap_or(0);
     row.completed += lines(&of.completed);
     row.failed += lines(&of.failed);
+    row.not_run += sign * i64::from(of.not_run);
     row.input_tokens = tokens(row.input_tokens, of.usage.input, sign);
     row.cached_input_tokens = tokens(row.cached_input_tokens, of.usage.cached_input, sign);
     row.output_tokens = tokens(row.output_tokens, of.usage.output, sign);
@@ -342,6 +346,7 @@ fn from_row(row: part::Model) -> Part {
             crc32c: u32::try_from(row.crc32c).unwrap_or(0),
             completed: LineSet::from_bytes(row.completed_lines),
             failed: LineSet::from_bytes(row.failed_lines),
+            not_run: u32::try_from(row.not_run).unwrap_or(0),
             usage: TokenUsage {
                 input: row.input_tokens,
                 cached_input: row.cached_input_tokens,

@@ -189,6 +189,7 @@ impl Server {
             crc32c: crc32c::crc32c(&objects.concat()),
             completed: LineSet::from_iter(completed),
             failed: LineSet::from_iter(failed),
+            not_run: 0,
             usage: TokenUsage { output: 3, total: 3, ..TokenUsage::default() },
         };
         assert_eq!(self.store.commit_part(&lease.0, lease.1, &part).await.unwrap(), Commit::Done);

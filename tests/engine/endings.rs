@@ -42,6 +42,7 @@ async fn one(node: &Node, worker: &Worker, seed: u64) {
     for line in &errors {
         assert_eq!(line["error"]["code"], code, "seed {seed}: {line}");
     }
+    assert_eq!(batch.not_run, errors.len() as i64, "seed {seed}: counted apart");
     if batch.status == BatchStatus::Completed {
         assert_eq!(errors.len(), 0, "seed {seed}");
     }

@@ -98,7 +98,7 @@ async fn cancelling_keeps_what_is_done_and_frees_the_worker() {
     assert_eq!(batch.status, BatchStatus::Cancelled);
     let (output, errors) = node.results(&batch).await;
     assert_one_line_each(&lines, &output, &errors);
-    assert_eq!((output.len(), errors.len()), (30, 60));
+    assert_eq!((output.len(), errors.len(), batch.not_run), (30, 60, 60));
     for line in &errors {
         assert_eq!(line["error"]["code"], "batch_cancelled");
         assert!(line["response"].is_null());

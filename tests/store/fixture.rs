@@ -241,6 +241,7 @@ pub fn part(completed: impl IntoIterator<Item = u32>, failed: impl IntoIterator<
         output_bytes: completed.len() as u64 * 100,
         error_bytes: failed.len() as u64 * 50,
         crc32c: 0xffff_fff0,
+        not_run: 0,
         usage: TokenUsage {
             input: lines * 7,
             cached_input: lines,

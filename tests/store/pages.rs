@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tidemill::{
-    domain::{Batch, BatchId, BatchStatus, FileId, Scope},
-    store::{BatchFilter, FileFilter},
+    domain::{Batch, BatchId, BatchStatus, Endpoint, FileId, Scope},
+    store::{BatchFilter, FileFilter, PageOrder},
 };
 
 use crate::fixture::{Db, new_batch};
@@ -13,6 +13,7 @@ use crate::fixture::{Db, new_batch};
 on_both_databases!(every_filter_finds_each_match_once_newest_first, every_purpose_finds_its_files);
 
 const OWNERS: [&str; 2] = ["a", "b"];
+const ENDPOINTS: [Endpoint; 2] = [Endpoint::ChatCompletions, Endpoint::Messages];
 const MODELS: [&str; 3] = ["m", "n", "o"];
 
 fn pairs(random: &mut StdRng, share: f64) -> BTreeMap<String, String> {
@@ -36,6 +37,7 @@ async fn populate(db: &Db, random: &mut StdRng) -> Vec<(Batch, Vec<String>, BTre
         let file = db.file_of(owner, 1, &models).await;
         let mut new = new_batch(&file.id);
         new.owner = (*owner).into();
+        new.endpoint = *ENDPOINTS.choose(random).unwrap();
         new.metadata = pairs(random, 0.7);
         let metadata = new.metadata.clone();
         let batch = db.create(new).await;
@@ -67,6 +69,7 @@ async fn every_filter_finds_each_match_once_newest_first(db: Db) {
         let filter = BatchFilter {
             scope: random.random_bool(0.5).then(|| (*OWNERS.choose(&mut random).unwrap()).to_owned()).into(),
             statuses: BatchStatus::ALL.into_iter().filter(|_| random.random_bool(0.3)).collect(),
+            endpoint: random.random_bool(0.3).then(|| *ENDPOINTS.choose(&mut random).unwrap()),
             model: random.random_bool(0.3).then(|| (*MODELS.choose(&mut random).unwrap()).to_owned()),
             metadata: pairs(&mut random, 0.3),
         };
@@ -74,6 +77,7 @@ async fn every_filter_finds_each_match_once_newest_first(db: Db) {
             .iter()
             .filter(|(batch, models, metadata)| {
                 filter.scope.sees(&batch.owner)
+                    && filter.endpoint.is_none_or(|endpoint| batch.endpoint == endpoint)
                     && (filter.statuses.is_empty() || filter.statuses.contains(&batch.status))
                     && filter.model.as_ref().is_none_or(|model| models.contains(model))
                     && filter.metadata.iter().all(|(name, value)| metadata.get(name) == Some(value))
@@ -82,14 +86,18 @@ async fn every_filter_finds_each_match_once_newest_first(db: Db) {
             .collect();
         let size = random.random_range(1..20);
         let mut pages: Vec<BatchId> = Vec::new();
+        let order = if random.random_bool(0.7) { PageOrder::Newest } else { PageOrder::Oldest };
         loop {
-            let page = db.store.batches(&filter, pages.last(), size).await.unwrap();
+            let page = db.store.batches_in(&filter, order, pages.last(), size).await.unwrap();
             assert!(page.len() as u64 <= size);
             let last = (page.len() as u64) < size;
             pages.extend(page.into_iter().map(|batch| batch.id));
             if last {
                 break;
             }
+        }
+        if order == PageOrder::Oldest {
+            pages.reverse();
         }
         assert_eq!(pages.iter().collect::<Vec<_>>(), expected, "seed {seed}: {filter:?} by {size}");
         found += pages.len();

@@ -156,7 +156,7 @@ async fn a_batch_without_errors_has_no_error_file(db: Db) {
 async fn dropped_parts_are_counted_back_once(db: Db) {
     let batch = db.batch(2).await;
     let claimed = db.claim(&batch.id).await;
-    let (good, torn) = (part(0..4, [4]), part(5..8, [8, 9]));
+    let (good, torn) = (NewPart { not_run: 1, ..part(0..4, [4]) }, NewPart { not_run: 2, ..part(5..8, [8, 9]) });
     for one in [&good, &torn] {
         db.store.commit_part(&claimed.segment, claimed.epoch, one).await.unwrap();
     }
@@ -167,6 +167,7 @@ async fn dropped_parts_are_counted_back_once(db: Db) {
         assert_eq!(dropped, Commit::Done, "a caller whose answer was lost asks again");
     }
     let after = db.get(&batch.id).await;
+    assert_eq!((before.not_run, after.not_run), (3, 1));
     assert_eq!((after.counts.completed, after.counts.failed), (4, 1));
     assert_eq!(after.usage, good.usage);
     assert!(after.revision > before.revision);

@@ -171,6 +171,7 @@ impl Db {
             crc32c: 0,
             completed: lines.collect::<LineSet>(),
             failed: LineSet::default(),
+            not_run: 0,
             usage: TokenUsage::default(),
         };
         self.store.commit_part(&claimed.segment, claimed.epoch, &part).await.unwrap();

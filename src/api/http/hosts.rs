@@ -14,7 +14,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use crate::{
     api::{
         grpc,
-        openai::{
+        v1::{
             self,
             problem::{Dialect, Problem},
         },
@@ -192,7 +192,7 @@ impl Hosts {
                 response.headers_mut().insert(KIND, kind);
                 response
             }
-            None if openai::is_below(request.uri().path()) => {
+            None if v1::is_below(request.uri().path()) => {
                 let response = Problem::from(error).respond(Dialect::of(request.uri().path()));
                 (code, response).into_response()
             }

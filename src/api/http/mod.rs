@@ -32,11 +32,13 @@ use tracing::{Instrument, Span};
 use observed::{Observer, observed};
 
 use super::{
+    anthropic,
     gate::{Gate, TraceId, trace_id},
-    grpc,
-    openai::{
-        self, RequestId,
+    grpc, openai,
+    v1::{
+        self, body,
         problem::{Dialect, Problem},
+        request::RequestId,
     },
 };
 use crate::{
@@ -66,7 +68,7 @@ pub(super) fn routes(service: Service, gate: Arc<Gate>, api: Option<BadFiles>, s
     );
     // Without the role api a path of the API is not unknown: another node has it.
     let api = match api {
-        Some(bad_files) => openai::routes(service.clone(), bad_files),
+        Some(bad_files) => openai::routes(service.clone(), bad_files).merge(anthropic::routes(service.clone())),
         None => Router::new().route("/v1/{*path}", any(elsewhere)),
     };
     Router::new()
@@ -100,15 +102,15 @@ async fn nothing(request: Request) -> Response {
     if grpc::is_grpc(&request) {
         return grpc::unknown_method();
     }
-    if openai::is_below(request.uri().path()) {
-        return openai::nothing(request.method(), request.uri().path());
+    if v1::is_below(request.uri().path()) {
+        return v1::nothing(request.method(), request.uri().path());
     }
     (StatusCode::NOT_FOUND, NOTHING).into_response()
 }
 
 async fn other_method(request: Request) -> Response {
     let path = request.uri().path();
-    if openai::is_below(path) {
+    if v1::is_below(path) {
         return Problem::method(request.method(), path).respond(Dialect::of(path));
     }
     (StatusCode::METHOD_NOT_ALLOWED, NOTHING).into_response()
@@ -164,6 +166,11 @@ fn route_of(method: &Method, path: &str) -> (&'static str, Kind) {
         ["v1", "rerank"] => ("/v1/rerank", Kind::Known),
         ["v1", "messages"] => ("/v1/messages", Kind::Known),
         ["v1", "messages", "count_tokens"] => ("/v1/messages/count_tokens", Kind::Known),
+        ["v1", "messages", "batches"] if *method == Method::POST => ("/v1/messages/batches", Kind::Upload),
+        ["v1", "messages", "batches"] => ("/v1/messages/batches", Kind::Known),
+        ["v1", "messages", "batches", _] => ("/v1/messages/batches/{batch}", Kind::Known),
+        ["v1", "messages", "batches", _, "cancel"] => ("/v1/messages/batches/{batch}/cancel", Kind::Known),
+        ["v1", "messages", "batches", _, "results"] => ("/v1/messages/batches/{batch}/results", Kind::Download),
         ["v1", "models", ..] => ("/v1/models/{model}", Kind::Known),
         _ => ("other", Kind::Open),
     }
@@ -178,7 +185,7 @@ async fn pass(
     let began = Instant::now();
     let path = request.uri().path();
     let (route, kind) = route_of(request.method(), path);
-    let api = openai::is_below(path).then(|| (Dialect::of(path), RequestId::of(request.headers())));
+    let api = v1::is_below(path).then(|| (Dialect::of(path), RequestId::of(request.headers())));
     let caller = match kind {
         Kind::Open => Ok(Caller::anonymous()),
         _ if shutdown.is_cancelled() => Err(ServiceError::shutting_down()),
@@ -224,7 +231,7 @@ async fn pass(
         Err(refused) => match &api {
             Some((dialect, _)) => {
                 let (parts, body) = request.into_parts();
-                openai::body::drain(&parts.headers, body.into_data_stream());
+                body::drain(&parts.headers, body.into_data_stream());
                 (Problem::from(refused).respond(*dialect), None)
             }
             None => (told::tell(&refused), None),

@@ -7,7 +7,7 @@ use std::panic::AssertUnwindSafe;
 use crate::{
     api::{
         grpc::{crashed, is_grpc},
-        openai::{
+        v1::{
             self,
             problem::{Dialect, Problem},
         },
@@ -36,7 +36,7 @@ pub(in crate::api) async fn caught(request: Request, next: Next) -> Response {
             seldom!(error, path, panic = message(&*panic), "a call has crashed, which is a bug");
             if is_grpc {
                 crashed(MESSAGE)
-            } else if openai::is_below(&path) {
+            } else if v1::is_below(&path) {
                 Problem::internal(MESSAGE).respond(Dialect::of(&path))
             } else {
                 (StatusCode::INTERNAL_SERVER_ERROR, format!("{MESSAGE}\n")).into_response()

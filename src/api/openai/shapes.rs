@@ -96,7 +96,7 @@ pub(super) fn batch(of: &Batch, progress: Option<&Progress>) -> Value {
 }
 
 /// What only this server says of a batch.
-fn own(of: &Batch, progress: Option<&Progress>) -> Value {
+pub(in crate::api) fn own(of: &Batch, progress: Option<&Progress>) -> Value {
     let mut own = json!({
         "models": of.models,
         "priority": of.priority.value(),

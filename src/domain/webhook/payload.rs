@@ -104,6 +104,7 @@ mod tests {
             output_file_id: Some(FileId::from_text("file-out")),
             error_file_id: None,
             counts: Counts { total: 100, completed: 98, failed: 2 },
+            not_run: 0,
             usage: TokenUsage::default(),
             errors: vec![],
             metadata: BTreeMap::from([("name".into(), "café 你 😀 \"q\" \\ /".into()), ("z".into(), "1".into())]),

@@ -19,6 +19,7 @@ pub struct Model {
     pub total: i64,
     pub completed: i64,
     pub failed: i64,
+    pub not_run: i64,
     pub input_tokens: i64,
     pub cached_input_tokens: i64,
     pub output_tokens: i64,

@@ -17,6 +17,7 @@ pub struct Model {
     pub crc32c: i64,
     pub completed_lines: Vec<u8>,
     pub failed_lines: Vec<u8>,
+    pub not_run: i64,
     pub input_tokens: i64,
     pub cached_input_tokens: i64,
     pub output_tokens: i64,

@@ -13,9 +13,9 @@ use super::problem::Problem;
 use crate::access::LEAST;
 
 /// The most bytes of a JSON body that is no live call.
-pub(super) const SMALL: usize = 64 * 1024;
+pub(in crate::api) const SMALL: usize = 64 * 1024;
 /// The most bytes of a live call's body: as large as vLLM takes prompts with pictures in them.
-pub(super) const LARGE: usize = 32 * 1024 * 1024;
+pub(in crate::api) const LARGE: usize = 32 * 1024 * 1024;
 /// How long a body may take to come, at the least rate; and at any rate.
 const GRACE: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(120);
@@ -27,7 +27,7 @@ const DRAIN: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Problem> {
+pub(in crate::api) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Problem> {
     plain(headers)?;
     let too_large = || {
         let message = format!("the request body is larger than {most} bytes");
@@ -73,7 +73,7 @@ pub(super) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Resul
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<Map<String, Value>, Problem> {
+pub(in crate::api) async fn json(headers: &HeaderMap, body: Body) -> Result<Map<String, Value>, Problem> {
     json_of(headers, body, SMALL).await
 }
 
@@ -81,7 +81,7 @@ pub(super) async fn json(headers: &HeaderMap, body: Body) -> Result<Map<String, 
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn json_of(headers: &HeaderMap, body: Body, most: usize) -> Result<Map<String, Value>, Problem> {
+pub(in crate::api) async fn json_of(headers: &HeaderMap, body: Body, most: usize) -> Result<Map<String, Value>, Problem> {
     let bytes = whole(headers, body, most).await?;
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
@@ -95,7 +95,7 @@ pub(super) async fn json_of(headers: &HeaderMap, body: Body, most: usize) -> Res
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) async fn json_and(
+pub(in crate::api) async fn json_and(
     headers: &HeaderMap,
     body: Body,
     most: usize,
@@ -124,7 +124,7 @@ fn no_json(error: &serde_json::Error) -> Problem {
 }
 
 /// The connection broke while the body came: nobody reads this.
-pub(super) fn broken_off() -> Problem {
+pub(in crate::api) fn broken_off() -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, "body_broken_off", "the request body broke off before its end")
 }
 
@@ -132,7 +132,7 @@ pub(super) fn broken_off() -> Problem {
 ///
 /// # Errors
 /// [`Problem`].
-pub(super) fn plain(headers: &HeaderMap) -> Result<(), Problem> {
+pub(in crate::api) fn plain(headers: &HeaderMap) -> Result<(), Problem> {
     match headers.get(header::CONTENT_ENCODING) {
         Some(coding) if !coding.as_bytes().eq_ignore_ascii_case(b"identity") => {
             let message = "the request body has a content-encoding: send it without";
@@ -143,7 +143,7 @@ pub(super) fn plain(headers: &HeaderMap) -> Result<(), Problem> {
 }
 
 /// The announced length.
-pub(super) fn length(headers: &HeaderMap) -> Option<u64> {
+pub(in crate::api) fn length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 

@@ -54,7 +54,7 @@ pub(in crate::api) struct Problem {
 
 impl Problem {
     /// A problem with a code of its own.
-    pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
+    pub(in crate::api) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
         Self {
             status,
             kind: if status.is_server_error() { "server_error" } else { INVALID },
@@ -68,23 +68,23 @@ impl Problem {
     }
 
     /// A request that can't be right, for what it says in one field.
-    pub(super) fn invalid(code: &str, param: &str, message: impl Into<String>) -> Self {
+    pub(in crate::api) fn invalid(code: &str, param: &str, message: impl Into<String>) -> Self {
         Self { param: Some(param.to_owned()), ..Self::new(StatusCode::BAD_REQUEST, code, message) }
     }
 
     /// A field that must be there and is not.
-    pub(super) fn missing(param: &str) -> Self {
+    pub(in crate::api) fn missing(param: &str) -> Self {
         Self::invalid("missing_required_parameter", param, format!("Missing required parameter: '{param}'."))
     }
 
     /// A field with a value that it can't have. `supported`: what it can have.
-    pub(super) fn value(param: &str, found: &str, supported: &str) -> Self {
+    pub(in crate::api) fn value(param: &str, found: &str, supported: &str) -> Self {
         let message = format!("Invalid value: '{}'. Supported values are: {supported}.", short(found));
         Self::invalid("invalid_value", param, message)
     }
 
     /// A field of another type than it must have.
-    pub(super) fn kind(param: &str, expected: &str, found: &Value) -> Self {
+    pub(in crate::api) fn kind(param: &str, expected: &str, found: &Value) -> Self {
         let found = match found {
             Value::Null => "null",
             Value::Bool(_) => "a boolean",
@@ -122,17 +122,17 @@ impl Problem {
     }
 
     /// The same with another field.
-    pub(super) fn on(self, param: &str) -> Self {
+    pub(in crate::api) fn on(self, param: &str) -> Self {
         Self { param: Some(param.to_owned()), ..self }
     }
 
     /// The same in other words.
-    pub(super) fn saying(self, message: impl Into<String>) -> Self {
+    pub(in crate::api) fn saying(self, message: impl Into<String>) -> Self {
         Self { message: message.into(), ..self }
     }
 
     /// The error's code and message, for the end of a stream that breaks.
-    pub(super) fn object(&self) -> Value {
+    pub(in crate::api) fn object(&self) -> Value {
         let Self { message, kind, param, code, .. } = self;
         json!({"message": message, "type": kind, "param": param, "code": code})
     }
@@ -152,7 +152,14 @@ impl Problem {
                 "error": {"type": anthropic_kind(self.status), "message": self.message},
             }),
         };
-        let mut response = (self.status, axum::Json(body)).into_response();
+        let status = match dialect {
+            Dialect::OpenAi => self.status,
+            Dialect::Anthropic => anthropic_status(self.status),
+        };
+        let mut response = (status, axum::Json(&body)).into_response();
+        if dialect == Dialect::Anthropic {
+            response.extensions_mut().insert(Unsigned(body));
+        }
         let headers = response.headers_mut();
         if self.is_final {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
@@ -168,14 +175,44 @@ impl Problem {
     }
 }
 
-fn anthropic_kind(status: StatusCode) -> &'static str {
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        self.respond(Dialect::OpenAi)
+    }
+}
+
+/// An error of Anthropic's that does not name its request yet.
+#[derive(Clone)]
+struct Unsigned(Value);
+
+/// Writes the id of the request into an error of Anthropic's, as its clients expect it.
+pub(in crate::api) fn sign(response: &mut Response, id: &HeaderValue) {
+    if let Some(Unsigned(mut error)) = response.extensions_mut().remove() {
+        error["request_id"] = String::from_utf8_lossy(id.as_bytes()).into();
+        *response.body_mut() = error.to_string().into();
+    }
+}
+
+/// The same status as Anthropic's API has it: it has no conflicts, and a number of its own for "not now".
+fn anthropic_status(of: StatusCode) -> StatusCode {
+    match of {
+        StatusCode::CONFLICT => StatusCode::BAD_REQUEST,
+        StatusCode::GONE => StatusCode::NOT_FOUND,
+        StatusCode::SERVICE_UNAVAILABLE => StatusCode::from_u16(529).unwrap_or(of),
+        other => other,
+    }
+}
+
+/// The type of an error with this status, in Anthropic's words.
+pub(in crate::api) fn anthropic_kind(status: StatusCode) -> &'static str {
     match status.as_u16() {
         401 => "authentication_error",
         403 => "permission_error",
-        404 => "not_found_error",
+        404 | 410 => "not_found_error",
         413 => "request_too_large",
         429 => "rate_limit_error",
-        503 => "overloaded_error",
+        503 | 529 => "overloaded_error",
+        504 => "timeout_error",
         500.. => "api_error",
         _ => "invalid_request_error",
     }
@@ -289,7 +326,7 @@ fn list_of(reports: &[LineReport]) -> Value {
 }
 
 /// OpenAI's sentence for a bad line, which programs look for, before this server's.
-pub(super) fn openais(code: &str, param: Option<&str>) -> String {
+pub(in crate::api) fn openais(code: &str, param: Option<&str>) -> String {
     match code {
         "invalid_json_line" => "This line is not parseable as valid JSON. ".into(),
         "missing_required_parameter" => format!("Missing required parameter: '{}'. ", param.unwrap_or_default()),
