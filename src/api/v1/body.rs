@@ -81,7 +81,11 @@ pub(in crate::api) async fn json(headers: &HeaderMap, body: Body) -> Result<Map<
 ///
 /// # Errors
 /// [`Problem`].
-pub(in crate::api) async fn json_of(headers: &HeaderMap, body: Body, most: usize) -> Result<Map<String, Value>, Problem> {
+pub(in crate::api) async fn json_of(
+    headers: &HeaderMap,
+    body: Body,
+    most: usize,
+) -> Result<Map<String, Value>, Problem> {
     let bytes = whole(headers, body, most).await?;
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
