@@ -302,7 +302,7 @@ impl Reader<'_> {
         if list.is_none() {
             self.problem(value.span().start, format!("expected {expected}"));
         }
-        list.map(|list| list.as_ref())
+        list.map(AsRef::as_ref)
     }
 
     fn text(&mut self, value: &Value<'_>) -> Option<String> {
