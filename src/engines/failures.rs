@@ -82,7 +82,7 @@ pub fn cause(log: &str) -> (Failure, Option<String>) {
         return (failure, Some(cut(line)));
     }
     let exception = telling.clone().find(|line| is_exception(line));
-    let last = || telling.filter(|line| !line.is_empty()).last();
+    let last = || telling.clone().rfind(|line| !line.is_empty());
     (Failure::Other, exception.or_else(last).map(cut))
 }
 
