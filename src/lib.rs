@@ -33,7 +33,7 @@
 //! - A call or a rule of one: a method of [`service::Service`], which takes the caller and domain types. Its queries go to
 //!   [`store`] and take a [`domain::Scope`]. Its limits go to [`access`].
 //! - Another HTTP dialect: a folder of [`api`] beside `openai`. It translates its requests for the service and a
-//!   [`service::ServiceError`] into its own errors. `api/server.rs` joins its router to the others.
+//!   [`service::ServiceError`] into its own errors. `api/http` adds its routes to the port.
 //! - A dashboard: a folder `ui` of [`api`] with its files and its session. It shows what the service returns, and
 //!   [`progress`] streams changes to it.
 //! - A worker that this server starts and stops: a module between [`fleet`] and [`scheduler`], with the decisions in pure

@@ -252,7 +252,8 @@ mod tests {
                 prop_assert_eq!(step.effect == Effect::DeadLetter, step.state == Dead);
                 prop_assert!(!(step.effect == Effect::Retry && step.attempts >= max_attempts), "no attempt is left");
                 dead_letters += i32::from(step.effect == Effect::DeadLetter);
-                sent += i32::from(INPUTS[pick] == DeliveryTrigger::Claimed) - i32::from(INPUTS[pick] == DeliveryTrigger::Released);
+                let is = |trigger| i32::from(INPUTS[pick] == trigger);
+                sent += is(DeliveryTrigger::Claimed) - is(DeliveryTrigger::Released);
                 delivery = Delivery { state: step.state, attempts: step.attempts, ..delivery };
             }
             prop_assert!(sent <= max_attempts);
