@@ -43,7 +43,7 @@ pub fn multipart(data: &[u8]) {
 }
 
 /// The parts of a body that comes in these chunks, the last perhaps torn, and how it ends.
-fn read<'a>(chunks: &mut dyn Iterator<Item = &'a [u8]>) -> (Vec<Part>, Result<(), Malformed>) {
+fn read(chunks: &mut dyn Iterator<Item = &[u8]>) -> (Vec<Part>, Result<(), Malformed>) {
     let mut multipart = Multipart::new(BOUNDARY);
     let (mut pieces, mut parts) = (Vec::new(), Vec::<Part>::new());
     let mut outcome = Ok(());

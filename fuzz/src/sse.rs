@@ -39,7 +39,7 @@ pub fn sse(data: &[u8]) {
     }
 }
 
-fn pass<'a>(endpoint: Endpoint, chunks: &mut dyn Iterator<Item = &'a [u8]>) -> (Vec<u8>, Events) {
+fn pass(endpoint: Endpoint, chunks: &mut dyn Iterator<Item = &[u8]>) -> (Vec<u8>, Events) {
     let mut events = Events::of(endpoint);
     let passed = chunks.flat_map(|chunk| events.push(&Bytes::copy_from_slice(chunk))).collect();
     (passed, events)
@@ -52,7 +52,7 @@ fn events(text: &[u8]) -> (Vec<Vec<&[u8]>>, Vec<&[u8]>) {
     while !rest.is_empty() {
         let length = rest.iter().position(|byte| b"\r\n".contains(byte));
         let (line, end) = rest.split_at(length.unwrap_or(rest.len()));
-        let end = end.strip_prefix(b"\r\n").or(end.get(1..)).unwrap_or_default();
+        let end = end.strip_prefix(b"\r\n").or_else(|| end.get(1..)).unwrap_or_default();
         if !line.is_empty() || length.is_none() {
             open.push(line);
         } else if !open.is_empty() {
