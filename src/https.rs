@@ -18,14 +18,25 @@ use crate::words::{self, Peer};
 const NO_AUTHORITIES: &str = "this machine has no CA certificates to check others' certificates with: install them \
                               (ca-certificates), or name a file of them in SSL_CERT_FILE";
 
-/// A client as `configure` wants it.
+/// The most headers of an answer that are read; a gateway that adds tracing and debugging to each sends some dozens.
+const MOST_HEADERS: usize = 256;
+
+/// A client as `configure` wants it. It reads what other clients read, although HTTP forbids it: headers that go over
+/// several lines, and headers with invalid names, which it skips.
 ///
 /// # Errors
 /// [`reqwest::Error`]: it can't be made, and not for want of CA certificates.
 pub fn client(configure: impl Fn(ClientBuilder) -> ClientBuilder) -> Result<Client, reqwest::Error> {
-    configure(Client::builder()).build().or_else(|error| {
+    let lenient = || {
+        Client::builder()
+            .http1_max_headers(MOST_HEADERS)
+            .http1_ignore_invalid_headers_in_responses(true)
+            .http1_allow_spaces_after_header_name_in_responses(true)
+            .http1_allow_obsolete_multiline_headers_in_responses(true)
+    };
+    configure(lenient()).build().or_else(|error| {
         let trusting_nobody = trusting_nobody(CryptoProvider::get_default().cloned());
-        let client = configure(Client::builder()).tls_backend_preconfigured(trusting_nobody).build()?;
+        let client = configure(lenient()).tls_backend_preconfigured(trusting_nobody).build()?;
         tracing::warn!(cause = %words::cause(Peer::Worker, &error), "https:// can't be called: {NO_AUTHORITIES}");
         Ok(client)
     })

@@ -280,6 +280,8 @@ fn request(error: &reqwest::Error) -> Option<String> {
 fn http1(error: &hyper::Error) -> Option<String> {
     let words = if error.is_incomplete_message() {
         "the connection was closed before the whole answer came"
+    } else if let Some(words) = unreadable(error) {
+        words
     } else if error.is_parse() {
         "what it answers is not HTTP: does it speak https:// on that port, or another protocol?"
     } else if error.is_timeout() {
@@ -290,6 +292,33 @@ fn http1(error: &hyper::Error) -> Option<String> {
         return None;
     };
     Some(words.to_owned())
+}
+
+/// Why an answer that is HTTP can't be read, if that is so: there is a server, and it has answered.
+#[must_use]
+pub fn unreadable_answer(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    chain(error).filter_map(|cause| cause.downcast_ref::<hyper::Error>()).find_map(unreadable)
+}
+
+fn unreadable(error: &hyper::Error) -> Option<&'static str> {
+    if error.is_parse_too_large() {
+        return Some("its answer is HTTP, but has too many headers, or too long ones");
+    }
+    if error.is_parse_status() {
+        return Some("its answer is HTTP, but its status is not one");
+    }
+    if error.is_parse() {
+        // The error has no question for this, and its text is all that tells it from what is not HTTP at all.
+        let text = error.to_string();
+        let of_header = ["header", "content-length", "transfer-encoding"].iter().any(|what| text.contains(what));
+        return of_header.then_some("its answer is HTTP, but has a header that is not valid");
+    }
+    // Of the pieces in which a body comes.
+    let bad_piece =
+        |cause: &io::Error| matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData);
+    let is_bad = error.source().and_then(|cause| cause.downcast_ref::<io::Error>()).is_some_and(bad_piece);
+    // TLS says so too.
+    (is_bad && !is_tls(error)).then_some("its answer is HTTP, but its body is not in valid chunks")
 }
 
 fn is_no_http2(error: &h2::Error) -> bool {

@@ -1,13 +1,12 @@
 //! Sends one HTTP request to one worker. Bodies are not changed in either direction.
 
-use std::{borrow::Cow, fmt, hash::BuildHasher, time::Duration};
+use std::{fmt, hash::BuildHasher, time::Duration};
 
 use bytes::Bytes;
 use reqwest::{
     Response,
-    header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
+    header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RETRY_AFTER},
 };
-use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::{
@@ -17,10 +16,14 @@ use super::{
     judge,
     outcome::cause,
     reasons::Worth,
+    status,
 };
-use crate::domain::{
-    Endpoint, TokenUsage,
-    answer::{self, Verdict, excerpt},
+use crate::{
+    domain::{
+        Endpoint, TokenUsage,
+        answer::{self, Verdict, excerpt},
+    },
+    words,
 };
 
 /// The longest pause that a worker may ask for.
@@ -52,45 +55,6 @@ pub struct Call<'a> {
     pub extras: Extras,
 }
 
-/// Whether a status is retried; any other status is the request's answer.
-#[must_use]
-pub fn is_retryable(status: u16) -> bool {
-    matches!(status, 408 | 409 | 425 | 429 | 500..=599)
-}
-
-/// Whether the body of a 404 says that the model is missing, not the path or something that the request names: as vLLM
-/// says it, now and before it wrapped errors in `error`, and as OpenAI does.
-pub(super) fn is_missing_model(body: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Page<'a> {
-        #[serde(borrow)]
-        error: Option<Refusal<'a>>,
-    }
-    #[derive(Deserialize)]
-    struct Refusal<'a> {
-        #[serde(borrow, default)]
-        message: Cow<'a, str>,
-        #[serde(borrow, default, rename = "type")]
-        kind: Option<Cow<'a, str>>,
-        #[serde(default)]
-        param: Option<serde_json::Value>,
-        #[serde(default)]
-        code: Option<serde_json::Value>,
-    }
-    let wrapped = serde_json::from_slice(body).ok().and_then(|page: Page<'_>| page.error);
-    let Some(refusal) = wrapped.or_else(|| serde_json::from_slice(body).ok()) else { return false };
-    let of_model = refusal.param.is_some_and(|param| param == "model") || refusal.message.starts_with("The model");
-    refusal.code.is_some_and(|code| code == "model_not_found")
-        || (of_model && refusal.kind.is_some_and(|kind| kind == "NotFoundError"))
-}
-
-/// Whether the body of a 404 lacks the error message of OpenAI's API, so that the 404 is not about the request.
-fn is_plain_404(body: &[u8]) -> bool {
-    let Ok(page) = serde_json::from_slice::<serde_json::Value>(body) else { return true };
-    let error = page.get("error").unwrap_or(&page);
-    !error.get("message").is_some_and(serde_json::Value::is_string)
-}
-
 /// Whether an answer refuses the request, and may do so for its `priority`: "Extra inputs are not permitted" or
 /// "Unrecognized request argument", with the field's name.
 #[must_use]
@@ -119,6 +83,8 @@ struct Head {
     request_id: Option<String>,
     retry_after: Option<Duration>,
     content_type: Option<HeaderValue>,
+    /// Where it redirects to.
+    location: Option<String>,
     /// Bytes of the body, as announced or as read.
     length: Option<u64>,
     extras: Extras,
@@ -133,6 +99,7 @@ impl Head {
             request_id: text(HeaderName::from_static("x-request-id")),
             retry_after: retry_after(response.headers()),
             content_type: response.headers().get(CONTENT_TYPE).cloned(),
+            location: text(LOCATION),
             length: response.content_length(),
             extras: Extras::of(response.headers()),
         }
@@ -182,21 +149,13 @@ impl Slot {
             held: body.held,
             extras: head.extras.clone(),
         };
-        let kind = match status {
-            404 if is_missing_model(&answer.body) => FailureKind::NoModel,
-            401 | 403 | 407 => FailureKind::Refused,
-            404 if is_plain_404(&answer.body) => FailureKind::Refused,
-            429 => FailureKind::Busy,
-            503 if wish.is_some() => FailureKind::Busy,
-            status if is_retryable(status) => FailureKind::Status,
-            _ => {
-                self.worker.returned(began.elapsed());
-                if answer.is_success() {
-                    return self.judge(&call, &head, answer);
-                }
-                answer.usage = answer::is_json(&answer.body).then(TokenUsage::default);
-                return Ok(answer);
+        let Some(kind) = status::failure_of(status, &answer.body, wish.is_some()) else {
+            self.worker.returned(began.elapsed());
+            if answer.is_success() {
+                return self.judge(&call, &head, answer);
             }
+            answer.usage = answer::is_json(&answer.body).then(TokenUsage::default);
+            return Ok(answer);
         };
         if matches!(status, 429 | 503) {
             self.fleet.pushed_back(self, wish, began);
@@ -204,11 +163,12 @@ impl Slot {
         if kind == FailureKind::NoModel {
             self.worker.look_at_models();
         }
-        Err(Failure {
-            answer: Some(Box::new(answer)),
-            retry_after: wish,
-            ..self.failure(kind, format!("the worker answered {status}"))
-        })
+        let what = status::in_words(status, head.location.as_deref());
+        let failure = match kind {
+            FailureKind::BadAnswer => self.bad(kind, &what, &head, &answer.body),
+            _ => self.failure(kind, what),
+        };
+        Err(Failure { answer: Some(Box::new(answer)), retry_after: wish, ..failure })
     }
 
     /// One request and its whole response.
@@ -301,8 +261,20 @@ impl Slot {
             self.fleet.note_own_fault(lack, "a request to a worker");
             return self.failure(FailureKind::Local, format!("this server could not send the request: {lack}"));
         }
+        if let Some(why) = words::unreadable_answer(error) {
+            // The worker lives, and has answered.
+            let looks = foldhash::quality::FixedState::default().hash_one(&why);
+            let message = format!("the worker's answer can't be read: {why}");
+            if let Some(unlogged) = self.worker.bad_answers.may() {
+                tracing::warn!(worker = %self.worker.id, url = %self.worker.url, unlogged, "{message}");
+            }
+            return Failure { looks: Some(looks), ..self.failure(FailureKind::BadAnswer, message) };
+        }
         self.fleet.suspect(&self.worker, &cause(error));
         let kind = if error.is_connect() { FailureKind::Unreachable } else { FailureKind::Connection };
+        if kind == FailureKind::Unreachable {
+            self.worker.state.lock().cuts.begin_new_life();
+        }
         self.failure(kind, format!("connection to the worker failed: {}", cause(error)))
     }
 
@@ -319,6 +291,7 @@ impl Slot {
             is_page: false,
             looks: None,
             blame: None,
+            cut: None,
         }
     }
 }
@@ -343,39 +316,6 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_model_is_told_from_what_else_is_not_found() {
-        for body in [
-            r#"{"error":{"message":"The model `x` does not exist.","type":"NotFoundError","param":"model","code":404}}"#,
-            r#"{"object":"error","message":"The model `x` does not exist.","type":"NotFoundError","param":null,"code":404}"#,
-            r#"{"error":{"message":"no","type":"invalid_request_error","param":null,"code":"model_not_found"}}"#,
-        ] {
-            assert!(is_missing_model(body.as_bytes()), "{body}");
-        }
-        for body in [
-            "",
-            "<html>",
-            r#"{"detail":"Not Found"}"#,
-            r#"{"error":"The model is a teapot"}"#,
-            r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError","param":null,"code":404}}"#,
-        ] {
-            assert!(!is_missing_model(body.as_bytes()), "{body}");
-        }
-    }
-
-    #[test]
-    fn a_404_of_the_api_is_told_from_that_of_a_gateway() {
-        for body in ["", "<html>404</html>", r#"{"detail":"Not Found"}"#, r#"{"error":"no route"}"#, "[]"] {
-            assert!(is_plain_404(body.as_bytes()), "{body}");
-        }
-        for body in [
-            r#"{"error":{"message":"Response with id 'x' not found.","type":"NotFoundError"}}"#,
-            r#"{"object":"error","message":"no such response","code":404}"#,
-        ] {
-            assert!(!is_plain_404(body.as_bytes()), "{body}");
-        }
-    }
-
-    #[test]
     fn a_refused_priority_is_told_from_what_else_is_refused() {
         let refuses = |status: u16, body: &'static str| {
             let held = Held::default();
@@ -393,12 +333,5 @@ mod tests {
         assert!(refuses(422, r#"{"detail":[{"type":"extra_forbidden","loc":["body","priority"]}]}"#));
         assert!(!refuses(400, r#"{"error":{"message":"max_tokens must be at least 1, got 0."}}"#));
         assert!(!refuses(200, "priority") && !refuses(500, "priority") && !refuses(400, ""));
-    }
-
-    #[test]
-    fn the_documented_statuses_are_tried_again() {
-        let again: Vec<u16> = (100..600).filter(|status| is_retryable(*status)).collect();
-        let expected: Vec<u16> = [408, 409, 425, 429].into_iter().chain(500..600).collect();
-        assert_eq!(again, expected);
     }
 }

@@ -74,10 +74,8 @@ impl Fleet {
             }
         }
         match last {
-            // After all tries, a worker's error is an answer too, unless its status is a success.
-            Some((worker, Failure { answer: Some(answer), .. })) if !answer.is_success() => {
-                Ok(inferred(worker, *answer))
-            }
+            // After all tries, a worker's error is an answer too, if its status says that it is one.
+            Some((worker, Failure { answer: Some(answer), .. })) if answer.is_error() => Ok(inferred(worker, *answer)),
             Some((_, failure)) => Err(InferError::Failed(failure.message)),
             None => Err(InferError::NoWorker(model.to_owned())),
         }

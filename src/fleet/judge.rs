@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::{
     Failure, FailureKind, Inner, Slot, Worker,
     outage::{Sign, Verdict},
+    outages::{Judged, Turn},
 };
 use crate::telemetry::{Family, WORKERS};
 
@@ -35,9 +36,13 @@ impl Slot {
     pub fn tell<T>(&self, request: u64, sent: Instant, result: Result<T, Failure>) -> Result<T, Failure> {
         match result {
             Ok(answer) => {
-                if self.worker.state.lock().outages.succeeded(self.holder.model(), Instant::now()) {
-                    self.fleet.refresh(&self.worker);
-                    self.worker.gate_moved.notify_one();
+                let ends = {
+                    let mut state = self.worker.state.lock();
+                    state.cuts.answered();
+                    state.outages.succeeded(self.holder.model(), Instant::now())
+                };
+                if ends {
+                    self.gate_has_moved();
                 }
                 Ok(answer)
             }
@@ -58,37 +63,57 @@ impl Slot {
     }
 
     fn charge(&self, request: u64, sent: Instant, failure: Failure) -> Failure {
-        let Some(sign) = sign(&failure) else { return failure };
-        let model = self.holder.model();
-        let judged = self.worker.state.lock().outages.failed(model, sign, request, sent, Instant::now());
-        let (at_fault, verdict, begins) = judged;
-        if !at_fault {
-            return Failure { blame: Some(verdict), ..failure };
+        let (model, now) = (self.holder.model(), Instant::now());
+        let Some(sign) = sign(&failure) else {
+            // What answers at all does not break off every request, for example.
+            if failure.answer.is_some() && self.worker.state.lock().outages.answered_otherwise(model, sent) {
+                self.gate_has_moved();
+            }
+            return failure;
+        };
+        let (judged, cut) = {
+            let mut state = self.worker.state.lock();
+            let cut = (failure.kind == FailureKind::CutOff).then(|| state.cuts.cut_off(request, now));
+            (state.outages.failed(model, sign, request, sent, now), cut)
+        };
+        let Judged { at_fault, blame, turn } = judged;
+        if at_fault || turn != Turn::None {
+            self.gate_has_moved();
         }
-        if begins {
+        if !at_fault {
+            return Failure { blame: Some(blame), cut, ..failure };
+        }
+        if turn == Turn::Begins {
             // The last requests of a worker that has been removed bring its series not back.
             if !self.worker.gone.is_cancelled() {
                 WORKERS.count(OUTAGES, &self.worker.url);
             }
             tracing::warn!(
-                worker = %self.worker.id, url = %self.worker.url, ?model,
+                worker = %self.worker.id, url = %self.worker.url, ?model, last = %failure.message,
                 "the worker {sign}: it gets single requests on trial until it answers again"
             );
         }
+        Failure { kind: FailureKind::Outage, ..failure }
+    }
+
+    fn gate_has_moved(&self) {
         self.fleet.refresh(&self.worker);
         self.worker.gate_moved.notify_one();
-        Failure { kind: FailureKind::Outage, ..failure }
     }
 }
 
 /// Whether the failure may be the worker's fault, and what it looks like.
 fn sign(failure: &Failure) -> Option<Sign> {
-    match failure.kind {
+    let error = failure.answer.as_ref().filter(|answer| !answer.is_success());
+    match (failure.kind, error) {
+        (FailureKind::Status | FailureKind::Refused | FailureKind::BadAnswer, Some(answer)) => {
+            Some(Sign::Status(answer.status))
+        }
         // It may be as good as this worker's answers get.
-        FailureKind::BadAnswer if failure.is_doubtful => None,
-        FailureKind::BadAnswer => failure.looks.map(Sign::Bad),
-        FailureKind::Status | FailureKind::Refused => failure.answer.as_ref().map(|answer| Sign::Status(answer.status)),
-        FailureKind::Connection => Some(Sign::Broken),
+        (FailureKind::BadAnswer, None) if failure.is_doubtful => None,
+        (FailureKind::BadAnswer, None) => failure.looks.map(Sign::Bad),
+        (FailureKind::CutOff, _) => Some(Sign::CutOff),
+        (FailureKind::Connection, _) => Some(Sign::Broken),
         // A time-out too: slow lines and an engine that hangs look the same, and each try costs the worker a whole
         // time-out, which the tries bound. The health check finds a worker that answers nothing at all.
         _ => None,

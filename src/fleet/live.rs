@@ -6,18 +6,19 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use reqwest::{
     Response,
-    header::{CONTENT_TYPE, HeaderValue},
+    header::{CONTENT_TYPE, HeaderValue, LOCATION},
 };
 use smallvec::SmallVec;
 use tokio::{sync::SemaphorePermit, time::Instant};
 
 use super::{
     Fleet, INFER_TRIES, InferError, Rank, Slot, Tenant, Want,
-    dispatch::{is_missing_model, retry_after},
+    dispatch::retry_after,
     extras::Extras,
     judge,
     outcome::cause,
     slots,
+    status::{self, is_missing_model},
 };
 use crate::domain::{Endpoint, WorkerId};
 
@@ -131,10 +132,10 @@ impl Slot {
             Ok(response) => response,
             Err(error) => return Begun::Failed(slot.broken(&error).message),
         };
-        let status = response.status().as_u16();
-        match status {
+        let code = response.status().as_u16();
+        match code {
             429 | 502 | 503 => {
-                if status != 502 {
+                if code != 502 {
                     slot.fleet.pushed_back(slot, retry_after(response.headers()), began);
                 }
                 Begun::Refused(held.refusal(response).await.0)
@@ -143,7 +144,12 @@ impl Slot {
                 let (refusal, is_missing) = held.refusal(response).await;
                 if is_missing { Begun::Refused(refusal) } else { Begun::Answer(refusal) }
             }
-            _ => Begun::Answer(held.passing(response, began, call.timeout)),
+            200..=299 | 400..=599 => Begun::Answer(held.passing(response, began, call.timeout)),
+            // A redirect, for instance: no client of the API knows what to do with it.
+            _ => {
+                let location = response.headers().get(LOCATION).and_then(|to| to.to_str().ok());
+                Begun::Failed(status::in_words(code, location))
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ mod adapt;
 #[doc(hidden)]
 pub mod board;
 mod body;
+mod cuts;
 mod dispatch;
 mod extras;
 #[doc(hidden)]
@@ -29,6 +30,7 @@ mod probe;
 mod reasons;
 mod slots;
 mod sockets;
+mod status;
 mod worker;
 
 use std::{
@@ -47,7 +49,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use board::{Rank, Tenant, Want, WorkerKey};
 pub use body::MAX_ANSWER;
-pub use dispatch::{Call, is_retryable, may_refuse_priority};
+pub use cuts::Cut;
+pub use dispatch::{Call, may_refuse_priority};
 pub use extras::Extras;
 pub use infer::Inferred;
 pub use live::{LiveCall, Passing};

@@ -38,7 +38,7 @@ const MOST_TRUST: u32 = 16;
 const FORGOTTEN: Duration = Duration::from_secs(60);
 /// A worker that has failed everything for this long is named to users, although it may not be at fault.
 const SUSPICIOUS: Duration = Duration::from_secs(2);
-/// Connections that break within this time count as one death of the worker.
+/// Connections that break within this time count as one death of the worker, and answers cut off as one stop.
 const TOGETHER: Duration = Duration::from_millis(500);
 /// The first and the longest pause after a 429 or 503 without `Retry-After`.
 pub const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -57,6 +57,21 @@ pub enum Sign {
     Broken,
     /// The answer was a success, but unusable. The number is a hash of its beginning, equal for copies of one page.
     Bad(u64),
+    /// The engine cut the answer off.
+    CutOff,
+}
+
+impl Sign {
+    /// Whether a worker that fails so fails all that it has at once, when it stops or dies.
+    fn comes_together(self) -> bool {
+        matches!(self, Self::Broken | Self::CutOff)
+    }
+
+    /// Whether this failure shows that an outage with the other sign is over: what answers does not break off, and what
+    /// begins a text has its engine back.
+    fn ends(self, outage: Self) -> bool {
+        self != outage && (outage == Self::Broken || self == Self::CutOff)
+    }
 }
 
 impl std::fmt::Display for Sign {
@@ -65,6 +80,7 @@ impl std::fmt::Display for Sign {
             Self::Status(status) => write!(f, "answers {status} to every request"),
             Self::Broken => f.write_str("breaks off every request"),
             Self::Bad(_) => f.write_str("answers every request with the same invalid answer"),
+            Self::CutOff => f.write_str("cuts off every answer"),
         }
     }
 }
@@ -179,8 +195,8 @@ pub struct Outage {
     last_failure: Option<Instant>,
     /// The verdict of these failures.
     verdict: Blame,
-    /// When connections last broke together.
-    broke: Option<Instant>,
+    /// When connections last broke together, or answers were cut off together.
+    together: Option<(Sign, Instant)>,
     fault: Option<Fault>,
     /// When its last outage ended. A request sent before that which fails belongs to the outage.
     recovered: Option<Instant>,
@@ -222,6 +238,10 @@ impl Outage {
     /// A request that was sent at `sent` has failed. `request` identifies it over all its tries. Returns whether the
     /// worker is at fault, and the verdict, which may come later.
     pub fn failed(&mut self, sign: Sign, request: u64, sent: Instant, now: Instant) -> (bool, Blame) {
+        let is_over = |fault: &Fault| sent >= fault.next && sign.ends(fault.sign);
+        if self.fault.take_if(|fault| is_over(fault)).is_some() {
+            self.forget();
+        }
         if let Some(fault) = &mut self.fault {
             if sent >= fault.next {
                 fault.gap = (2 * fault.gap).min(LONGEST_GAP);
@@ -235,14 +255,14 @@ impl Outage {
             verdict.decide(Blame::WORKER);
             return (true, verdict);
         }
-        let together = sign == Sign::Broken && self.broke.is_some_and(|at| now < at + TOGETHER);
-        if sign == Sign::Broken && !together {
-            self.broke = Some(now);
-        }
-        if together {
+        if sign.comes_together() {
             // A worker that dies breaks all its connections: that is one failure, and the worker's.
-            return (false, self.verdict.clone());
+            if self.together.is_some_and(|(other, at)| other == sign && now < at + TOGETHER) {
+                return (false, self.verdict.clone());
+            }
+            self.together = Some((sign, now));
         }
+        self.drop_what_ends_by(sign);
         if self.last_failure.replace(now).is_some_and(|last| now >= last + FORGOTTEN) {
             self.forget();
         }
@@ -269,6 +289,26 @@ impl Outage {
         self.fault = Some(Fault { sign, since, next: now + FIRST_GAP, gap: FIRST_GAP });
         verdict.decide(Blame::WORKER);
         (true, verdict)
+    }
+
+    /// A request that was sent at `sent` got an answer that is not the request's, and shows no more than that something
+    /// answers. Returns whether that ends an outage.
+    pub fn answered_otherwise(&mut self, sent: Instant) -> bool {
+        if self.fault.is_none() {
+            self.failures.retain(|alike| alike.sign != Sign::Broken);
+            self.first_failure = self.first_failure.filter(|_| !self.failures.is_empty());
+        }
+        let ends = self.fault.take_if(|fault| sent >= fault.next && fault.sign == Sign::Broken).is_some();
+        if ends {
+            self.forget();
+        }
+        ends
+    }
+
+    /// Drops the failures that are over because there is one with this sign.
+    fn drop_what_ends_by(&mut self, sign: Sign) {
+        self.failures.retain(|alike| !sign.ends(alike.sign));
+        self.first_failure = self.first_failure.filter(|_| !self.failures.is_empty());
     }
 
     /// It answered 429 or 503. `asked`: its `Retry-After`. Without one it pauses, unless earlier successes offset this.
@@ -332,6 +372,8 @@ impl Outage {
     /// The failure that it may turn out to be at fault for, and since when, if it has failed everything for a while.
     #[must_use]
     pub fn suspicion(&self, now: Instant) -> Option<(Sign, Instant)> {
+        // One of long ago may be over: nobody has asked since.
+        self.last_failure.filter(|last| now < *last + FORGOTTEN)?;
         let since = self.first_failure.filter(|since| self.fault.is_none() && now >= *since + SUSPICIOUS)?;
         let most = self.failures.iter().max_by_key(|alike| alike.count)?;
         (most.count > 1).then_some((most.sign, since))

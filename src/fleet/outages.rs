@@ -16,6 +16,28 @@ use super::{
 /// The most models of one worker that are judged separately: a pattern may stand for any number.
 const MOST_MODELS: usize = 1_000;
 
+/// What follows from a failure.
+#[derive(Debug)]
+pub(super) struct Judged {
+    /// Whether the worker is at fault.
+    pub(super) at_fault: bool,
+    /// The verdict, which may come later.
+    pub(super) blame: Blame,
+    /// What becomes of an outage by it.
+    pub(super) turn: Turn,
+}
+
+/// What an outcome makes of an outage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Nothing.
+    None,
+    /// One begins.
+    Begins,
+    /// One ends.
+    Ends,
+}
+
 /// A worker's [`Outage`], and those of its models.
 #[derive(Debug, Default)]
 pub(super) struct Outages {
@@ -53,20 +75,27 @@ impl Outages {
         whole || model
     }
 
-    /// See [`Outage::failed`]. Also returns whether an outage begins by it.
-    pub(super) fn failed(
-        &mut self,
-        model: &Arc<str>,
-        sign: Sign,
-        request: u64,
-        sent: Instant,
-        now: Instant,
-    ) -> (bool, Blame, bool) {
+    /// See [`Outage::failed`].
+    pub(super) fn failed(&mut self, model: &Arc<str>, sign: Sign, request: u64, sent: Instant, now: Instant) -> Judged {
+        // An answer to one model shows that connections to the worker hold.
+        let ended = sign != Sign::Broken && self.by_model && self.whole.answered_otherwise(sent);
         let outage = if sign == Sign::Broken { &mut self.whole } else { self.of(model) };
         let before = outage.complaint().is_some();
         let (at_fault, blame) = outage.failed(sign, request, sent, now);
-        let begins = !before && outage.complaint().is_some();
-        (at_fault, blame, begins)
+        let turn = match (before, outage.complaint().is_some()) {
+            (false, true) => Turn::Begins,
+            (true, false) => Turn::Ends,
+            _ if ended => Turn::Ends,
+            _ => Turn::None,
+        };
+        Judged { at_fault, blame, turn }
+    }
+
+    /// See [`Outage::answered_otherwise`].
+    pub(super) fn answered_otherwise(&mut self, model: &Arc<str>, sent: Instant) -> bool {
+        let whole = self.whole.answered_otherwise(sent);
+        let model = self.by_model && self.of(model).answered_otherwise(sent);
+        whole || model
     }
 
     /// See [`Outage::pushed_back`].
@@ -123,7 +152,7 @@ mod tests {
     const SIGN: Sign = Sign::Status(502);
 
     fn fail(outages: &mut Outages, model: &Arc<str>, sign: Sign, now: Instant) -> bool {
-        (0..REQUESTS as u64).map(|request| outages.failed(model, sign, request, now, now).0).last() == Some(true)
+        (0..REQUESTS as u64).map(|request| outages.failed(model, sign, request, now, now).at_fault).last() == Some(true)
     }
 
     #[tokio::test(start_paused = true)]
@@ -159,5 +188,10 @@ mod tests {
             now += Duration::from_secs(1);
         }
         assert_eq!(outages.complaints(now).iter().filter(|complaint| complaint.0.is_none()).count(), 1);
+        let judged = outages.failed(&a, SIGN, 0, now - Duration::from_secs(1), now);
+        assert!(!judged.at_fault && judged.turn == Turn::None, "it was sent before a trial");
+        let judged = outages.failed(&a, SIGN, 1, now, now);
+        assert!(!judged.at_fault && judged.turn == Turn::Ends, "an answer, if a bad one: connections hold");
+        assert_eq!(outages.complaints(now), []);
     }
 }

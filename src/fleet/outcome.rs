@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{WorkerKey, extras::Extras, memory::Held, outage::Blame};
+use super::{WorkerKey, cuts::Cut, extras::Extras, memory::Held, outage::Blame};
 use crate::{
     domain::TokenUsage,
     words::{self, Peer},
@@ -33,6 +33,12 @@ impl Answer {
     pub fn is_success(&self) -> bool {
         (200..300).contains(&self.status)
     }
+
+    /// Whether the status is an error. What is neither a success nor an error, such as a redirect, answers no request.
+    #[must_use]
+    pub fn is_error(&self) -> bool {
+        (400..600).contains(&self.status)
+    }
 }
 
 /// Why a try gave no answer that can be kept.
@@ -55,11 +61,13 @@ pub enum FailureKind {
     Busy,
     /// 404, because the worker does not have the model that it listed; another one may.
     NoModel,
-    /// A success that its endpoint's clients can't use: not JSON, too large, an error, without its list or its end.
+    /// A success that its endpoint's clients can't use: not JSON, too large, an error, without its list or its end. Also
+    /// a status that is neither a success nor an error, such as a redirect, and HTTP that can't be read.
     BadAnswer,
     /// The engine stopped in the middle of the answer and said so: it was stopped or put to sleep, for instance.
     CutOff,
-    /// 401, 403, 407, and a 404 that no API gives: a wrong key or a wrong path says so to every request.
+    /// 401, 403, 407 and other statuses below 500 that say nothing of the request, and a 400, 404, 413 or 422 whose
+    /// body no API gives: a wrong key, a wrong path or a gateway says so to every request.
     Refused,
     /// The worker fails every request alike: it is at fault, not this one.
     Outage,
@@ -94,6 +102,8 @@ pub struct Failure {
     pub looks: Option<u64>,
     /// What may tell later that the worker was at fault; none: it was not, or that is known already.
     pub blame: Option<Blame>,
+    /// For an answer that was cut off: what may tell later that the request is why.
+    pub cut: Option<Cut>,
 }
 
 /// Describes for people why a request to a worker failed.

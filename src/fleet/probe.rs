@@ -127,6 +127,7 @@ fn note(worker: &Worker, probe: &Probe) -> Change {
             state.last_error = Some(error.clone());
             // While in doubt nothing new goes there; what is in flight may still be answered.
             state.suspect = true;
+            state.cuts.begin_new_life();
             state.load = None;
         }
     }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Answer, Complaint, Load, WorkerState, WorkerView,
     board::WorkerKey,
+    cuts::Cuts,
     health::Health,
     outage::{Gate, Sign},
     outages::Outages,
@@ -108,6 +109,8 @@ pub(super) struct State {
     pub(super) own_health: OwnHealth,
     /// Whether it or one of its models is at fault, according to its answers.
     pub(super) outages: Outages,
+    /// The answers that it has cut off.
+    pub(super) cuts: Cuts,
     pub(super) requests_per_second: f64,
     pub(super) tokens_per_second: f64,
     /// The recent share of prompt tokens in its prefix cache.

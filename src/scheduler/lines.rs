@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     domain::{LineSet, request_line},
-    fleet::{Blame, WorkerKey, outage::Verdict},
+    fleet::{Blame, Cut, WorkerKey, outage::Verdict},
 };
 
 /// A line, as found in the segment's bytes.
@@ -31,6 +31,8 @@ struct Line {
     doubt: Option<(Blame, u32)>,
     /// When it failed first, unless that was the worker's fault; and what became clear since.
     alone: Alone,
+    /// When its answer was cut off last.
+    cut: Option<Cut>,
     failed_on: SmallVec<[WorkerKey; 2]>,
     open: bool,
     /// Whether its body has a `priority` of its own.
@@ -120,6 +122,7 @@ impl WorkList {
                 losses: Losses::default(),
                 doubt: None,
                 alone: Alone::default(),
+                cut: None,
                 failed_on: SmallVec::new(),
                 open: true,
                 has_priority: request.hints.has_priority,
@@ -269,6 +272,14 @@ impl WorkList {
             line.alone.since.get_or_insert(now);
         }
         line.doubt = blame.map(|blame| (blame, tries));
+    }
+
+    /// Before it is counted that the line's answer was cut off: reads what has become clear of the last time.
+    pub fn cut_off(&mut self, key: LineKey, cut: Cut) {
+        let line = self.line_mut(key);
+        if let Some(last) = line.cut.replace(cut) {
+            line.tally.suspect_cut(last.evidence());
+        }
     }
 
     /// When a line whose last try has failed is to be sent again all the same, because it is the only one that can find out

@@ -3,11 +3,12 @@
 //! A failure has one of three causes. If the request itself may have caused it (a timeout, a 500, nonsense), it counts
 //! as a try. If the worker is at fault (429, 503 with `Retry-After`, unreachable, an outage), it counts as a pause and
 //! uses up no try. If a worker dies, every request that it had is lost, although at most one of them killed it:
-//! [`super::deaths`] finds out which, and only deaths that are a request's own end it.
+//! [`super::deaths`] finds out which, and only deaths that are a request's own end it. An answer that was cut off ends
+//! the request only if there is evidence that the request is why ([`Cut`]).
 
 use std::time::Duration;
 
-use crate::fleet::FailureKind;
+use crate::fleet::{Cut, FailureKind};
 
 /// The factor between two waits: a first failure costs little time, and five tries bridge some seconds.
 const GROWS: u32 = 4;
@@ -24,6 +25,8 @@ const MAYBE_OWN_DEATH: u32 = 1;
 const REFUSALS: u32 = 2;
 /// The longest wait of a request whose worker has died or is at fault, because the request waits for a worker anyway.
 const WORKER_CAP: Duration = Duration::from_millis(500);
+/// The longest wait of a request whose answer was cut off. Its health check says when a worker that stops is back.
+const CUT_CAP: Duration = Duration::from_secs(5);
 
 /// How long a line is kept after its first failure while its worker answers nothing. Longer than the upstream of a
 /// gateway usually takes to restart, short enough for somebody who tries out a request.
@@ -40,7 +43,7 @@ pub struct TryPolicy {
     /// The longest wait.
     pub cap: Duration,
     /// How often a request may meet a worker that takes none, before that is its answer. With the default waits a
-    /// thousand times last six hours or more; a batch's window may close before.
+    /// thousand times last six hours or more, or one hour if answers are cut off; a batch's window may close before.
     pub max_pauses: u32,
     /// A request whose last try has failed by a status, a page or an answer cut short is sent again until this time
     /// after its first failure, as long as its worker answers nothing else: until then it is not clear whether the
@@ -67,6 +70,8 @@ pub struct Tally {
     deaths: u32,
     guilt: u32,
     pauses: u32,
+    /// The evidence that it is cut off for what it asks.
+    cut: u32,
 }
 
 /// The possible cause of a failure.
@@ -126,6 +131,16 @@ impl Tally {
         self.guilt += if sure { OWN_DEATH } else { MAYBE_OWN_DEATH };
     }
 
+    /// It was cut off again, and its last cut-off says so much against it.
+    pub fn suspect_cut(&mut self, evidence: u32) {
+        self.cut += evidence;
+    }
+
+    /// The worker cuts off everything.
+    pub fn forgive_cuts(&mut self) {
+        self.cut = 0;
+    }
+
     /// So many tries that were counted turned out to be the worker's fault.
     pub fn refund(&mut self, tries: u32) {
         self.tries = self.tries.saturating_sub(tries);
@@ -156,7 +171,11 @@ impl TryPolicy {
         if cause == Cause::Death && tally.guilt >= GUILT && tally.deaths >= self.max_tries.max(FEWEST_DEATHS) {
             return None;
         }
+        if kind == FailureKind::CutOff && tally.cut >= Cut::ENOUGH {
+            return None;
+        }
         let cap = match cause {
+            Cause::Worker if kind == FailureKind::CutOff => self.cap.min(CUT_CAP),
             Cause::Death => self.cap.min(WORKER_CAP),
             Cause::Worker if kind == FailureKind::Outage => self.cap.min(WORKER_CAP),
             Cause::Request | Cause::Refusal | Cause::Worker => self.cap,
@@ -266,6 +285,19 @@ mod tests {
         maybe.blame(false);
         assert_eq!(waits(&policy, &mut maybe, FailureKind::Connection).len(), 4);
         assert_eq!(waits(&policy, &mut Tally::default(), FailureKind::Connection).len(), 999, "not for ever");
+    }
+
+    #[test]
+    fn cut_offs_end_a_request_once_there_is_evidence_against_it() {
+        let (policy, mut tally) = (TryPolicy { max_tries: 1, ..TryPolicy::default() }, Tally::default());
+        assert_eq!(waits(&policy, &mut tally.clone(), FailureKind::CutOff)[3..6], [3_200, 5_000, 5_000]);
+        tally.suspect_cut(Cut::ENOUGH - 1);
+        assert!(policy.next(&mut tally, FailureKind::CutOff, None, 0.0).is_some());
+        tally.suspect_cut(1);
+        assert!(policy.next(&mut tally.clone(), FailureKind::Outage, None, 0.0).is_some(), "that says nothing of it");
+        assert!(policy.next(&mut tally.clone(), FailureKind::CutOff, None, 0.0).is_none());
+        tally.forgive_cuts();
+        assert!(policy.next(&mut tally, FailureKind::CutOff, None, 0.0).is_some());
     }
 
     proptest! {

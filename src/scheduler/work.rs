@@ -265,6 +265,7 @@ impl Work<'_> {
                 Verdict::Open => self.doubtful.push(doubtful),
                 Verdict::Worker => {
                     self.list.doubt(doubtful.key, None, now);
+                    self.list.tally(doubtful.key).forgive_cuts();
                     self.list.later(doubtful.key, now);
                 }
                 Verdict::Request if self.list.has_last_chance(doubtful.key, patience, now) => {
@@ -372,6 +373,9 @@ impl Work<'_> {
             self.list.acquit(key);
             self.list.doubt(key, failure.blame.clone(), now);
         }
+        if let Some(cut) = &failure.cut {
+            self.list.cut_off(key, cut.clone());
+        }
         let at_fault = matches!(failure.kind, FailureKind::Outage | FailureKind::Local);
         let tally = if at_fault { self.list.tally(key) } else { self.list.failed(key, failure.worker) };
         match self.run.options.tries.next(tally, failure.kind, failure.retry_after, rand::random()) {
@@ -379,7 +383,7 @@ impl Work<'_> {
             // Not only while that is open: it may have been decided between the failure and now.
             None => match failure.blame.clone().filter(|_| failure.may_be_the_workers()) {
                 Some(blame) => {
-                    let by_status = matches!(failure.kind, FailureKind::Status | FailureKind::Refused);
+                    let by_status = failure.answer.as_ref().is_some_and(|answer| !answer.is_success());
                     let by_proxy = failure.is_page || by_status;
                     let patience = self.run.options.tries.patience;
                     let patience = if by_status { patience } else { patience.mul_f64(PAGES) };
@@ -398,8 +402,8 @@ impl Work<'_> {
         let message = format!("{} (after {times} tries)", failure.message);
         let code = error_code(failure.kind);
         match failure.answer {
-            // A success that is none needs words: by its status it would pass for an answer.
-            Some(answer) if answer.is_success() && !failure.is_doubtful => {
+            // A success that is none needs words: by its status it would pass for an answer. So does a redirect.
+            Some(answer) if !answer.is_error() && !failure.is_doubtful => {
                 self.answered(key, worker, *answer, Some((code, &message)));
             }
             Some(answer) => self.answered(key, worker, *answer, None),
@@ -518,6 +522,8 @@ impl Work<'_> {
 async fn send_with(slot: &Slot, with: Bytes, without: Call<'_>) -> Result<Answer, Failure> {
     let refusal = match slot.send(Call { body: with, ..without.clone() }).await {
         Ok(answer) if may_refuse_priority(&answer) => answer,
+        // It may say so in another form than the API's.
+        Err(Failure { answer: Some(answer), .. }) if may_refuse_priority(&answer) => *answer,
         result => return result,
     };
     let answer = slot.send(without).await?;

@@ -33,6 +33,10 @@ pub enum Fault {
     CutOff(Option<&'static str>),
     /// Answer 200 with this content type and body.
     Body(&'static str, &'static [u8]),
+    /// Answer with this status and a page of HTML, as a gateway does; a redirect leads to a login.
+    Page(StatusCode),
+    /// Answer as usual, with so many more headers.
+    Headers(u16),
     /// Answer as usual, with this encoding.
     Encoded(Coding),
     /// Answer as usual, with a field that makes the answer this many bytes longer.

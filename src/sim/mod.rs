@@ -31,7 +31,7 @@ use axum::{
     extract::{DefaultBodyLimit, State},
     http::{
         HeaderMap, HeaderName, HeaderValue, StatusCode,
-        header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
+        header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
     },
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -60,6 +60,8 @@ const MAX_NUM_SEQS: usize = 1_000_000;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+/// A gateway's page.
+const PAGE: &str = "<html><head><title>Gateway</title></head><body>Go away</body></html>";
 
 /// The configuration of a simulated worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -267,11 +269,13 @@ impl Sim {
             Some(Fault::Body(content_type, body)) => {
                 ([(CONTENT_TYPE, HeaderValue::from_static(content_type))], body).into_response()
             }
-            Some(Fault::CutOff(_) | Fault::Encoded(_) | Fault::Big { .. }) | None => {
+            Some(Fault::Page(status)) => page(status),
+            Some(Fault::CutOff(_) | Fault::Encoded(_) | Fault::Big { .. } | Fault::Headers(_)) | None => {
                 let cut = if let Some(Fault::CutOff(reason)) = fault { Some(reason) } else { None };
                 match (answer(config, engine, faults, cut, endpoint, headers, body).await, fault) {
                     (Ok(answer), Some(Fault::Encoded(coding))) => encoded(&answer, coding),
                     (Ok(answer), Some(Fault::Big { bytes, sized })) => big(answer, bytes, sized),
+                    (Ok(answer), Some(Fault::Headers(count))) => with_headers(json(StatusCode::OK, answer), count),
                     (Ok(answer), _) => json(StatusCode::OK, answer),
                     (Err(refusal), _) => refuse(&refusal),
                 }
@@ -463,6 +467,24 @@ fn injected(status: StatusCode, retry_after: Option<Duration>) -> Response {
     let mut response = json(status, answers::error(&internal(status, "The test wants this request to fail.")));
     if let Some(wait) = retry_after {
         response.headers_mut().insert(RETRY_AFTER, wait.as_secs().into());
+    }
+    response
+}
+
+/// What a gateway answers in the place of its server.
+fn page(status: StatusCode) -> Response {
+    let mut response = (status, [(CONTENT_TYPE, HeaderValue::from_static("text/html"))], PAGE).into_response();
+    if status.is_redirection() {
+        response.headers_mut().insert(LOCATION, HeaderValue::from_static("https://login.example.com/"));
+    }
+    response
+}
+
+fn with_headers(mut response: Response, count: u16) -> Response {
+    for at in 0..count {
+        if let Ok(name) = HeaderName::try_from(format!("x-trace-{at}")) {
+            response.headers_mut().insert(name, at.into());
+        }
     }
     response
 }

@@ -143,6 +143,47 @@ async fn other_connections_fail_in_words() {
     assert!(text.starts_with("the host name does not resolve"), "{text}");
 }
 
+/// An answer with 300 headers.
+fn many_headers() -> &'static [u8] {
+    let headers: String = (0..300).map(|at| format!("x-{at}: y\r\n")).collect();
+    Box::leak(format!("HTTP/1.1 200 OK\r\n{headers}\r\n").into_boxed_str()).as_bytes()
+}
+
+#[tokio::test]
+async fn an_answer_of_http_that_can_not_be_read_is_told_from_another_protocol() {
+    let get = async |answer| {
+        let client = crate::https::client(|builder| builder.no_proxy()).unwrap();
+        let sent = client.get(format!("http://127.0.0.1:{}", plain_server(answer))).send().await;
+        match sent {
+            Ok(response) => response.bytes().await.err(),
+            Err(error) => Some(error),
+        }
+    };
+    crate::telemetry::install_tls_provider();
+    for (answer, words) in [
+        (many_headers(), "too many headers"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n{}", "a header that is not valid"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}", "a header that is not valid"),
+        (b"HTTP/1.1 abc OK\r\n\r\n{}", "its status is not one"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "not in valid chunks"),
+    ] {
+        let error = get(answer).await.unwrap();
+        let told = unreadable_answer(&error).unwrap_or_else(|| panic!("{words}: {error:?}"));
+        assert!(told.starts_with("its answer is HTTP, but ") && told.contains(words), "{told}");
+        assert_eq!(cause(Peer::Worker, &error), told);
+    }
+    for answer in [&b"SSH-2.0-OpenSSH_9.2\r\n"[..], b"ICY 200 OK\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x50", b""] {
+        assert_eq!(unreadable_answer(&get(answer).await.unwrap()), None);
+    }
+    for answer in [
+        &b"HTTP/1.1 200 OK\r\nx-n\xe4me: \xe4\xff\r\ncontent-length: 2\r\n\r\n{}"[..],
+        b"HTTP/1.1 200 OK\r\nx-name: a\r\n b\r\ncontent-length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nx-name : a\r\ncontent-length : 2\r\n\r\n{}",
+    ] {
+        assert!(get(answer).await.is_none(), "other clients read that");
+    }
+}
+
 #[tokio::test]
 async fn no_word_of_ours_names_a_library() {
     let client = client().build().unwrap();

@@ -129,6 +129,92 @@ async fn a_worker_that_is_put_to_sleep_in_mid_batch_costs_no_token() {
     node.stop().await;
 }
 
+/// With short waits.
+fn hasty() -> SchedulerOptions {
+    SchedulerOptions { tries: TryPolicy { cap: Duration::from_millis(20), ..one_try().tries }, ..one_try() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_the_engine_always_cuts_off_ends_and_the_others_are_answered() {
+    let cut = r#"{"choices":[{"index":0,"finish_reason":"error","message":{"content":"x"}}]}"#;
+    let raw = Raw::start(move |body| match body.contains("r7\"") {
+        true => Reply::Answer(200, "application/json", cut.into()),
+        false => Reply::good(),
+    })
+    .await;
+    let (output, errors) = run(&raw.url(), hasty(), &chats(31)).await;
+    assert_eq!((output.len(), ids(&errors)), (30, vec!["r7".into()]));
+    assert_eq!(errors[0]["error"]["code"], "answer_cut_off");
+    let message = errors[0]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("`finish_reason` is \"error\""), "{message}");
+    assert!((30 + 6..=30 + 11).contains(&raw.received()), "{}", raw.received());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_each_stop_of_its_worker_cuts_off_is_answered_in_the_end() {
+    let endless = SimConfig { latency: Duration::from_secs(3_600), ..SimConfig::default() };
+    let mut worker = Worker::start(endless.clone()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let waits = TryPolicy { base: Duration::from_millis(200), cap: Duration::from_millis(400), ..one_try().tries };
+    let node = Node::start_with(folder.path(), &[&worker], SchedulerOptions { tries: waits, ..one_try() }, 1).await;
+    let until = async |so: &dyn Fn() -> bool| {
+        let wait = async {
+            while !so() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("it comes to that");
+    };
+    let lines = chats(1);
+    let id = node.submit(&lines, 1).await;
+    // More often than it takes to find a line that is cut off for what it asks.
+    for left in (0..12).rev() {
+        let faults = worker.sim.faults();
+        until(&|| faults.in_flight() == 1).await;
+        faults.sleep();
+        // So that the answer that was cut off is written out; if not, the connection breaks.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        worker.kill().await;
+        until(&|| node.fleet.workers().iter().all(|worker| worker.last_error.is_some())).await;
+        let next = if left == 0 { SimConfig::default() } else { endless.clone() };
+        worker = Worker::start_at(next, worker.address).await;
+    }
+    let batch = node.ended(&id).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert!(errors.is_empty(), "{errors:?}");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_whose_head_can_not_be_read_costs_a_try_and_is_no_death() {
+    let raw = Raw::start(|body| {
+        let head = match body {
+            body if body.contains("r1\"") => (0..150).map(|at| format!("x-{at}: y\r\n")).collect(),
+            body if body.contains("r2\"") => "x-näme: ä\r\n".to_owned(),
+            body if body.contains("r3\"") => "x-name: a\r\n b\r\n".to_owned(),
+            body if body.contains("r4\"") => (0..400).map(|at| format!("x-{at}: y\r\n")).collect(),
+            body if body.contains("r5\"") => "content-length: 1\r\n".to_owned(),
+            _ => String::new(),
+        };
+        Reply::Head(head)
+    })
+    .await;
+    let two = SchedulerOptions { tries: TryPolicy { max_tries: 2, ..hasty().tries }, ..hasty() };
+    let (output, errors) = run(&raw.url(), two, &chats(30)).await;
+    assert_eq!((output.len(), ids(&errors)), (28, vec!["r4".into(), "r5".into()]));
+    for (line, words) in errors.iter().zip(["too many headers", "a header that is not valid"]) {
+        assert_eq!(line["error"]["code"], "bad_worker_answer");
+        let message = line["error"]["message"].as_str().unwrap();
+        assert!(message.contains("its answer is HTTP, but") && message.contains(words), "{message}");
+    }
+    assert_eq!(raw.received(), 28 + 2 + 2, "two tries each");
+    let worker = Worker::start(SimConfig::default()).await;
+    worker.sim.faults().always(Some(Fault::Headers(200)));
+    let (output, _) = run(&worker.url(), hasty(), &chats(3)).await;
+    assert_eq!((output.len(), worker.sim.faults().received()), (3, 3));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_text_without_a_reason_costs_a_try_where_the_server_names_reasons() {
     let worker = Worker::start(SimConfig::default()).await;

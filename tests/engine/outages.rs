@@ -9,11 +9,12 @@ use std::{
     time::Duration,
 };
 
+use axum::http::StatusCode;
 use tidemill::{
     domain::{BatchStatus, Endpoint, Scope},
     fleet::{Extras, LiveCall, Tenant},
     scheduler::{SchedulerOptions, TryPolicy},
-    sim::SimConfig,
+    sim::{Fault, SimConfig},
 };
 use tokio::sync::Semaphore;
 
@@ -67,6 +68,49 @@ async fn an_outage_uses_up_no_try_and_is_told() {
         assert!(errors.is_empty(), "{status}: {:?}", errors.first());
         node.stop().await;
     }
+}
+
+/// A gateway that wants a login, has moved, wants money, another protocol or less, or does what nobody knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_status_a_gateway_answers_everything_with_costs_no_line() {
+    let worker = Worker::start(SimConfig::default()).await;
+    let faults = worker.sim.faults();
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[&worker], once(), 32).await;
+    let lines = chats(20);
+    for status in [302, 304, 400, 405, 413, 499, 600].map(|status| StatusCode::from_u16(status).unwrap()) {
+        let code = status.as_u16();
+        faults.always(Some(Fault::Page(status)));
+        let id = node.submit(&lines, 20).await;
+        let words = format!("{} answers {code} to every request since ", worker.url());
+        node.waits(&id, |reason| reason.is_some_and(|reason| reason.contains(&words))).await;
+        faults.clear();
+        let batch = node.ended(&id).await;
+        assert_eq!((batch.counts.completed, batch.counts.failed), (20, 0), "{code}");
+        // What fails right after a success is at fault itself.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_is_redirected_alone_ends_with_what_that_means() {
+    let raw = Raw::start(|body| {
+        if body.contains("r7\"") { Reply::Answer(302, "text/html", "log in".into()) } else { Reply::good() }
+    })
+    .await;
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::start_with(folder.path(), &[], options(), 16).await;
+    node.fleet.register(&raw.url()).await.unwrap();
+    let lines = chats(60);
+    let batch = node.ended(&node.submit(&lines, 60).await).await;
+    let (output, errors) = node.results(&batch).await;
+    assert_one_line_each(&lines, &output, &errors);
+    assert_eq!((ids(&errors), raw.received()), (vec!["r7".into()], 59 + 5));
+    assert_eq!(errors[0]["error"]["code"], "bad_worker_answer");
+    let message = errors[0]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("302, which is neither a success nor an error"), "{message}");
+    node.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 pub enum Reply {
     /// The head's status and content type, and the body.
     Answer(u16, &'static str, String),
+    /// As [`Reply::good`], with these lines in its head.
+    Head(String),
     /// A good head; then the body, a byte at a time.
     Drip(Duration),
     /// A head that promises more than the body has, and the end.
@@ -203,6 +205,10 @@ async fn serve(inner: Arc<Inner>, stream: TcpStream) -> std::io::Result<()> {
 async fn reply(inner: &Inner, stream: &mut BufReader<TcpStream>, reply: Reply) -> std::io::Result<()> {
     match reply {
         Reply::Answer(status, kind, body) => answer(stream, status, kind, &body).await,
+        Reply::Head(lines) => {
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n{lines}\r\n{GOOD}", GOOD.len());
+            stream.write_all(head.as_bytes()).await
+        }
         Reply::Later(after) => {
             tokio::time::sleep(after).await;
             answer(stream, 200, "application/json", GOOD).await

@@ -115,6 +115,89 @@ async fn connections_that_break_together_are_one_failure() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_engine_that_cuts_off_whatever_comes_is_at_fault_and_one_that_stops_once_is_not() {
+    let mut now = Instant::now();
+    let mut outage = Outage::default();
+    for request in 0..64 {
+        assert!(!outage.failed(Sign::CutOff, request, now, now).0, "a stop cuts all of them off");
+    }
+    for request in 1..REQUESTS as u64 {
+        assert_eq!(outage.complaint(), None);
+        now += TOGETHER;
+        outage.failed(Sign::CutOff, request, now, now);
+    }
+    assert_eq!(outage.complaint().unwrap().0.to_string(), "cuts off every answer");
+    let mut outage = Outage::default();
+    for _ in 0..100 {
+        now += TOGETHER;
+        assert!(!outage.failed(Sign::CutOff, 7, now, now).0, "one request alone");
+    }
+    let (sign, since) = outage.suspicion(now).unwrap();
+    assert_eq!((sign, since), (Sign::CutOff, now - TOGETHER * 99), "its batch says what it waits for");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_over_when_another_kind_of_answer_shows_it() {
+    for (before, now_it_is, ends) in [
+        (Sign::Broken, Sign::CutOff, true),
+        (Sign::Broken, SIGN, true),
+        (Sign::Broken, Sign::Bad(1), true),
+        (SIGN, Sign::CutOff, true),
+        (Sign::Bad(1), Sign::CutOff, true),
+        (SIGN, Sign::Bad(1), false),
+        (SIGN, Sign::Broken, false),
+        (Sign::CutOff, SIGN, false),
+    ] {
+        let (mut outage, mut now) = (Outage::default(), Instant::now());
+        for request in 0..REQUESTS as u64 {
+            now += TOGETHER;
+            outage.failed(before, request, now, now);
+        }
+        assert_eq!(outage.complaint().unwrap().0, before);
+        let (at_fault, _) = outage.failed(now_it_is, 99, now, now + ms(1));
+        assert!(at_fault && outage.complaint().is_some(), "it was sent before");
+        now += FIRST_GAP;
+        let (at_fault, verdict) = outage.failed(now_it_is, 100, now, now);
+        assert_eq!((at_fault, outage.complaint().is_none()), (!ends, ends), "{before:?} {now_it_is:?}");
+        assert!(!ends || (verdict.is_open() && outage.gate(now) == Gate::Open), "{before:?} {now_it_is:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_says_nothing_else_shows_that_connections_hold() {
+    let mut now = Instant::now();
+    let mut outage = Outage::default();
+    for request in 0..3 {
+        outage.failed(Sign::Broken, request, now, now);
+        now += SUSPICIOUS;
+    }
+    assert_eq!(outage.suspicion(now).unwrap().0, Sign::Broken);
+    assert!(!outage.answered_otherwise(now));
+    assert_eq!(outage.suspicion(now), None);
+    for request in 0..REQUESTS as u64 {
+        outage.failed(Sign::Broken, request, now, now);
+        now += TOGETHER;
+    }
+    assert!(outage.complaint().is_some());
+    assert!(!outage.answered_otherwise(now - FIRST_GAP - TOGETHER), "it was sent before");
+    assert!(outage.answered_otherwise(now));
+    assert_eq!((outage.complaint(), outage.suspicion(now), outage.gate(now)), (None, None, Gate::Open));
+    let mut outage = at_fault(now);
+    assert!(!outage.answered_otherwise(now + FIRST_GAP), "a 429 is no end of a gateway's 502");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspicion_of_long_ago_is_forgotten() {
+    let now = Instant::now();
+    let mut outage = Outage::default();
+    outage.failed(SIGN, 0, now, now);
+    outage.failed(SIGN, 1, now, now + SUSPICIOUS);
+    let last = now + SUSPICIOUS;
+    assert!(outage.suspicion(last + FORGOTTEN - ms(1)).is_some());
+    assert_eq!(outage.suspicion(last + FORGOTTEN), None, "nobody has asked since");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_gaps_grow_until_one_succeeds() {
     let mut now = Instant::now();
     let mut outage = at_fault(now);
@@ -225,6 +308,8 @@ enum Step {
     Pass(u64),
     Fail(u16, u64),
     Break(u64),
+    Cut(u64),
+    Other,
     Push(Option<u64>),
     Succeed,
     Reset,
@@ -235,6 +320,8 @@ fn step() -> impl Strategy<Value = Step> {
         (0u64..8_000).prop_map(Step::Pass),
         (0u16..3, 0u64..20).prop_map(|(status, request)| Step::Fail(500 + status, request)),
         (0u64..20).prop_map(Step::Break),
+        (0u64..20).prop_map(Step::Cut),
+        Just(Step::Other),
         prop::option::of(0u64..60_000).prop_map(Step::Push),
         Just(Step::Succeed),
         Just(Step::Reset),
@@ -259,6 +346,8 @@ proptest! {
                     prop_assert!(!workers || verdict.is_workers());
                 }
                 Step::Break(request) => drop(outage.failed(Sign::Broken, request, now, now)),
+                Step::Cut(request) => drop(outage.failed(Sign::CutOff, request, now, now)),
+                Step::Other => drop(outage.answered_otherwise(now)),
                 Step::Push(wish) => {
                     asked = wish.map_or(asked, |wish| asked.max(now + ms(wish)));
                     outage.pushed_back(wish.map(ms), now, now);
