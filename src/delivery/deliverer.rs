@@ -146,7 +146,7 @@ impl Webhooks {
             Ok(0) => {}
             Ok(count) => info!(count, "webhook secrets are now encrypted with the current master key"),
             Err(error) => {
-                warn!(%error, "webhook secrets can't be encrypted with the current master key; the next start tries again")
+                warn!(%error, "webhook secrets can't be encrypted with the current master key; the next start tries again");
             }
         }
         if unopened > 0 {

@@ -263,7 +263,7 @@ impl Slot {
         }
         if let Some(why) = words::unreadable_answer(error) {
             // The worker lives, and has answered.
-            let looks = foldhash::quality::FixedState::default().hash_one(&why);
+            let looks = foldhash::quality::FixedState::default().hash_one(why);
             let message = format!("the worker's answer can't be read: {why}");
             if let Some(unlogged) = self.worker.bad_answers.may() {
                 tracing::warn!(worker = %self.worker.id, url = %self.worker.url, unlogged, "{message}");

@@ -143,7 +143,7 @@ impl TryFrom<entity::batch::Model> for Batch {
             webhook: row.webhook.map(|text| json("webhook", &text)).transpose()?,
             webhook_endpoint_id: row.webhook_endpoint_id.map(WebhookEndpointId::from_text),
             revision: Revision(row.revision),
-            output_expires_after: row.output_expires_after.map(|span| duration(span)),
+            output_expires_after: row.output_expires_after.map(duration),
         })
     }
 }

@@ -152,7 +152,7 @@ fn many_headers() -> &'static [u8] {
 #[tokio::test]
 async fn an_answer_of_http_that_can_not_be_read_is_told_from_another_protocol() {
     let get = async |answer| {
-        let client = crate::https::client(|builder| builder.no_proxy()).unwrap();
+        let client = crate::https::client(reqwest::ClientBuilder::no_proxy).unwrap();
         let sent = client.get(format!("http://127.0.0.1:{}", plain_server(answer))).send().await;
         match sent {
             Ok(response) => response.bytes().await.err(),
