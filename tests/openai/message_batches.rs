@@ -189,7 +189,7 @@ async fn what_was_not_run_is_canceled_or_expired_and_not_errored() {
             assert_eq!((again.status, again.id()), (200, id.clone()));
         } else {
             server.store.set_expiry(&batch, tidemill::domain::Timestamp(1)).await.unwrap();
-            assert_eq!(server.store.close_windows(10).await.unwrap(), [batch.clone()]);
+            assert_eq!(server.store.close_windows(10).await.unwrap(), std::slice::from_ref(&batch));
         }
         let code = ending.error_code();
         let bad = [line(1, Ok((500, "{}"))), line(2, Err(code)), line(3, Err(code))];
