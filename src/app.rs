@@ -177,6 +177,7 @@ impl App {
                 path: config.worker_health_path.path().map(str::to_owned),
                 interval: config.worker_health_interval,
             },
+            ..FleetOptions::default()
         };
         let fleet = Fleet::start(store.clone(), fleet, supervisor.clone(), watching.clone()).await?;
         let scheduler = Scheduler::new(

@@ -165,7 +165,18 @@ pub enum Work {
 #[derive(Default)]
 pub struct Admitted {
     _place: Option<Place>,
-    _held: [Option<Held>; 2],
+    _call: Option<Held>,
+    bytes: Option<Held>,
+}
+
+impl Admitted {
+    /// Counts the bytes of a request whose body comes: `bytes` in all so far, or as many as it announces.
+    ///
+    /// # Errors
+    /// [`LimitReached`]: the caller has too many of them in this server's memory.
+    pub fn hold(&mut self, bytes: u64) -> Result<(), LimitReached> {
+        self.bytes.as_mut().map_or(Ok(()), |held| held.grow(bytes))
+    }
 }
 
 impl Limiter {
@@ -269,11 +280,22 @@ impl Limiter {
                 Ok(Admitted { _place: Some(place), ..Admitted::default() })
             }
             Work::Now(bytes) => {
-                let held = [self.infers.take(account, 1)?, self.infer_bytes.take(account, bytes)?];
+                let mut admitted = self.expect(account)?;
+                admitted.hold(bytes)?;
                 self.bytes(owner, bytes)?;
-                Ok(Admitted { _held: held.map(Some), ..Admitted::default() })
+                Ok(admitted)
             }
         }
+    }
+
+    /// Admits a request that runs at once before its body has come, so that no more bodies are read than may run.
+    /// [`Admitted::hold`] counts the bytes while they come.
+    ///
+    /// # Errors
+    /// [`LimitReached`]: the caller is at a limit.
+    pub fn expect(&self, account: &Account) -> Result<Admitted, LimitReached> {
+        let (call, bytes) = (self.infers.take(account, 1)?, self.infer_bytes.take(account, 0)?);
+        Ok(Admitted { _call: Some(call), bytes: Some(bytes), ..Admitted::default() })
     }
 
     /// Whether uploads wait for a place.

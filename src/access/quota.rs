@@ -64,6 +64,22 @@ pub struct Held {
     amount: u64,
 }
 
+impl Held {
+    /// Takes more until it holds `amount` in all. It never holds less than before.
+    ///
+    /// # Errors
+    /// [`LimitReached::AtATime`]: the caller has too much under way.
+    pub(crate) fn grow(&mut self, amount: u64) -> Result<(), LimitReached> {
+        let more = amount.saturating_sub(self.amount);
+        if more > 0 {
+            let mut taken = self.quota.take(&self.account, more)?;
+            // One gives back both.
+            self.amount += std::mem::take(&mut taken.amount);
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         let mut used = self.quota.used.lock();
@@ -100,6 +116,12 @@ mod tests {
         drop(two);
         assert!(quota.take(&account("ana"), 3).is_err());
         drop(one);
+        let mut grown = quota.take(&account("ana"), 0).unwrap();
+        grown.grow(2).unwrap();
+        grown.grow(1).unwrap();
+        assert!(quota.take(&account("ana"), 2).is_err() && grown.grow(4).is_err());
+        grown.grow(3).unwrap();
+        drop(grown);
         drop(quota.take(&account("ana"), 3).unwrap());
         assert!(quota.used.lock().is_empty(), "nobody is remembered who has nothing");
         let free = Quota::new(0, KIND);

@@ -144,6 +144,7 @@ impl Board {
         }
         if let Some(desk) = self.desks.get_mut(&worker) {
             desk.in_flight = desk.in_flight.saturating_sub(1);
+            desk.live = desk.live.saturating_sub(u32::from(!holder.batch));
             desk.alone = desk.alone && desk.in_flight > 0;
         }
     }
@@ -387,6 +388,19 @@ impl Board {
     #[must_use]
     pub fn load(&self, worker: WorkerKey) -> (u32, u32) {
         self.desks.get(&worker).map_or((0, 0), |desk| (desk.in_flight, desk.limit))
+    }
+
+    /// How many of a worker's slots in use are of no batch.
+    #[must_use]
+    pub fn live(&self, worker: WorkerKey) -> u32 {
+        self.desks.get(&worker).map_or(0, |desk| desk.live)
+    }
+
+    /// Whether a request waits that this worker could take, had it a free slot.
+    #[must_use]
+    pub fn is_wanted(&self, worker: WorkerKey) -> bool {
+        let desk = self.desks.get(&worker).filter(|desk| desk.serving);
+        desk.is_some_and(|desk| self.waiting.values().any(|wish| desk.lists(&wish.want.model)))
     }
 
     /// The number of requests for a model that can be in flight at once. 0: no worker serves it now.

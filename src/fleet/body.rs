@@ -113,14 +113,14 @@ fn too_large() -> Unread {
 }
 
 /// Decodes a body while it arrives.
-enum Decoder {
+pub(super) enum Decoder {
     Gzip(flate2::write::MultiGzDecoder<Sink>),
     /// With zlib's frame, as HTTP says, or without it, as some servers send it; by its first bytes.
     Deflate(Deflate),
     Zstd(zstd::stream::write::Decoder<'static, Sink>),
 }
 
-enum Deflate {
+pub(super) enum Deflate {
     Begin(Vec<u8>),
     Zlib(flate2::write::ZlibDecoder<Sink>),
     Raw(flate2::write::DeflateDecoder<Sink>),
@@ -140,7 +140,7 @@ impl Deflate {
 
 /// The output of a decoder, up to the size limit of an answer.
 #[derive(Default)]
-struct Sink {
+pub(super) struct Sink {
     bytes: Vec<u8>,
     overflown: bool,
 }
@@ -164,7 +164,7 @@ static NOTHING: Sink = Sink { bytes: Vec::new(), overflown: false };
 
 impl Decoder {
     /// The one that the headers ask for, if any.
-    fn of(headers: &HeaderMap) -> Result<Option<Self>, Unread> {
+    pub(super) fn of(headers: &HeaderMap) -> Result<Option<Self>, Unread> {
         let codings: Vec<String> = headers
             .get_all(CONTENT_ENCODING)
             .iter()
@@ -206,7 +206,19 @@ impl Decoder {
         }
     }
 
-    fn push(&mut self, piece: &[u8]) -> Result<(), Unread> {
+    /// What has come out of it since the last time, for who passes it on: then the bound holds for each piece.
+    pub(super) fn take(&mut self) -> Vec<u8> {
+        let sink = match self {
+            Self::Gzip(decoder) => decoder.get_mut(),
+            Self::Deflate(Deflate::Zlib(decoder)) => decoder.get_mut(),
+            Self::Deflate(Deflate::Raw(decoder)) => decoder.get_mut(),
+            Self::Deflate(Deflate::Begin(_)) => return Vec::new(),
+            Self::Zstd(decoder) => decoder.get_mut(),
+        };
+        std::mem::take(&mut sink.bytes)
+    }
+
+    pub(super) fn push(&mut self, piece: &[u8]) -> Result<(), Unread> {
         let pushed = match self {
             Self::Gzip(decoder) => decoder.write_all(piece),
             Self::Zstd(decoder) => decoder.write_all(piece),
@@ -234,7 +246,7 @@ impl Decoder {
         flushed.map_err(|error| if self.sink().overflown { too_large() } else { corrupt(self.name(), &error) })
     }
 
-    fn finish(self) -> Result<Vec<u8>, Unread> {
+    pub(super) fn finish(self) -> Result<Vec<u8>, Unread> {
         let name = self.name();
         let finished = match self {
             Self::Gzip(decoder) => decoder.finish(),

@@ -26,6 +26,7 @@ mod names;
 pub mod outage;
 mod outages;
 mod outcome;
+mod passage;
 mod probe;
 mod reasons;
 mod slots;
@@ -57,6 +58,7 @@ pub use live::{LiveCall, Passing};
 pub use memory::Held;
 pub use outage::Blame;
 pub use outcome::{Answer, Failure, FailureKind};
+pub use passage::Broken;
 pub use probe::HealthCheck;
 pub use slots::{Acquire, NoSlot, Slot};
 pub use worker::{Worker, base_url};
@@ -102,6 +104,8 @@ pub struct WorkerView {
     pub state: WorkerState,
     /// Requests that this node has in flight at it.
     pub in_flight: u32,
+    /// Those of them that are live calls, of no batch.
+    pub live: u32,
     /// The most requests that this node has in flight at it.
     pub limit: u32,
     /// Its metrics. `None` if it has none with vLLM's names.
@@ -236,6 +240,8 @@ pub struct FleetOptions {
     pub answer_memory: u64,
     /// How workers' health is checked.
     pub health: HealthCheck,
+    /// How long the client of a live call may take hardly anything of its answer while requests wait for the worker.
+    pub slow_client: Duration,
 }
 
 impl Default for FleetOptions {
@@ -245,6 +251,7 @@ impl Default for FleetOptions {
             api_key: None,
             answer_memory: 512 * 1024 * 1024,
             health: HealthCheck::default(),
+            slow_client: passage::CROWDED,
         }
     }
 }
@@ -395,8 +402,11 @@ impl Fleet {
         let mut views: Vec<_> = workers
             .into_iter()
             .map(|worker| {
-                let (in_flight, _) = self.inner.desks.lock().board.load(worker.key);
-                worker.view(in_flight, worker.limit())
+                let (in_flight, live) = {
+                    let board = &self.inner.desks.lock().board;
+                    (board.load(worker.key).0, board.live(worker.key))
+                };
+                worker.view(in_flight, live, worker.limit())
             })
             .collect();
         views.sort_by(|a, b| a.id.cmp(&b.id));

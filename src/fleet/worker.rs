@@ -301,7 +301,7 @@ impl Worker {
         state.sampled = Some(Sample { at: now, answered, tokens, deeds });
     }
 
-    pub(super) fn view(&self, in_flight: u32, limit: u32) -> WorkerView {
+    pub(super) fn view(&self, in_flight: u32, live: u32, limit: u32) -> WorkerView {
         let state = self.state.lock();
         let shown = match (&state.health, state.draining) {
             (Health::Down, _) => WorkerState::Down,
@@ -315,6 +315,7 @@ impl Worker {
             models: state.models.iter().map(ToString::to_string).collect(),
             state: shown,
             in_flight,
+            live,
             limit,
             load: state.load,
             output_tokens_per_second: state.tokens_per_second,

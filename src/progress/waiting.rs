@@ -68,6 +68,12 @@ pub fn waiting_reason(of: &Situation<'_>) -> Option<String> {
             complaint.what
         ));
     }
+    if let Some(model) = of.models.iter().find(|model| is_full_of_calls(of, model)) {
+        return Some(format!(
+            "live calls, which go first, have taken all places of the workers that serve the model {model:?}; batches go on \
+             as soon as one ends"
+        ));
+    }
     match of.queue_position {
         position if of.running || position <= 0 => None,
         // Without a prefix: whoever shows the reason already says that the batch waits.
@@ -85,6 +91,13 @@ fn at_fault<'a>(of: &Situation<'a>) -> Option<(&'a WorkerView, &'a Complaint)> {
         complaints.unwrap_or_default()
     };
     of.models.iter().flat_map(of_model).min_by_key(|(_, complaint)| complaint.since)
+}
+
+/// Whether all workers that serve the model run nothing but live calls, and as many as they may.
+fn is_full_of_calls(of: &Situation<'_>, model: &str) -> bool {
+    let mut serving = of.workers.iter().filter(|worker| worker.state == WorkerState::Healthy && worker.serves(model));
+    let is_full = |worker: &WorkerView| worker.limit > 0 && worker.live >= worker.limit;
+    serving.next().is_some_and(is_full) && serving.all(is_full)
 }
 
 fn known(workers: &[WorkerView]) -> String {
@@ -123,6 +136,7 @@ mod tests {
             models: models.iter().map(|model| (*model).to_owned()).collect(),
             state,
             in_flight: 0,
+            live: 0,
             limit: 1,
             load: None,
             output_tokens_per_second: 0.0,
@@ -226,6 +240,23 @@ mod tests {
                  seconds, and its requests wait"
             );
         }
+    }
+
+    #[test]
+    fn live_calls_in_all_places_are_the_reason() {
+        let mut workers = vec![worker("http://a", WorkerState::Healthy, &["m"]); 2];
+        let models = ["m".to_owned()];
+        workers[0].live = 1;
+        let reason = |workers: &[WorkerView]| {
+            waiting_reason(&Situation { workers, models: &models, running: true, for_admins: false, ..STILL })
+        };
+        assert_eq!(reason(&workers), None, "the other has room");
+        workers[1].live = 1;
+        let said = "live calls, which go first, have taken all places of the workers that serve the model \"m\"; batches \
+                    go on as soon as one ends";
+        assert_eq!(reason(&workers).unwrap(), said);
+        workers[1].state = WorkerState::Draining;
+        assert_eq!(reason(&workers).unwrap(), said);
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub use self::{
     message_batches::Beside,
     page::{Found, Page},
     rules::{NotASpan, Span},
-    text::short,
+    text::{not_json, short},
 };
 use crate::{
     access::{Account, Admitted, Caller, CallerLimits, Limiter, Work},

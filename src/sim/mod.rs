@@ -350,7 +350,8 @@ async fn answer(
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<String, Refusal> {
-    let json = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(JSON.as_bytes()));
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.as_bytes().get(..JSON.len()));
+    let json = kind.is_some_and(|kind| kind.eq_ignore_ascii_case(JSON.as_bytes()));
     if !json {
         return Err(Refusal::invalid("Unsupported Media Type: Only 'application/json' is allowed", None));
     }

@@ -35,7 +35,8 @@ use tonic::{
 use tonic_types::StatusExt;
 
 async fn no_workers(store: &Store, shutdown: &CancellationToken) -> Fleet {
-    let options = FleetOptions { limit: InFlight::Fixed(1), ..FleetOptions::default() };
+    let slow_client = Duration::from_millis(300);
+    let options = FleetOptions { limit: InFlight::Fixed(1), slow_client, ..FleetOptions::default() };
     Fleet::start(store.clone(), options, &TaskTracker::new(), shutdown.clone()).await.unwrap()
 }
 

@@ -1,7 +1,10 @@
 //! A client that sends what it is told, and forms as every SDK writes them.
 
+use std::time::Duration;
+
 use reqwest::{Method, Response};
 use serde_json::Value;
+use tidemill::pb;
 
 use crate::support::Server;
 
@@ -107,4 +110,21 @@ pub async fn create(server: &Server, file: &str) -> String {
     let said = post(server, "/v1/batches", &of_file(file)).await;
     assert_eq!(said.status, 200, "{said:?}");
     said.id()
+}
+
+/// Makes a worker known, and waits until it is healthy.
+pub async fn register(server: &Server, url: &str) {
+    // Without tokens everybody is admin, and any token is ignored.
+    let mut admin = server.workers(Some("root")).await;
+    admin.register_worker(pb::RegisterWorkerRequest { url: url.to_owned(), ..Default::default() }).await.unwrap();
+    let healthy = async {
+        loop {
+            let list = admin.list_workers(pb::ListWorkersRequest {}).await.unwrap().into_inner().workers;
+            if list.iter().any(|worker| worker.url == url && worker.state() == pb::WorkerState::Healthy) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), healthy).await.expect("the worker is healthy");
 }

@@ -4,15 +4,12 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use tidemill::{
-    pb,
-    sim::{Fault, Sim, SimConfig},
-};
+use tidemill::sim::{Fault, Sim, SimConfig};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    client::{Said, get, post},
+    client::{Said, get, post, register},
     support::Server,
 };
 
@@ -35,18 +32,7 @@ impl Worker {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (url, stop) = (format!("http://{}", listener.local_addr().unwrap()), CancellationToken::new());
         tokio::spawn(sim.clone().serve(listener, stop.clone()));
-        let mut admin = server.workers(server.admin()).await;
-        admin.register_worker(pb::RegisterWorkerRequest { url: url.clone(), ..Default::default() }).await.unwrap();
-        let healthy = async {
-            loop {
-                let list = admin.list_workers(pb::ListWorkersRequest {}).await.unwrap().into_inner().workers;
-                if list.iter().any(|worker| worker.url == url && worker.state() == pb::WorkerState::Healthy) {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(60), healthy).await.expect("the worker is healthy");
+        register(server, &url).await;
         Self { sim, url, stop }
     }
 
@@ -55,17 +41,6 @@ impl Worker {
         let request =
             reqwest::Client::new().post(format!("{}{path}", self.url)).header("content-type", "application/json");
         request.header("x-request-id", "same").body(body.to_owned()).send().await.unwrap().text().await.unwrap()
-    }
-}
-
-trait Admin {
-    fn admin(&self) -> Option<&'static str>;
-}
-
-impl Admin for Server {
-    /// Without tokens everybody is admin, and any token is ignored.
-    fn admin(&self) -> Option<&'static str> {
-        Some("root")
     }
 }
 

@@ -1,6 +1,7 @@
 //! OpenAI's and Anthropic's HTTP APIs over real sockets: what their SDKs rely on, and what hostile clients try.
 #![allow(clippy::unwrap_used)] // clippy.toml's exception does not reach the helpers of integration tests
 
+mod answers;
 mod batches;
 mod client;
 #[path = "../support/direct.rs"]

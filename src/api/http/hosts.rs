@@ -185,7 +185,7 @@ impl Hosts {
         if let Some(unlogged) = self.refusals.may() {
             tracing::warn!(reason = error.message, unlogged, "a request was refused because of its Host or Origin");
         }
-        let kind = request.headers().get(KIND).filter(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        let kind = request.headers().get(KIND).filter(|_| grpc::is_grpc(request));
         match kind.cloned() {
             Some(kind) => {
                 let mut response = grpc::response(error);

@@ -13,6 +13,8 @@ pub(super) fn tell(error: &ServiceError) -> Response {
         Code::PermissionDenied => StatusCode::FORBIDDEN,
         Code::NotFound => StatusCode::NOT_FOUND,
         Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
+        // The server's fault, which only its operator can mend.
+        Code::FailedPrecondition if error.reason == "BLOB_STORE_REFUSED" => StatusCode::SERVICE_UNAVAILABLE,
         // What is asked for was there, and is not any more.
         Code::FailedPrecondition => StatusCode::GONE,
         Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
@@ -40,6 +42,7 @@ mod tests {
         let told = |error: &ServiceError| tell(error).status().as_u16();
         let of = |code| ServiceError::new(code, "X", "x");
         assert_eq!(told(&of(Code::FailedPrecondition)), 410);
+        assert_eq!(told(&ServiceError::new(Code::FailedPrecondition, "BLOB_STORE_REFUSED", "x")), 503);
         assert_eq!(told(&of(Code::DataLoss)), 500);
         assert_eq!(told(&of(Code::DeadlineExceeded)), 504);
         assert_eq!((told(&ServiceError::shutting_down()), told(&of(Code::NotFound))), (503, 404));

@@ -229,7 +229,7 @@ mod tests {
             ("metadata", json!([]), "metadata", "invalid_type"),
             ("metadata", json!({"tags": ["a"]}), "metadata.tags", "invalid_type"),
             ("priority", json!("1"), "priority", "invalid_type"),
-            ("priority", json!(1e300), "priority", "invalid_type"),
+            ("priority", json!(1.5), "priority", "invalid_type"),
             ("webhook", json!("http://x"), "webhook", "invalid_type"),
             ("webhook", json!({"url": 1}), "webhook.url", "invalid_type"),
             (

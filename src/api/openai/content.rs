@@ -6,13 +6,13 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::{By, Id, Of, problem::Problem};
 use crate::{
     domain::File,
-    service::{Service, ServiceError},
+    service::{Code, Service, ServiceError},
 };
 
 /// What OpenAI says that every file is.
@@ -59,8 +59,8 @@ fn plain(name: &str) -> String {
         .collect()
 }
 
-/// The file, or the part of it that the client asks for. If reading fails on the way the connection breaks, so that
-/// nobody takes a piece for the whole.
+/// The file, or the part of it that the client asks for. What can't be read at all is an error, because the head goes out
+/// only with the first bytes. If reading fails later the connection breaks, so that nobody takes a piece for the whole.
 async fn send(service: &Service, file: &File, headers: &HeaderMap, kind: HeaderValue) -> Result<Response, Problem> {
     // A file never changes: its id says which version it is.
     let version = format!("\"{}\"", file.id);
@@ -76,8 +76,14 @@ async fn send(service: &Service, file: &File, headers: &HeaderMap, kind: HeaderV
             return Ok((whole, problem).into_response());
         }
     };
-    let pieces = service.read_file(file, from).await?;
-    let body = Body::from_stream(first(pieces, u64::try_from(to - from).unwrap_or(0)));
+    let mut pieces = service.read_file(file, from).await?;
+    let left = u64::try_from(to - from).unwrap_or(0);
+    let begins = match left {
+        0 => None,
+        _ => Some(beginning(&mut pieces).await?),
+    };
+    let pieces = futures::stream::iter(begins.map(Ok)).chain(pieces);
+    let body = Body::from_stream(first(pieces, left));
     let mut response = Response::new(body);
     let fields = response.headers_mut();
     fields.insert(header::CONTENT_TYPE, kind);
@@ -97,6 +103,22 @@ async fn send(service: &Service, file: &File, headers: &HeaderMap, kind: HeaderV
     Ok(response)
 }
 
+/// The first bytes of a stream.
+async fn beginning(pieces: &mut BoxStream<'static, Result<Bytes, ServiceError>>) -> Result<Bytes, Problem> {
+    loop {
+        match pieces.next().await {
+            Some(Ok(piece)) if piece.is_empty() => {}
+            Some(piece) => return Ok(piece?),
+            None => return Err(cut_short().into()),
+        }
+    }
+}
+
+/// The bytes of a file end before its end.
+fn cut_short() -> ServiceError {
+    ServiceError::new(Code::DataLoss, "DATA_DAMAGED", "the stored file is shorter than it was")
+}
+
 /// The first so many bytes of a stream.
 fn first(
     pieces: impl Stream<Item = Result<Bytes, ServiceError>> + Send + 'static,
@@ -104,12 +126,17 @@ fn first(
 ) -> impl Stream<Item = Result<Bytes, ServiceError>> + Send + 'static {
     async_stream::stream! {
         let mut pieces = std::pin::pin!(pieces);
-        while left > 0 && let Some(piece) = pieces.next().await {
+        let mut failed = false;
+        while left > 0 && !failed && let Some(piece) = pieces.next().await {
+            failed = piece.is_err();
             yield piece.map(|mut piece| {
                 piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
                 left -= piece.len() as u64;
                 piece
             });
+        }
+        if left > 0 && !failed {
+            yield Err(cut_short());
         }
     }
 }

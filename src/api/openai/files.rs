@@ -144,7 +144,11 @@ impl Fields {
                 Some(_) => Err(Problem::missing("expires_after.seconds")),
             };
         };
-        let seconds = seconds.trim().parse::<i64>().map_or_else(|_| json!(seconds), |seconds| json!(seconds));
+        let number = seconds.trim().parse::<i128>().map(|number| number.clamp(i64::MIN.into(), i64::MAX.into()));
+        let seconds = match number.map(i64::try_from) {
+            Ok(Ok(number)) => json!(number),
+            _ => json!(seconds),
+        };
         super::expiry(&json!({"anchor": self.anchor, "seconds": seconds}), "expires_after")
     }
 }

@@ -31,7 +31,6 @@ use crate::{
 const PASSED: [HeaderName; 2] = [header::ACCEPT, HeaderName::from_static("traceparent")];
 const ANTHROPICS: &str = "anthropic-";
 const UNBUFFERED: HeaderName = HeaderName::from_static("x-accel-buffering");
-const EVENTS: &[u8] = b"text/event-stream";
 
 /// The route of an endpoint, or of a path below it.
 pub(super) fn route(endpoint: Endpoint, below: &'static str) -> MethodRouter<std::sync::Arc<Service>> {
@@ -51,10 +50,18 @@ async fn answer(
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let body = body::whole(&parts.headers, body, body::LARGE).await?;
+    let mut admitted = match service.expect_call(account) {
+        Ok(admitted) => admitted,
+        Err(refused) => {
+            body::drain(&parts.headers, body.into_data_stream());
+            return Err(refused.into());
+        }
+    };
+    let hold = |bytes| admitted.hold(bytes).map_err(ServiceError::from);
+    let body = body::counted(&parts.headers, body, body::LARGE, hold).await?;
     let id = parts.extensions.get::<RequestId>().cloned();
     let headers = passed(&parts.headers, id.map(|RequestId(id)| id));
-    let answered = service.call(caller, account, NewCall { endpoint, below, body, headers }).await?;
+    let answered = service.call(caller, account, NewCall { admitted, endpoint, below, body, headers }).await?;
     respond(endpoint, answered)
 }
 
@@ -75,8 +82,7 @@ fn respond(endpoint: Endpoint, of: Answered) -> Result<Response, Problem> {
         let message = "the worker refuses this server's API key: the server's operator must correct --worker-api-key";
         return Err(Problem::new(StatusCode::BAD_GATEWAY, "worker_refused", message));
     }
-    let kind = of.headers.0.get(header::CONTENT_TYPE);
-    let is_events = kind.is_some_and(|kind| kind.as_bytes().starts_with(EVENTS));
+    let is_events = of.headers.is_events();
     let body = match of.body {
         AnswerBody::Whole(body) => Body::from(body),
         AnswerBody::Passing(pieces) if is_events => Body::from_stream(events(endpoint, pieces)),
@@ -108,12 +114,15 @@ fn events(
                         yield Ok(whole);
                     }
                 }
-                Some(Err(error)) => broke = Some(error.message),
+                Some(Err(error)) => broke = Some(error),
                 None => break,
             }
         }
-        let message = broke.clone().unwrap_or_else(|| "the worker ended its answer too early".to_owned());
-        let lost = Problem::new(StatusCode::BAD_GATEWAY, "worker_lost", message).object();
+        let (code, message) = match &broke {
+            Some(error) => (error.reason.to_ascii_lowercase(), error.message.as_str()),
+            None => ("worker_lost".to_owned(), "the worker ended its answer too early"),
+        };
+        let lost = Problem::new(StatusCode::BAD_GATEWAY, &code, message).object();
         if let Some(end) = events.end(broke.is_some(), &lost) {
             yield Ok(end);
         }

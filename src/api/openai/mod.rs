@@ -82,7 +82,7 @@ fn expiry(of: &Value, field: &str) -> Result<Option<Span>, Problem> {
     }
     match fields.get("seconds") {
         None | Some(Value::Null) => Err(Problem::missing(&name("seconds"))),
-        Some(seconds) => match seconds.as_i64() {
+        Some(seconds) => match json::whole(seconds) {
             Some(seconds) => Ok(Some(u64::try_from(seconds).map(Duration::from_secs).map_err(|_| NotASpan))),
             None => Err(Problem::kind(&name("seconds"), "an integer", seconds)),
         },

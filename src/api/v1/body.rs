@@ -10,7 +10,10 @@ use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
 
 use super::problem::Problem;
-use crate::access::LEAST;
+use crate::{
+    access::LEAST,
+    service::{ServiceError, not_json},
+};
 
 /// The most bytes of a JSON body that is no live call.
 pub(in crate::api) const SMALL: usize = 64 * 1024;
@@ -28,6 +31,20 @@ const DRAIN: Duration = Duration::from_secs(60);
 /// # Errors
 /// [`Problem`].
 pub(in crate::api) async fn whole(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Problem> {
+    counted(headers, body, most, |_| Ok(())).await
+}
+
+/// The same for a body whose bytes count against a budget: `hold` is given how many there are so far, which is at once as
+/// many as are announced, and refuses what is too much.
+///
+/// # Errors
+/// [`Problem`].
+pub(in crate::api) async fn counted(
+    headers: &HeaderMap,
+    body: Body,
+    most: usize,
+    mut hold: impl FnMut(u64) -> Result<(), ServiceError>,
+) -> Result<Bytes, Problem> {
     plain(headers)?;
     let too_large = || {
         let message = format!("the request body is larger than {most} bytes");
@@ -36,6 +53,10 @@ pub(in crate::api) async fn whole(headers: &HeaderMap, body: Body, most: usize) 
     if length(headers).is_some_and(|length| length > most as u64) {
         drain(headers, body.into_data_stream());
         return Err(too_large());
+    }
+    if let Err(refused) = hold(length(headers).unwrap_or(0)) {
+        drain(headers, body.into_data_stream());
+        return Err(refused.into());
     }
     let began = Instant::now();
     let mut pieces = body.into_data_stream();
@@ -55,6 +76,10 @@ pub(in crate::api) async fn whole(headers: &HeaderMap, body: Body, most: usize) 
         if came as usize + piece.len() > most {
             drain(headers, pieces);
             return Err(too_large());
+        }
+        if let Err(refused) = hold(came + piece.len() as u64) {
+            drain(headers, pieces);
+            return Err(refused.into());
         }
         // Most bodies come in one piece, which is not copied.
         match (first.is_empty(), all.is_empty()) {
@@ -90,7 +115,7 @@ pub(in crate::api) async fn json_of(
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(no_object()),
-        Err(error) => Err(no_json(&error)),
+        Err(error) => Err(no_json(&bytes, &error)),
     }
 }
 
@@ -106,15 +131,15 @@ pub(in crate::api) async fn json_and(
     field: &str,
 ) -> Result<(Map<String, Value>, Option<Box<RawValue>>), Problem> {
     let bytes = whole(headers, body, most).await?;
-    let mut fields: BTreeMap<String, &RawValue> =
-        serde_json::from_slice(&bytes).map_err(|error| if error.is_data() { no_object() } else { no_json(&error) })?;
+    let mut fields: BTreeMap<String, &RawValue> = serde_json::from_slice(&bytes)
+        .map_err(|error| if error.is_data() { no_object() } else { no_json(&bytes, &error) })?;
     let one = fields.remove(field).filter(|one| one.get() != "null").map(ToOwned::to_owned);
     if fields.values().map(|value| value.get().len()).sum::<usize>() > SMALL {
         let message = format!("the fields beside '{field}' are larger than {SMALL} bytes");
         return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message));
     }
     let read = |(name, text): (String, &RawValue)| Ok((name, serde_json::from_str(text.get())?));
-    let object = fields.into_iter().map(read).collect::<Result<_, _>>().map_err(|error| no_json(&error))?;
+    let object = fields.into_iter().map(read).collect::<Result<_, _>>().map_err(|error| no_json(&bytes, &error))?;
     Ok((object, one))
 }
 
@@ -122,8 +147,9 @@ fn no_object() -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, "invalid_json", "the request body is not a JSON object")
 }
 
-fn no_json(error: &serde_json::Error) -> Problem {
-    let message = format!("We could not parse the JSON body of your request: {error}");
+fn no_json(body: &[u8], error: &serde_json::Error) -> Problem {
+    let why = not_json(body, error);
+    let message = format!("We could not parse the JSON body of your request: {why}");
     Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message)
 }
 

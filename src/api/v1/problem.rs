@@ -283,6 +283,7 @@ impl From<ServiceError> for Problem {
                 Self { kind: "tokens", is_final: true, ..status(StatusCode::TOO_MANY_REQUESTS, "insufficient_quota") }
             }
             "MODEL_MISSING" => Self::missing("model"),
+            "INVALID_TYPE" => Self { param, ..status(StatusCode::BAD_REQUEST, "invalid_type") },
             "BODY_UNREADABLE" => status(StatusCode::BAD_REQUEST, "invalid_json"),
             "MODEL_NOT_FOUND" => status(StatusCode::NOT_FOUND, "model_not_found").on("model"),
             "WORKER_FAILED" => status(StatusCode::BAD_GATEWAY, "worker_failed"),
@@ -296,9 +297,11 @@ impl From<ServiceError> for Problem {
                 Code::NotFound => status(StatusCode::NOT_FOUND, &lower),
                 Code::AlreadyExists | Code::Aborted => Self { is_final: true, ..status(StatusCode::CONFLICT, &lower) },
                 Code::FailedPrecondition => match reason {
-                    "BATCH_NOT_ENDED" => Self { is_final: true, ..status(StatusCode::CONFLICT, &lower) },
+                    // The server's fault, which only its operator can mend.
+                    "BLOB_STORE_REFUSED" => Self { is_final: true, ..status(StatusCode::SERVICE_UNAVAILABLE, &lower) },
                     // What is asked for was there, and is not any more.
-                    _ => status(StatusCode::GONE, &lower),
+                    "RESULTS_DELETED" | "INPUT_FILE_GONE" | "ENDPOINT_DELETED" => status(StatusCode::GONE, &lower),
+                    _ => Self { is_final: true, ..status(StatusCode::CONFLICT, &lower) },
                 },
                 Code::ResourceExhausted => Self { kind: "requests", ..status(StatusCode::TOO_MANY_REQUESTS, &lower) },
                 Code::Unavailable => status(StatusCode::SERVICE_UNAVAILABLE, &lower),
@@ -360,6 +363,19 @@ mod tests {
         assert_eq!(of(Code::NotFound, "FILE_NOT_FOUND"), (404, None, false));
         assert_eq!(of(Code::Internal, "INTERNAL"), (500, code("internal_error"), true));
         assert_eq!(of(Code::Unavailable, "DATABASE_UNAVAILABLE"), (503, code("database_unavailable"), false));
+        // The server's faults are not the client's, and what lies in between says which it is.
+        let refused = of(Code::FailedPrecondition, "BLOB_STORE_REFUSED");
+        assert_eq!(refused, (503, code("blob_store_refused"), true));
+        assert_eq!(of(Code::DataLoss, "OBJECT_MISSING"), (500, code("object_missing"), true));
+        assert_eq!(of(Code::FailedPrecondition, "RESULTS_DELETED"), (410, code("results_deleted"), false));
+        assert_eq!(of(Code::FailedPrecondition, "ENDPOINT_DISABLED"), (409, code("endpoint_disabled"), true));
+        for (code, reason) in [
+            (Code::FailedPrecondition, "BLOB_STORE_REFUSED"),
+            (Code::DataLoss, "DATA_DAMAGED"),
+            (Code::Unavailable, "WORKER_FAILED"),
+        ] {
+            assert_eq!(Problem::from(ServiceError::new(code, reason, "x")).kind, "server_error", "{reason}");
+        }
         assert_eq!(of(Code::DeadlineExceeded, "UPLOAD_IDLE"), (408, code("upload_idle"), false));
         assert_eq!(of(Code::InvalidArgument, "INVALID_WEBHOOK"), (400, code("invalid_value"), false));
     }

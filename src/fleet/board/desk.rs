@@ -23,6 +23,8 @@ pub(super) struct Desk {
     pub(super) open: bool,
     pub(super) limit: u32,
     pub(super) in_flight: u32,
+    /// Those of them that are of no batch.
+    pub(super) live: u32,
     /// Whether the limit was reached since the last call of [`Board::was_full`].
     pub(super) was_full: bool,
     /// Whether its request in flight must be alone.
@@ -56,6 +58,7 @@ impl Desk {
     /// Adds a request in flight.
     pub(super) fn give(&mut self, want: &Want) {
         self.in_flight += 1;
+        self.live += u32::from(!want.rank.batch);
         if let Some(trial) = self.held.get_mut(&want.model) {
             trial.given += 1;
         }
