@@ -1,11 +1,13 @@
 //! Creates, shows, lists and cancels batches.
 
+pub(super) mod asked;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use futures::future::BoxFuture;
 
 use super::{
-    Code, Found, Page, Service, ServiceError, Span, asked,
+    Code, Found, Page, Service, ServiceError, Span,
     error::{self, Violations, no_batch, no_file},
     filters, rules,
     webhooks::NewWebhook,

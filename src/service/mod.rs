@@ -6,9 +6,8 @@
 //!   requests once more. [`infer`], [`live`]: one request at once. [`watch`]: live events. [`results`]: results one by one.
 //! - [`webhooks`]: endpoints, deliveries, dead letters, retry jobs. [`workers`]: the workers.
 //! - `message_batches`: batches of Anthropic's clients.
-//! - `rules`: what fields may hold. `asked`: whether a repeated call asks for the same. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
+//! - `rules`: what fields may hold. [`page`]: page tokens. [`ServiceError`]: every error of the rooms below.
 
-mod asked;
 pub mod batches;
 mod error;
 pub mod files;

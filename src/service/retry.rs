@@ -3,8 +3,8 @@
 use bytes::{BufMut, BytesMut};
 
 use super::{
-    Code, Service, ServiceError, Span, asked,
-    batches::Shown,
+    Code, Service, ServiceError, Span,
+    batches::{Shown, asked},
     error::{self, Violations, damaged, line_name},
     rules,
 };

@@ -5,7 +5,8 @@ use futures::StreamExt;
 use md5::{Digest, Md5};
 
 use super::{
-    Code, Service, ServiceError, Span, Violation, asked,
+    Code, Service, ServiceError, Span, Violation,
+    batches::asked,
     error::{self, Violations, line_name},
     files::{FILENAME, gave_way},
     rules, short,

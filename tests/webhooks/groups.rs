@@ -145,7 +145,7 @@ impl World<'_> {
                 Some(result) => match &result.error {
                     None => known.step(DeliveryTrigger::Succeeded, Some("succeeded")),
                     Some(error) if error.kind == ErrorKind::Gone => {
-                        known.step(DeliveryTrigger::FailedForGood, Some("failed"))
+                        known.step(DeliveryTrigger::FailedForGood, Some("failed"));
                     }
                     Some(_) => known.step(DeliveryTrigger::Failed, Some("failed")),
                 },

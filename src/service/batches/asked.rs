@@ -3,13 +3,12 @@
 use sha2::{Digest, Sha256};
 
 use super::{
-    Span,
-    batches::{BatchInput, CreateBatch},
-    webhooks::NewWebhook,
+    super::{Span, webhooks::NewWebhook},
+    BatchInput, CreateBatch,
 };
 
 /// Identifies a list of texts.
-pub(super) fn hash<T: AsRef<[u8]>>(parts: &[T]) -> String {
+pub(in crate::service) fn hash<T: AsRef<[u8]>>(parts: &[T]) -> String {
     let mut hasher = Hasher::default();
     parts.iter().for_each(|part| hasher.add(part));
     hasher.finish()
