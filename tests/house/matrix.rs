@@ -22,12 +22,16 @@ fn text(of: &Path) -> String {
     fs::read_dir(of).unwrap().map(|entry| text(&entry.unwrap().path())).collect()
 }
 
+/// Whether a source has a test, or a module of tests, of this name. A macro may make tests of a list of names: `tests!(a, b)`.
 fn has(text: &str, name: &str) -> bool {
-    ["fn", "mod"].iter().any(|word| {
-        text.match_indices(&format!("{word} {name}")).any(|(at, found)| {
-            !text[at + found.len()..].starts_with(|letter: char| letter.is_alphanumeric() || letter == '_')
-        })
-    })
+    let is_part = |letter: char| letter.is_alphanumeric() || letter == '_';
+    let ends = |rest: &str| !rest.starts_with(is_part);
+    let declared = ["fn", "mod"]
+        .iter()
+        .any(|word| text.match_indices(&format!("{word} {name}")).any(|(at, found)| ends(&text[at + found.len()..])));
+    let lists =
+        text.lines().filter_map(|line| line.split_once("!(")).filter(|(macro_name, _)| !macro_name.contains(' '));
+    declared || lists.map(|(_, list)| list).any(|list| list.split([',', ')']).any(|one| one.trim() == name))
 }
 
 #[test]
@@ -65,4 +69,5 @@ fn the_tests_of_the_fault_matrix_exist() {
 #[test]
 fn a_test_is_found_by_its_whole_name() {
     assert!(has("async fn a_b() {}", "a_b") && !has("async fn a_bc() {}", "a_b") && !has("let a_b = 1;", "a_b"));
+    assert!(has("tests!(a, b);", "b") && !has("tests!(a, bc);", "b") && !has("    assert!(a, b);", "b"));
 }
