@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::{
-    api::openai::shapes::own,
+    api::v1::own,
     domain::{Batch, BatchId, BatchStatus, Timestamp},
     progress::Progress,
     service::Shown,
@@ -34,7 +34,7 @@ pub(super) fn batch(of: &Batch, progress: &Progress) -> Value {
     let (id, times) = (id_of(&of.id), &of.times);
     let ended = times.completed.or(times.failed).or(times.expired).or(times.cancelled);
     let results = of.status.is_terminal().then(|| format!("/v1/messages/batches/{id}/results"));
-    let mut own = own(of, Some(progress));
+    let mut own = own::of_batch(of, Some(progress));
     own["batch_id"] = json!(of.id.as_str());
     json!({
         "id": id,

@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use super::problem::openais;
 use crate::{
+    api::v1::own,
     domain::{
         Batch, BatchError, Counts, Endpoint, File, FileId, PartedUpload, Timestamp, TokenUsage, UploadId, UploadPart,
-        WebhookEndpointId,
     },
     progress::Progress,
 };
@@ -91,29 +91,8 @@ pub(super) fn batch(of: &Batch, progress: Option<&Progress>) -> Value {
         "request_counts": counts(of.counts),
         "usage": usage(of.usage),
         "metadata": if of.metadata.is_empty() { Value::Null } else { json!(of.metadata) },
-        "tidemill": own(of, progress),
+        "tidemill": own::of_batch(of, progress),
     })
-}
-
-/// What only this server says of a batch.
-pub(in crate::api) fn own(of: &Batch, progress: Option<&Progress>) -> Value {
-    let mut own = json!({
-        "models": of.models,
-        "priority": of.priority.value(),
-        "revision": of.revision.0,
-        "owner": of.owner.as_str(),
-        "output_expires_at": time(of.output_expires_at()),
-        "webhook_url": of.webhook.as_ref().map(|webhook| webhook.url.as_str()),
-        "webhook_endpoint_id": of.webhook_endpoint_id.as_ref().map(WebhookEndpointId::as_str),
-    });
-    if let Some(progress) = progress {
-        own["requests_per_second"] = json!(progress.rates.requests_per_second);
-        own["output_tokens_per_second"] = json!(progress.rates.output_tokens_per_second);
-        own["eta_seconds"] = json!(progress.eta.map(|eta| eta.as_secs()));
-        own["queue_position"] = json!(progress.queue_position);
-        own["waiting_reason"] = json!(progress.waiting_reason);
-    }
-    own
 }
 
 /// The newest progress of a batch, for those who watch it.

@@ -1,8 +1,10 @@
 //! What lies below `/v1`, whichever dialect: OpenAI's and Anthropic's clients call the same server.
 //!
 //! - `problem`: errors, in both dialects. `body`: request bodies. `request`: who calls, ids, keys. `query`: lists' queries.
+//!   `own`: what neither dialect knows.
 
 pub(in crate::api) mod body;
+pub(in crate::api) mod own;
 pub(in crate::api) mod problem;
 pub(in crate::api) mod query;
 pub(in crate::api) mod request;
