@@ -5,7 +5,8 @@
 
 openapi.json is that of https://github.com/openai/openai-openapi (MIT License) at f85dbe2, version 2.3.0. Left out are what
 nobody checks (descriptions, examples, code samples) and other paths. Changed are: a field that need not be there may be null,
-and a file's content is no JSON, as OpenAI's own answers have it; errors have their schema in every call, which is in none
+a file's content is no JSON, an empty list has no first and no last id, and an embedding may be text (`base64`), as OpenAI's
+own answers have it; errors have their schema in every call, which is in none
 there; and the `code` of a worker's error may be a number, as vLLM's is.
 """
 import json, sys
@@ -81,6 +82,10 @@ paths["/files/{file_id}/content"]["get"]["responses"]["200"]["content"] = {
 schemas = {}
 while missing := referred([paths, schemas], {"Error", "ErrorResponse"}) - set(schemas):
     schemas.update({name: plain(whole["components"]["schemas"][name]) for name in missing})
+ids = schemas["ListFilesResponse"]["properties"]
+ids.update({name: nullable(ids[name]) for name in ("first_id", "last_id")})
+values = schemas["Embedding"]["properties"]
+values["embedding"] = {"anyOf": [values["embedding"], {"type": "string"}]}
 info = {**{key: whole["info"][key] for key in ("title", "version", "license")},
         "description": "Cut by .ci/openai/cut.py from https://github.com/openai/openai-openapi at f85dbe2"}
 cut = {"openapi": whole["openapi"], "info": info, "paths": paths, "components": {"schemas": dict(sorted(schemas.items()))}}

@@ -192,7 +192,8 @@ async fn an_upload_from_a_pipe_that_is_broken_off_leaves_no_temporary_file() {
     let mut stdin = child.stdin.take().unwrap();
     // More than a pipe holds: some of it is spooled by now.
     stdin.write_all(&vec![b' '; 4_000_000]).await.unwrap();
-    interrupt(&mut child).await;
+    // Not by Ctrl-C, which whatever was started in the background may ignore, and what it starts.
+    child.kill().await.unwrap();
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
