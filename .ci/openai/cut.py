@@ -5,8 +5,8 @@
 
 openapi.json is that of https://github.com/openai/openai-openapi (MIT License) at f85dbe2, version 2.3.0. Left out are what
 nobody checks (descriptions, examples, code samples) and other paths. Changed are: a field that need not be there may be null,
-a file's content is no JSON, an empty list has no first and no last id, and an embedding may be text (`base64`), as OpenAI's
-own answers have it; errors have their schema in every call, which is in none
+a file's content is no JSON, an empty list has no first and no last id, an embedding may be text (`base64`), and with
+`stream` a completion is a stream of events, as OpenAI's own answers have it; errors have their schema in every call, which is in none
 there; and the `code` of a worker's error may be a number, as vLLM's is.
 """
 import json, sys
@@ -79,6 +79,7 @@ for path, calls in paths.items():
         }
 paths["/files/{file_id}/content"]["get"]["responses"]["200"]["content"] = {
     "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+paths["/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
 schemas = {}
 while missing := referred([paths, schemas], {"Error", "ErrorResponse"}) - set(schemas):
     schemas.update({name: plain(whole["components"]["schemas"][name]) for name in missing})
