@@ -79,7 +79,7 @@ for path, calls in paths.items():
         }
 paths["/files/{file_id}/content"]["get"]["responses"]["200"]["content"] = {
     "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-paths["/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+paths["/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
 schemas = {}
 while missing := referred([paths, schemas], {"Error", "ErrorResponse"}) - set(schemas):
     schemas.update({name: plain(whole["components"]["schemas"][name]) for name in missing})
