@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use strum::EnumCount as _;
+
 use crate::domain::{Endpoint, answer::Ending};
 
 /// After this many answers with a null reason and none with a reason, the server counts as one that gives none.
@@ -12,7 +14,7 @@ const MODELS: usize = 256;
 /// What a worker has said so far, by model and endpoint: behind a gateway there are several servers.
 #[derive(Debug, Default)]
 pub(super) struct Reasons {
-    models: HashMap<Arc<str>, [Known; Endpoint::ALL.len()]>,
+    models: HashMap<Arc<str>, [Known; Endpoint::COUNT]>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]

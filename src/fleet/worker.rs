@@ -11,6 +11,7 @@ use std::{
 
 use parking_lot::Mutex;
 use reqwest::Url;
+use strum::EnumCount as _;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -50,7 +51,7 @@ pub struct Worker {
     /// Base URL as registered.
     pub url: String,
     created_at: Timestamp,
-    endpoints: [Url; Endpoint::ALL.len()],
+    endpoints: [Url; Endpoint::COUNT],
     affinity: u64,
     /// What its probes and requests have shown. Held for a few instructions at a time.
     pub(super) state: Mutex<State>,
