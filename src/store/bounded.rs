@@ -24,13 +24,16 @@ use sea_orm::{
 use sqlx::{Connection, PgConnection, postgres::PgPoolOptions};
 use tokio::time::{Instant as Moment, timeout, timeout_at};
 
-use super::turns::{Turn, Turns};
+use super::{
+    error,
+    turns::{Turn, Turns},
+};
 use crate::telemetry::seldom;
 
 /// Time limit of one statement. The wait for a connection counts from the database's last answer to any call. It is far
 /// longer than any statement needs, and longer than the time for which a frozen node's transaction can hold a lock.
 pub(super) const ANSWER: Duration = Duration::from_secs(15);
-/// Time for which a write waits for another process's lock on the SQLite file, and for writes before it that wait for that.
+/// How long a write waits for another process's lock on the SQLite file, or for a write before it that waits for the lock.
 pub(super) const LOCKED: Duration = Duration::from_secs(15);
 /// Time for a connection to become usable again after a statement on it timed out.
 const RECOVERY: Duration = Duration::from_secs(5);
@@ -67,8 +70,9 @@ impl Silence {
         last > 0 && Duration::from_millis(self.now().saturating_sub(last)) < SUSPICIOUS
     }
 
-    /// Makes the pool close connections that stay silent, and those older than [`LIFETIME`]. By itself the pool waits for them, each in one of its places,
-    /// until TCP gives up: a quarter of an hour, or for ever if some device on the path still acknowledges packets.
+    /// Makes the pool close connections that stay silent, and those older than [`LIFETIME`]. By itself the pool waits for
+    /// silent ones, each in one of its places, until TCP gives up: a quarter of an hour, or for ever if some device on the
+    /// path still acknowledges packets.
     pub(super) fn watch(&self, pool: PgPoolOptions) -> PgPoolOptions {
         let silence = self.clone();
         pool.after_release(move |connection: &mut PgConnection, of| {
@@ -141,10 +145,10 @@ impl Writer {
     /// Waits for a turn, then for the lock.
     async fn begin<T>(&self, begin: impl Future<Output = Result<T, DbErr>>) -> Result<(T, Turn), DbErr> {
         // None of the calls before it gets the lock either.
-        let Ok(turn) = self.turns.wait().await else { return Err(super::error::locked()) };
+        let Ok(turn) = self.turns.wait().await else { return Err(error::locked()) };
         let begun = begin.await;
         self.turns.note(&begun);
-        let is_locked = begun.as_ref().is_err_and(super::error::is_locked);
+        let is_locked = begun.as_ref().is_err_and(error::is_locked);
         self.is_locked.store(is_locked, Ordering::Release);
         if is_locked {
             seldom!(

@@ -1,7 +1,7 @@
 //! Calls take turns on the connections to PostgreSQL, and on the one that writes to a SQLite file, in the order in which they
-//! come. The driver's own queue gives up each
-//! call after a fixed time, so a burst that takes longer than that fails although the database answers all the while. Here a
-//! call waits as long as the calls before it are answered, and is given up only when the database answers none of them.
+//! come. The driver's own queue gives up each call after a fixed time, so a burst that takes longer than that fails although
+//! the database answers all the while. Here a call waits as long as the calls before it are answered, and is given up only
+//! when the database answers none of them.
 
 use std::{
     pin::pin,
@@ -10,11 +10,12 @@ use std::{
 };
 
 use sea_orm::{ConnAcquireErr, DbErr, RuntimeErr};
-use sqlx::error::DatabaseError;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until},
 };
+
+use super::error::is_locked;
 
 /// The queue in front of a pool. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -65,11 +66,12 @@ impl Turns {
     pub(super) fn note<T>(&self, of: &Result<T, DbErr>) {
         let answered = match of {
             Ok(_) => true,
+            Err(error) if is_locked(error) => false,
             Err(
                 DbErr::Conn(RuntimeErr::SqlxError(error))
                 | DbErr::Exec(RuntimeErr::SqlxError(error))
                 | DbErr::Query(RuntimeErr::SqlxError(error)),
-            ) => error.as_database_error().is_some_and(|error| !is_locked(error)),
+            ) => error.as_database_error().is_some(),
             Err(_) => false,
         };
         if answered {
@@ -80,11 +82,6 @@ impl Turns {
     fn answered(&self) -> Instant {
         *self.answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// SQLITE_BUSY, _BUSY_RECOVERY, _BUSY_SNAPSHOT.
-fn is_locked(error: &dyn DatabaseError) -> bool {
-    error.code().is_some_and(|code| ["5", "261", "517"].contains(&&*code))
 }
 
 #[cfg(test)]
