@@ -420,7 +420,7 @@ impl Patience {
     pub async fn next_of<T, E: From<ServiceError>>(
         &mut self,
         service: &Service,
-        gives_way: Option<BoxFuture<'static, ServiceError>>,
+        gives_way: Option<impl Future<Output = ServiceError> + Unpin>,
         pieces: &mut (impl Stream<Item = Result<T, E>> + Unpin),
     ) -> Result<Option<T>, E> {
         let Some(gives_way) = gives_way else { return self.next(|| false, pieces).await };

@@ -4,8 +4,7 @@ use axum::{
     Extension,
     extract::{Request, State},
 };
-use bytes::Bytes;
-use futures::{StreamExt, future::BoxFuture, stream::BoxStream};
+use futures::future::BoxFuture;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -18,7 +17,7 @@ use super::{
 use crate::{
     access::{Account, Caller, Received},
     api::v1::{
-        body::{broken_off, drain, length, plain},
+        body::{Pieces, drain, length, pieces, plain},
         problem::Problem,
         request::{By, Of, idempotency_key},
     },
@@ -45,7 +44,7 @@ pub(super) async fn create(
     request: Request,
 ) -> Answer {
     let (parts, body) = request.into_parts();
-    let mut pieces = body.into_data_stream().map(|piece| piece.map_err(|_| broken_off())).boxed();
+    let mut pieces = pieces(body);
     let create = Create { service: &service, caller: &caller, account: &account, headers: &parts.headers, received };
     let taken = service.in_time(create.take(&mut pieces)).await;
     // The answer comes at once, whatever is still on its way.
@@ -68,10 +67,7 @@ struct Create<'a> {
 
 impl Create<'_> {
     /// Takes the body. If that fails, nothing is left of it.
-    fn take<'a>(
-        &'a self,
-        pieces: &'a mut BoxStream<'static, Result<Bytes, Problem>>,
-    ) -> BoxFuture<'a, Result<(FileUpload, String), Problem>> {
+    fn take<'a>(&'a self, pieces: &'a mut Pieces) -> BoxFuture<'a, Result<(FileUpload, String), Problem>> {
         Box::pin(async move {
             plain(self.headers)?;
             let key = idempotency_key(self.headers)?;

@@ -5,14 +5,12 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use bytes::Bytes;
-use futures::{Stream, StreamExt};
 use http::HeaderMap;
 use serde_json::{Value, json};
 
 use super::{
     By, Id, Of,
-    body::{broken_off, drain},
+    body::{Pieces, drain, pieces},
     form::{Field, Form, announced, twice},
     list::{Query, page},
     multipart::Piece,
@@ -43,7 +41,7 @@ pub(super) async fn upload(
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let mut pieces = body.into_data_stream().map(|piece| piece.map_err(|_| broken_off())).boxed();
+    let mut pieces = pieces(body);
     let keeps_bad = bad_files == BadFiles::FailBatch;
     let headers = &parts.headers;
     let upload = Upload { service: &service, caller: &caller, account: &account, headers, received, keeps_bad };
@@ -75,7 +73,7 @@ struct Fields {
 
 impl Upload<'_> {
     /// Takes the form and makes its file. If that fails, nothing is left of it.
-    async fn take(&self, pieces: &mut (impl Stream<Item = Result<Bytes, Problem>> + Unpin)) -> Result<File, Problem> {
+    async fn take(&self, pieces: &mut Pieces) -> Result<File, Problem> {
         let mut form = Form::begin(self.service, self.headers, self.received.clone(), pieces)?;
         if let Some(bytes) = announced(self.headers) {
             self.service.check_upload_size(bytes)?;

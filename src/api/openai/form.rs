@@ -2,12 +2,10 @@
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
-use futures::Stream;
 use http::{HeaderMap, StatusCode, header};
 
 use super::{
-    body::{length, plain},
+    body::{Pieces, length, plain},
     multipart::{Malformed, Multipart, Piece, boundary},
     problem::Problem,
 };
@@ -22,15 +20,15 @@ const FIELD: usize = 64 * 1024;
 const FORM: u64 = 4 * 1024 * 1024;
 
 /// A form that comes.
-pub(super) struct Form<'a, S> {
+pub(super) struct Form<'a> {
     service: &'a Service,
     multipart: Multipart,
     patience: Patience,
     read: VecDeque<Piece>,
-    pieces: &'a mut S,
+    pieces: &'a mut Pieces,
 }
 
-impl<'a, S: Stream<Item = Result<Bytes, Problem>> + Unpin> Form<'a, S> {
+impl<'a> Form<'a> {
     /// Begins a form, whose bytes `received` counts.
     ///
     /// # Errors
@@ -39,7 +37,7 @@ impl<'a, S: Stream<Item = Result<Bytes, Problem>> + Unpin> Form<'a, S> {
         service: &'a Service,
         headers: &HeaderMap,
         received: Received,
-        pieces: &'a mut S,
+        pieces: &'a mut Pieces,
     ) -> Result<Self, Problem> {
         plain(headers)?;
         let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
@@ -60,14 +58,7 @@ impl<'a, S: Stream<Item = Result<Bytes, Problem>> + Unpin> Form<'a, S> {
         &mut self,
         gives_way: Option<impl Future<Output = ServiceError>>,
     ) -> Result<Option<Piece>, Problem> {
-        let has_place = gives_way.is_some();
-        let gives_way = async {
-            match gives_way {
-                Some(gives_way) => gives_way.await,
-                None => std::future::pending().await,
-            }
-        };
-        let mut gives_way = std::pin::pin!(gives_way);
+        let mut gives_way = gives_way.map(Box::pin);
         loop {
             if let Some(piece) = self.read.pop_front() {
                 return Ok(Some(piece));
@@ -75,13 +66,7 @@ impl<'a, S: Stream<Item = Result<Bytes, Problem>> + Unpin> Form<'a, S> {
             if self.multipart.is_done() {
                 return Ok(None);
             }
-            let service = self.service;
-            let next = tokio::select! {
-                biased;
-                gives_way = &mut gives_way => return Err(gives_way.into()),
-                next = self.patience.next(|| has_place && service.is_crowded(), self.pieces) => next?,
-            };
-            let Some(bytes) = next else {
+            let Some(bytes) = self.patience.next_of(self.service, gives_way.as_mut(), self.pieces).await? else {
                 self.multipart.finish().map_err(malformed)?;
                 return Ok(None);
             };

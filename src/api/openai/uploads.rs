@@ -6,14 +6,12 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use bytes::Bytes;
-use futures::{Stream, StreamExt};
 use http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value};
 
 use super::{
     By, Id, Of,
-    body::{self, broken_off, drain},
+    body::{self, Pieces, drain, pieces},
     files::check_purpose,
     form::{Field, Form, announced, twice},
     json::{given, required, text},
@@ -54,7 +52,7 @@ pub(super) async fn add_part(
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let mut pieces = body.into_data_stream().map(|piece| piece.map_err(|_| broken_off())).boxed();
+    let mut pieces = pieces(body);
     let part =
         Part { service: &service, caller: &caller, account: &account, headers: &parts.headers, id: &id, received };
     let taken = Box::pin(service.in_time(part.take(&mut pieces))).await;
@@ -99,10 +97,7 @@ struct Part<'a> {
 
 impl Part<'_> {
     /// Takes the form and adds the file in it to the upload. If that fails, nothing is left of it.
-    async fn take(
-        &self,
-        pieces: &mut (impl Stream<Item = Result<Bytes, Problem>> + Unpin),
-    ) -> Result<(UploadId, UploadPart), Problem> {
+    async fn take(&self, pieces: &mut Pieces) -> Result<(UploadId, UploadPart), Problem> {
         let mut form = Form::begin(self.service, self.headers, self.received.clone(), pieces)?;
         if announced(self.headers).is_some_and(|bytes| bytes > PART_BYTES) {
             return Err(too_large());

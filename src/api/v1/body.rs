@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value, value::RawValue};
 use tokio::time::{Instant, timeout_at};
@@ -153,8 +153,15 @@ fn no_json(body: &[u8], error: &serde_json::Error) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, "invalid_json", message)
 }
 
+/// A body as it comes.
+pub(in crate::api) type Pieces = BoxStream<'static, Result<Bytes, Problem>>;
+
+pub(in crate::api) fn pieces(body: Body) -> Pieces {
+    body.into_data_stream().map(|piece| piece.map_err(|_| broken_off())).boxed()
+}
+
 /// The connection broke while the body came: nobody reads this.
-pub(in crate::api) fn broken_off() -> Problem {
+fn broken_off() -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, "body_broken_off", "the request body broke off before its end")
 }
 
